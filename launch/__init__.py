@@ -1,0 +1,1 @@
+"""The commands a person runs: `python -m launch.COMMAND --help` explains each."""

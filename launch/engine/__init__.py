@@ -1,0 +1,1 @@
+"""What the commands share: loop, mesh, checkpoints, writers, console. Nothing about models."""

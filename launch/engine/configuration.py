@@ -1,0 +1,92 @@
+"""Configurations: known keys only, frozen, and one workdir belongs to one configuration."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from vavae_jax.errors import InputError
+from vavae_jax.files import write_json
+
+# What may differ when a run is continued: how long and how often, not what is computed.
+MAY_CHANGE = (
+  "num_steps",
+  "log_every_steps",
+  "save_every_steps",
+  "evaluate_every_steps",
+  "keep_checkpoints",
+  "mesh.data",
+  "mesh.fsdp",
+)
+
+
+def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict) -> Any:
+  """Checks every key and value type against the published configuration and freezes the result.
+
+  Args:
+    config: what the person gave.
+    schema: a configuration with all keys, as `configs/base.py` makes.
+
+  Returns:
+    A hashable `FrozenConfigDict`.
+
+  Raises:
+    InputError: unknown or missing key, or a value of another type, by full name.
+  """
+  given, known = dict(_flat(config.to_dict())), dict(_flat(schema.to_dict()))
+  for key in given.keys() - known.keys():
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean config.{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
+    raise InputError(f"config.{key} is not a configuration key; {hint}")
+  if missing := sorted(known.keys() - given.keys()):
+    raise InputError(f"The configuration lacks {', '.join(missing)}.")
+  for key, value in given.items():
+    wanted = known[key]
+    number = isinstance(wanted, float) and type(value) in (int, float)
+    if wanted is not None and value is not None and type(value) is not type(wanted) and not number:
+      raise InputError(
+        f"config.{key} is {value!r} ({type(value).__name__}), but a {type(wanted).__name__} is "
+        f"needed, such as {wanted!r}."
+      )
+  return ml_collections.FrozenConfigDict(config)
+
+
+def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
+  """Writes the configuration into a new workdir, or checks it against the one that is there.
+
+  Raises:
+    InputError: the workdir was trained with another configuration, or cannot be written.
+  """
+  path = Path(workdir) / "config.json"
+  mine = dict(_flat(json.loads(json.dumps(config.to_dict()))))
+  if path.is_file():
+    theirs = dict(_flat(json.loads(path.read_text())))
+    differing = [
+      f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
+      for key in sorted(mine.keys() | theirs.keys())
+      if mine.get(key) != theirs.get(key) and key not in MAY_CHANGE
+    ]
+    if differing:
+      raise InputError(
+        f"{workdir} belongs to another configuration ({'; '.join(differing)}); give a new "
+        "--workdir, or the configuration it was begun with."
+      )
+  if jax.process_index() == 0:
+    try:
+      write_json(path, config.to_dict())
+    except OSError as error:
+      raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, list(value) if isinstance(value, tuple) else value

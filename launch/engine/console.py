@@ -1,0 +1,155 @@
+"""What a person sees while a command runs: a bar with ETA on a terminal, lines in a log.
+
+Also the end of every command: input errors as one line without a traceback, interrupts with the
+command that resumes.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as RemainingColumn
+from rich.table import Table
+
+from vavae_jax.errors import InputError
+
+console = Console(highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Interrupted(Exception):
+  """A signal ended the work after everything was saved."""
+
+  def __init__(self, signal_number: int):
+    super().__init__(f"interrupted by signal {signal_number}")
+    self.exit_code = 128 + signal_number
+
+
+class Bar:
+  """Progress of one long work: `with Bar("train", total=100) as bar: bar.update(step, loss=...)`.
+
+  On a terminal a live bar; elsewhere a line every ten seconds. Only the first process shows it.
+  """
+
+  def __init__(self, name: str, total: int, start: int = 0):
+    """Args:
+    name: what is being done.
+    total: number of units at the end.
+    start: units that were done before this run; they do not count for the ETA.
+    """
+    self._name, self._total, self._start, self._done = name, total, start, start
+    self._show = jax.process_index() == 0
+    self._live = self._show and console.is_terminal
+    self._began = self._last_line = time.monotonic()
+    self._values = ""
+
+  def __enter__(self) -> Bar:
+    if self._live:
+      self._progress = Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        RemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+        console=console,
+      )
+      self._task = self._progress.add_task(
+        self._name, total=self._total, completed=self._start, values=""
+      )
+      self._progress.start()
+    return self
+
+  def update(self, done: int, **values: float) -> None:
+    """Shows that `done` units are done, with the latest values of some quantities."""
+    self._done = done
+    if values:
+      self._values = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if self._live:
+      self._progress.update(self._task, completed=done, values=self._values)
+    elif self._show and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+      self._line()
+
+  def _line(self) -> None:
+    self._last_line = time.monotonic()
+    elapsed = self._last_line - self._began
+    rate = (self._done - self._start) / max(elapsed, 1e-9)
+    eta = f"ETA {clock((self._total - self._done) / rate)}" if rate else ""
+    share = 100 * self._done / max(self._total, 1)
+    console.print(
+      f"{self._name:<22} {share:3.0f}%  {self._done}/{self._total}  {clock(elapsed)}  {eta}  "
+      f"{self._values}"
+    )
+
+  def __exit__(self, *_) -> None:
+    if self._live:
+      self._progress.stop()
+    elif self._show:
+      self._line()
+
+
+def tracked(items: Sequence, name: str) -> Iterator:
+  """The items one by one, with a bar."""
+  with Bar(name, len(items)) as bar:
+    for done, item in enumerate(items, 1):
+      yield item
+      bar.update(done)
+
+
+def clock(seconds: float) -> str:
+  """Seconds as 1:02:03 or 2:03."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(text: str) -> None:
+  """Prints in the first process."""
+  if jax.process_index() == 0:
+    console.print(text, markup=False)
+
+
+def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+  """Prints a table in the first process."""
+  if jax.process_index() == 0:
+    grid = Table(title=title, title_justify="left")
+    for name in header:
+      grid.add_column(name)
+    for row in rows:
+      grid.add_row(*row)
+    console.print(grid)
+
+
+def resume_command() -> str:
+  """The command line that started this process, to be given again."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  program = ["python", "-m", spec.name] if spec else [sys.executable, sys.argv[0]]
+  return shlex.join([*program, *sys.argv[1:]])
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+  """Runs a command's main by absl and ends the process as a person expects.
+
+  Input errors: their message and exit code 2. Interrupts: the resume command and 128 + signal.
+  """
+  from absl import app
+
+  def guarded(argv: list[str]) -> None:
+    try:
+      if len(argv) > 1:
+        raise InputError(f"Unexpected argument {argv[1]!r}: options begin with --, see --help.")
+      main(argv)
+    except InputError as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(2)
+    except Interrupted as stop:
+      print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
+      sys.exit(stop.exit_code)
+
+  app.run(guarded)

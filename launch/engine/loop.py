@@ -1,0 +1,245 @@
+"""The one training loop: step, log, evaluate, save, resume. It knows no model.
+
+A task is a module with the functions of the protocol below. The loop jits its step with donated
+state, reads metrics one step late so that the device never waits for the host, folds the step into
+the key so that a resumed run repeats the uninterrupted one, and ends on a signal with everything
+saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+
+from launch.engine import console, mesh
+from launch.engine.checkpoint import Checkpoints
+from launch.engine.configuration import claim_workdir
+from launch.engine.writers import Writer
+from vavae_jax.errors import InputError
+
+Config = ml_collections.FrozenConfigDict
+Metrics = dict[str, Any]
+Evaluator = tuple[int, Callable[[Any], dict[str, Any]]]
+NON_FINITE = ("stop", "skip")
+
+
+class Task(Protocol):
+  """What a training module offers; `state` is a dataclass with `step`, `params` and `ema`."""
+
+  def check(self, config: Config) -> None:
+    """Raises InputError for anything wrong with the configuration or its data."""
+
+  def init_state(self, config: Config, key: jax.Array) -> Any:
+    """A fresh state, jittable."""
+
+  def load_frozen(self, config: Config) -> Any:
+    """Pytree of what the step needs and never trains (host arrays)."""
+
+  def phase(self, config: Config, step: int) -> str:
+    """What is static about the update that makes `step`; the loop compiles once for each value."""
+
+  def train_step(
+    self, config: Config, phase: str, state: Any, frozen: Any, batch: Any, key: jax.Array
+  ) -> tuple[Any, Metrics]:
+    """One update, pure and jittable; metrics are scalars and have "loss"."""
+
+  def train_data(
+    self, config: Config, process_index: int, process_count: int
+  ) -> grain.IterDataset:
+    """Endless batches of this process: pytrees of host arrays [B / process_count, ...]."""
+
+  def evaluators(self, config: Config) -> dict[str, Evaluator]:
+    """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`."""
+
+
+def run(
+  task: Any,
+  config: Config,
+  workdir: Path,
+  *,
+  name: str = "train",
+  more_evaluators: dict[str, Evaluator] | None = None,
+) -> Any:
+  """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one.
+
+  Args:
+    task: a module that fits `Task`.
+    config: the whole configuration, frozen.
+    workdir: metrics, checkpoints and the configuration go there.
+    name: what the progress bar says.
+    more_evaluators: beside the task's own.
+
+  Returns:
+    The final state, on the devices.
+
+  Raises:
+    InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
+    FloatingPointError: the loss is not finite and `config.non_finite` is "stop".
+    console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+  """
+  _check(config)
+  task.check(config)
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh.check_batch_size(config.batch_size, devices)
+  init = functools.partial(task.init_state, config)
+  abstract = jax.eval_shape(init, jax.random.key(config.seed))
+  shardings = mesh.parameter_shardings(abstract, devices)
+  claim_workdir(workdir, config)
+  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+  checkpoints.check_space(abstract)
+
+  key_init, key_steps = jax.random.split(jax.random.key(config.seed))
+  data = task.train_data(config, jax.process_index(), jax.process_count())
+  batches = iter(data)
+  start = checkpoints.latest_step() or 0
+  with jax.set_mesh(devices):
+    if start:
+      like = jax.tree.map(_with_sharding, abstract, shardings)
+      state = checkpoints.restore(start, like, batches)
+    else:
+      state = jax.jit(init, out_shardings=shardings)(key_init)
+      console.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    if start >= config.num_steps:
+      console.say(f"{name}: {workdir} already has all {start} steps")
+      checkpoints.close()
+      return state
+    frozen = jax.device_put(task.load_frozen(config), mesh.replicated(devices))
+    step_fn = jax.jit(
+      functools.partial(_guarded_step, task.train_step, config),
+      static_argnums=0,
+      donate_argnums=1,
+      out_shardings=(shardings, None),
+    )
+    writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
+    log = _Log(writer, config, start)
+    evaluators = {**task.evaluators(config), **(more_evaluators or {})}
+    with _Signals() as signals, console.Bar(name, config.num_steps, start) as bar:
+      try:
+        for step in range(start + 1, config.num_steps + 1):
+          waiting = time.monotonic()
+          batch = mesh.to_global(next(batches), devices)
+          log.waited += time.monotonic() - waiting
+          key = jax.random.fold_in(key_steps, step)
+          state, metrics = step_fn(task.phase(config, step), state, frozen, batch, key)
+          log.step(step, metrics, bar)
+          last = step == config.num_steps
+          for evaluator, (every, evaluate) in evaluators.items():
+            if every and (step % every == 0 or last):
+              log.flush(bar)
+              _record(writer, step, evaluator, evaluate(state))
+          if step % config.save_every_steps == 0 or last or signals.received:
+            log.flush(bar)
+            checkpoints.save(state, batches, config.to_dict())
+          if signals.received:
+            raise console.Interrupted(signals.received)
+      finally:
+        checkpoints.close()
+        writer.close()
+  return state
+
+
+def _check(config: Config) -> None:
+  for field in ("num_steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+    if config[field] < 1:
+      raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
+  if config.non_finite not in NON_FINITE:
+    raise InputError(f"config.non_finite is {config.non_finite!r}; choose one of {NON_FINITE}.")
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _guarded_step(train_step, config, phase, state, frozen, batch, key):
+  """The task's step; with "skip", a step whose loss is not finite leaves all but the count."""
+  new, metrics = train_step(config, phase, state, frozen, batch, key)
+  if config.non_finite == "skip":
+    finite = jnp.isfinite(metrics["loss"])
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = dataclasses.replace(kept, step=new.step)
+    metrics = {**metrics, "skipped": 1.0 - finite}
+  return new, metrics
+
+
+class _Log:
+  """Means of the metrics between two log lines, each step's read when the next is under way."""
+
+  def __init__(self, writer: Writer, config: Config, step: int):
+    self._writer, self._config = writer, config
+    self._pending: tuple[int, Metrics] | None = None
+    self._window: list[dict[str, float]] = []
+    self._began, self._began_step = time.monotonic(), step
+    self.waited = 0.0
+
+  def step(self, step: int, metrics: Metrics, bar: console.Bar) -> None:
+    """Takes a step's metrics, still being computed, and reads those of the step before."""
+    self.flush(bar)
+    self._pending = (step, metrics)
+
+  def flush(self, bar: console.Bar) -> None:
+    """Reads the pending metrics and writes a line where one is due."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if self._config.non_finite == "stop" and not math.isfinite(values["loss"]):
+      raise FloatingPointError(
+        f"The loss is {values['loss']} at step {step}; the last checkpoint is from before. Lower "
+        'config.optimizer.learning_rate, clip gradients, or set config.non_finite="skip".'
+      )
+    self._window.append(values)
+    bar.update(step, loss=values["loss"])
+    if step % self._config.log_every_steps == 0 or step == self._config.num_steps:
+      seconds = time.monotonic() - self._began
+      steps = step - self._began_step
+      means = {name: float(np.mean([v[name] for v in self._window])) for name in values}
+      speed = {
+        "steps_per_second": steps / seconds,
+        "images_per_second": steps * self._config.batch_size / seconds,
+        "data_wait_fraction": self.waited / seconds,
+      }
+      self._writer.scalars(step, {**means, **speed})
+      self._window, self.waited = [], 0.0
+      self._began, self._began_step = time.monotonic(), step
+
+
+def _record(writer: Writer, step: int, evaluator: str, results: dict[str, Any]) -> None:
+  scalars = {k: v for k, v in results.items() if np.ndim(v) == 0}
+  if scalars:
+    writer.scalars(step, {f"{evaluator}/{k}": v for k, v in scalars.items()})
+  for name, value in results.items():
+    if np.ndim(value) == 3:
+      writer.picture(step, f"{evaluator}/{name}", value)
+
+
+class _Signals:
+  """SIGTERM and SIGINT end the loop after the current step; a second SIGINT ends it at once."""
+
+  def __enter__(self) -> _Signals:
+    self.received = 0
+    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number: int, _frame: Any) -> None:
+    if self.received:
+      raise KeyboardInterrupt
+    self.received = number
+    console.say("stopping after this step, saving a checkpoint (again to stop at once)")
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

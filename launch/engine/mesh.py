@@ -1,0 +1,98 @@
+"""Devices -> mesh, one rule for parameter sharding, host arrays -> global arrays.
+
+One mesh ("data", "fsdp"). The batch goes over both axes; parameters, EMA and optimizer state over
+"fsdp" by their shapes alone, so that no module carries partition metadata.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import BATCH_AXES
+
+# Below this many elements an array costs less to hold everywhere than to gather.
+MIN_SHARDED_SIZE = 2**14
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+  """The mesh ("data", "fsdp") over all devices of all processes.
+
+  Args:
+    data: size of the data axis; -1 takes what fsdp leaves.
+    fsdp: number of shards of parameters and optimizer state; -1 takes what data leaves.
+
+  Returns:
+    A mesh with Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
+
+  Raises:
+    InputError: data x fsdp is not the number of devices.
+  """
+  count = jax.device_count()
+  sizes = {"data": data, "fsdp": fsdp}
+  for axis, other in (("data", "fsdp"), ("fsdp", "data")):
+    if sizes[axis] == -1 and sizes[other] > 0:
+      sizes[axis] = count // sizes[other]
+  if min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != count:
+    raise InputError(
+      f"config.mesh asks for data={data} x fsdp={fsdp}, but there are {count} devices; "
+      "choose two sizes whose product is that number, or -1 for one of them."
+    )
+  return jax.make_mesh((sizes["data"], sizes["fsdp"]), BATCH_AXES, (AxisType.Auto,) * 2)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+  """A sharding for each array of a state: the largest axis that "fsdp" divides, else replicated.
+
+  Args:
+    tree: pytree of arrays or `jax.ShapeDtypeStruct`.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The same tree of `NamedSharding`.
+  """
+  shards = mesh.shape["fsdp"]
+
+  def rule(leaf) -> NamedSharding:
+    axes = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
+    if shards == 1 or leaf.size < MIN_SHARDED_SIZE or not axes:
+      return replicated(mesh)
+    largest = max(axes, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+  return jax.tree.map(rule, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+  """Raises InputError unless the global batch divides over the mesh and the processes."""
+  if batch_size < 1 or batch_size % mesh.size:
+    raise InputError(
+      f"batch_size is {batch_size}, but it must be a positive multiple of the {mesh.size} devices; "
+      f"the nearest are {max(batch_size // mesh.size, 1) * mesh.size} and "
+      f"{(batch_size // mesh.size + 1) * mesh.size}."
+    )
+
+
+def to_global(batch: Any, mesh: Mesh) -> Any:
+  """This process's part of a batch -> global arrays, the leading axis over the whole mesh.
+
+  Args:
+    batch: pytree of host arrays [B / processes, ...].
+    mesh: from `make_mesh`.
+
+  Returns:
+    The tree of global arrays [B, ...].
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )

@@ -1,0 +1,95 @@
+r"""Trains a tokenizer or a diffusion model, from the start or from where it was stopped.
+
+  python -m launch.train --config=configs/quickstart.py:tokenizer --workdir=runs/tokenizer
+  python -m launch.train --config=configs/quickstart.py:diffusion --workdir=runs/diffusion \
+    --config.optimizer.learning_rate=3e-4
+
+Every key of the configuration can be set with --config.KEY=VALUE; configs/base.py explains them. In
+the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/. The same command again resumes
+exactly. Ctrl-C and SIGTERM save a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+import configs.base
+import lightningdit_jax.training
+from launch import trained
+from launch.engine import configuration, console, loop
+from launch.sample import decoded_samples
+from vavae_jax.errors import InputError
+
+PICTURE_SAMPLES = 32
+
+
+def train(config: ConfigDict, workdir: Path) -> Any:
+  """Checks a configuration and trains as it says.
+
+  Args:
+    config: with all keys of `configs/base.py` for its task.
+    workdir: of this configuration.
+
+  Returns:
+    The final state.
+  """
+  task_name = config.get("task")
+  if task_name not in trained.TASKS:
+    raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
+  frozen = configuration.resolve(config, getattr(configs.base, task_name)())
+  extra = {"samples": _sample_pictures(frozen)} if task_name == "diffusion" else {}
+  return loop.run(
+    trained.TASKS[task_name], frozen, workdir, name=f"train {task_name}", more_evaluators=extra
+  )
+
+
+def _sample_pictures(config: FrozenConfigDict) -> loop.Evaluator:
+  """Samples of the EMA as one picture, each time from the same noise."""
+
+  @functools.cache
+  def tokenizer() -> trained.Trained:
+    return trained.tokenizer_of(trained.Trained(Path(), config, 0, None))
+
+  def evaluate(state: Any) -> dict[str, Any]:
+    params = state.params if state.ema is None else state.ema
+    model = trained.Trained(Path(), config, int(state.step), params)
+    count = max(PICTURE_SAMPLES // jax.device_count(), 1) * jax.device_count()
+    labels = np.arange(count) % config.model.num_classes
+    pictures = decoded_samples(model, tokenizer(), np.arange(count), labels, config.sample, seed=0)
+    rows = pictures.reshape(-1, 8, *pictures.shape[1:]) if count % 8 == 0 else pictures[None]
+    return {"grid": np.concatenate([np.concatenate(list(row), axis=1) for row in rows])}
+
+  return config.evaluate_every_steps, evaluate
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  workdir = Path(FLAGS.workdir)
+  state = train(FLAGS.config, workdir)
+  console.table(
+    "Trained",
+    ("what", "where"),
+    [
+      ("steps", str(int(state.step))),
+      ("checkpoints", str(workdir / "checkpoints")),
+      ("losses", str(workdir / "metrics.jsonl")),
+      ("TensorBoard", f"tensorboard --logdir {workdir}"),
+    ],
+  )
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARGUMENT")
+  flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+  flags.mark_flag_as_required("config")
+  console.run_command(main)

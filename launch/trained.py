@@ -1,0 +1,150 @@
+"""Trained models out of workdirs: their configuration, and the parameters that inference uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import lightningdit_jax.training
+import vavae_jax.training
+from launch.engine import mesh
+from launch.engine.checkpoint import read_config, restore_item
+from vavae_jax import functional, images
+from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.errors import InputError
+
+TASKS: dict[str, Any] = {
+  "tokenizer": vavae_jax.training,
+  "diffusion": lightningdit_jax.training,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a training left for use.
+
+  Attributes:
+    workdir: where it was.
+    config: what it was trained with.
+    step: of the checkpoint.
+    params: the EMA where there is one, else the parameters; on every device.
+  """
+
+  workdir: Path
+  config: FrozenConfigDict
+  step: int
+  params: Any
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Identifies the parameters: a hash of their names and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+      digest.update(jax.tree_util.keystr(path).encode())
+      digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def load(workdir: Path, task_name: str, step: int | None = None) -> Trained:
+  """Restores what inference needs from a workdir.
+
+  Args:
+    workdir: a training's.
+    task_name: "tokenizer" or "diffusion".
+    step: which checkpoint; the newest if None.
+
+  Returns:
+    The trained model.
+
+  Raises:
+    InputError: not a workdir, of the other task, or without a checkpoint.
+  """
+  config = FrozenConfigDict(ConfigDict(read_config(workdir)))
+  if config.task != task_name:
+    raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
+  init = functools.partial(TASKS[task_name].init_state, config)
+  state = jax.eval_shape(init, jax.random.key(0))
+  item = "params" if state.ema is None else "ema"
+  everywhere = mesh.replicated(mesh.make_mesh())
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params
+  )
+  params, step = restore_item(workdir, item, like, step)
+  return Trained(Path(workdir), config, step, params)
+
+
+def autoencoder(tokenizer: Trained, params: Any | None = None) -> Autoencoder:
+  """The autoencoder of a trained tokenizer.
+
+  Args:
+    tokenizer: from `load`.
+    params: its parameters as traced by an enclosing jit; `tokenizer.params` if None.
+
+  Returns:
+    The module.
+  """
+  graph = functional.graph_of(vavae_jax.training.build_autoencoder(tokenizer.config))
+  return nnx.merge(graph, (params or tokenizer.params)["autoencoder"])
+
+
+def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
+  """The tokenizer whose latents a diffusion model was trained on.
+
+  Args:
+    diffusion: from `load`.
+    override: a tokenizer's workdir, for latents that do not say where theirs is.
+
+  Returns:
+    The trained tokenizer.
+
+  Raises:
+    InputError: unknown, or another one than the latents were made with.
+  """
+  config = diffusion.config
+  store = lightningdit_jax.training.open_store(config.latents.path)
+  noted = store.manifest.get("tokenizer", {})
+  workdir = override or config.tokenizer or noted.get("workdir")
+  if not workdir:
+    raise InputError(
+      f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
+    )
+  tokenizer = load(Path(workdir), "tokenizer")
+  if noted and noted["sha256"] != tokenizer.sha256:
+    raise InputError(
+      f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "
+      f"{tokenizer.sha256[:12]} and {noted['sha256'][:12]}): samples would decode to noise. Give "
+      "--tokenizer=WORKDIR of the right one, or encode and train again."
+    )
+  return tokenizer
+
+
+def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64) -> np.ndarray:
+  """Pictures through the autoencoder, by the posterior's mode.
+
+  Args:
+    tokenizer: from `load`.
+    image_BHWC: uint8.
+    batch_size: how many at once.
+
+  Returns:
+    uint8, the same shape.
+  """
+
+  @jax.jit
+  def run(params: Any, batch: jax.Array) -> jax.Array:
+    model = autoencoder(tokenizer, params)
+    return images.to_uint8(model.decode(model.encode(images.to_float(batch)).mode()))
+
+  parts = [
+    np.asarray(run(tokenizer.params, image_BHWC[i : i + batch_size]))
+    for i in range(0, len(image_BHWC), batch_size)
+  ]
+  return np.concatenate(parts)

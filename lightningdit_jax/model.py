@@ -1,0 +1,435 @@
+"""LightningDiT, top to bottom: a diffusion transformer on latents, conditioned on time and class.
+
+A DiT (adaLN-zero blocks over patches of the latent) with SwiGLU, RMSNorm and RoPE; every switch of
+the published configuration works. Notable:
+
+- The blocks' weights are stacked on a leading axis L and run by `jax.lax.scan`, so that 28 blocks
+  compile like one. Inside, weights are gathered in the compute dtype and activations pinned to the
+  batch axes.
+- Positions are constants of the actual grid, not weights, so that h may differ from w.
+- Weights, residual stream, norms, RoPE and softmax are float32; matrices multiply in `dtype`.
+- Nothing is random: the caller drops a label by replacing it with the null label, `num_classes`.
+
+Source: Yao et al., arXiv 2501.01423, section 4; hustvl/LightningDiT models/lightningdit.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import gather, pin_batch
+
+SIZES = {
+  "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+  "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+  "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+  "1p0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
+  "1p6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
+}
+
+# "LightningDiT-XL/1" -> arguments. The paper's L/1 is missing from the reference's list.
+PRESETS: dict[str, dict[str, int]] = {
+  f"LightningDiT-{name}/{patch_size}": {**size, "patch_size": patch_size}
+  for name, size in SIZES.items()
+  for patch_size in (1, 2)
+}
+
+XAVIER = nnx.initializers.xavier_uniform()
+SMALL = nnx.initializers.normal(0.02)
+ZEROS = nnx.initializers.zeros
+
+Rope = tuple[np.ndarray, np.ndarray]
+M = TypeVar("M", bound=nnx.Module)
+
+
+def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
+  """The fixed position embedding: the first half of the channels is the column, then the row.
+
+  Args:
+    height: rows of the token grid.
+    width: columns of the token grid.
+    dim: channels, a multiple of 4.
+
+  Returns:
+    [height * width, dim] float32; each half is sines, then cosines.
+  """
+  row_N, column_N = np.indices((height, width)).reshape(2, -1)
+  frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4) / (dim / 4))
+  angles = [np.outer(position_N, frequencies) for position_N in (column_N, row_N)]
+  parts = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
+  return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def rope_tables(height: int, width: int, head_size: int) -> Rope:
+  """Cosine and sine of the angle by which RoPE turns each channel: first by row, then by column.
+
+  Args:
+    height: rows of the token grid.
+    width: columns of the token grid.
+    head_size: channels of a head, a multiple of 4.
+
+  Returns:
+    Two [height * width, head_size] float32 arrays; channels 2i and 2i+1 share an angle.
+  """
+  row_N, column_N = np.indices((height, width)).reshape(2, -1)
+  pairs_per_axis = head_size // 4
+  frequencies = 1.0 / 10000.0 ** (np.arange(pairs_per_axis) / pairs_per_axis)
+  angles = [np.outer(position_N, frequencies) for position_N in (row_N, column_N)]
+  angle_NE = np.concatenate(angles, axis=1).repeat(2, axis=1)
+  return np.cos(angle_NE).astype(np.float32), np.sin(angle_NE).astype(np.float32)
+
+
+def rotate(x_BNKE: jax.Array, rope: Rope) -> jax.Array:
+  """Turns channels (2i, 2i+1) as points of a plane, with rolls: a stride would split TPU lanes."""
+  cos_NE, sin_NE = rope
+  is_first = np.arange(x_BNKE.shape[-1]) % 2 == 0
+  turned_BNKE = jnp.where(is_first, -jnp.roll(x_BNKE, -1, axis=-1), jnp.roll(x_BNKE, 1, axis=-1))
+  return x_BNKE * cos_NE[:, None] + turned_BNKE * sin_NE[:, None]
+
+
+def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
+  """x (1 + scale) + shift, one scale and shift per sample; no shift where it is None."""
+  x_BND = x_BND * (1.0 + scale_BD[:, None])
+  return x_BND if shift_BD is None else x_BND + shift_BD[:, None]
+
+
+def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
+  """The module with its weights whole on every device and its matrices in `dtype`."""
+  graph, weights = nnx.split(module)
+  return nnx.merge(graph, gather(weights, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+  """Makes the layers that everything below consists of.
+
+  Attributes:
+    use_rmsnorm: RMSNorm instead of LayerNorm.
+    dtype: what matrices multiply in.
+    rngs: source of the initial weights.
+  """
+
+  use_rmsnorm: bool
+  dtype: jax.typing.DTypeLike
+  rngs: nnx.Rngs
+
+  def linear(
+    self, in_features: int, out_features: int, init: nnx.Initializer = XAVIER
+  ) -> nnx.Linear:
+    """A matrix and a zero bias."""
+    return nnx.Linear(in_features, out_features, kernel_init=init, dtype=self.dtype, rngs=self.rngs)
+
+  def norm(self, size: int) -> nnx.Module:
+    """The norm before a sublayer, float32; a LayerNorm has no weights here, adaLN provides them."""
+    if self.use_rmsnorm:
+      return nnx.RMSNorm(size, epsilon=1e-6, dtype=jnp.float32, rngs=self.rngs)
+    return self._layer_norm(size, epsilon=1e-6, use_scale=False, use_bias=False)
+
+  def qk_norm(self, size: int) -> nnx.Module:
+    """The norm of queries or of keys, float32; a LayerNorm has weights and another epsilon here."""
+    return self.norm(size) if self.use_rmsnorm else self._layer_norm(size, epsilon=1e-5)
+
+  def _layer_norm(self, size: int, **kwargs) -> nnx.LayerNorm:
+    # The fast variance is E[x^2] - E[x]^2, which cancels.
+    kwargs |= {"use_fast_variance": False, "dtype": jnp.float32, "rngs": self.rngs}
+    return nnx.LayerNorm(size, **kwargs)
+
+
+class TimestepEmbedder(nnx.Module):
+  """Time -> width: cosines and sines of the time, then an MLP."""
+
+  NUM_FREQUENCIES = 128
+
+  def __init__(self, hidden_size: int, layers: Layers):
+    self.fc1 = layers.linear(2 * self.NUM_FREQUENCIES, hidden_size, SMALL)
+    self.fc2 = layers.linear(hidden_size, hidden_size, SMALL)
+
+  def __call__(self, t_B: jax.Array) -> jax.Array:
+    frequencies = 10000.0 ** -(np.arange(self.NUM_FREQUENCIES) / self.NUM_FREQUENCIES)
+    angle = t_B.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return self.fc2(nnx.silu(self.fc1(features)))
+
+
+class Attention(nnx.Module):
+  """Self-attention; queries and keys are normed if asked, then turned by RoPE."""
+
+  def __init__(self, hidden_size: int, num_heads: int, use_qknorm: bool, layers: Layers):
+    self.num_heads = num_heads
+    self.dtype = layers.dtype
+    self.qkv = layers.linear(hidden_size, 3 * hidden_size)
+    self.q_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
+    self.k_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
+    self.proj = layers.linear(hidden_size, hidden_size)
+
+  def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
+    q, k, v = rearrange(
+      self.qkv(x_BND), "B N (three K E) -> three B N K E", three=3, K=self.num_heads
+    )
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if rope is not None:
+      q, k = rotate(q, rope), rotate(k, rope)
+    # Norm and rotation leave float32 behind; the softmax in between is float32 in any case.
+    y_BNKE = jax.nn.dot_product_attention(q.astype(self.dtype), k.astype(self.dtype), v)
+    return self.proj(rearrange(y_BNKE, "B N K E -> B N (K E)"))
+
+
+class SwiGLU(nnx.Module):
+  """silu(x W1) * (x W2), then W3; W1 and W2 are one matrix."""
+
+  def __init__(self, hidden_size: int, mlp_size: int, layers: Layers):
+    self.w12 = layers.linear(hidden_size, 2 * mlp_size)
+    self.w3 = layers.linear(mlp_size, hidden_size)
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    gate, value = jnp.split(self.w12(x_BND), 2, axis=-1)
+    return self.w3(nnx.silu(gate) * value)
+
+
+class Mlp(nnx.Module):
+  """Two matrices with a GELU, by its tanh approximation, between them."""
+
+  def __init__(self, hidden_size: int, mlp_size: int, layers: Layers):
+    self.fc1 = layers.linear(hidden_size, mlp_size)
+    self.fc2 = layers.linear(mlp_size, hidden_size)
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    return self.fc2(nnx.gelu(self.fc1(x_BND), approximate=True))
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each normed, modulated by the condition and gated; gates start at zero."""
+
+  def __init__(
+    self,
+    hidden_size: int,
+    num_heads: int,
+    mlp_ratio: float,
+    *,
+    use_qknorm: bool,
+    use_swiglu: bool,
+    wo_shift: bool,
+    layers: Layers,
+  ):
+    self.wo_shift = wo_shift
+    mlp_size = int(hidden_size * mlp_ratio)
+    self.norm1 = layers.norm(hidden_size)
+    self.attn = Attention(hidden_size, num_heads, use_qknorm, layers)
+    self.norm2 = layers.norm(hidden_size)
+    self.mlp: nnx.Module = (
+      SwiGLU(hidden_size, int(2 / 3 * mlp_size), layers)
+      if use_swiglu
+      else Mlp(hidden_size, mlp_size, layers)
+    )
+    self.adaLN_modulation = layers.linear(hidden_size, (4 if wo_shift else 6) * hidden_size, ZEROS)
+
+  def __call__(self, x_BND: jax.Array, c_BD: jax.Array, rope: Rope | None) -> jax.Array:
+    modulation = self.adaLN_modulation(nnx.silu(c_BD)).astype(jnp.float32)
+    if self.wo_shift:
+      scale1, gate1, scale2, gate2 = jnp.split(modulation, 4, axis=-1)
+      shift1 = shift2 = None
+    else:
+      shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+    y_BND = self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
+    x_BND = x_BND + gate1[:, None] * y_BND
+    y_BND = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+    return x_BND + gate2[:, None] * y_BND
+
+
+class FinalLayer(nnx.Module):
+  """Tokens -> patches of the velocity; it keeps its shift even where the blocks have none."""
+
+  def __init__(self, hidden_size: int, out_features: int, layers: Layers):
+    self.norm_final = layers.norm(hidden_size)
+    self.linear = layers.linear(hidden_size, out_features, ZEROS)
+    self.adaLN_modulation = layers.linear(hidden_size, 2 * hidden_size, ZEROS)
+
+  def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
+    modulation = self.adaLN_modulation(nnx.silu(c_BD)).astype(jnp.float32)
+    shift_BD, scale_BD = jnp.split(modulation, 2, axis=-1)
+    return self.linear(modulate(self.norm_final(x_BND), shift_BD, scale_BD))
+
+
+class LightningDiT(nnx.Module):
+  """The velocity field of a class-conditional flow over latents.
+
+  The defaults are LightningDiT-XL/1 on the f16d32 tokenizer; `PRESETS` has the other sizes.
+
+  Args:
+    input_size: nominal height and width of the latent. It limits no input; PyTorch's files hold
+      positions of this size.
+    patch_size: a token is patch_size x patch_size latent cells.
+    in_channels: latent channels Z.
+    hidden_size: width D.
+    depth: number of blocks L.
+    num_heads: attention heads K.
+    mlp_ratio: the MLP's width in units of D, before SwiGLU's factor 2/3.
+    class_dropout_prob: above 0, the label table has a row for the null label. The share of labels
+      that training drops is the caller's affair.
+    num_classes: labels are 0 .. num_classes-1, and num_classes is the null label.
+    learn_sigma: the head also predicts a variance, which is not returned, as in the reference.
+    use_qknorm: norm queries and keys; it prevents NaN in long bfloat16 runs.
+    use_swiglu: SwiGLU instead of a GELU MLP.
+    use_rope: rotary positions, besides the fixed embedding.
+    use_rmsnorm: RMSNorm instead of LayerNorm.
+    wo_shift: blocks are modulated by scale and gate only.
+    use_checkpoint: recompute each block in the backward pass: less memory, a third more work.
+    dtype: what matrices multiply in; weights are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    InputError: sizes that do not divide.
+
+  Source: hustvl/LightningDiT models/lightningdit.py.
+  """
+
+  def __init__(
+    self,
+    *,
+    input_size: int = 16,
+    patch_size: int = 1,
+    in_channels: int = 32,
+    hidden_size: int = 1152,
+    depth: int = 28,
+    num_heads: int = 16,
+    mlp_ratio: float = 4.0,
+    class_dropout_prob: float = 0.1,
+    num_classes: int = 1000,
+    learn_sigma: bool = False,
+    use_qknorm: bool = False,
+    use_swiglu: bool = True,
+    use_rope: bool = True,
+    use_rmsnorm: bool = True,
+    wo_shift: bool = False,
+    use_checkpoint: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+    self.input_size = input_size
+    self.patch_size = patch_size
+    self.in_channels = in_channels
+    self.hidden_size = hidden_size
+    self.num_heads = num_heads
+    self.num_classes = num_classes
+    self.use_rope = use_rope
+    self.use_checkpoint = use_checkpoint
+    self.dtype = dtype
+
+    layers = Layers(use_rmsnorm, dtype, rngs)
+    self.x_embedder = nnx.Conv(
+      in_channels,
+      hidden_size,
+      (patch_size, patch_size),
+      strides=patch_size,
+      padding="VALID",
+      kernel_init=nnx.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3),
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.t_embedder = TimestepEmbedder(hidden_size, layers)
+    num_labels = num_classes + (class_dropout_prob > 0)
+    self.y_embedder = nnx.Embed(num_labels, hidden_size, embedding_init=SMALL, rngs=rngs)
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap
+    def stacked_blocks(rngs: nnx.Rngs) -> Block:
+      return Block(
+        hidden_size,
+        num_heads,
+        mlp_ratio,
+        use_qknorm=use_qknorm,
+        use_swiglu=use_swiglu,
+        wo_shift=wo_shift,
+        layers=dataclasses.replace(layers, rngs=rngs),
+      )
+
+    self.blocks = stacked_blocks(rngs)
+    out_channels = in_channels * (2 if learn_sigma else 1)
+    self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, layers)
+
+  def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
+    """The velocity at a point of the path from noise to data.
+
+    Args:
+      x_BhwZ: [B,h,w,in_channels], normalised latents; h and w are multiples of patch_size.
+      t_B: [B] in [0, 1], t=0 noise and t=1 data.
+      label_B: [B] integers in 0 .. num_classes. A larger label gives NaN.
+
+    Returns:
+      [B,h,w,in_channels] float32.
+
+    Raises:
+      InputError: shapes that do not fit.
+    """
+    self._check_inputs(x_BhwZ, t_B, label_B)
+    p = self.patch_size
+    h, w = x_BhwZ.shape[1] // p, x_BhwZ.shape[2] // p
+    rope = rope_tables(h, w, self.hidden_size // self.num_heads) if self.use_rope else None
+
+    x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
+    x_BND = pin_batch(x_BND + position_embedding(h, w, self.hidden_size))
+    c_BD = gathered(self.t_embedder, self.dtype)(t_B)
+    c_BD = pin_batch(c_BD + gathered(self.y_embedder, jnp.float32)(label_B))
+
+    graph, weights = nnx.split(self.blocks)
+
+    def run_block(x_BND, weights_of_block):
+      block = nnx.merge(graph, gather(weights_of_block, self.dtype))
+      return pin_batch(block(x_BND, c_BD, rope)), None
+
+    if self.use_checkpoint:
+      # A scan keeps the recomputation from being merged away, so the barriers against that can go.
+      run_block = jax.checkpoint(run_block, prevent_cse=False)
+    x_BND, _ = jax.lax.scan(run_block, x_BND, weights)
+
+    patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
+    out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
+    return out[..., : self.in_channels]
+
+  def _check_inputs(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> None:
+    if x_BhwZ.ndim != 4 or x_BhwZ.shape[-1] != self.in_channels:
+      raise InputError(
+        f"LightningDiT needs latents [B,h,w,{self.in_channels}], channels last, but got "
+        f"{x_BhwZ.shape}."
+      )
+    batch, height, width, _ = x_BhwZ.shape
+    if height % self.patch_size or width % self.patch_size:
+      raise InputError(
+        f"A latent of {height} x {width} cells does not divide into patches of "
+        f"{self.patch_size} x {self.patch_size}; choose another size or patch_size."
+      )
+    if t_B.shape != (batch,) or label_B.shape != (batch,):
+      raise InputError(
+        f"{batch} latents need t and label of shape ({batch},), but got {t_B.shape} and "
+        f"{label_B.shape}; broadcast a scalar t with jnp.full."
+      )
+
+
+def check_sizes(
+  input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool
+) -> None:
+  """Raises InputError, with what to change, where the arguments of a LightningDiT do not divide."""
+  problems = []
+  if input_size % patch_size:
+    problems.append(f"input_size={input_size} must be a multiple of patch_size={patch_size}")
+  if hidden_size % 4:
+    problems.append(f"hidden_size={hidden_size} must be a multiple of 4 to embed positions")
+  if hidden_size % num_heads:
+    problems.append(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}")
+  elif use_rope and hidden_size // num_heads % 4:
+    problems.append(
+      f"the head size hidden_size/num_heads={hidden_size // num_heads} must be a multiple of 4 "
+      "for RoPE, or use_rope be False"
+    )
+  if problems:
+    raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")

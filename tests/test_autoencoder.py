@@ -1,0 +1,144 @@
+"""The tokenizer's network against the reference case, and what holds at any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import cases
+from tests.reference import procedural
+from vavae_jax.autoencoder import Autoencoder, Posterior
+from vavae_jax.convert import autoencoder_from_torch
+
+TINY: dict[str, Any] = {
+  "embed_dim": 3,
+  "ch": 8,
+  "ch_mult": (1, 2),
+  "num_res_blocks": 1,
+  "attn_resolutions": (8,),
+  "resolution": 16,
+  "norm_groups": 4,
+}
+
+
+def tiny(**kwargs) -> Autoencoder:
+  model = nnx.eval_shape(lambda: Autoencoder(**(TINY | kwargs), rngs=nnx.Rngs(0)))
+  return cases.random_weights(model)
+
+
+@pytest.fixture(scope="module")
+def reference():
+  spec, weights, expected = cases.load("vae")
+  model = autoencoder_from_torch(weights, embed_dim=spec["embed_dim"], **spec["ddconfig"])
+  return model, expected
+
+
+def test_posterior_matches_reference(reference):
+  model, expected = reference
+  image = np.tanh(cases.nhwc(procedural.normal("image", (2, 3, 32, 32))))
+  posterior = jax.jit(Autoencoder.encode)(model, jnp.asarray(image))
+  mean, logvar = np.split(cases.nhwc(expected["moments"]), 2, axis=-1)
+  cases.assert_near(posterior.mean, mean, 1e-5)
+  cases.assert_near(posterior.logvar, logvar, 1e-5)
+  cases.assert_near(posterior.kl(), expected["kl"], 1e-5)
+  noise = cases.nhwc(procedural.normal("eps", (2, 8, 8, 8)))
+  cases.assert_near(posterior.sample(noise), cases.nhwc(expected["z"]), 1e-5)
+
+
+def test_decoder_matches_reference(reference):
+  model, expected = reference
+  image = jax.jit(Autoencoder.decode)(model, jnp.asarray(cases.nhwc(expected["z"])))
+  cases.assert_near(image, cases.nhwc(expected["decoded"]), 1e-5)
+
+
+def test_logvar_is_clipped():
+  moments = jnp.asarray([1.0, 2.0, -99.0, 99.0]).reshape(1, 1, 1, 4)
+  posterior = Posterior.from_moments(moments)
+  np.testing.assert_array_equal(posterior.logvar.ravel(), [-30, 20])
+  np.testing.assert_array_equal(posterior.mode().ravel(), [1, 2])
+
+
+def test_patches_are_folded_row_by_row():
+  """patch_size=2 is patch_size=1 on images whose 2 x 2 pixels were moved into channels by hand."""
+  folding = tiny(patch_size=2, ch_mult=(1,))
+  _, weights = nnx.split(folding)
+  graph, _ = nnx.split(tiny(in_channels=12, out_ch=12, resolution=8, ch_mult=(1,)))
+  plain = nnx.merge(graph, weights)
+  image = procedural.normal("image", (3, 4, 6, 3))
+  folded = np.concatenate([image[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
+
+  @jax.jit
+  def there_and_back(model, image):
+    z = model.encode(image).mode()
+    return z, model.decode(z)
+
+  z, decoded = there_and_back(folding, image)
+  assert folding.downsampling == 2
+  assert z.shape == (3, 2, 3, 3)
+  assert decoded.shape == image.shape
+  expected_z, expected = there_and_back(plain, folded)
+  cases.assert_near(z, expected_z, 1e-5)
+  for part, (i, j) in zip(np.split(expected, 4, axis=-1), np.ndindex(2, 2), strict=True):
+    cases.assert_near(decoded[:, i::2, j::2], part, 1e-5)
+
+
+def test_an_image_depends_on_itself_only():
+  model = tiny(ch_mult=(1,))
+  image = jnp.asarray(procedural.normal("image", (3, 4, 6, 3)))
+  gradient = jax.grad(lambda x: model.decode(model.encode(x).mode())[1].sum())
+  grad = jax.jit(gradient)(image)
+  assert jnp.abs(grad[1]).max() > 0
+  np.testing.assert_array_equal(grad[jnp.array([0, 2])], 0)
+
+
+def test_attention_is_placed_by_the_nominal_resolution():
+  model = tiny(resolution=32, patch_size=4)
+  assert [len(level.attn) for level in model.encoder.down] == [1, 0]
+  assert [len(level.attn) for level in model.decoder.up] == [2, 0]
+
+
+def test_bfloat16_stays_near_float32():
+  image = jnp.asarray(np.tanh(procedural.normal("image", (3, 4, 6, 3))))
+  results = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = tiny(dtype=dtype)
+    results.append(jax.jit(lambda x, model=model: model.decode(model.encode(x).mode()))(image))
+  exact, rounded = results
+  assert rounded.dtype == jnp.float32
+  assert rounded.shape == image.shape
+  cases.assert_near(rounded, exact, 0.05)
+
+
+def test_defaults_are_the_published_size():
+  """69.8M weights, and cells of 16 x 16 pixels."""
+  model = nnx.eval_shape(lambda: Autoencoder(rngs=nnx.Rngs(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 69_836_067
+  assert model.downsampling == 16
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"norm_groups": 5}, "norm_groups=5"),
+    ({"double_z": False}, "double_z"),
+    ({"dropout": 0.1}, "dropout=0.1"),
+  ],
+)
+def test_arguments_that_cannot_be_built_are_refused(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    tiny(**kwargs)
+
+
+def test_images_and_latents_that_do_not_fit_are_refused():
+  model = tiny(patch_size=2)
+  with pytest.raises(ValueError, match=r"8 x 10 pixels .* 4 x 4"):
+    model.encode(jnp.zeros((3, 8, 10, 3)))
+  with pytest.raises(ValueError, match=r"channels last, but got \(3, 3, 8, 12\)"):
+    model.encode(jnp.zeros((3, 3, 8, 12)))
+  with pytest.raises(ValueError, match=r"channels last, but got \(3, 3, 4, 6\)"):
+    model.decode(jnp.zeros((3, 3, 4, 6)))

@@ -1,0 +1,179 @@
+"""LightningDiT against the reference cases, and the properties that training relies on."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lightningdit_jax import convert
+from lightningdit_jax.model import PRESETS, LightningDiT, position_embedding, rope_tables
+from tests import cases
+from tests.reference import procedural
+from vavae_jax import functional
+
+TINY = {"in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def build(rngs: nnx.Rngs, **kwargs) -> LightningDiT:
+  return LightningDiT(**(TINY | kwargs), rngs=rngs)
+
+
+def awake(**kwargs) -> LightningDiT:
+  return cases.random_weights(nnx.eval_shape(lambda: build(nnx.Rngs(0), **kwargs)))
+
+
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+  x = jnp.asarray(procedural.normal("x", (3, 4, 6, TINY["in_channels"])))
+  return x, jnp.array([0.1, 0.5, 0.9]), jnp.array([0, 5, 10])
+
+
+@pytest.mark.parametrize("name", ["dit_default", "dit_variant", "dit_qknorm_rms"])
+def test_forward_matches_reference(name):
+  spec, weights, expected = cases.load(name)
+  model = convert.from_torch(weights, **spec["config"])
+  x = cases.nhwc(procedural.normal("x", expected["forward"].shape))
+  t, label = procedural.uniform("t", (4,)), jnp.asarray(spec["inputs"]["y"])
+  velocity = jax.jit(model)(jnp.asarray(x), jnp.asarray(t), label)
+  cases.assert_near(velocity, cases.nhwc(expected["forward"]), 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "use_checkpoint"), [("dit_default", True), ("dit_variant", False)]
+)
+def test_gradients_match_reference(name, use_checkpoint):
+  spec, weights, expected = cases.load(name)
+  model = convert.from_torch(weights, **spec["config"], use_checkpoint=use_checkpoint)
+  graph, params = nnx.split(model)
+  shape = expected["forward"].shape
+  data, noise = (jnp.asarray(cases.nhwc(procedural.normal(key, shape))) for key in ("x1_0", "x0_0"))
+  t = jnp.asarray(procedural.uniform("t_0", (4,)))
+  label = jnp.arange(4) * 3 % (spec["config"]["num_classes"] + 1)
+
+  def loss(params):
+    x_t = t[:, None, None, None] * data + (1 - t[:, None, None, None]) * noise
+    predicted, target = nnx.merge(graph, params)(x_t, t, label), data - noise
+    mse = jnp.mean((predicted - target) ** 2)
+    norms = jnp.linalg.norm(predicted, axis=-1) * jnp.linalg.norm(target, axis=-1)
+    return mse + jnp.mean(1 - jnp.sum(predicted * target, -1) / norms)
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  assert value == pytest.approx(expected["losses"][0].sum(), rel=1e-5)
+  # The stored gradient is the one after clipping to a global norm of 1.
+  norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+  actual = convert.to_torch(nnx.merge(graph, gradient))
+  for key in weights:
+    # Softmax ignores the key norm's bias where there is no RoPE: its gradient is rounding noise.
+    cases.assert_near(actual[key] / norm, expected[f"grad/{key}"], 1e-4, floor=1e-8)
+
+
+def test_initialisation_is_that_of_the_reference():
+  """Among it that the velocity is zero."""
+  wide = functools.partial(build, hidden_size=128, patch_size=2)
+
+  @jax.jit
+  def initialise(key):
+    params = functional.init(wide, key)
+    return params, nnx.merge(functional.graph_of(wide), params)(*inputs())
+
+  params, velocity = initialise(jax.random.key(0))
+  np.testing.assert_array_equal(velocity, 0)
+  qkv_LDM = params["blocks"]["attn"]["qkv"]["kernel"]
+  assert jnp.abs(qkv_LDM).max() == pytest.approx((6 / (128 + 3 * 128)) ** 0.5, rel=1e-2)
+  assert not jnp.allclose(qkv_LDM[0], qkv_LDM[1])
+  patch = params["x_embedder"]["kernel"]
+  assert jnp.abs(patch).max() == pytest.approx((6 / (4 * 3 + 128)) ** 0.5, rel=1e-2)
+  assert params["t_embedder"]["fc1"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
+  assert params["y_embedder"]["embedding"].std() == pytest.approx(0.02, rel=0.1)
+  assert not params["blocks"]["adaLN_modulation"]["kernel"].any()
+
+
+def test_a_sample_depends_on_its_own_inputs_only():
+  model, (x, t, label) = awake(), inputs()
+  gradient = jax.grad(lambda x, t: model(x, t, label)[1].sum(), argnums=(0, 1))
+  for grad in jax.jit(gradient)(x, t):
+    assert jnp.abs(grad[1]).max() > 0
+    np.testing.assert_array_equal(grad[jnp.array([0, 2])], 0)
+
+
+def test_patches_return_to_where_they_came_from():
+  """While the gates are closed no token sees another, so a patch depends on itself alone."""
+  model = awake(patch_size=2)
+  model.blocks.adaLN_modulation = jax.tree.map(jnp.zeros_like, model.blocks.adaLN_modulation)
+  x, t, label = inputs()
+  gradient = jax.grad(lambda x: model(x, t, label)[1, 2:4, 2:4].sum())
+  touched = np.abs(jax.jit(gradient)(x)[1]).sum(axis=-1) > 0
+  expected = np.zeros((4, 6), bool)
+  expected[2:4, 2:4] = True
+  np.testing.assert_array_equal(touched, expected)
+
+
+def test_positions_of_an_oblong_grid():
+  """Token (row 2, column 3) of a 3 x 5 grid, channel by channel."""
+  token = 2 * 5 + 3
+  slow = 10000**-0.5
+  expected = [f(p * w) for p in (3, 2) for f in (np.sin, np.cos) for w in (1, slow)]
+  np.testing.assert_allclose(position_embedding(3, 5, 8)[token], expected, rtol=1e-6)
+  angles = np.repeat([2, 2 * slow, 3, 3 * slow], 2)
+  for table, expected in zip(rope_tables(3, 5, 8), (np.cos(angles), np.sin(angles)), strict=True):
+    np.testing.assert_allclose(table[token], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_blocks_are_recomputed_if_asked(use_checkpoint):
+  """That this changes no gradient, the reference case shows."""
+  model = awake(use_checkpoint=use_checkpoint)
+  assert ("remat" in str(jax.make_jaxpr(model)(*inputs()))) == use_checkpoint
+
+
+def test_bfloat16_stays_near_float32():
+  """And the residual stream, which the scan over blocks carries, is float32 all the same."""
+  model = awake(dtype=jnp.bfloat16)
+  rounded = jax.jit(model)(*inputs())
+  assert rounded.dtype == jnp.float32
+  cases.assert_near(rounded, jax.jit(awake())(*inputs()), 0.02)
+  equations = jax.make_jaxpr(model)(*inputs()).eqns
+  (stream,) = next(e.outvars for e in equations if e.primitive.name == "scan")
+  assert stream.aval.dtype == jnp.float32
+
+
+def test_published_sizes():
+  """The paper's 675M for XL/1; every preset builds."""
+  counts = {}
+  for name, preset in PRESETS.items():
+    model = nnx.eval_shape(lambda preset=preset: LightningDiT(**preset, rngs=nnx.Rngs(0)))
+    counts[name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+  assert len(counts) == 10
+  assert round(counts["LightningDiT-XL/1"] / 1e6) == 675
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"num_heads": 3}, "multiple of num_heads=3"),
+    ({"hidden_size": 36}, "head size hidden_size/num_heads=18"),
+    ({"hidden_size": 34, "use_rope": False}, "hidden_size=34 must be a multiple of 4"),
+    ({"patch_size": 3}, "multiple of patch_size=3"),
+  ],
+)
+def test_sizes_that_do_not_divide_are_refused(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    LightningDiT(**(TINY | kwargs), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda x, t, label: (x[..., :2], t, label), r"\[B,h,w,3\]"),
+    (lambda x, t, label: (x[:, :3], t, label), "3 x 6 cells"),
+    (lambda x, t, label: (x, t[0], label), r"shape \(3,\)"),
+    (lambda x, t, label: (x, t, label[:1]), r"shape \(3,\)"),
+  ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    awake(patch_size=2)(*change(*inputs()))

@@ -1,0 +1,404 @@
+"""The tokenizer's network: latent diffusion's KL autoencoder, image -> posterior -> image.
+
+Module names follow the published checkpoints (`encoder.down.0.block.1.conv1`), so that conversion
+is nearly mechanical. Attention stands where the feature map of an image of the nominal
+`resolution` has a size in `attn_resolutions`; other image sizes run through the same network.
+Convolutions run in `dtype`; GroupNorm, attention's softmax and the posterior are float32.
+
+Source: Rombach et al., arXiv 2112.10752; hustvl/LightningDiT
+vavae/ldm/modules/diffusionmodules/model.py, vavae/ldm/models/autoencoder.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import pin_batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+  """A diagonal Gaussian over latents, float32."""
+
+  mean: jax.Array
+  logvar: jax.Array
+
+  @classmethod
+  def from_moments(cls, moments_BhwM: jax.Array) -> Posterior:
+    """Means and log variances stacked on the channel axis, M = 2 Z; the latter are clipped."""
+    mean, logvar = jnp.split(moments_BhwM.astype(jnp.float32), 2, axis=-1)
+    return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
+  def sample(self, noise_BhwZ: jax.Array) -> jax.Array:
+    """The latent that standard normal noise picks: mean + std * noise."""
+    return self.mean + jnp.exp(0.5 * self.logvar) * noise_BhwZ
+
+  def mode(self) -> jax.Array:
+    """The most likely latent."""
+    return self.mean
+
+  def kl(self) -> jax.Array:
+    """Divergence from the standard normal in nats, summed over each image: [B]."""
+    kl_BhwZ = 0.5 * (self.mean**2 + jnp.exp(self.logvar) - 1.0 - self.logvar)
+    return kl_BhwZ.sum(axis=(1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+  """Makes the two kinds of layer that everything below consists of.
+
+  Attributes:
+    norm_groups: groups of every GroupNorm.
+    dtype: what convolutions compute in.
+    rngs: source of the initial weights.
+  """
+
+  norm_groups: int
+  dtype: jax.typing.DTypeLike
+  rngs: nnx.Rngs
+
+  def conv(self, in_channels: int, out_channels: int, size: int = 3, **kwargs: Any) -> nnx.Conv:
+    """A convolution that starts as PyTorch's do: all weights uniform in +-1/sqrt(fan_in)."""
+    bound = (in_channels * size * size) ** -0.5
+
+    def init(key, shape, dtype):
+      return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    kwargs |= {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "rngs": self.rngs}
+    return nnx.Conv(in_channels, out_channels, (size, size), **kwargs)
+
+  def norm(self, channels: int) -> nnx.GroupNorm:
+    """GroupNorm in float32, its variance from centred values: E[x^2] - E[x]^2 would cancel."""
+    if self.norm_groups < 1 or channels % self.norm_groups:
+      raise InputError(
+        f"norm_groups={self.norm_groups} does not divide a width of {channels} channels; choose "
+        "norm_groups that divides ch * m for every m in ch_mult (the published model has 32)."
+      )
+    return nnx.GroupNorm(
+      channels,
+      self.norm_groups,
+      epsilon=1e-6,
+      dtype=jnp.float32,
+      use_fast_variance=False,
+      rngs=self.rngs,
+    )
+
+
+class ResnetBlock(nnx.Module):
+  """Twice norm, swish, convolution, around a shortcut."""
+
+  def __init__(self, in_channels: int, out_channels: int, layers: Layers):
+    self.norm1 = layers.norm(in_channels)
+    self.conv1 = layers.conv(in_channels, out_channels)
+    self.norm2 = layers.norm(out_channels)
+    self.conv2 = layers.conv(out_channels, out_channels)
+    same = in_channels == out_channels
+    self.nin_shortcut = None if same else layers.conv(in_channels, out_channels, 1)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.conv1(nnx.swish(self.norm1(x)))
+    y = self.conv2(nnx.swish(self.norm2(y)))
+    shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+    return pin_batch(shortcut + y)
+
+
+class AttnBlock(nnx.Module):
+  """Self-attention with one head over all positions, around a shortcut."""
+
+  def __init__(self, channels: int, layers: Layers):
+    self.norm = layers.norm(channels)
+    self.q, self.k, self.v, self.proj_out = (layers.conv(channels, channels, 1) for _ in range(4))
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    y_BhwD = self.norm(x_BhwD)
+    q_BNKE, k_BNKE, v_BNKE = (
+      rearrange(project(y_BhwD), "B h w D -> B (h w) 1 D") for project in (self.q, self.k, self.v)
+    )
+    y_BNKE = jax.nn.dot_product_attention(q_BNKE, k_BNKE, v_BNKE)  # softmax is always float32
+    return pin_batch(x_BhwD + self.proj_out(y_BNKE.reshape(x_BhwD.shape)))
+
+
+class Downsample(nnx.Module):
+  """Halves height and width; the one row and column of padding lie below and to the right."""
+
+  def __init__(self, channels: int, layers: Layers):
+    self.conv = layers.conv(channels, channels, strides=2, padding=((0, 1), (0, 1)))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.conv(x)
+
+
+class Upsample(nnx.Module):
+  """Doubles height and width: every position four times, then a convolution."""
+
+  def __init__(self, channels: int, layers: Layers):
+    self.conv = layers.conv(channels, channels)
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    return self.conv(repeat(x_BhwD, "B h w D -> B (h p) (w q) D", p=2, q=2))
+
+
+class Level(nnx.Module):
+  """The blocks at one resolution, and the way to the next one."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    num_blocks: int,
+    layers: Layers,
+    *,
+    attention: bool,
+    downsample: bool = False,
+    upsample: bool = False,
+  ):
+    widths = [in_channels] + [out_channels] * num_blocks
+    self.block = nnx.List([ResnetBlock(*pair, layers) for pair in pairwise(widths)])
+    self.attn = nnx.List([AttnBlock(out_channels, layers) for _ in self.block if attention])
+    self.downsample = Downsample(out_channels, layers) if downsample else None
+    self.upsample = Upsample(out_channels, layers) if upsample else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i, block in enumerate(self.block):
+      x = block(x)
+      if self.attn:
+        x = self.attn[i](x)
+    if self.downsample is not None:
+      x = self.downsample(x)
+    if self.upsample is not None:
+      x = self.upsample(x)
+    return x
+
+
+class Middle(nnx.Module):
+  """Block, attention, block at the lowest resolution."""
+
+  def __init__(self, channels: int, layers: Layers):
+    self.block_1 = ResnetBlock(channels, channels, layers)
+    self.attn_1 = AttnBlock(channels, layers)
+    self.block_2 = ResnetBlock(channels, channels, layers)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nnx.Module):
+  """Image [B,H,W,in_channels] -> features [B,h,w,out_channels]: one level per factor in ch_mult."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    *,
+    ch: int,
+    ch_mult: Sequence[int],
+    num_res_blocks: int,
+    attention: Sequence[bool],
+    layers: Layers,
+  ):
+    widths = [ch * mult for mult in ch_mult]
+    self.conv_in = layers.conv(in_channels, ch)
+    self.down = nnx.List(
+      [
+        Level(*pair, num_res_blocks, layers, attention=attention[i], downsample=i < len(widths) - 1)
+        for i, pair in enumerate(pairwise([ch, *widths]))
+      ]
+    )
+    self.mid = Middle(widths[-1], layers)
+    self.norm_out = layers.norm(widths[-1])
+    self.conv_out = layers.conv(widths[-1], out_channels)
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    return self.conv_out(self.trunk(image_BHWC))
+
+  def trunk(self, image_BHWC: jax.Array) -> jax.Array:
+    """What the last layer sees: adaptive loss weights take gradients there."""
+    x = self.conv_in(image_BHWC)
+    for level in self.down:
+      x = level(x)
+    return nnx.swish(self.norm_out(self.mid(x)))
+
+
+class Decoder(nnx.Module):
+  """Features [B,h,w,in_channels] -> image [B,H,W,out_channels]; `up[0]` is the finest level."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    *,
+    ch: int,
+    ch_mult: Sequence[int],
+    num_res_blocks: int,
+    attention: Sequence[bool],
+    layers: Layers,
+  ):
+    widths = [ch * mult for mult in ch_mult]
+    self.conv_in = layers.conv(in_channels, widths[-1])
+    self.mid = Middle(widths[-1], layers)
+    self.up = nnx.List(
+      [
+        Level(below, width, num_res_blocks + 1, layers, attention=attention[i], upsample=i > 0)
+        for i, (width, below) in enumerate(pairwise([*widths, widths[-1]]))
+      ]
+    )
+    self.norm_out = layers.norm(widths[0])
+    self.conv_out = layers.conv(widths[0], out_channels)
+
+  def __call__(self, z_BhwZ: jax.Array) -> jax.Array:
+    return self.conv_out(self.trunk(z_BhwZ))
+
+  def trunk(self, z_BhwZ: jax.Array) -> jax.Array:
+    """What the last layer sees."""
+    x = self.mid(self.conv_in(z_BhwZ))
+    for level in reversed(self.up):
+      x = level(x)
+    return nnx.swish(self.norm_out(x))
+
+
+class Autoencoder(nnx.Module):
+  """Image <-> latent; the defaults are the published f16d32 tokenizer.
+
+  Args:
+    embed_dim: latent channels Z.
+    z_channels: channels between encoder and bottleneck; None takes embed_dim.
+    ch: base width.
+    ch_mult: width of each level in units of `ch`; every level but the last halves the image.
+    num_res_blocks: blocks per encoder level; the decoder has one more.
+    attn_resolutions: sizes of the feature map, for an image of size `resolution`, with attention.
+    resolution: nominal image size in pixels; it places attention and limits no input.
+    in_channels: image channels that are read.
+    out_ch: image channels that are written.
+    double_z: the encoder gives means and variances; a published key, always True here.
+    dropout: a published key, always 0 here, as in every published configuration.
+    patch_size: ours: every patch_size x patch_size pixels are folded into channels before the first
+      convolution and unfolded after the last, so that small runs are cheap. 1 is as published.
+    norm_groups: ours: groups of every GroupNorm, so that widths below 32 are possible.
+    dtype: what convolutions compute in; weights are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    InputError: a value above that cannot be built.
+
+  Source: hustvl/LightningDiT vavae/ldm/models/autoencoder.py, vavae/configs/f16d32_vfdinov2.yaml.
+  """
+
+  def __init__(
+    self,
+    *,
+    embed_dim: int = 32,
+    z_channels: int | None = None,
+    ch: int = 128,
+    ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+    num_res_blocks: int = 2,
+    attn_resolutions: Sequence[int] = (16,),
+    resolution: int = 256,
+    in_channels: int = 3,
+    out_ch: int = 3,
+    double_z: bool = True,
+    dropout: float = 0.0,
+    patch_size: int = 1,
+    norm_groups: int = 32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if not double_z:
+      raise InputError(
+        "double_z=False has no posterior to sample; only double_z=True is supported."
+      )
+    if dropout:
+      raise InputError(f"dropout={dropout} is not supported, nor used by the paper; set it to 0.")
+    z_channels = embed_dim if z_channels is None else z_channels
+    self.embed_dim = embed_dim
+    self.in_channels = in_channels
+    self.patch_size = patch_size
+    self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+    self.dtype = dtype
+
+    layers = Layers(norm_groups, dtype, rngs)
+    sizes = [resolution // patch_size // 2**i for i in range(len(ch_mult))]
+    shared: dict[str, Any] = {
+      "ch": ch,
+      "ch_mult": ch_mult,
+      "num_res_blocks": num_res_blocks,
+      "attention": [size in attn_resolutions for size in sizes],
+      "layers": layers,
+    }
+    self.encoder = Encoder(in_channels * patch_size**2, 2 * z_channels, **shared)
+    self.decoder = Decoder(z_channels, out_ch * patch_size**2, **shared)
+    self.quant_conv = layers.conv(2 * z_channels, 2 * embed_dim, 1)
+    self.post_quant_conv = layers.conv(embed_dim, z_channels, 1)
+
+  def encode(self, image_BHWC: jax.Array) -> Posterior:
+    """The distribution of an image's latent.
+
+    Args:
+      image_BHWC: [B,H,W,in_channels] in [-1, 1]; H and W are multiples of `downsampling`.
+
+    Returns:
+      Posterior over z [B, H/downsampling, W/downsampling, embed_dim].
+
+    Raises:
+      InputError: the image's size or channels do not fit.
+    """
+    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != self.in_channels:
+      raise InputError(
+        f"encode needs images [B,H,W,{self.in_channels}], channels last, but got "
+        f"{image_BHWC.shape}."
+      )
+    height, width = image_BHWC.shape[1:3]
+    if height % self.downsampling or width % self.downsampling:
+      raise InputError(
+        f"An image of {height} x {width} pixels does not divide into latent cells of "
+        f"{self.downsampling} x {self.downsampling}; resize or crop it to multiples of "
+        f"{self.downsampling}."
+      )
+    return self.posterior(self.encode_trunk(image_BHWC))
+
+  def encode_trunk(self, image_BHWC: jax.Array) -> jax.Array:
+    """The encoder but for its last layer."""
+    p = self.patch_size
+    x = rearrange(image_BHWC, "B (h p) (w q) C -> B h w (p q C)", p=p, q=p)
+    return self.encoder.trunk(pin_batch(x))
+
+  def posterior(self, trunk_BhwD: jax.Array) -> Posterior:
+    """From the encoder's last layer on: `encode(x)` is `posterior(encode_trunk(x))`."""
+    return Posterior.from_moments(self.quant_conv(self.encoder.conv_out(trunk_BhwD)))
+
+  def decode(self, z_BhwZ: jax.Array) -> jax.Array:
+    """The image of a latent.
+
+    Args:
+      z_BhwZ: [B,h,w,embed_dim] as `encode` gives it, not normalised.
+
+    Returns:
+      [B, h*downsampling, w*downsampling, out_ch] float32, about [-1, 1], not clipped.
+
+    Raises:
+      InputError: the latent's channels do not fit.
+    """
+    if z_BhwZ.ndim != 4 or z_BhwZ.shape[-1] != self.embed_dim:
+      raise InputError(
+        f"decode needs latents [B,h,w,{self.embed_dim}], channels last, but got {z_BhwZ.shape}."
+      )
+    return self.image(self.decode_trunk(z_BhwZ))
+
+  def decode_trunk(self, z_BhwZ: jax.Array) -> jax.Array:
+    """The decoder but for its last layer."""
+    return self.decoder.trunk(self.post_quant_conv(pin_batch(z_BhwZ)))
+
+  def image(self, trunk_BhwD: jax.Array) -> jax.Array:
+    """From the decoder's last layer on: `decode(z)` is `image(decode_trunk(z))`."""
+    p = self.patch_size
+    x = self.decoder.conv_out(trunk_BhwD)
+    return rearrange(x, "B h w (p q C) -> B (h p) (w q) C", p=p, q=p).astype(jnp.float32)

