@@ -11,23 +11,20 @@ exactly. Ctrl-C and SIGTERM save a checkpoint first.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 import configs.base
-import lightningdit_jax.training
 from launch import trained
 from launch.engine import configuration, console, loop
-from launch.sample import decoded_samples
+from launch.sample import contact_sheet, make_sampler
 from vavae_jax.errors import InputError
 
-PICTURE_SAMPLES = 32
+PICTURE_SAMPLES = 36
 
 
 def train(config: ConfigDict, workdir: Path) -> Any:
@@ -53,18 +50,12 @@ def train(config: ConfigDict, workdir: Path) -> Any:
 def _sample_pictures(config: FrozenConfigDict) -> loop.Evaluator:
   """Samples of the EMA as one picture, each time from the same noise."""
 
-  @functools.cache
-  def tokenizer() -> trained.Trained:
-    return trained.tokenizer_of(trained.Trained(Path(), config, 0, None))
-
   def evaluate(state: Any) -> dict[str, Any]:
     params = state.params if state.ema is None else state.ema
     model = trained.Trained(Path(), config, int(state.step), params)
-    count = max(PICTURE_SAMPLES // jax.device_count(), 1) * jax.device_count()
-    labels = np.arange(count) % config.model.num_classes
-    pictures = decoded_samples(model, tokenizer(), np.arange(count), labels, config.sample, seed=0)
-    rows = pictures.reshape(-1, 8, *pictures.shape[1:]) if count % 8 == 0 else pictures[None]
-    return {"grid": np.concatenate([np.concatenate(list(row), axis=1) for row in rows])}
+    sampler = make_sampler(model, trained.tokenizer_of(model), config.sample, seed=0)
+    index = np.arange(PICTURE_SAMPLES)
+    return {"grid": contact_sheet(sampler(index, index % config.model.num_classes))}
 
   return config.evaluate_every_steps, evaluate
 

@@ -57,7 +57,7 @@ def velocity_losses(predicted_BhwZ: jax.Array, target_BhwZ: jax.Array) -> dict[s
     {"mse": mean of squares, "cosine": mean over positions of 1 - cosine over channels}, scalars.
   """
   predicted, target = predicted_BhwZ.astype(jnp.float32), target_BhwZ.astype(jnp.float32)
-  # Each norm is clamped as PyTorch does: the model's zero-initialised head would give NaN gradients.
+  # Each norm is clamped as PyTorch does: a zero-initialised head would give NaN gradients.
   norms = jnp.sqrt(
     jnp.maximum(jnp.sum(predicted**2, -1), 1e-16) * jnp.maximum(jnp.sum(target**2, -1), 1e-16)
   )

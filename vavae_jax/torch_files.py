@@ -28,6 +28,8 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from vavae_jax.errors import InputError
+
 _DTYPES = {
   "DoubleStorage": np.dtype(np.float64),
   "FloatStorage": np.dtype(np.float32),
@@ -46,7 +48,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-# All that zipfile and the unpickler raise where bytes are missing or wrong, ValueError apart.
+# All that zipfile, the unpickler and numpy raise where bytes are missing or wrong.
 _DAMAGE = (
   zipfile.BadZipFile,
   pickle.UnpicklingError,
@@ -55,6 +57,7 @@ _DAMAGE = (
   AttributeError,
   LookupError,
   TypeError,
+  ValueError,
   OverflowError,
   RuntimeError,
   MemoryError,
@@ -73,24 +76,25 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     and dictionaries as they are.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if the file is not a PyTorch file, is truncated or damaged, holds anything but
-      tensors and plain values, or a tensor reaches outside its storage.
+    InputError: if there is no such file, or it is no PyTorch file, is truncated or damaged, holds
+      anything but tensors and plain values, or a tensor reaches outside its storage.
   """
   path = Path(path)
+  if not path.is_file():
+    raise InputError(f"There is no file {path}; give the path of a .pt, .pth, .bin or .ckpt file.")
   try:
     with path.open("rb") as file:
       is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
       file.seek(0)
       content = _read_zip(file) if is_zip else _read_legacy(file)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from error
   except _DAMAGE as error:
-    raise ValueError(
+    raise InputError(
       f"{path} is truncated, damaged or not a PyTorch weight file ({error}): fetch it again."
     ) from error
   if not isinstance(content, dict):
-    raise ValueError(
+    raise InputError(
       f"{path} holds a {type(content).__name__}, a dictionary is needed: save a state_dict()."
     )
   return content
@@ -127,7 +131,7 @@ class _Unpickler(pickle._Unpickler):
       ("torch._utils", "_rebuild_parameter"): self._parameter,
     }
     if (module, name) not in known:
-      raise ValueError(
+      raise InputError(
         f"refused: the file asks for {module}.{name}, which is no part of a weight file. If it is "
         "yours, save the state_dict() alone; if not, it may be an attack."
       )
@@ -137,14 +141,14 @@ class _Unpickler(pickle._Unpickler):
     # The older layout has one field more, for a view into another storage, long out of use.
     tag, kind, key, _, count, *view = pid
     if tag != "storage" or kind not in _DTYPES or view not in ([], [None]) or count < 0:
-      raise ValueError(f"storage {pid} is not understood: save it again with PyTorch 1.6 or later")
+      raise InputError(f"storage {pid} is not understood: save it again with PyTorch 1.6 or later")
     dtype = _DTYPES[kind]
     size = count * dtype.itemsize
     if key not in self.storages:
       self.storages[key] = _Storage(dtype, self._fetch(key, size))
     storage = self.storages[key]
     if storage.dtype != dtype or len(storage.data) != size:
-      raise ValueError(
+      raise InputError(
         f"storage {key!r} has {len(storage.data)} bytes of {storage.dtype}, a tensor takes it for "
         f"{size} bytes of {dtype}: the file is damaged"
       )
@@ -158,7 +162,7 @@ class _Unpickler(pickle._Unpickler):
       or len(shape) != len(stride)
       or not all(isinstance(n, int) and n >= 0 for n in numbers)
     ):
-      raise ValueError(
+      raise InputError(
         f"a tensor of shape {shape}, stride {stride}, offset {offset} makes no sense"
       )
     dtype, data = storage
@@ -166,7 +170,7 @@ class _Unpickler(pickle._Unpickler):
       # In Python's unbounded integers: the same sum in 64 bits could wrap around to a small one.
       end = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
       if end * dtype.itemsize > len(data):
-        raise ValueError(
+        raise InputError(
           f"a tensor of shape {shape}, stride {stride}, offset {offset} needs {end} elements, its "
           f"storage has {len(data) // dtype.itemsize}: the file is damaged"
         )
@@ -186,17 +190,17 @@ def _read_zip(file: IO[bytes]) -> Any:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-      raise ValueError("a zip archive, but no PyTorch weight file: it has no single data.pkl")
+      raise InputError("a zip archive, but no PyTorch weight file: it has no single data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
 
     def read(name: str) -> bytes:
       # PyTorch never compresses; a few compressed bytes could swell to all of the memory.
       if infos[folder + name].compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed: unpack the archive and pack it with zip -0")
+        raise InputError(f"{name} is compressed: unpack the archive and pack it with zip -0")
       return archive.read(folder + name)
 
     if f"{folder}byteorder" in infos and read("byteorder") != b"little":
-      raise ValueError("written on a big-endian machine: save it again on a little-endian one")
+      raise InputError("written on a big-endian machine: save it again on a little-endian one")
     data_pkl = io.BytesIO(read("data.pkl"))
     return _Unpickler(data_pkl, lambda key, size: read(f"data/{key}")).load()
 
@@ -208,25 +212,25 @@ def _read_legacy(file: io.BufferedReader) -> Any:
     nonlocal available
     available -= size
     if available < 0:
-      raise ValueError("truncated: the file is shorter than the tensors that it announces")
+      raise InputError("truncated: the file is shorter than the tensors that it announces")
     return bytearray(size)
 
   if _Unpickler(file, allocate).load() != _LEGACY_MAGIC:
-    raise ValueError("not a PyTorch weight file: neither its zip format nor the older one")
+    raise InputError("not a PyTorch weight file: neither its zip format nor the older one")
   protocol = _Unpickler(file, allocate).load()
   system = _Unpickler(file, allocate).load()
   if protocol != _LEGACY_PROTOCOL or not system["little_endian"]:
-    raise ValueError(f"protocol {protocol} on {system}: save it again with PyTorch 1.6 or later")
+    raise InputError(f"protocol {protocol} on {system}: save it again with PyTorch 1.6 or later")
   unpickler = _Unpickler(file, allocate)
   content = unpickler.load()
 
   # The storages' bytes come last: fill the memory that the arrays already look at.
   keys = _Unpickler(file, allocate).load()
   if sorted(keys) != sorted(unpickler.storages):
-    raise ValueError("the stored tensors are not those that the file announces: it is damaged")
+    raise InputError("the stored tensors are not those that the file announces: it is damaged")
   for key in keys:
     dtype, data = unpickler.storages[key]
     count = int.from_bytes(file.read(8), "little")
     if count * dtype.itemsize != len(data) or file.readinto(data) != len(data):
-      raise ValueError(f"truncated or damaged at storage {key!r}: fetch it again")
+      raise InputError(f"truncated or damaged at storage {key!r}: fetch it again")
   return content

@@ -259,7 +259,7 @@ class _Forward:
 
 
 def _merge_teacher(config: FrozenConfigDict, frozen: Any) -> Any:
-  """The teacher around its weights as arguments of the step: as constants they would be compiled."""
+  """The teacher around weights that are arguments: as constants they would be compiled in."""
   if not config.teacher.name:
     return None
   graph, _ = nnx.split(_teacher(config.teacher.name, config.teacher.weights))

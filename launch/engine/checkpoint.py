@@ -1,4 +1,4 @@
-"""Checkpoints: {params, ema, training state, data iterator, config} of one step, whole or not at all.
+"""Checkpoints {params, ema, training state, data iterator, config}, each whole or not at all.
 
 The only file that imports orbax. Parameters and EMA are items of their own, so that encoding and
 sampling restore them without the optimizers. A killed save leaves a temporary folder that orbax
@@ -61,7 +61,7 @@ class Checkpoints:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
 
     Args:
-      state: a task's state, a dataclass with `step`, `params`, `ema` (or None) and what else it has.
+      state: a task's state: a dataclass with `step`, `params`, `ema` (or None) and more.
       data: the grain iterator.
       config: plain nested dict.
     """

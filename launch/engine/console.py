@@ -7,11 +7,13 @@ command that resumes.
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+from absl import app, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
@@ -126,6 +128,10 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
     console.print(grid)
 
 
+def _interrupt(number: int, _frame: object) -> None:
+  raise Interrupted(number)
+
+
 def resume_command() -> str:
   """The command line that started this process, to be given again."""
   spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -133,21 +139,31 @@ def resume_command() -> str:
   return shlex.join([*program, *sys.argv[1:]])
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
   Input errors: their message and exit code 2. Interrupts: the resume command and 128 + signal.
+
+  Args:
+    main: takes the command line without its options.
+    arguments: how many words beside options the command takes.
   """
-  from absl import app
 
   def guarded(argv: list[str]) -> None:
+    # Libraries tell every file they touch; their warnings are enough.
+    logging.set_verbosity(logging.WARNING)
     try:
-      if len(argv) > 1:
-        raise InputError(f"Unexpected argument {argv[1]!r}: options begin with --, see --help.")
+      if len(argv) > arguments + 1:
+        unexpected = argv[arguments + 1]
+        raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
+      signal.signal(signal.SIGTERM, _interrupt)
       main(argv)
     except InputError as error:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(2)
+    except KeyboardInterrupt:
+      print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
+      sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
       print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
       sys.exit(stop.exit_code)

@@ -56,9 +56,7 @@ class Task(Protocol):
   ) -> tuple[Any, Metrics]:
     """One update, pure and jittable; metrics are scalars and have "loss"."""
 
-  def train_data(
-    self, config: Config, process_index: int, process_count: int
-  ) -> grain.IterDataset:
+  def train_data(self, config: Config, process_index: int, process_count: int) -> grain.IterDataset:
     """Endless batches of this process: pytrees of host arrays [B / process_count, ...]."""
 
   def evaluators(self, config: Config) -> dict[str, Evaluator]:
@@ -111,7 +109,7 @@ def run(
       state = checkpoints.restore(start, like, batches)
     else:
       state = jax.jit(init, out_shardings=shardings)(key_init)
-      console.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+      _describe(state.params, workdir, name)
     if start >= config.num_steps:
       console.say(f"{name}: {workdir} already has all {start} steps")
       checkpoints.close()
@@ -157,6 +155,14 @@ def _check(config: Config) -> None:
       raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
   if config.non_finite not in NON_FINITE:
     raise InputError(f"config.non_finite is {config.non_finite!r}; choose one of {NON_FINITE}.")
+
+
+def _describe(params: Any, workdir: Path, name: str) -> None:
+  table = parameter_overview.get_parameter_overview(params, include_stats=False)
+  if jax.process_index() == 0:
+    (workdir / "parameters.txt").write_text(table + "\n")
+  total = sum(x.size for x in jax.tree.leaves(params))
+  console.say(f"{name}: {total / 1e6:.2f} M parameters, listed in {workdir / 'parameters.txt'}")
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -206,7 +212,12 @@ class _Log:
     if step % self._config.log_every_steps == 0 or step == self._config.num_steps:
       seconds = time.monotonic() - self._began
       steps = step - self._began_step
-      means = {name: float(np.mean([v[name] for v in self._window])) for name in values}
+      # Phases of a training have metrics of their own: each mean is over the steps that have it.
+      columns: dict[str, list[float]] = {}
+      for line in self._window:
+        for name, value in line.items():
+          columns.setdefault(name, []).append(value)
+      means = {name: float(np.mean(column)) for name, column in columns.items()}
       speed = {
         "steps_per_second": steps / seconds,
         "images_per_second": steps * self._config.batch_size / seconds,

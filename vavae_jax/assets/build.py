@@ -24,6 +24,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vavae_jax.errors import InputError
+
 TILE = 64  # pixels; a quarter of the source, and a multiple of 16 for an f16 tokenizer
 COLUMNS = 43  # 43 x 44 tiles make a nearly square atlas of 1,852, far below WebP's 16,383 pixels
 
@@ -39,7 +41,7 @@ def read_package(path: Path, folder: str) -> dict[str, bytes]:
     `{file name: content}`, sorted by name.
 
   Raises:
-    ValueError: if there is no such package, or it has no file there.
+    InputError: if there is no such package, or it has no file there.
   """
   files: dict[str, bytes] = {}
   if path.is_dir():
@@ -55,9 +57,9 @@ def read_package(path: Path, folder: str) -> dict[str, bytes]:
         if content is not None and name != member.name and "/" not in name:
           files[name] = content.read()
   else:
-    raise ValueError(f"{path} is neither a directory nor a .tgz: make it with `npm pack NAME`.")
+    raise InputError(f"{path} is neither a directory nor a .tgz: make it with `npm pack NAME`.")
   if not files:
-    raise ValueError(f"{path} has no files in {folder or 'its top folder'!r}: is it that package?")
+    raise InputError(f"{path} has no files in {folder or 'its top folder'!r}: is it that package?")
   return dict(sorted(files.items()))
 
 
@@ -103,7 +105,7 @@ def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
     does every emoji that only one of the packages has.
 
   Raises:
-    ValueError: if a package is not what its name says.
+    InputError: if a package is not what its name says.
   """
   pictures: dict[str, bytes] = {}
   for name, content in read_package(fluent, "assets").items():
@@ -111,11 +113,11 @@ def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
     pictures.setdefault(canonical_code(Path(name).stem), content)
   listing = read_package(datasource, "")
   if "emoji.json" not in listing:
-    raise ValueError(f"{datasource} has no emoji.json: give emoji-datasource-google 16.0.0.")
+    raise InputError(f"{datasource} has no emoji.json: give emoji-datasource-google 16.0.0.")
   entries = sorted(json.loads(listing["emoji.json"]), key=lambda entry: entry["sort_order"])
   entries = [entry for entry in entries if canonical_code(entry["unified"]) in pictures]
   if not entries:
-    raise ValueError(f"{fluent} and {datasource} have no emoji in common: are they in this order?")
+    raise InputError(f"{fluent} and {datasource} have no emoji in common: are they in this order?")
 
   class_names = list(dict.fromkeys(entry["category"] for entry in entries))
   atlas = Image.new("RGB", (COLUMNS * TILE, -(-len(entries) // COLUMNS) * TILE), "white")
@@ -175,7 +177,7 @@ def main() -> None:
   arguments = parser.parse_args()
   try:
     atlas, description = build(arguments.fluent, arguments.datasource)
-  except ValueError as error:
+  except InputError as error:
     parser.error(str(error))
   write(atlas, description, arguments.output)
   size = (arguments.output / "emoji.webp").stat().st_size

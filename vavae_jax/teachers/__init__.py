@@ -62,10 +62,9 @@ def load_teacher(
   Raises:
     InputError: unknown name, no such file or package, or weights of another network.
   """
-  path = Path(weights) if weights is not None else _installed_weights(_choose(name))
-  if not path.is_file():
-    raise InputError(f"The teacher's weights {path} do not exist; give the path of a .pth file.")
-  return teacher_from_torch(name, read_torch_file(path), dtype)
+  teacher = _choose(name)
+  path = _installed_weights(teacher) if weights is None else Path(weights)
+  return teacher.from_torch(read_torch_file(path), dtype=dtype)
 
 
 def teacher_from_torch(
