@@ -201,12 +201,13 @@ class _DepthwiseConv(nnx.Module):
     x_BhwD = jnp.pad(x_BhwD, ((0, 0), *padding, (0, 0)))
     # From the first to the last pixel under one tap of the filter.
     rows, columns = (stride * ((n - 1) // stride) + 1 for n in grid)
-    y_BhwD = jnp.float32(0)  # up to 25 products; the compiler keeps the sum in registers
+    # Up to 25 products: float32 until the norm, which returns to `dtype`.
+    y_BhwD = jnp.float32(0)
     for i in range(size):
       for j in range(size):
         tap_BhwD = x_BhwD[:, i : i + rows : stride, j : j + columns : stride]
         y_BhwD += tap_BhwD * self.kernel[i, j, 0]
-    return y_BhwD.astype(self.dtype)
+    return y_BhwD
 
 
 def from_torch(

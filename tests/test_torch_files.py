@@ -1,0 +1,220 @@
+"""PyTorch files are read as PyTorch reads them, and never obeyed."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import cases
+from vavae_jax.errors import InputError
+from vavae_jax.torch_files import read_torch_file
+
+FORMATS = cases.FOLDER / "formats"
+LAYOUTS = ("torch_zip.pt", "torch_legacy.pt")
+
+
+def expected() -> dict:
+  """What formats/torch_files.json describes."""
+  base = np.arange(24, dtype=np.float32).reshape(4, 6)
+  return {
+    "float32": base,
+    "transposed": base.T,
+    "window": base[1:3, ::2],
+    "expanded": np.ones((2, 3), np.float32),
+    "bfloat16": np.array([1.5, -2, 3.140625], ml_dtypes.bfloat16),
+    "float16": np.array([[0.5, 65504]], np.float16),
+    "float64": np.array([1 / 3]),
+    "int64": np.arange(2, 7),
+    "int32": np.array([-1, 2], np.int32),
+    "uint8": np.array([0, 255], np.uint8),
+    "bool": np.array([True, False]),
+    "complex64": np.array([1 + 2j], np.complex64),
+    "scalar": np.array(2.5, np.float32),
+    "empty": np.empty((0, 3), np.float32),
+    "parameter": np.array([1, 2], np.float32),
+  }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors(layout):
+  content = read_torch_file(FORMATS / layout)
+  for name, array in expected().items():
+    assert content[name].dtype == array.dtype, name
+    np.testing.assert_array_equal(content[name], array, err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nested_values(layout):
+  content = read_torch_file(FORMATS / layout)
+  *plain, (zeros,) = content["nested"]["list"]
+  assert plain == [1, 2.5, "text", None]
+  np.testing.assert_array_equal(zeros, np.zeros(2, np.float32), strict=True)
+  assert list(content["norm"])[-1] == "num_batches_tracked"
+  np.testing.assert_array_equal(content["norm"]["running_var"], np.ones(3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_share_memory_and_are_read_only(layout):
+  content = read_torch_file(FORMATS / layout)
+  assert np.shares_memory(content["float32"], content["transposed"])
+  with pytest.raises(ValueError, match="read-only"):
+    content["float32"][0, 0] = 1
+
+
+def test_hostile_pickle_is_refused_by_name():
+  with pytest.raises(InputError, match=r"asks for posix\.system"):
+    read_torch_file(FORMATS / "hostile_pickle.pt")
+
+
+def test_truncated_file_is_named_so():
+  with pytest.raises(InputError, match=r"truncated\.pt is truncated"):
+    read_torch_file(FORMATS / "truncated.pt")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_truncation_is_an_input_error(layout, tmp_path):
+  whole = (FORMATS / layout).read_bytes()
+  path = tmp_path / "cut.pt"
+  for size in range(0, len(whole), 37):
+    path.write_bytes(whole[:size])
+    with pytest.raises(InputError):
+      read_torch_file(path)
+
+
+def test_flipped_bit_is_found(tmp_path):
+  whole = bytearray((FORMATS / "torch_zip.pt").read_bytes())
+  values = np.arange(24, dtype="<f4").tobytes()
+  whole[whole.index(values) + 10] ^= 1
+  (tmp_path / "flipped.pt").write_bytes(whole)
+  with pytest.raises(InputError, match="damaged"):
+    read_torch_file(tmp_path / "flipped.pt")
+
+
+def fragment(value) -> bytes:
+  """The opcodes that put a plain value on the unpickler's stack."""
+  return pickle.dumps(value, 0)[:-1]
+
+
+def tensor(count, offset, shape, stride) -> bytes:
+  """The opcodes of a float32 tensor whose storage has the key "0"."""
+  storage = b"(" + fragment("storage") + b"ctorch\nFloatStorage\n" + fragment("0")
+  storage += fragment("cpu") + fragment(count) + b"tQ"
+  view = fragment(offset) + fragment(shape) + fragment(stride) + fragment(False)
+  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + fragment({}) + b"tR"
+
+
+def write(path, opcodes: bytes, storage: bytes = b"", compression=zipfile.ZIP_STORED):
+  """A file in the zip layout; `opcodes` make its content."""
+  with zipfile.ZipFile(path, "w", compression) as archive:
+    archive.writestr("name/data.pkl", opcodes + b".")
+    archive.writestr("name/data/0", storage)
+  return path
+
+
+SIX = np.arange(6, dtype="<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+  ("offset", "shape", "stride"),
+  [
+    (0, (7,), (1,)),
+    (3, (2, 2), (2, 1)),
+    (6, (), ()),
+    (-1, (2,), (1,)),
+    (5, (3,), (-1,)),
+    (0, (5,), (2**62,)),  # four such steps, in bytes, are 0 modulo 2**64
+    (0, (2, 3), (1,)),
+    (0, (2.0,), (1,)),
+    ("0", (2,), (1,)),
+  ],
+)
+def test_view_must_lie_inside_its_storage(tmp_path, offset, shape, stride):
+  content = b"(" + fragment("w") + tensor(6, offset, shape, stride) + b"d"
+  with pytest.raises(InputError, match=r"needs \d+ elements|makes no sense"):
+    read_torch_file(write(tmp_path / "bad.pt", content, SIX))
+
+
+def test_last_element_of_a_storage_is_inside(tmp_path):
+  content = b"(" + fragment("w") + tensor(6, 2, (2, 2), (2, 1)) + b"d"
+  array = read_torch_file(write(tmp_path / "good.pt", content, SIX))["w"]
+  np.testing.assert_array_equal(array, [[2, 3], [4, 5]])
+
+
+@pytest.mark.parametrize("count", [5, 7, -6])
+def test_storage_must_have_the_announced_size(tmp_path, count):
+  content = b"(" + fragment("w") + tensor(count, 0, (2,), (1,)) + b"d"
+  with pytest.raises(InputError, match=r"has 24 bytes|not understood"):
+    read_torch_file(write(tmp_path / "bad.pt", content, SIX))
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "builtins eval",
+    "torch load",
+    "torch.storage _load_from_bytes",
+    "torch.nn.modules.linear Linear",
+  ],
+)
+def test_every_other_global_is_refused(tmp_path, name):
+  module, attribute = name.split()
+  opcodes = f"c{module}\n{attribute}\n".encode()
+  with pytest.raises(InputError, match=f"asks for {module}.{attribute}"):
+    read_torch_file(write(tmp_path / "bad.pt", opcodes))
+
+
+def test_attributes_of_known_names_cannot_be_set(tmp_path):
+  # BUILD with (None, {name: value}) sets attributes of the object below it on the stack.
+  state = fragment((None, {"__doc__": "altered"}))
+  for name in ("torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict"):
+    with pytest.raises(InputError, match="damaged"):
+      read_torch_file(write(tmp_path / "bad.pt", b"c" + name.encode() + b"\n" + state + b"b"))
+
+
+def test_compressed_archive_is_refused(tmp_path):
+  path = write(tmp_path / "bomb.pt", b"}", bytes(10**6), zipfile.ZIP_DEFLATED)
+  with pytest.raises(InputError, match="compressed"):
+    read_torch_file(path)
+
+
+def test_legacy_file_cannot_announce_more_than_it_has(tmp_path):
+  head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+  content = b"(" + fragment("w") + tensor(10**6, 0, (2,), (1,)) + b"d."
+  path = tmp_path / "short.pt"
+  path.write_bytes(b"".join(pickle.dumps(part, 2) for part in head) + content)
+  with pytest.raises(InputError, match="shorter than the tensors that it announces"):
+    read_torch_file(path)
+
+
+def test_text_that_is_no_text_is_damage(tmp_path):
+  with pytest.raises(InputError, match="damaged"):
+    read_torch_file(write(tmp_path / "bad.pt", b"X\x01\0\0\0\xff"))
+
+
+def test_memo_index_takes_no_memory(tmp_path):
+  index = (2**24).to_bytes(4, "little")
+  path = write(tmp_path / "memo.pt", b"\x80\x02}r" + index)
+  tracemalloc.start()
+  assert read_torch_file(path) == {}
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 10**7
+
+
+def test_what_is_no_state_dict_is_named(tmp_path):
+  with pytest.raises(InputError, match="holds a list"):
+    read_torch_file(write(tmp_path / "list.pt", b"]"))
+  with pytest.raises(InputError, match="There is no file"):
+    read_torch_file(tmp_path / "absent.pt")
+  with pytest.raises(InputError, match=r"no single data\.pkl"):
+    read_torch_file(cases.FOLDER / "efficientnet_lite0.npz")
+  with pytest.raises(InputError, match="not a PyTorch weight file"):
+    read_torch_file(cases.FOLDER / "efficientnet_lite0.json")
+  (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
+  with pytest.raises(InputError, match="not a PyTorch weight file"):
+    read_torch_file(tmp_path / "plain.pkl")
