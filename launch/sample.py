@@ -135,7 +135,7 @@ def sample_set(
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
-  lightningdit_jax.training.check_sampling(settings, diffusion.config.model.in_channels)
+  lightningdit_jax.training.check_sampling(settings, diffusion.config.model)
   label_N = labels_for(labels, num_samples, diffusion.config.model.num_classes, seed)
   # The batch size is no part of what a sample is.
   noted = {

@@ -67,7 +67,7 @@ def check(config: FrozenConfigDict) -> None:
     nnx.eval_shape(lambda: build_model(config)(nnx.Rngs(0)))
   except (TypeError, ValueError) as error:
     raise InputError(f"config.model cannot be built: {error}") from error
-  check_sampling(config.sample, config.model.in_channels)
+  check_sampling(config.sample, config.model)
   store = open_store(config.latents.path)
   size, channels = config.model.input_size, config.model.in_channels
   if store.shape != (size, size, channels):
@@ -89,18 +89,23 @@ def check(config: FrozenConfigDict) -> None:
     )
 
 
-def check_sampling(config: FrozenConfigDict, channels: int) -> None:
-  """Raises InputError for sampling settings that cannot work with this many latent channels."""
-  if config.method not in sampling.METHODS:
+def check_sampling(sample: FrozenConfigDict, model: FrozenConfigDict) -> None:
+  """Raises InputError for sampling settings that cannot work with this model."""
+  if sample.method not in sampling.METHODS:
     raise InputError(
-      f"config.sample.method is {config.method!r}; choose one of {sampling.METHODS}."
+      f"config.sample.method is {sample.method!r}; choose one of {sampling.METHODS}."
     )
-  if config.num_steps < 2:
-    raise InputError(f"config.sample.num_steps is {config.num_steps}; at least 2 are needed.")
-  if not 0 <= config.cfg_channels <= channels:
+  if sample.num_steps < 2:
+    raise InputError(f"config.sample.num_steps is {sample.num_steps}; at least 2 are needed.")
+  if not 0 <= sample.cfg_channels <= model.in_channels:
     raise InputError(
-      f"config.sample.cfg_channels is {config.cfg_channels}; the latents have {channels} channels, "
-      "0 means all of them."
+      f"config.sample.cfg_channels is {sample.cfg_channels}; the latents have {model.in_channels} "
+      "channels, 0 means all of them."
+    )
+  if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
+    raise InputError(
+      f"config.sample.cfg_scale is {sample.cfg_scale}, but a model trained with "
+      "config.model.class_dropout_prob=0 knows no unconditional velocity; set the scale to 1."
     )
 
 
