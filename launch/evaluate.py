@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -48,8 +49,8 @@ def reconstruction(tokenizer: trained.Trained, output: Path) -> dict[str, Any]:
   rebuilt = trained.reconstruct(tokenizer, original, BATCH_SIZE)
   psnr, ssim = [], []
   for start in console.tracked(range(0, len(original), BATCH_SIZE), "evaluate"):
-    chosen = slice(start, start + BATCH_SIZE)
-    a, b = images.to_float(original[chosen]), images.to_float(rebuilt[chosen])
+    batch = slice(start, start + BATCH_SIZE)
+    a, b = (images.to_float(jnp.asarray(x[batch])) for x in (original, rebuilt))
     psnr.append(pixels.psnr(a, b))
     ssim.append(pixels.ssim(a, b))
   psnr_B = np.concatenate(psnr)

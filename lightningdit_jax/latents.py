@@ -108,7 +108,8 @@ class LatentStore:
         raise InputError(
           f"The statistics of {self.path} have no {name} of {channels} channels, as its latents do."
         )
-    return tuple(np.asarray(stored[name], np.float32).reshape(channels) for name in ("mean", "std"))
+    mean, std = (np.asarray(stored[name], np.float32).ravel() for name in ("mean", "std"))
+    return mean, std
 
 
 def _shards(path: Path) -> list[Path]:
@@ -159,7 +160,7 @@ def write_shard(
     flipped_BhwZ: those of the mirrored pictures.
     labels_B: int.
   """
-  tensors = {
+  tensors: dict[str, np.ndarray] = {
     "latents": np.ascontiguousarray(latents_BhwZ.transpose(0, 3, 1, 2), np.float32),
     "latents_flip": np.ascontiguousarray(flipped_BhwZ.transpose(0, 3, 1, 2), np.float32),
     "labels": np.asarray(labels_B, np.int64),

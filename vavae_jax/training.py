@@ -12,6 +12,7 @@ update used; the reference computes it anew after that update.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -30,7 +31,7 @@ from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.errors import InputError
 from vavae_jax.metrics import pixels
 from vavae_jax.optimizer import make_optimizer, start_ema, update_ema
-from vavae_jax.teachers import load_teacher
+from vavae_jax.teachers import Teacher, load_teacher
 
 # Stages of the teacher whose features stand in for LPIPS; later ones see too little of a texture.
 PERCEPTUAL_STAGES = ("stride2", "stride4", "stride8")
@@ -86,7 +87,7 @@ def _source(spec: str) -> images.Source:
 
 
 @functools.lru_cache
-def _teacher(name: str, weights: str) -> nnx.Module:
+def _teacher(name: str, weights: str) -> Teacher:
   return load_teacher(name, weights or None)
 
 
@@ -97,8 +98,8 @@ def check(config: FrozenConfigDict) -> None:
     InputError: model, image size, teacher or data do not fit.
   """
   try:
-    model = nnx.eval_shape(lambda: build_autoencoder(config)(nnx.Rngs(0)))
-    nnx.eval_shape(lambda: _build_discriminator(config)(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _autoencoder(config, nnx.Rngs(0)))
+    nnx.eval_shape(lambda: _discriminator(config, nnx.Rngs(0)))
   except (TypeError, ValueError) as error:
     raise InputError(f"config.model cannot be built: {error}") from error
   size, factor = config.data.image_size, model.downsampling
@@ -350,7 +351,8 @@ def _adversarial(
 def _update_autoencoder(config: FrozenConfigDict, state: State, grads: Any) -> State:
   updates, optimizer = make_optimizer(config.optimizer).update(grads, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
-  return state.replace(
+  return dataclasses.replace(
+    state,
     step=state.step + 1,
     params=params,
     ema=update_ema(state.ema, params, config.optimizer.ema_decay),
@@ -364,7 +366,8 @@ def _update_discriminator(
   updates, optimizer = make_optimizer(config.optimizer).update(
     adversarial["discriminator_grads"], state.discriminator_optimizer, state.discriminator
   )
-  return state.replace(
+  return dataclasses.replace(
+    state,
     discriminator=optax.apply_updates(state.discriminator, updates),
     discriminator_statistics=adversarial["statistics"],
     discriminator_optimizer=optimizer,
@@ -395,7 +398,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   source = _source(config.data.source)
   train, held_out = images.split(len(source), config.data.held_out, config.data.split_seed)
   chosen = (held_out if len(held_out) else train)[:EVALUATION_IMAGES]
-  crops = images.load_crops(source, chosen, config.data.image_size)
+  crops = jnp.asarray(images.load_crops(source, chosen, config.data.image_size))
   graph = functional.graph_of(build_autoencoder(config))
 
   @jax.jit
@@ -406,7 +409,9 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   def evaluate(state: State) -> dict[str, Any]:
     recon = reconstruct(state.params if state.ema is None else state.ema, crops)
     recon = images.to_uint8(recon)
-    rows = [np.concatenate(list(x[:PICTURE_IMAGES]), axis=1) for x in (crops, np.asarray(recon))]
+    rows = [
+      np.concatenate(list(x[:PICTURE_IMAGES]), axis=1) for x in jax.device_get((crops, recon))
+    ]
     psnr = pixels.psnr(images.to_float(crops), images.to_float(recon))
     return {"psnr": float(jnp.mean(psnr)), "pictures": np.concatenate(rows)}
 

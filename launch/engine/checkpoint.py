@@ -7,6 +7,7 @@ ignores; a saved step is never overwritten.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -89,7 +90,8 @@ class Checkpoints:
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
     items["data"] = grain.checkpoint.CheckpointRestore(data)
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return restored["training"].replace(params=restored["params"], ema=restored.get("ema"))
+    inference = {"params": restored["params"], "ema": restored.get("ema")}
+    return dataclasses.replace(restored["training"], **inference)
 
   def close(self) -> None:
     """Waits for what is being written."""
@@ -98,7 +100,7 @@ class Checkpoints:
 
 
 def _items(state: Any) -> dict[str, Any]:
-  items = {"params": state.params, "training": state.replace(params=None, ema=None)}
+  items = {"params": state.params, "training": dataclasses.replace(state, params=None, ema=None)}
   return items if state.ema is None else {**items, "ema": state.ema}
 
 

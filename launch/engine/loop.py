@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import grain
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from clu import parameter_overview
+from ml_collections import FrozenConfigDict
 
 from launch.engine import console, mesh
 from launch.engine.checkpoint import Checkpoints
@@ -30,7 +30,6 @@ from launch.engine.configuration import claim_workdir
 from launch.engine.writers import Writer
 from vavae_jax.errors import InputError
 
-Config = ml_collections.FrozenConfigDict
 Metrics = dict[str, Any]
 Evaluator = tuple[int, Callable[[Any], dict[str, Any]]]
 NON_FINITE = ("stop", "skip")
@@ -39,33 +38,35 @@ NON_FINITE = ("stop", "skip")
 class Task(Protocol):
   """What a training module offers; `state` is a dataclass with `step`, `params` and `ema`."""
 
-  def check(self, config: Config) -> None:
+  def check(self, config: FrozenConfigDict) -> None:
     """Raises InputError for anything wrong with the configuration or its data."""
 
-  def init_state(self, config: Config, key: jax.Array) -> Any:
+  def init_state(self, config: FrozenConfigDict, key: jax.Array) -> Any:
     """A fresh state, jittable."""
 
-  def load_frozen(self, config: Config) -> Any:
+  def load_frozen(self, config: FrozenConfigDict) -> Any:
     """Pytree of what the step needs and never trains (host arrays)."""
 
-  def phase(self, config: Config, step: int) -> str:
+  def phase(self, config: FrozenConfigDict, step: int) -> str:
     """What is static about the update that makes `step`; the loop compiles once for each value."""
 
   def train_step(
-    self, config: Config, phase: str, state: Any, frozen: Any, batch: Any, key: jax.Array
+    self, config: FrozenConfigDict, phase: str, state: Any, frozen: Any, batch: Any, key: jax.Array
   ) -> tuple[Any, Metrics]:
     """One update, pure and jittable; metrics are scalars and have "loss"."""
 
-  def train_data(self, config: Config, process_index: int, process_count: int) -> grain.IterDataset:
+  def train_data(
+    self, config: FrozenConfigDict, process_index: int, process_count: int
+  ) -> grain.IterDataset:
     """Endless batches of this process: pytrees of host arrays [B / process_count, ...]."""
 
-  def evaluators(self, config: Config) -> dict[str, Evaluator]:
+  def evaluators(self, config: FrozenConfigDict) -> dict[str, Evaluator]:
     """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`."""
 
 
 def run(
   task: Any,
-  config: Config,
+  config: FrozenConfigDict,
   workdir: Path,
   *,
   name: str = "train",
@@ -149,7 +150,7 @@ def run(
   return state
 
 
-def _check(config: Config) -> None:
+def _check(config: FrozenConfigDict) -> None:
   for field in ("num_steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
     if config[field] < 1:
       raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
@@ -183,7 +184,7 @@ def _guarded_step(train_step, config, phase, state, frozen, batch, key):
 class _Log:
   """Means of the metrics between two log lines, each step's read when the next is under way."""
 
-  def __init__(self, writer: Writer, config: Config, step: int):
+  def __init__(self, writer: Writer, config: FrozenConfigDict, step: int):
     self._writer, self._config = writer, config
     self._pending: tuple[int, Metrics] | None = None
     self._window: list[dict[str, float]] = []
