@@ -123,6 +123,7 @@ def diffusion() -> ConfigDict:
       "use_rmsnorm": True,
       "wo_shift": False,
       "use_checkpoint": False,
+      "scan_unroll": 1,  # blocks a step of the scan; all of them run a quarter faster on CPUs
     }
   )
   config.transport = ConfigDict(

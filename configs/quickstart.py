@@ -72,7 +72,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
 def diffusion(*, tiny: bool = False) -> ConfigDict:
   """LightningDiT of 4 x 4 tokens, width 256, depth 6, on the tokenizer's latents."""
   config = base.diffusion()
-  config.batch_size = 64
+  config.batch_size = 32
   config.num_steps = 2_000
   config.log_every_steps = 20
   config.save_every_steps = 400
@@ -82,6 +82,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
   config.model.update(
     input_size=4, in_channels=48, hidden_size=256, depth=6, num_heads=4, num_classes=9
   )
+  config.model.scan_unroll = config.model.depth
   config.optimizer.update(
     learning_rate=1e-3, warmup_steps=100, decay_steps=2_000, clip_norm=1.0, ema_decay=0.995
   )
@@ -93,7 +94,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     config.num_steps = 6
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3
-    config.model.update(hidden_size=32, depth=2, num_heads=2)
+    config.model.update(hidden_size=32, depth=2, num_heads=2, scan_unroll=1)
     config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decay=0.5)
     config.sample.update(num_steps=3, batch_size=9)
   return config

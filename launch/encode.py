@@ -72,8 +72,9 @@ def encode(
     "shard_size": shard_size,
     "seed": seed,
   }
-  _claim(output, manifest)
   devices = mesh.make_mesh()
+  mesh.check_batch_size(batch_size, devices)
+  _claim(output, manifest)
   run = _encoder(tokenizer, devices, seed)
   starts = range(0, len(indices), shard_size)
   with console.Bar("encode", len(indices)) as bar:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 from sklearn.manifold import TSNE
 
 import configs.base
@@ -72,8 +72,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   Returns:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ...}.
   """
+  configuration.resolve(config, quickstart.get_config("pipeline"))
   config.diffusion.latents.path = str(workdir / "latents")
-  resolved = configuration.resolve(config, quickstart.get_config("pipeline"))
+  resolved = FrozenConfigDict(config)
   # The second training is checked before the first begins, as far as it can be without latents.
   configuration.resolve(config.diffusion, configs.base.diffusion())
   workdir.mkdir(parents=True, exist_ok=True)
@@ -245,6 +246,6 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", "configs/quickstart.py:pipeline", "The settings.")
+  configuration.define_flag("configs/quickstart.py:pipeline", "The settings.")
   flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
   console.run_command(main)

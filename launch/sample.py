@@ -151,6 +151,7 @@ def sample_set(
   if output.is_file() or parts.is_dir():
     _check_begun(output, about, noted)
   if output.is_file():
+    shutil.rmtree(parts, ignore_errors=True)
     with np.load(output) as stored:
       return stored["arr_0"], stored["arr_1"]
   parts.mkdir(parents=True, exist_ok=True)
@@ -167,10 +168,11 @@ def sample_set(
           np.save(file, pictures)
       bar.update(start + len(index_B))
   pictures = _collect(parts, num_samples)
-  with atomic_file(output) as file:
-    np.savez(file, arr_0=pictures, arr_1=label_N)
   with atomic_file(output.with_suffix(".png")) as file:
     Image.fromarray(contact_sheet(pictures[:SHEET_PICTURES])).save(file, "PNG")
+  # Last: its being there says that everything is.
+  with atomic_file(output) as file:
+    np.savez(file, arr_0=pictures, arr_1=label_N)
   shutil.rmtree(parts)
   return pictures, label_N
 

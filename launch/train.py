@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 from launch import trained
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARGUMENT")
+  configuration.define_flag(None, "configs/NAME.py or configs/NAME.py:ARGUMENT")
   flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
   flags.mark_flag_as_required("config")
   console.run_command(main)

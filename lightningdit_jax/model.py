@@ -283,6 +283,7 @@ class LightningDiT(nnx.Module):
     use_rmsnorm: RMSNorm instead of LayerNorm.
     wo_shift: blocks are modulated by scale and gate only.
     use_checkpoint: recompute each block in the backward pass: less memory, a third more work.
+    scan_unroll: blocks a step of the scan. More compile longer; CPUs run a quarter faster with all.
     dtype: what matrices multiply in; weights are float32.
     rngs: source of the initial weights.
 
@@ -311,6 +312,7 @@ class LightningDiT(nnx.Module):
     use_rmsnorm: bool = True,
     wo_shift: bool = False,
     use_checkpoint: bool = False,
+    scan_unroll: int = 1,
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -323,6 +325,7 @@ class LightningDiT(nnx.Module):
     self.num_classes = num_classes
     self.use_rope = use_rope
     self.use_checkpoint = use_checkpoint
+    self.scan_unroll = scan_unroll
     self.dtype = dtype
 
     layers = Layers(use_rmsnorm, dtype, rngs)
@@ -390,7 +393,7 @@ class LightningDiT(nnx.Module):
     if self.use_checkpoint:
       # A scan keeps the recomputation from being merged away, so the barriers against that can go.
       run_block = jax.checkpoint(run_block, prevent_cse=False)
-    x_BND, _ = jax.lax.scan(run_block, x_BND, weights)
+    x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=self.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
     out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)

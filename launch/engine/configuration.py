@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from ml_collections import config_flags
 
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
@@ -24,6 +25,18 @@ MAY_CHANGE = (
   "mesh.data",
   "mesh.fsdp",
 )
+
+
+def define_flag(default: str | None, text: str) -> None:
+  """Defines --config and --config.KEY; a key that is unknown is left to `resolve` to refuse.
+
+  Args:
+    default: path of the file, ":" and an argument behind it if it takes one.
+    text: for --help.
+  """
+  config_flags.DEFINE_config_file(
+    "config", default, text, lock_config=False, accept_new_attributes=True
+  )
 
 
 def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict) -> Any:

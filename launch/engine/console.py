@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-from absl import app, logging
+from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
@@ -139,10 +139,24 @@ def resume_command() -> str:
   return shlex.join([*program, *sys.argv[1:]])
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+  """The command line without its flags; a wrong flag or configuration file ends the process."""
+  try:
+    words = flags.FLAGS(argv)
+    if "config" in flags.FLAGS:
+      flags.FLAGS.config.keys()  # a file that is missing is told only when it is used
+  except (flags.Error, OSError) as error:
+    # ml_collections gives the whole traceback of a configuration file; its last line says it.
+    first, *others = str(error).strip().splitlines()
+    print(f"error: {others[-1].strip() if others else first}; see --help", file=sys.stderr)
+    sys.exit(2)
+  return words
+
+
 def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
-  Input errors: their message and exit code 2. Interrupts: the resume command and 128 + signal.
+  Wrong flags and input: a message and exit code 2. Interrupts: the resume command and 128 + signal.
 
   Args:
     main: takes the command line without its options.
@@ -168,4 +182,4 @@ def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> Non
       print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
       sys.exit(stop.exit_code)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse_flags)
