@@ -37,6 +37,7 @@ from lightningdit_jax import latents
 from vavae_jax import images
 from vavae_jax.files import write_json
 
+CONFIG = "configs/quickstart.py:pipeline"
 SHOWN_RECONSTRUCTIONS = 24
 SHOWN_PER_CLASS = 10
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -246,6 +247,6 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  configuration.define_flag("configs/quickstart.py:pipeline", "The settings.")
+  configuration.define_flag(f"The settings; {CONFIG} if not given.")
   flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
-  console.run_command(main)
+  console.run_command(main, config=CONFIG)

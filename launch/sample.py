@@ -29,6 +29,7 @@ from vavae_jax import images
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
 
+Sampler = Callable[..., np.ndarray]
 SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
 
@@ -65,7 +66,7 @@ def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.n
 
 def make_sampler(
   diffusion: trained.Trained, tokenizer: trained.Trained, settings: FrozenConfigDict, seed: int
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+) -> Sampler:
   """A compiled function from indices and labels to pictures.
 
   Args:
@@ -76,7 +77,7 @@ def make_sampler(
 
   Returns:
     (index int32 [B], label int32 [B]) -> uint8 [B, H, W, 3], for any B; it runs in batches of
-    `settings.batch_size`, the last one filled up.
+    `settings.batch_size`, the last one filled up. Takes other parameters as third argument.
   """
   config = diffusion.config
   store = lightningdit_jax.training.open_store(config.latents.path)
@@ -92,7 +93,8 @@ def make_sampler(
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
     return images.to_uint8(trained.autoencoder(tokenizer, decoder).decode(z_BhwZ))
 
-  def sample(index_B: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+  def sample(index_B: np.ndarray, label_B: np.ndarray, params: Any = None) -> np.ndarray:
+    params = diffusion.params if params is None else params
     size, parts = settings.batch_size, []
     for start in range(0, len(index_B), size):
       chosen = slice(start, start + size)
@@ -100,7 +102,7 @@ def make_sampler(
       count = len(batch["index"])
       filled = {name: np.resize(x.astype(np.int32), size) for name, x in batch.items()}
       with jax.set_mesh(devices):
-        pictures = run(diffusion.params, tokenizer.params, mesh.to_global(filled, devices))
+        pictures = run(params, tokenizer.params, mesh.to_global(filled, devices))
       parts.append(np.asarray(pictures)[:count])
     return np.concatenate(parts)
 

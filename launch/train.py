@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
+import lightningdit_jax.training
 from launch import trained
 from launch.engine import configuration, console, loop
 from launch.sample import contact_sheet, make_sampler
@@ -41,23 +42,28 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   if task_name not in trained.TASKS:
     raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
   frozen = configuration.resolve(config, getattr(configs.base, task_name)())
-  extra = {"samples": _sample_pictures(frozen)} if task_name == "diffusion" else {}
+  more = _sample_pictures(frozen) if task_name == "diffusion" else {}
   return loop.run(
-    trained.TASKS[task_name], frozen, workdir, name=f"train {task_name}", more_evaluators=extra
+    trained.TASKS[task_name], frozen, workdir, name=f"train {task_name}", more_evaluators=more
   )
 
 
-def _sample_pictures(config: FrozenConfigDict) -> loop.Evaluator:
-  """Samples of the EMA as one picture, each time from the same noise."""
+def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
+  """Samples of the EMA as one picture, each time from the same noise; none without a tokenizer."""
+  store = lightningdit_jax.training.open_store(config.latents.path)
+  if not config.evaluate_every_steps or not (config.tokenizer or "tokenizer" in store.manifest):
+    return {}
+  model = trained.Trained(Path(), config, 0, None)
+  # Made before the training begins, so that a wrong tokenizer or batch size ends it there.
+  sampler = make_sampler(model, trained.tokenizer_of(model), config.sample, seed=0)
+  index = np.arange(PICTURE_SAMPLES)
+  label = index % config.model.num_classes
 
   def evaluate(state: Any) -> dict[str, Any]:
     params = state.params if state.ema is None else state.ema
-    model = trained.Trained(Path(), config, int(state.step), params)
-    sampler = make_sampler(model, trained.tokenizer_of(model), config.sample, seed=0)
-    index = np.arange(PICTURE_SAMPLES)
-    return {"grid": contact_sheet(sampler(index, index % config.model.num_classes))}
+    return {"grid": contact_sheet(sampler(index, label, params))}
 
-  return config.evaluate_every_steps, evaluate
+  return {"samples": (config.evaluate_every_steps, evaluate)}
 
 
 def main(argv: list[str]) -> None:
@@ -80,7 +86,7 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  configuration.define_flag(None, "configs/NAME.py or configs/NAME.py:ARGUMENT")
+  configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT")
   flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
   flags.mark_flag_as_required("config")
   console.run_command(main)

@@ -27,15 +27,10 @@ MAY_CHANGE = (
 )
 
 
-def define_flag(default: str | None, text: str) -> None:
-  """Defines --config and --config.KEY; a key that is unknown is left to `resolve` to refuse.
-
-  Args:
-    default: path of the file, ":" and an argument behind it if it takes one.
-    text: for --help.
-  """
+def define_flag(text: str) -> None:
+  """Defines --config and --config.KEY; a key that is unknown is left to `resolve` to refuse."""
   config_flags.DEFINE_config_file(
-    "config", default, text, lock_config=False, accept_new_attributes=True
+    "config", None, text, lock_config=False, accept_new_attributes=True
   )
 
 

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -145,15 +146,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     words = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
       flags.FLAGS.config.keys()  # a file that is missing is told only when it is used
+    return words
   except (flags.Error, OSError) as error:
     # ml_collections gives the whole traceback of a configuration file; its last line says it.
-    first, *others = str(error).strip().splitlines()
-    print(f"error: {others[-1].strip() if others else first}; see --help", file=sys.stderr)
-    sys.exit(2)
-  return words
+    message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+  except (LookupError, TypeError) as error:
+    if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
+      raise  # a mistake in the file itself, which takes its traceback to find
+    keys = [word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")]
+    message = f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
+  print(f"error: {message}; see --help", file=sys.stderr)
+  sys.exit(2)
 
 
-def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> None:
+def run_command(
+  main: Callable[[list[str]], None], *, arguments: int = 0, config: str | None = None
+) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
   Wrong flags and input: a message and exit code 2. Interrupts: the resume command and 128 + signal.
@@ -161,6 +169,7 @@ def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> Non
   Args:
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
+    config: value of --config where it is not given.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -182,4 +191,8 @@ def run_command(main: Callable[[list[str]], None], *, arguments: int = 0) -> Non
       print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
       sys.exit(stop.exit_code)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  # Not as the flag's default: that is parsed before errors can be caught.
+  argv = list(sys.argv)
+  if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
+    argv.insert(1, f"--config={config}")
+  app.run(guarded, argv, _parse_flags)

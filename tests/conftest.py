@@ -1,0 +1,115 @@
+"""What the end-to-end tests share: commands as processes, pictures, one finished tiny pipeline.
+
+Everything here runs on the CPU. Compiling is most of the work, so the processes of a session share
+a compilation cache and leave out XLA's optimisations, which changes no property that is tested.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy and JAX are loaded. Threads that wait for each other only slow arrays of this size.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import trained
+from vavae_jax.assets import load_emoji
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+ROOT = Path(__file__).parents[1]
+PICTURES_PER_CLASS = 8
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """The variables of every process of this session."""
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str]) -> Command:
+  """`command("launch.train", "--workdir=...", XLA_FLAGS="...")` runs a module to its end."""
+
+  def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      [sys.executable, "-m", *map(str, words)],
+      cwd=ROOT,
+      env=environment | variables,
+      capture_output=True,
+      text=True,
+      timeout=600,
+      check=False,
+    )
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder of class folders with a few emoji each."""
+  root = tmp_path_factory.mktemp("pictures")
+  images, labels, _, class_names = load_emoji()
+  for label, name in enumerate(class_names):
+    folder = root / f"{label} {name}"
+    folder.mkdir()
+    for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
+      Image.fromarray(images[index]).save(folder / f"{index}.png")
+  return root
+
+
+@pytest.fixture(scope="session")
+def quickstart(pictures: Path) -> Callable[[Path], list[str]]:
+  """The command line of the tiny pipeline on these pictures in a workdir."""
+
+  def words(workdir: Path) -> list[str]:
+    return [
+      "launch.quickstart",
+      "--config=configs/quickstart.py:pipeline,tiny",
+      f"--config.tokenizer.data.source=folder:{pictures}",
+      "--config.encode.shard_size=20",
+      f"--workdir={workdir}",
+    ]
+
+  return words
+
+
+@pytest.fixture(scope="session")
+def pipeline(
+  command: Command,
+  quickstart: Callable[[Path], list[str]],
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+  """The workdir of a tiny pipeline that nobody disturbed; tests only read it."""
+  workdir = tmp_path_factory.mktemp("pipeline")
+  done = command(*quickstart(workdir))
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pipeline: Path) -> trained.Trained:
+  """Its tokenizer."""
+  return trained.load(pipeline / "tokenizer", "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def diffusion(pipeline: Path) -> trained.Trained:
+  """Its diffusion model."""
+  return trained.load(pipeline / "diffusion", "diffusion")

@@ -1,0 +1,125 @@
+"""Checkpoints: what comes back is what was saved, in parts too; half a checkpoint counts nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch.engine import mesh
+from launch.engine.checkpoint import Checkpoints, read_config, restore_item
+from tests import toy_task
+from vavae_jax.errors import InputError
+
+SETTINGS = toy_task.config()
+
+
+def make_state(step=1, *, size=5, ema=True):
+  params = {"w": jnp.arange(3.0 * size).reshape(3, size) + step, "b": {"c": jnp.ones(7)}}
+  average = jax.tree.map(lambda x: x / 2, params) if ema else None
+  return toy_task.State(jnp.int32(step), params, average, jax.tree.map(jnp.zeros_like, params))
+
+
+def like(tree):
+  everywhere = mesh.replicated(mesh.make_mesh())
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+
+def data():
+  return iter(toy_task.train_data(SETTINGS, 0, 1))
+
+
+def save(workdir, *states, batches=None, keep=2):
+  checkpoints = Checkpoints(workdir, keep=keep)
+  for state in states:
+    checkpoints.save(state, batches or data(), SETTINGS.to_dict())
+  checkpoints.close()
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_restored_state_is_the_saved_one(tmp_path, ema):
+  state = make_state(ema=ema)
+  save(tmp_path, state)
+  restored = Checkpoints(tmp_path).restore(1, like(state), data())
+  assert (restored.ema is not None) == ema
+  assert_same(restored, state)
+
+
+def test_data_go_on_where_they_were(tmp_path):
+  batches = data()
+  for _ in range(5):
+    next(batches)
+  save(tmp_path, make_state(), batches=batches)
+  expected = next(batches)
+  restored = data()
+  Checkpoints(tmp_path).restore(1, like(make_state()), restored)
+  assert_same(next(restored), expected)
+
+
+def test_a_checkpoint_is_of_its_step_though_the_next_one_reuses_the_memory(tmp_path):
+  state = make_state(size=2**20)
+  expected = np.array(state.params["w"])
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state, data(), SETTINGS.to_dict())
+  overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+  for _ in range(3):
+    state = overwrite(state)
+  jax.block_until_ready(state)
+  checkpoints.close()
+  params, _ = restore_item(tmp_path, "params", like(state.params))
+  np.testing.assert_array_equal(params["w"], expected)
+
+
+def test_ema_and_params_restore_alone(tmp_path):
+  state = make_state(4)
+  save(tmp_path, make_state(2), state)
+  for item, tree in (("params", state.params), ("ema", state.ema)):
+    restored, step = restore_item(tmp_path, item, like(tree))
+    assert step == 4
+    assert_same(restored, tree)
+  restored, step = restore_item(tmp_path, "params", like(state.params), step=2)
+  assert step == 2
+  assert_same(restored, make_state(2).params)
+
+
+def test_only_the_latest_stay(tmp_path):
+  save(tmp_path, *(make_state(i) for i in (1, 2, 3)), keep=2)
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_saved_step_is_not_overwritten(tmp_path):
+  save(tmp_path, make_state(3))
+  save(tmp_path, make_state(3).replace(params=make_state(9).params))
+  params, _ = restore_item(tmp_path, "params", like(make_state().params))
+  assert_same(params, make_state(3).params)
+
+
+def test_no_checkpoint_is_an_input_error(tmp_path):
+  with pytest.raises(InputError, match="holds no checkpoint"):
+    restore_item(tmp_path, "params", {})
+  save(tmp_path, make_state(3, ema=False))
+  with pytest.raises(InputError, match=r"no checkpoint of step 2 \(there: \[3\]\)"):
+    restore_item(tmp_path, "params", {}, step=2)
+  with pytest.raises(InputError, match="has no ema"):
+    restore_item(tmp_path, "ema", {})
+
+
+def test_half_a_checkpoint_is_ignored(tmp_path, command):
+  save(tmp_path, make_state(3))
+  done = command("tests.killed", "*/checkpoints/12", "tests.toy_task", tmp_path / "killed")
+  assert done.returncode == -9
+  names = [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()]
+  assert any(name.startswith("12.") for name in names), names  # what the kill left
+  assert Checkpoints(tmp_path / "killed").latest_step() == 8
+  state = toy_task.init_state(SETTINGS, jax.random.key(0))
+  assert restore_item(tmp_path / "killed", "params", like(state.params))[1] == 8
+
+
+def test_a_folder_that_is_no_workdir_is_named(tmp_path):
+  with pytest.raises(InputError, match=f"{tmp_path} is not a training's workdir"):
+    read_config(tmp_path)

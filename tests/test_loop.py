@@ -1,0 +1,155 @@
+"""The training loop on a toy task: resume, signals, losses that are not finite, refusals."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from launch.engine import loop
+from launch.engine.checkpoint import Checkpoints
+from launch.engine.writers import read_metrics
+from tests import toy_task
+from tests.conftest import ROOT
+from vavae_jax.errors import InputError
+
+CLOCK = {"steps_per_second", "images_per_second", "data_wait_fraction"}
+
+
+def lines(workdir):
+  """The metrics without what a clock measured."""
+  return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
+
+
+def run(workdir, more_evaluators=None, **changes):
+  config = toy_task.config(evaluate_every_steps=3, **changes)
+  return loop.run(toy_task, config, workdir, more_evaluators=more_evaluators)
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Crash(Exception):
+  pass
+
+
+def crash_at(step):
+  def evaluate(state):
+    if int(state.step) == step:
+      raise Crash
+    return {}
+
+  return {"crash": (1, evaluate)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  return run(workdir), lines(workdir)
+
+
+@pytest.mark.parametrize("step", [3, 7, 12])
+def test_a_run_that_crashed_resumes_to_the_same_bits(tmp_path, undisturbed, step):
+  state, told = undisturbed
+  with pytest.raises(Crash):
+    run(tmp_path, crash_at(step))
+  assert_same(run(tmp_path), state)
+  assert lines(tmp_path) == told
+
+
+def test_a_run_made_longer_equals_one_that_was_long(tmp_path, undisturbed):
+  run(tmp_path, num_steps=8)
+  assert_same(run(tmp_path), undisturbed[0])
+
+
+def test_metrics_after_the_restored_step_are_dropped(tmp_path):
+  with pytest.raises(Crash):
+    run(tmp_path, crash_at(7))
+  assert lines(tmp_path)[-1]["step"] == 6  # written, but the checkpoint is of step 4
+  with pytest.raises(Crash):
+    run(tmp_path, crash_at(5))
+  assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4]
+
+
+def test_another_seed_trains_otherwise(tmp_path, undisturbed):
+  assert not np.array_equal(run(tmp_path, seed=4).params["w"], undisturbed[0].params["w"])
+
+
+def test_stop_keeps_the_last_checkpoint(tmp_path):
+  with pytest.raises(FloatingPointError, match="step 8"):
+    run(tmp_path, bad_step=8)  # a step that is to be saved
+  assert Checkpoints(tmp_path).latest_step() == 4
+
+
+def test_skip_leaves_all_but_the_count(tmp_path):
+  before = run(tmp_path / "before", num_steps=8)
+  state = run(tmp_path / "skip", num_steps=9, bad_step=9, non_finite="skip")
+  assert int(state.step) == 9
+  assert_same(state.replace(step=before.step), before)
+  assert lines(tmp_path / "skip")[-2]["skipped"] == 1.0
+
+
+def test_workdir_of_another_configuration_is_refused_by_the_key(tmp_path):
+  run(tmp_path, num_steps=2)
+  kept = (tmp_path / "config.json").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+  with pytest.raises(InputError, match=r"config\.seed: 3 there, 5 now"):
+    run(tmp_path, num_steps=2, seed=5)
+  assert kept == (
+    (tmp_path / "config.json").read_bytes(),
+    (tmp_path / "metrics.jsonl").read_bytes(),
+  )
+
+
+def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+  with pytest.raises(InputError, match="GiB free"):
+    run(tmp_path)
+  assert Checkpoints(tmp_path).latest_step() is None
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"num_steps": 0}, r"config\.num_steps is 0"),
+    ({"non_finite": "ignore"}, "ignore"),
+    ({"mesh": {"data": 3, "fsdp": 5}}, "data=3 x fsdp=5"),
+  ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, changes, named):
+  with pytest.raises(InputError, match=named):
+    run(tmp_path / "new", **changes)
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, environment, number):
+  words = ["-m", "tests.toy_task", str(tmp_path / "stopped"), "0.1"]
+  # Optimised as this process is: the bits are compared.
+  variables = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  process = subprocess.Popen(
+    [sys.executable, *words], cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True
+  )
+  while process.poll() is None and not read_metrics(tmp_path / "stopped"):
+    time.sleep(0.02)
+  process.send_signal(number)
+  _, told = process.communicate(timeout=60)
+  assert process.returncode == 128 + number
+  assert "Traceback" not in told
+  command = shlex.split(told.strip().splitlines()[-1].removeprefix("stopped; resume with: "))
+  assert command == ["python", *words]
+  stopped = Checkpoints(tmp_path / "stopped").latest_step()
+  assert stopped is not None
+  assert 2 <= stopped < 40
+  # In place of the command, which waits: the same task at full speed.
+  resumed = loop.run(toy_task, toy_task.config(num_steps=40), tmp_path / "stopped")
+  assert_same(resumed, loop.run(toy_task, toy_task.config(num_steps=40), tmp_path / "whole"))

@@ -1,0 +1,84 @@
+"""The whole pipeline as a person runs it, undisturbed and killed in the middle of each stage."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.engine.writers import read_metrics
+
+# Of each stage the file that is about to be there when the process dies, somewhere in its middle.
+KILLS = [
+  "tokenizer/checkpoints/4",
+  "latents/latents_rank00_shard001.safetensors",
+  "diffusion/checkpoints/4",
+  "samples.parts/000000009_9.npy",
+  "generation.json",
+  "report.html",
+]
+FIGURES = ["reconstruction.json", "generation.json", "samples.npz", "reconstruction.png"]
+CLOCK = {"steps_per_second", "images_per_second", "data_wait_fraction"}
+
+
+def metrics(workdir: Path) -> list[dict]:
+  return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
+
+
+def test_pipeline_leaves_what_it_promises(pipeline):
+  figures = json.loads((pipeline / "generation.json").read_text())
+  assert figures["samples"] == 18
+  assert figures["fd_efficientnet"] > 0
+  page = (pipeline / "report.html").read_text()
+  assert "FD-EfficientNet" in page
+  assert "http://" not in page.replace("http://www.w3.org", "")
+  assert list((pipeline / "latents").glob("*shard003.safetensors"))
+  assert not (pipeline / "samples.parts").exists()
+
+
+def test_second_start_of_a_finished_run_computes_nothing_again(command, quickstart, pipeline):
+  kept = [
+    *(pipeline / "tokenizer").rglob("checkpoints/6/*/*"),
+    *(pipeline / "diffusion").rglob("checkpoints/6/*/*"),
+    *(pipeline / "latents").glob("*shard*"),
+    pipeline / "samples.npz",
+  ]
+  before = {path: path.stat().st_mtime_ns for path in kept}
+  figures = {name: (pipeline / name).read_bytes() for name in FIGURES}
+  done = command(*quickstart(pipeline))
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("already has all 6 steps") == 2
+  assert {path: path.stat().st_mtime_ns for path in kept} == before
+  assert {name: (pipeline / name).read_bytes() for name in FIGURES} == figures
+
+
+@pytest.fixture(scope="module")
+def killed(command, quickstart, tmp_path_factory) -> Path:
+  """A workdir whose run was killed once in each stage and started again each time."""
+  workdir = tmp_path_factory.mktemp("killed")
+  for name in KILLS:
+    done = command("tests.killed", f"*/{name}", *quickstart(workdir))
+    assert done.returncode == -signal.SIGKILL, (name, done.stderr)
+    assert not (workdir / name).exists()
+  done = command(*quickstart(workdir))
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_figures(pipeline, killed):
+  for name in FIGURES:
+    assert (killed / name).read_bytes() == (pipeline / name).read_bytes(), name
+
+
+def test_a_run_killed_in_every_stage_tells_the_same_story(pipeline, killed):
+  for part in ("tokenizer", "diffusion"):
+    assert metrics(killed / part) == metrics(pipeline / part)
+
+
+def test_a_run_killed_in_every_stage_has_the_same_latents(pipeline, killed):
+  shards = sorted((pipeline / "latents").glob("*.safetensors"))
+  assert len(shards) == 5  # four of 65 pictures, and the statistics
+  for shard in shards:
+    assert (killed / "latents" / shard.name).read_bytes() == shard.read_bytes()

@@ -1,0 +1,149 @@
+"""A task of a few parameters, for tests of the loop; as a command it is slow enough to interrupt.
+
+python -m tests.toy_task WORKDIR [SECONDS_A_STEP]
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from launch.engine import console, loop
+
+
+@flax.struct.dataclass
+class State:
+  """A matrix, its average and a momentum."""
+
+  step: jax.Array
+  params: Any
+  ema: Any
+  momentum: Any
+
+
+def config(**changes: Any) -> FrozenConfigDict:
+  """Settings of a run of 12 steps; the loss is not finite at `bad_step`."""
+  settings = {
+    "seed": 3,
+    "batch_size": 4,
+    "num_steps": 12,
+    "log_every_steps": 2,
+    "save_every_steps": 4,
+    "evaluate_every_steps": 0,
+    "keep_checkpoints": 2,
+    "non_finite": "stop",
+    "bad_step": -1,
+    "mesh": {"data": -1, "fsdp": 1},
+  }
+  return FrozenConfigDict(ConfigDict(settings | changes))
+
+
+def check(config: FrozenConfigDict) -> None:
+  """Nothing can be wrong."""
+  del config
+
+
+def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
+  """A random matrix."""
+  del config
+  params = {"w": jax.random.normal(key, (3, 5))}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  return State(step=jnp.zeros((), jnp.int32), params=params, ema=zeros, momentum=zeros)
+
+
+def load_frozen(config: FrozenConfigDict) -> Any:
+  """Nothing."""
+  del config
+  return {}
+
+
+def phase(config: FrozenConfigDict, step: int) -> str:
+  """Two halves that are compiled apart."""
+  return "late" if step > 6 else "early"
+
+
+def train_step(
+  config: FrozenConfigDict, phase: str, state: State, frozen: Any, batch: Any, key: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+  """Momentum towards noisy targets; depends on batch, key, phase and all of the state."""
+  del frozen
+
+  def loss_fn(params: Any) -> jax.Array:
+    noise = jax.random.normal(key, params["w"].shape)
+    return jnp.mean((batch["x"] @ params["w"] - batch["x"].sum(-1, keepdims=True)) ** 2) + (
+      jnp.mean((params["w"] - noise) ** 2) * (2.0 if phase == "late" else 1.0)
+    )
+
+  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  bad = state.step + 1 == config.bad_step
+  loss = jnp.where(bad, jnp.nan, loss)
+  grads = jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads)
+  momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state.momentum, grads)
+  params = jax.tree.map(lambda p, m: p - 0.05 * m, state.params, momentum)
+  ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, state.ema, params)
+  return State(state.step + 1, params, ema, momentum), {"loss": loss}
+
+
+def train_data(
+  config: FrozenConfigDict, process_index: int, process_count: int, seconds: float = 0.0
+) -> grain.IterDataset:
+  """Random vectors, each batch after a wait."""
+  del process_index, process_count
+
+  def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    time.sleep(seconds / config.batch_size)
+    return {"x": rng.normal(size=3).astype(np.float32) + index}
+
+  return (
+    grain.MapDataset.range(7)
+    .seed(config.seed)
+    .shuffle()
+    .repeat()
+    .random_map(load)
+    .batch(config.batch_size)
+    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+  )
+
+
+def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
+  """The mean of the average."""
+  return {
+    "toy": (config.evaluate_every_steps, lambda state: {"mean": float(state.ema["w"].mean())})
+  }
+
+
+class Slow:
+  """The same task on slow data."""
+
+  check, init_state, load_frozen = (
+    staticmethod(check),
+    staticmethod(init_state),
+    staticmethod(load_frozen),
+  )
+  phase, train_step, evaluators = (
+    staticmethod(phase),
+    staticmethod(train_step),
+    staticmethod(evaluators),
+  )
+
+  def __init__(self, seconds: float):
+    self.train_data = functools.partial(train_data, seconds=seconds)
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  workdir, seconds = Path(argv[1]), float(argv[2]) if len(argv) > 2 else 0.0
+  loop.run(Slow(seconds), config(num_steps=40), workdir)
+
+
+if __name__ == "__main__":
+  console.run_command(main, arguments=2)
