@@ -22,7 +22,8 @@ from absl import flags
 from PIL import Image
 
 from launch import trained
-from launch.engine import console
+from launch.engine import console, mesh
+from launch.engine.batches import in_batches
 from launch.sample import contact_sheet
 from vavae_jax import images
 from vavae_jax.errors import InputError
@@ -80,22 +81,22 @@ def held_out_pictures(tokenizer: trained.Trained) -> np.ndarray:
 
 
 def generation(
-  samples_NHWC: np.ndarray, reference_MHWC: np.ndarray, output: Path
+  samples_NHWC: np.ndarray, reference: distribution.Moments, output: Path
 ) -> dict[str, Any]:
   """FD-EfficientNet of samples to reference pictures; writes OUTPUT.json and OUTPUT.png.
 
   Args:
     samples_NHWC: uint8.
-    reference_MHWC: uint8.
+    reference: feature moments of real pictures.
     output: path without suffix.
 
   Returns:
     What the JSON holds: {"fd_efficientnet": ..., "samples": N, "reference": M, ...}.
   """
   result = {
-    "fd_efficientnet": feature_distance(samples_NHWC, reference_MHWC),
+    "fd_efficientnet": feature_distance(feature_moments(samples_NHWC, "samples"), reference),
     "samples": len(samples_NHWC),
-    "reference": len(reference_MHWC),
+    "reference": reference.count,
     "protocol": "Frechet distance of the 1,280 pooled features of EfficientNet-Lite0 at "
     f"{samples_NHWC.shape[1]} px; not FID",
   }
@@ -103,25 +104,29 @@ def generation(
   return result
 
 
-def feature_distance(a_NHWC: np.ndarray, b_MHWC: np.ndarray) -> float:
-  """Frechet distance of two sets of uint8 pictures in the features of EfficientNet-Lite0."""
-  features = jax.jit(load_feature_network())
-  moments = []
-  for name, pictures in (("features of samples", a_NHWC), ("features of reference", b_MHWC)):
-    moment = distribution.Moments()
-    for start in console.tracked(range(0, len(pictures), BATCH_SIZE), name):
-      batch = pictures[start : start + BATCH_SIZE]
-      filled = np.resize(batch, (BATCH_SIZE, *batch.shape[1:]))
-      moment.update(np.asarray(features(filled))[: len(batch)])
-    moments.append(moment)
-  a, b = moments
+def feature_distance(a: distribution.Moments, b: distribution.Moments) -> float:
+  """Frechet distance of two sets of pictures by their feature moments."""
   return distribution.frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
-def load_feature_network() -> Any:
-  """uint8 [B, H, W, 3] -> pooled features [B, 1280]."""
+def feature_moments(pictures_NHWC: np.ndarray, name: str) -> distribution.Moments:
+  """Mean and covariance of the pooled features of EfficientNet-Lite0.
+
+  Args:
+    pictures_NHWC: uint8.
+    name: what they are, for the progress bar.
+
+  Returns:
+    The moments of 1,280 features.
+  """
   network = load_teacher(FEATURE_NETWORK)
-  return lambda image_BHWC: network.endpoints(images.to_float(image_BHWC))["pool"]
+  run = jax.jit(lambda image_BHWC: network.endpoints(images.to_float(image_BHWC))["pool"])
+  moments = distribution.Moments()
+  with console.Bar(f"features: {name}", len(pictures_NHWC)) as bar:
+    for features in in_batches(run, pictures_NHWC, BATCH_SIZE, mesh.make_mesh()):
+      moments.update(features)
+      bar.update(moments.count)
+  return moments
 
 
 def _write(output: Path, result: dict[str, Any], picture: np.ndarray) -> None:
@@ -152,7 +157,8 @@ def main(argv: list[str]) -> None:
     samples = _load_samples(Path(FLAGS.samples))
     source = images.open_source(FLAGS.reference)
     size = FLAGS.image_size or samples.shape[1]
-    result = generation(samples, images.load_crops(source, np.arange(len(source)), size), output)
+    pictures = images.load_crops(source, np.arange(len(source)), size)
+    result = generation(samples, feature_moments(pictures, "reference"), output)
   else:
     raise InputError(
       f"What to evaluate is {what!r}; give reconstruction with --workdir, or generation with "

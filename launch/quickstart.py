@@ -110,10 +110,10 @@ def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
 
 
 def _evaluate(tokenizer: trained.Trained, pictures: np.ndarray, workdir: Path) -> dict[str, float]:
-  reference = _training_pictures(tokenizer)
+  reference = evaluate.feature_moments(_training_pictures(tokenizer), "training")
   rebuilt = evaluate.reconstruction(tokenizer, workdir / "reconstruction")
   generated = evaluate.generation(pictures, reference, workdir / "generation")
-  held_out = evaluate.held_out_pictures(tokenizer)
+  held_out = evaluate.feature_moments(evaluate.held_out_pictures(tokenizer), "held out")
   return {
     "psnr": rebuilt["psnr"],
     "ssim": rebuilt["ssim"],
@@ -135,8 +135,10 @@ def _report(
   class_names = store.manifest["class_names"]
   rows = [pictures[labels == c][:SHOWN_PER_CLASS] for c in range(len(class_names))]
   columns = min(len(row) for row in rows)
-  held_out = evaluate.held_out_pictures(tokenizer)[:SHOWN_RECONSTRUCTIONS]
-  count = len(evaluate.held_out_pictures(tokenizer))
+  held_out = evaluate.held_out_pictures(tokenizer)
+  count = len(held_out)
+  # Spread over the set, which is sorted by class.
+  held_out = held_out[np.unique(np.linspace(0, count - 1, SHOWN_RECONSTRUCTIONS).astype(int))]
   return Report(
     title="VA-VAE and LightningDiT in JAX: quickstart",
     summary=(

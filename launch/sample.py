@@ -9,6 +9,7 @@ the batch size and the number of devices. A run that was stopped goes on when st
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from PIL import Image
 import lightningdit_jax.training
 from launch import trained
 from launch.engine import console, mesh
+from launch.engine.batches import in_batches
 from lightningdit_jax import latents
 from vavae_jax import images
 from vavae_jax.errors import InputError
@@ -95,16 +97,9 @@ def make_sampler(
 
   def sample(index_B: np.ndarray, label_B: np.ndarray, params: Any = None) -> np.ndarray:
     params = diffusion.params if params is None else params
-    size, parts = settings.batch_size, []
-    for start in range(0, len(index_B), size):
-      chosen = slice(start, start + size)
-      batch = {"index": index_B[chosen], "label": label_B[chosen]}
-      count = len(batch["index"])
-      filled = {name: np.resize(x.astype(np.int32), size) for name, x in batch.items()}
-      with jax.set_mesh(devices):
-        pictures = run(params, tokenizer.params, mesh.to_global(filled, devices))
-      parts.append(np.asarray(pictures)[:count])
-    return np.concatenate(parts)
+    batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
+    decode = functools.partial(run, params, tokenizer.params)
+    return np.concatenate(list(in_batches(decode, batch, settings.batch_size, devices)))
 
   return sample
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import lightningdit_jax.training
 import vavae_jax.training
 from launch.engine import mesh
+from launch.engine.batches import in_batches
 from launch.engine.checkpoint import read_config, restore_item
 from vavae_jax import functional, images
 from vavae_jax.autoencoder import Autoencoder
@@ -143,8 +144,5 @@ def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64
     model = autoencoder(tokenizer, params)
     return images.to_uint8(model.decode(model.encode(images.to_float(batch)).mode()))
 
-  parts = [
-    np.asarray(run(tokenizer.params, image_BHWC[i : i + batch_size]))
-    for i in range(0, len(image_BHWC), batch_size)
-  ]
-  return np.concatenate(parts)
+  rebuild = functools.partial(run, tokenizer.params)
+  return np.concatenate(list(in_batches(rebuild, image_BHWC, batch_size, mesh.make_mesh())))

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, in parts too; half a checkpoint counts nothing."""
+"""Checkpoints: what comes back is what was saved, in parts too; half of one counts nothing."""
 
 from __future__ import annotations
 

@@ -154,7 +154,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
       raise  # a mistake in the file itself, which takes its traceback to find
     keys = [word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")]
-    message = f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
+    message = (
+      f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
+    )
   print(f"error: {message}; see --help", file=sys.stderr)
   sys.exit(2)
 
@@ -195,4 +197,4 @@ def run_command(
   argv = list(sys.argv)
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
-  app.run(guarded, argv, _parse_flags)
+  app.run(guarded, argv, flags_parser=_parse_flags)

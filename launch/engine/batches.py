@@ -1,0 +1,38 @@
+"""Arrays through a compiled function in batches of one size, so that one shape compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.engine import mesh
+
+
+def in_batches(
+  run: Callable[..., jax.Array],
+  arrays: Any,
+  batch_size: int,
+  devices: jax.sharding.Mesh,
+) -> Iterator[np.ndarray]:
+  """Runs a function over the leading axis of some arrays.
+
+  Args:
+    run: jitted, from a global batch (like `arrays`) to an array [B, ...].
+    arrays: pytree of host arrays [N, ...]; the last batch is filled up by repetition.
+    batch_size: over all devices; rounded up to a multiple of their number.
+    devices: from `mesh.make_mesh`.
+
+  Yields:
+    What `run` gives for each batch, without the filling: N rows in all.
+  """
+  batch_size = -(-batch_size // devices.size) * devices.size
+  total = len(jax.tree.leaves(arrays)[0])
+  for start in range(0, total, batch_size):
+    count = min(batch_size, total - start)
+    rows = np.resize(np.arange(start, start + count), batch_size)
+    batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
+    with jax.set_mesh(devices):
+      yield np.asarray(run(mesh.to_global(batch, devices)))[:count]

@@ -1,0 +1,111 @@
+"""The mesh, the sharding rule, and both trainings on 8 devices against one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from launch.engine import mesh
+from launch.engine.writers import read_metrics
+from tests.train_on_mesh import NUM_STEPS
+from vavae_jax.errors import InputError
+
+BIG = mesh.MIN_SHARDED_SIZE
+
+
+def spec(shape, *, data=4, fsdp=2):
+  devices = AbstractMesh((data, fsdp), ("data", "fsdp"))
+  return mesh.parameter_shardings(jax.ShapeDtypeStruct(shape, jnp.float32), devices).spec
+
+
+def test_the_largest_divisible_axis_is_sharded():
+  assert spec((BIG, 6)) == PartitionSpec("fsdp")
+  assert spec((6, 3, BIG)) == PartitionSpec(None, None, "fsdp")
+  assert spec((4, BIG + 1)) == PartitionSpec("fsdp")  # the largest is odd
+
+
+def test_small_or_indivisible_arrays_are_whole_everywhere():
+  assert spec((BIG // 4, 3)) == PartitionSpec()
+  assert spec((3, BIG + 1)) == PartitionSpec()
+  assert spec(()) == PartitionSpec()
+  assert spec((BIG, 6), data=8, fsdp=1) == PartitionSpec()
+
+
+def test_the_rule_keeps_the_tree():
+  tree = {"a": jnp.zeros(3), "b": [jnp.zeros((2, 2))]}
+  shardings = mesh.parameter_shardings(tree, mesh.make_mesh())
+  assert jax.tree.structure(shardings) == jax.tree.structure(tree)
+
+
+def test_minus_one_takes_all_devices():
+  count = jax.device_count()
+  assert dict(mesh.make_mesh().shape) == {"data": count, "fsdp": 1}
+  assert dict(mesh.make_mesh(1, -1).shape) == {"data": 1, "fsdp": count}
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 5), (0, 1), (-1, 0), (-1, -1), (-1, 1000), (-2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
+  with pytest.raises(InputError, match=f"data={data} x fsdp={fsdp}"):
+    mesh.make_mesh(data, fsdp)
+
+
+@pytest.mark.parametrize(("batch_size", "nearest"), [(12, "8 and 16"), (3, "8 and 8"), (0, "8")])
+def test_a_batch_that_does_not_divide_is_refused(batch_size, nearest):
+  with pytest.raises(InputError, match=f"batch_size is {batch_size}.*{nearest}"):
+    mesh.check_batch_size(batch_size, AbstractMesh((4, 2), ("data", "fsdp")))
+
+
+def test_global_batches_hold_the_hosts_rows():
+  batch = {"x": np.arange(6.0).reshape(3, 2), "y": np.arange(3)}
+  arrays = mesh.to_global(batch, mesh.make_mesh())
+  jax.tree.map(np.testing.assert_array_equal, arrays, batch)
+
+
+@pytest.fixture(scope="module")
+def on_8_devices(command, pictures, pipeline, tmp_path_factory):
+  """Both trainings of `pipeline` anew, on 4 x 2 devices: (workdir, what was printed)."""
+  workdir = tmp_path_factory.mktemp("mesh")
+  done = command(
+    *("tests.train_on_mesh", pictures, pipeline / "latents", workdir, 4, 2),
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+  )
+  assert done.returncode == 0, done.stderr
+  return workdir, json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+  ("task", "names"),
+  [
+    ("tokenizer", ("loss", "nll", "kl", "vf", "vf_weight", "grad_norm")),
+    ("diffusion", ("loss", "mse", "cosine", "grad_norm")),
+  ],
+)
+def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, names):
+  # Sums in another order differ by 1e-7 or so; Adam's first steps, which are near to signs of the
+  # gradients, and the ratio of two norms make more of it.
+  one, eight = read_metrics(pipeline / task), read_metrics(on_8_devices[0] / task)
+  one = [line for line in one if line["step"] <= NUM_STEPS and "loss" in line]
+  assert [line["step"] for line in eight] == [line["step"] for line in one] == [2, 4]
+  for a, b in zip(one, eight, strict=True):
+    for name in names:
+      assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
+
+
+def test_the_adversarial_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices):
+  # The batch statistics of the discriminator are those of the whole batch.
+  (a,) = [x for x in read_metrics(pipeline / "tokenizer") if x["step"] == 4 and "d_loss" in x]
+  b = read_metrics(on_8_devices[0] / "tokenizer")[-1]
+  for name in ("d_loss", "g_loss", "disc_weight"):
+    assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("task", ["tokenizer", "diffusion"])
+def test_each_device_holds_half_of_the_largest_parameter(on_8_devices, task):
+  shape, shard = on_8_devices[1][task]
+  assert math.prod(shape) == 2 * math.prod(shard)

@@ -1,0 +1,124 @@
+"""Sampling: a sample is a function of seed and index; a stopped run goes on; labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from launch import sample
+from vavae_jax.errors import InputError
+
+
+def settings(diffusion, **changes):
+  return FrozenConfigDict(ConfigDict(diffusion.config.sample.to_dict() | changes))
+
+
+class Stop(Exception):
+  """What stands for a kill."""
+
+
+@pytest.fixture
+def batches(monkeypatch):
+  """The indices of the batches that are computed; after `batches.limit` of them it ends."""
+  make_sampler = sample.make_sampler
+
+  class Batches(list):
+    limit = 100
+
+  seen = Batches()
+
+  def make(*arguments):
+    sampler = make_sampler(*arguments)
+
+    def run(index, label):
+      if len(seen) == seen.limit:
+        raise Stop
+      seen.append(index.tolist())
+      return sampler(index, label)
+
+    return run
+
+  monkeypatch.setattr(sample, "make_sampler", make)
+  return seen
+
+
+def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
+  index, label = np.arange(11), np.arange(11) % 9
+  by_4 = sample.make_sampler(diffusion, tokenizer, settings(diffusion, batch_size=4), 0)
+  by_9 = sample.make_sampler(diffusion, tokenizer, settings(diffusion, batch_size=9), 0)
+  a, b = by_4(index, label), by_9(index, label)
+  assert a.shape == (11, 64, 64, 3)
+  # Rounding of float32 may move a value over the border between two of 256.
+  assert np.abs(a.astype(int) - b).max() <= 1
+  # A part of the set, in another order.
+  c = by_9(index[[7, 2]], label[[7, 2]])
+  assert np.abs(c.astype(int) - a[[7, 2]]).max() <= 1
+  assert np.abs(a[0].astype(int) - a[9]).max() > 1  # other noise, the same class
+
+
+def test_a_stopped_run_samples_only_what_is_missing(diffusion, tokenizer, tmp_path, batches):
+  def run(name):
+    output = tmp_path / name / "samples.npz"
+    return sample.sample_set(diffusion, tokenizer, output, num_samples=21)
+
+  pictures, labels = run("whole")
+  assert pictures.shape == (21, 64, 64, 3)
+  np.testing.assert_array_equal(labels, np.arange(21) % 9)
+  assert batches == [[*range(9)], [*range(9, 18)], [*range(18, 21)]]
+  batches.clear()
+  batches.limit = 1
+  with pytest.raises(Stop):
+    run("stopped")
+  batches.limit = 100
+  run("stopped")
+  assert batches == [[*range(9)], [*range(9, 18)], [*range(18, 21)]]
+  files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+  assert sorted(files) == ["samples.json", "samples.npz", "samples.png"]
+  assert files == {path.name: path.read_bytes() for path in (tmp_path / "stopped").iterdir()}
+  np.testing.assert_array_equal(run("whole")[0], pictures)
+  assert len(batches) == 3
+
+
+def test_a_file_begun_with_other_settings_is_refused(diffusion, tokenizer, pipeline):
+  before = (pipeline / "samples.npz").read_bytes()
+  for change, named in (({"num_samples": 19}, "num_samples"), ({"seed": 2}, "seed")):
+    with pytest.raises(InputError, match=f"begun with another {named}"):
+      sample.sample_set(
+        diffusion, tokenizer, pipeline / "samples.npz", **{"num_samples": 18, **change}
+      )
+  with pytest.raises(InputError, match="begun with another cfg_scale"):
+    sample.sample_set(
+      *(diffusion, tokenizer, pipeline / "samples.npz"),
+      num_samples=18,
+      settings=settings(diffusion, cfg_scale=7.0),
+    )
+  assert (pipeline / "samples.npz").read_bytes() == before
+
+
+def test_balanced_labels_have_every_class_as_often():
+  np.testing.assert_array_equal(sample.labels_for("balanced", 7, 3, 0), [0, 1, 2, 0, 1, 2, 0])
+
+
+def test_uniform_labels_are_seeded():
+  a, b = (sample.labels_for("uniform", 500, 9, seed) for seed in (0, 1))
+  np.testing.assert_array_equal(a, sample.labels_for("uniform", 500, 9, 0))
+  assert (a != b).any()
+  assert set(a) == set(range(9))
+
+
+def test_given_labels_are_repeated():
+  np.testing.assert_array_equal(sample.labels_for("3,7", 5, 9, 0), [3, 7, 3, 7, 3])
+
+
+@pytest.mark.parametrize("labels", ["9", "-1", "0,9", "cat", "", "1,,2"])
+def test_wrong_labels_are_refused(labels):
+  with pytest.raises(InputError, match="--labels is"):
+    sample.labels_for(labels, 5, 9, 0)
+
+
+def test_contact_sheet_fills_the_last_row_with_white():
+  pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+  sheet = sample.contact_sheet(pictures, columns=2)
+  assert sheet.shape == (6, 6, 3)
+  np.testing.assert_array_equal(sheet[::2, ::3, 0], [[0, 1], [2, 3], [4, 255]])

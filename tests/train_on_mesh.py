@@ -1,0 +1,43 @@
+"""Trains both tiny models over the devices that this process sees, with all arrays sharded.
+
+  python -m tests.train_on_mesh PICTURES LATENTS WORKDIR DATA FSDP
+
+Prints one line of JSON: of each training the parameter with the most elements, as [its shape, the
+shape that one device holds].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from configs import quickstart
+from launch.engine import mesh
+from launch.train import train
+
+NUM_STEPS = 4
+
+
+def main() -> None:
+  """The command."""
+  pictures, latents, workdir, data, fsdp = sys.argv[1:]
+  # So that the arrays of tiny models are sharded too.
+  mesh.MIN_SHARDED_SIZE = 2**11
+  tokenizer, diffusion = quickstart.tokenizer(tiny=True), quickstart.diffusion(tiny=True)
+  tokenizer.data.source = f"folder:{pictures}"
+  diffusion.latents.path = latents
+  largest = {}
+  for config in (tokenizer, diffusion):
+    config.num_steps, config.evaluate_every_steps = NUM_STEPS, 0
+    config.mesh.update(data=int(data), fsdp=int(fsdp))
+    state = train(config, Path(workdir) / config.task)
+    leaf = max(jax.tree.leaves(state.params), key=lambda x: x.size)
+    largest[config.task] = [leaf.shape, leaf.addressable_shards[0].data.shape]
+  print(json.dumps(largest))
+
+
+if __name__ == "__main__":
+  main()
