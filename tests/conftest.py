@@ -1,7 +1,7 @@
 """What the end-to-end tests share: commands as processes, pictures, one finished tiny pipeline.
 
-Everything here runs on the CPU. Compiling is most of the work, so the processes of a session share
-a compilation cache and leave out XLA's optimisations, which changes no property that is tested.
+Everything here runs on the CPU. Compiling is most of the work: all processes of a session share a
+compilation cache, and commands leave out optimisations, which changes no property of theirs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,16 +31,24 @@ ROOT = Path(__file__).parents[1]
 PICTURES_PER_CLASS = 8
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The compilation cache of this session."""
+  folder = tmp_path_factory.mktemp("compiled")
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  return folder
+
+
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(compiled: Path) -> dict[str, str]:
   """The variables of every process of this session."""
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_COMPILATION_CACHE_DIR": str(compiled),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
 
 

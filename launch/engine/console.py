@@ -24,6 +24,8 @@ from vavae_jax.errors import InputError
 
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+# A path that a person gave and that cannot be written or read; other system errors may be ours.
+UNUSABLE_PATH = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
 
 class Interrupted(Exception):
@@ -183,7 +185,7 @@ def run_command(
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
       main(argv)
-    except InputError as error:
+    except (InputError, *UNUSABLE_PATH) as error:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(2)
     except KeyboardInterrupt:

@@ -1,0 +1,271 @@
+"""Bad input: a message that names it, before anything compiles, and nothing on disk is changed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
+
+import launch.quickstart
+from configs import quickstart
+from launch import evaluate, trained
+from launch.engine import configuration
+from launch.train import train
+from lightningdit_jax.latents import STATISTICS
+from vavae_jax.errors import InputError
+
+COMMANDS = ("train", "encode", "sample", "evaluate", "quickstart")
+TINY = "--config=configs/quickstart.py:tokenizer,tiny"
+
+
+def changed(config: ConfigDict, **changes) -> ConfigDict:
+  with config.unlocked(), config.ignore_type():
+    for key, value in changes.items():
+      *parents, last = key.split("__")
+      place = config
+      for parent in parents:
+        place = place[parent]
+      place[last] = value
+  return config
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
+  with pytest.raises(InputError, match=named):
+    train(config, workdir / "new")
+  assert not (workdir / "new").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"task": "tokeniser"}, "config.task is 'tokeniser'; choose one of"),
+    ({"model__chh": 3}, r"config\.model\.chh is not .*did you mean config\.model\.ch\?"),
+    ({"learning": 3}, r"config\.learning is not a configuration key"),
+    ({"model__ch": "wide"}, r"config\.model\.ch is 'wide' \(str\), but a int is needed"),
+    ({"model__ch": 10}, "config.model cannot be built"),
+    ({"data__image_size": 72}, "image_size is 72.*multiple of its downsampling 16, such as"),
+    ({"data__image_size": 0}, "image_size is 0"),
+    ({"data__source": "embedded:cats"}, "embedded:cats"),
+    ({"data__source": "folder:no/such/folder"}, "no/such/folder does not exist"),
+    ({"data__held_out": 1.0}, r"held_out is 1\.0"),
+    ({"data__held_out": 0.999}, "has 2 pictures for training, fewer than one batch of 8"),
+    ({"teacher__name": "resnet"}, "resnet"),
+    ({"teacher__weights": "no/such/file.pth"}, "no/such/file.pth"),
+    ({"model__patch_size": 8}, "stride 16, the model downsamples by 8"),
+    ({"batch_size": 0}, "batch_size is 0"),
+  ],
+)
+def test_wrong_tokenizer_settings_are_refused(tmp_path, changes, named):
+  assert_refused(changed(quickstart.tokenizer(tiny=True), **changes), tmp_path, named)
+
+
+def test_a_missing_key_is_named(tmp_path):
+  config = quickstart.tokenizer(tiny=True)
+  del config.model["ch"]
+  assert_refused(config, tmp_path, r"lacks model\.ch")
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+  (tmp_path / "data" / "cat").mkdir(parents=True)
+  (tmp_path / "data" / "cat" / "notes.txt").write_text("no picture")
+  config = changed(quickstart.tokenizer(tiny=True), data__source=f"folder:{tmp_path / 'data'}")
+  assert_refused(config, tmp_path, f"{tmp_path / 'data'} has no pictures")
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"latents__path": "no/such/store"}, "no/such/store holds no latent shards"),
+    ({"model__in_channels": 32}, "4x4 with 48 channels, config.model expects 4x4 with 32"),
+    ({"model__input_size": 8}, "another tokenizer"),
+    ({"model__num_classes": 8}, r"run from 0 to 8, but config\.model\.num_classes is 8"),
+    ({"model__num_heads": 5}, "config.model cannot be built"),
+    ({"batch_size": 66}, "has 65 latents, fewer than one batch of 66"),
+    ({"sample__method": "leap"}, "config.sample.method is 'leap'; choose one of"),
+    ({"sample__num_steps": 1}, "num_steps is 1"),
+    ({"sample__cfg_channels": 49}, "cfg_channels is 49"),
+    ({"sample__batch_size": 0}, "batch_size is 0"),
+    ({"tokenizer": "no/such/workdir"}, "no/such/workdir is not a training's workdir"),
+  ],
+)
+def test_wrong_diffusion_settings_are_refused(pipeline, tmp_path, changes, named):
+  config = changed(quickstart.diffusion(tiny=True), latents__path=str(pipeline / "latents"))
+  assert_refused(changed(config, **changes), tmp_path, named)
+
+
+@pytest.fixture
+def store(pipeline, tmp_path):
+  """A copy of the latents, to be spoilt."""
+  return Path(shutil.copytree(pipeline / "latents", tmp_path / "latents"))
+
+
+def refused_store(store: Path, named: str) -> None:
+  config = changed(quickstart.diffusion(tiny=True), latents__path=str(store))
+  assert_refused(config, store.parent, named)
+
+
+def test_latents_without_statistics_are_refused(store):
+  (store / STATISTICS).unlink()
+  refused_store(store, "no statistics.*was not finished")
+
+
+def test_statistics_of_another_tokenizer_are_refused(store):
+  save_file({"mean": np.zeros((1, 32, 1, 1)), "std": np.ones((1, 32, 1, 1))}, store / STATISTICS)
+  refused_store(store, "no mean of 48 channels")
+
+
+def test_a_damaged_shard_is_named(store):
+  shard = store / "latents_rank00_shard001.safetensors"
+  shard.write_bytes(shard.read_bytes()[:1000])
+  refused_store(store, f"{shard} cannot be read")
+
+
+def test_shards_of_two_tokenizers_are_refused(store):
+  tensors = load_file(store / "latents_rank00_shard001.safetensors")
+  for name in ("latents", "latents_flip"):
+    tensors[name] = tensors[name][:, :32].copy()
+  save_file(tensors, store / "latents_rank00_shard001.safetensors")
+  refused_store(store, "disagree")
+
+
+def test_a_workdir_of_another_configuration_is_refused(pipeline, pictures):
+  config = quickstart.tokenizer(tiny=True)
+  changed(config, data__source=f"folder:{pictures}", optimizer__b1=0.75)
+  before = contents(pipeline / "tokenizer")
+  with pytest.raises(InputError, match=r"config\.optimizer\.b1: .* there, 0\.75 now"):
+    train(config, pipeline / "tokenizer")
+  assert contents(pipeline / "tokenizer") == before
+
+
+def test_a_workdir_is_loaded_as_what_it_is(pipeline, tmp_path):
+  with pytest.raises(InputError, match="workdir of a tokenizer, but a diffusion is needed"):
+    trained.load(pipeline / "tokenizer", "diffusion")
+  with pytest.raises(InputError, match="is not a training's workdir"):
+    trained.load(pipeline, "tokenizer")
+  with pytest.raises(InputError, match=r"no checkpoint of step 3 \(there: \[4, 6\]\)"):
+    trained.load(pipeline / "tokenizer", "tokenizer", 3)
+
+
+def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(pipeline / "tokenizer", other)
+  shutil.rmtree(other / "checkpoints" / "6")  # an earlier state is another tokenizer
+  with pytest.raises(InputError, match="is not the one that made the latents"):
+    trained.tokenizer_of(diffusion, other)
+  assert trained.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
+
+
+def test_files_that_are_no_samples_are_refused(tmp_path):
+  path = tmp_path / "samples.npz"
+  for named in ("is not a file of samples", "float64"):
+    with pytest.raises(InputError, match=named):
+      evaluate._load_samples(path)
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3)))
+
+
+def test_quickstart_checks_both_trainings_before_the_first(tmp_path):
+  config = quickstart.pipeline(tiny=True)
+  config.diffusion.optimizer.warm_up = 3
+  with pytest.raises(InputError, match=r"config\.diffusion\.optimizer\.warm_up is not"):
+    launch.quickstart.run(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
+def test_lists_and_tuples_are_the_same_configuration(tmp_path):
+  config = quickstart.tokenizer(tiny=True)
+  frozen = configuration.resolve(config, quickstart.tokenizer())
+  configuration.claim_workdir(tmp_path, frozen)
+  configuration.claim_workdir(tmp_path, frozen)
+
+
+# As a person meets them: real processes, two at a time.
+
+
+@pytest.fixture(scope="module")
+def outcomes(command, pipeline, pictures, tmp_path_factory):
+  """What wrong command lines end with, by name."""
+  root = tmp_path_factory.mktemp("commands")
+  new = f"--workdir={root / 'new'}"
+  spoilt = Path(shutil.copytree(pictures, root / "pictures"))
+  picture = sorted(spoilt.rglob("*.png"))[30]
+  picture.write_bytes(picture.read_bytes()[:200])
+  (root / "file").write_text("no folder")
+  lines = {
+    "no such key": ["launch.train", TINY, new, "--config.model.chh=3"],
+    "no such group": ["launch.quickstart", new, "--config.tokenizer.modell.ch=3"],
+    "no such file": ["launch.train", "--config=configs/nothing.py", new],
+    "no such argument": ["launch.train", "--config=configs/quickstart.py:nonsense", new],
+    "no such flag": ["launch.train", TINY, new, "--nonsense=3"],
+    "a word too many": ["launch.train", TINY, new, "again"],
+    "nothing to evaluate": ["launch.evaluate", "everything", f"--output={root / 'new'}"],
+    "no such class": [
+      *("launch.sample", f"--workdir={pipeline / 'diffusion'}", "--labels=3,9"),
+      f"--output={root / 'new.npz'}",
+    ],
+    "no folder": [
+      *("launch.encode", f"--workdir={pipeline / 'tokenizer'}", f"--output={root / 'file' / 'x'}"),
+    ],
+    # Read by a worker thread while the first steps are trained.
+    "unreadable picture": [
+      *(
+        "launch.train",
+        TINY,
+        f"--workdir={root / 'begun'}",
+        f"--config.data.source=folder:{spoilt}",
+      ),
+      *("--config.data.held_out=0.0", "--config.num_steps=20", "--config.evaluate_every_steps=0"),
+    ],
+  }
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    ended = dict(zip(lines, pool.map(lambda words: command(*words), lines.values()), strict=True))
+  assert not (root / "new").exists()
+  assert not (root / "new.npz").exists()
+  return ended, picture
+
+
+@pytest.mark.parametrize(
+  ("name", "told"),
+  [
+    ("no such key", "config.model.chh is not a configuration key; did you mean config.model.ch?"),
+    ("no such group", "no such configuration key: --config.tokenizer.modell.ch"),
+    ("no such file", "configs/nothing.py"),
+    ("no such argument", "'nonsense' is none of"),
+    ("no such flag", "Unknown command line flag 'nonsense'"),
+    ("a word too many", "Unexpected argument 'again'"),
+    ("nothing to evaluate", "What to evaluate is 'everything'"),
+    ("no such class", "--labels is '3,9'; labels must lie in 0..8."),
+    ("no folder", "Not a directory"),
+    ("unreadable picture", "The picture {picture} cannot be read"),
+  ],
+)
+def test_a_wrong_command_line_ends_with_one_line(outcomes, name, told):
+  ended, picture = outcomes
+  done = ended[name]
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith("error: ")
+  assert told.format(picture=picture) in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_of_every_command_says_what_it_does(command):
+  def ask(name: str):
+    return command(f"launch.{name}", "--help")
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    answers = list(pool.map(ask, COMMANDS))
+  for name, done in zip(COMMANDS, answers, strict=True):
+    source = (Path(launch.__file__).parent / f"{name}.py").read_text()
+    docstring = source.split('"""')[1].strip()
+    told = " ".join(done.stdout.split())
+    assert " ".join(docstring.split()) in told, name
+    assert "--workdir: " in told
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,68 @@
+"""The tokenizer's losses against plain NumPy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vavae_jax import losses
+
+RNG = np.random.default_rng(0)
+LATENTS = RNG.normal(size=(3, 2, 3, 5)).astype(np.float32)
+FEATURES = RNG.normal(size=(3, 2, 3, 5)).astype(np.float32)
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_marginal_cosine(margin):
+  cosine = (unit(LATENTS) * unit(FEATURES)).sum(-1)
+  expected = np.maximum(1 - margin - cosine, 0).mean()
+  np.testing.assert_allclose(losses.marginal_cosine(LATENTS, FEATURES, margin), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_marginal_distance_matrix(margin):
+  total = []
+  for z, f in zip(LATENTS.reshape(3, 6, 5), FEATURES.reshape(3, 6, 5), strict=True):
+    for i in range(6):
+      for j in range(6):
+        difference = abs(unit(z)[i] @ unit(z)[j] - unit(f)[i] @ unit(f)[j])
+        total.append(max(difference - margin, 0))
+  found = losses.marginal_distance_matrix(LATENTS, FEATURES, margin)
+  np.testing.assert_allclose(found, np.mean(total), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [losses.marginal_cosine, losses.marginal_distance_matrix])
+def test_alignment_has_a_finite_gradient_at_zero(loss):
+  assert np.all(np.isfinite(jax.grad(loss)(jnp.zeros_like(LATENTS), FEATURES)))
+
+
+def test_reconstruction_is_a_sum_over_pixels_and_a_mean_over_pictures():
+  image = jnp.zeros((2, 4, 3, 3))
+  assert losses.reconstruction(image, image + 0.5) == pytest.approx(0.5 * 36)
+  # A distance of an image counts once for every pixel and channel.
+  assert losses.reconstruction(image, image, jnp.array([1.0, 3.0])) == pytest.approx(2.0 * 36)
+
+
+def test_hinge():
+  real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 1.0])
+  assert losses.discriminator_hinge(real, fake) == pytest.approx(0.5 * (0.5 + 1.0))
+  assert losses.generator_hinge(fake) == pytest.approx(0.5)
+
+
+def test_adaptive_weight_is_a_ratio_with_a_limit():
+  three, four = jnp.array([[0.0, 3.0]]), jnp.array([4.0, 0.0])
+  assert losses.adaptive_weight(three, four, 1e4) == pytest.approx(3 / 4.0001)
+  assert losses.adaptive_weight(three, jnp.zeros(2), 1e4) == 1e4
+  assert jax.grad(lambda x: losses.adaptive_weight(x, four, 1e4))(three).sum() == 0
+
+
+def test_feature_distance_ignores_scale_and_sees_direction():
+  a, b = [LATENTS], [2 * LATENTS]
+  np.testing.assert_allclose(losses.feature_distance(a, b), np.zeros(3), atol=1e-6)
+  np.testing.assert_allclose(losses.feature_distance(a, [-LATENTS]), np.full(3, 4.0), rtol=1e-5)
