@@ -111,7 +111,7 @@ def test_no_checkpoint_is_an_input_error(tmp_path):
 
 def test_half_a_checkpoint_is_ignored(tmp_path, command):
   save(tmp_path, make_state(3))
-  done = command("tests.killed", "*/checkpoints/12", "tests.toy_task", tmp_path / "killed")
+  done = command("tests.killed", "*/checkpoints/12", "tests.toy_task", tmp_path / "killed", 0, 4)
   assert done.returncode == -9
   names = [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()]
   assert any(name.startswith("12.") for name in names), names  # what the kill left

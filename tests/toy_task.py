@@ -1,12 +1,13 @@
 """A task of a few parameters, for tests of the loop; as a command it is slow enough to interrupt.
 
-python -m tests.toy_task WORKDIR [SECONDS_A_STEP]
+python -m tests.toy_task WORKDIR SECONDS_A_STEP STEPS_BETWEEN_CHECKPOINTS
 """
 
 from __future__ import annotations
 
 import functools
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -121,29 +122,13 @@ def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   }
 
 
-class Slow:
-  """The same task on slow data."""
-
-  check, init_state, load_frozen = (
-    staticmethod(check),
-    staticmethod(init_state),
-    staticmethod(load_frozen),
-  )
-  phase, train_step, evaluators = (
-    staticmethod(phase),
-    staticmethod(train_step),
-    staticmethod(evaluators),
-  )
-
-  def __init__(self, seconds: float):
-    self.train_data = functools.partial(train_data, seconds=seconds)
-
-
 def main(argv: list[str]) -> None:
   """The command."""
-  workdir, seconds = Path(argv[1]), float(argv[2]) if len(argv) > 2 else 0.0
-  loop.run(Slow(seconds), config(num_steps=40), workdir)
+  _, workdir, seconds, save_every_steps = argv
+  slow_data = functools.partial(train_data, seconds=float(seconds))
+  slow_task = types.SimpleNamespace(**(globals() | {"train_data": slow_data}))
+  loop.run(slow_task, config(num_steps=40, save_every_steps=int(save_every_steps)), Path(workdir))
 
 
 if __name__ == "__main__":
-  console.run_command(main, arguments=2)
+  console.run_command(main, arguments=3)
