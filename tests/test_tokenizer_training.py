@@ -40,7 +40,7 @@ class TinyTeacher(nnx.Module):
 def setting():
   """A configuration, its teacher and state, and one step of each phase, gradients handed out."""
   config = quickstart.tokenizer(tiny=True)
-  config.model.update(embed_dim=6, z_channels=6, ch=8, ch_mult=(1, 2), norm_groups=4)
+  config.model.update(embed_dim=6, z_channels=6, ch=8, ch_mult=(1, 2), norm_groups=4, patch_size=8)
   config.discriminator.update(ndf=4, n_layers=2)
   config.loss.update(kl_weight=1e-2, perceptual_weight=0.3, vf_weight=0.7, disc_weight=0.4)
   config.loss.update(cos_margin=0.1, distmat_margin=0.05)
