@@ -48,6 +48,7 @@ def tokenizer() -> ConfigDict:
       "resolution": 256,
       "patch_size": 1,
       "norm_groups": 32,
+      "linear_shortcut": False,
     }
   )
   config.teacher = ConfigDict(

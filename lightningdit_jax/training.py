@@ -149,18 +149,30 @@ def train_step(
     (new state, scalar metrics); "mse" is what the reference logs as its training loss.
   """
   del frozen, phase
-  graph = functional.graph_of(build_model(config))
   latent, label = batch["latent"], batch["label"]
   key_time, key_noise, key_drop = jax.random.split(key, 3)
   t_B = transport.sample_time(key_time, len(latent), use_lognorm=config.transport.use_lognorm)
   noise = jax.random.normal(key_noise, latent.shape)
   dropped_B = jax.random.bernoulli(key_drop, config.model.class_dropout_prob, label.shape)
   label = jnp.where(dropped_B, config.model.num_classes, label)
-  x_t = transport.interpolate(latent, noise, t_B)
-  target = transport.velocity(latent, noise)
+  return update(config, state, latent, noise, t_B, label)
+
+
+def update(
+  config: FrozenConfigDict,
+  state: State,
+  latent_BhwZ: jax.Array,
+  noise_BhwZ: jax.Array,
+  t_B: jax.Array,
+  label_B: jax.Array,
+) -> tuple[State, Metrics]:
+  """`train_step` once everything random is drawn."""
+  graph = functional.graph_of(build_model(config))
+  x_t = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B)
+  target = transport.velocity(latent_BhwZ, noise_BhwZ)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-    parts = transport.velocity_losses(nnx.merge(graph, params)(x_t, t_B, label), target)
+    parts = transport.velocity_losses(nnx.merge(graph, params)(x_t, t_B, label_B), target)
     loss = parts["mse"] + (parts["cosine"] if config.transport.use_cosine_loss else 0.0)
     return loss, {"loss": loss, **parts}
 

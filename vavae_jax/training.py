@@ -88,7 +88,9 @@ def _source(spec: str) -> images.Source:
 
 @functools.lru_cache
 def _teacher(name: str, weights: str) -> Teacher:
-  return load_teacher(name, weights or None)
+  # Whoever asks first may be under a trace, and what is kept must outlive it.
+  with jax.ensure_compile_time_eval():
+    return load_teacher(name, weights or None)
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -227,7 +229,7 @@ class _Forward:
     graph = functional.graph_of(build_autoencoder(config))
 
     def latent(params: Any, trunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-      posterior = nnx.merge(graph, params).posterior(trunk)
+      posterior = nnx.merge(graph, params).posterior(trunk, image)
       noise = jax.random.normal(key, posterior.mean.shape)
       return posterior.sample(noise), jnp.mean(posterior.kl())
 
@@ -237,14 +239,14 @@ class _Forward:
       lambda p, z: nnx.merge(graph, p).decode_trunk(z), params, self.z_BhwZ
     )
     self.recon, self._pull_image = jax.vjp(
-      lambda p, d: nnx.merge(graph, p).image(d), params, decoded
+      lambda p, d, z: nnx.merge(graph, p).image(d, z), params, decoded, self.z_BhwZ
     )
 
   def pull_decoder(self, recon_cotangent: jax.Array) -> tuple[Any, jax.Array]:
     """Back from the reconstruction: (gradients of the parameters, cotangent of z)."""
-    last_grads, decoded_cotangent = self._pull_image(recon_cotangent)
+    last_grads, decoded_cotangent, z_direct = self._pull_image(recon_cotangent)
     grads, z_cotangent = self._pull_decoded(decoded_cotangent)
-    return _add(grads, last_grads), z_cotangent
+    return _add(grads, last_grads), z_cotangent + z_direct
 
   def pull_encoder(self, z_cotangent: jax.Array, kl_cotangent: float) -> Any:
     """Back from the latent and the KL: gradients of the parameters."""

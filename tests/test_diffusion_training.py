@@ -1,0 +1,112 @@
+"""The diffusion task's step: the reference's own first steps, and what it draws at random."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from configs import base, quickstart
+from lightningdit_jax import convert, training
+from tests import cases
+from tests.reference import procedural
+from vavae_jax.optimizer import make_optimizer, start_ema
+
+
+def test_three_steps_are_those_of_the_reference():
+  """AdamW behind clipping, and the EMA behind AdamW."""
+  spec, weights, expected = cases.load("dit_default")
+  config = base.diffusion()
+  config.dtype = "float32"
+  config.model.update(spec["config"])
+  config.optimizer.update(learning_rate=1e-3, b2=0.95, clip_norm=1.0, ema_decay=0.9)
+  graph, params = nnx.split(convert.from_torch(weights, **spec["config"]))
+  state = start(FrozenConfigDict(config), nnx.to_pure_dict(params))
+  step = jax.jit(functools.partial(training.update, FrozenConfigDict(config)))
+  shape, num_labels = expected["forward"].shape, spec["config"]["num_classes"] + 1
+  for i in range(3):
+    latent, noise = (cases.nhwc(procedural.normal(f"{end}_{i}", shape)) for end in ("x1", "x0"))
+    label_B = (3 * np.arange(len(latent)) + i) % num_labels
+    state, metrics = step(state, latent, noise, procedural.uniform(f"t_{i}", shape[:1]), label_B)
+    losses = [metrics["mse"], metrics["cosine"]]
+    np.testing.assert_allclose(losses, expected["losses"][i], rtol=1e-5)
+  assert state.step == 3
+  for kind, tree in (("param", state.params), ("ema", state.ema)):
+    actual = convert.to_torch(nnx.merge(graph, tree))
+    for key in weights:
+      cases.assert_near(actual[key], expected[f"{kind}/{key}"], 1e-4)
+
+
+def start(config: FrozenConfigDict, params: Any) -> training.State:
+  """A training's first state around given parameters."""
+  return training.State(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema=start_ema(params, config.optimizer.ema_decay),
+    optimizer=make_optimizer(config.optimizer).init(params),
+  )
+
+
+def tiny(**changes: float) -> FrozenConfigDict:
+  """The tiny quickstart's configuration, with some keys of its parts, "a.b", changed."""
+  config = quickstart.diffusion(tiny=True)
+  config.update_from_flattened_dict(changes)
+  return FrozenConfigDict(config)
+
+
+def drawn(config: FrozenConfigDict, count: int, key: int = 0) -> tuple[np.ndarray, ...]:
+  """What one training step draws: noise at one place, times, labels."""
+  batch = {"latent": jnp.zeros((count, 4, 4, 48)), "label": jnp.full(count, 3)}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(training, "update", lambda config, state, latent, *drawn: drawn)
+    noise, t_B, label_B = training.train_step(
+      config, "diffusion", None, {}, batch, jax.random.key(key)
+    )
+  return np.asarray(noise[:, 0, 0, 0]), np.asarray(t_B), np.asarray(label_B)
+
+
+def test_labels_are_dropped_at_the_given_rate():
+  config = tiny()
+  *_, label_B = drawn(config, 4000)
+  dropped_B = label_B == config.model.num_classes
+  assert (label_B[~dropped_B] == 3).all()
+  # Four standard deviations of 4,000 draws with probability 0.1.
+  assert dropped_B.mean() == pytest.approx(config.model.class_dropout_prob, abs=0.019)
+  *_, label_B = drawn(tiny(**{"model.class_dropout_prob": 0.0}), 100)
+  assert (label_B == 3).all()
+
+
+def test_draws_follow_the_key_and_not_each_other():
+  first, again, other = (drawn(tiny(), 4000, key) for key in (1, 1, 2))
+  for a, b, c in zip(first, again, other, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+  # Four standard deviations of a correlation over 4,000 draws.
+  assert np.abs(np.corrcoef(first) - np.eye(3)).max() < 4 / 4000**0.5
+
+
+def test_loss_falls_on_one_batch():
+  """With the direction loss off, so that all of it is the mean squared error."""
+  config = tiny(
+    **{
+      "optimizer.learning_rate": 3e-3,
+      "optimizer.decay_steps": 0,
+      "transport.use_cosine_loss": False,
+    }
+  )
+  state = jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))
+  latent, noise = (procedural.normal(name, (8, 4, 4, 48)) for name in ("latent", "noise"))
+  step = jax.jit(functools.partial(training.update, config))
+  losses = []
+  for _ in range(30):
+    state, metrics = step(state, latent, noise, jnp.linspace(0.1, 0.9, 8), jnp.arange(8))
+    assert metrics["loss"] == metrics["mse"]
+    losses.append(float(metrics["loss"]))
+  assert losses[0] == pytest.approx(np.mean((latent - noise) ** 2), rel=1e-5)  # it predicts zero
+  assert losses[-1] < 0.6 * losses[0]
