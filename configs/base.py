@@ -100,11 +100,13 @@ def diffusion() -> ConfigDict:
   config.latents = ConfigDict(
     {
       "path": "data/latents",
+      "sha256": "",  # which latents they must be; training notes it
       "latent_norm": True,
       "latent_multiplier": 1.0,
     }
   )
-  # A tokenizer's workdir, to see samples as pictures while training; "" shows none.
+  # A tokenizer's workdir, to see samples as pictures while training; "": the one that the latents
+  # name, if it is still there.
   config.tokenizer = ""
   config.model = ConfigDict(
     {

@@ -11,6 +11,7 @@ so a run that was stopped goes on with the first missing one when started again.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import FrozenConfigDict
 
 from launch import trained
 from launch.engine import console, mesh
@@ -46,7 +48,7 @@ def encode(
     output: the store's folder.
     source: as in `config.data.source`; "" is the tokenizer's own.
     held_out: encode the held-out share instead of the training share.
-    batch_size: pictures at once, over all devices.
+    batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
     shard_size: records a shard.
     seed: of the posterior's noise.
 
@@ -64,7 +66,12 @@ def encode(
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
   manifest = {
-    "tokenizer": {"workdir": str(tokenizer.workdir.absolute()), "sha256": tokenizer.sha256},
+    "tokenizer": {
+      "workdir": str(tokenizer.workdir.absolute()),
+      "step": tokenizer.step,
+      "sha256": tokenizer.sha256,
+    },
+    "records": len(indices),
     "source": spec,
     "held_out": held_out,
     "image_size": data.image_size,
@@ -73,7 +80,7 @@ def encode(
     "seed": seed,
   }
   devices = mesh.make_mesh()
-  mesh.check_batch_size(batch_size, devices)
+  batch_size = mesh.round_up(batch_size, devices)
   _claim(output, manifest)
   run = _encoder(tokenizer, devices, seed)
   starts = range(0, len(indices), shard_size)
@@ -94,15 +101,21 @@ def encode(
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
   path = output / BEGUN
-  if path.is_file() and (begun := json.loads(path.read_text())) != manifest:
-    differing = [k for k in manifest if begun.get(k) != manifest[k]]
-    raise InputError(
-      f"{output} holds latents that were begun with another {', '.join(differing)}; give a new "
-      "--output, or the settings it was begun with."
-    )
+  if path.is_file():
+    begun = json.loads(path.read_text())
+    if differing := [k for k in manifest if _identity(begun.get(k)) != _identity(manifest[k])]:
+      raise InputError(
+        f"{output} holds latents that were begun with another {', '.join(differing)}; give a new "
+        "folder, or the settings it was begun with, or delete it."
+      )
   if not path.is_file() and any(output.glob("*.safetensors")):
     raise InputError(f"{output} holds latents that launch.encode did not write; give another one.")
   write_json(path, manifest)
+
+
+def _identity(noted: Any) -> Any:
+  """A tokenizer is known by its hash, wherever its workdir has gone."""
+  return noted.get("sha256") if isinstance(noted, dict) else noted
 
 
 def _encoder(tokenizer: trained.Trained, devices: jax.sharding.Mesh, seed: int) -> Any:
@@ -133,7 +146,13 @@ def _encoder(tokenizer: trained.Trained, devices: jax.sharding.Mesh, seed: int) 
   return on_devices
 
 
-def _encode_batch(run, pictures, indices, data, batch_size) -> tuple[np.ndarray, ...]:
+def _encode_batch(
+  run: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
+  pictures: images.Source,
+  indices: np.ndarray,
+  data: FrozenConfigDict,
+  batch_size: int,
+) -> tuple[np.ndarray, ...]:
   """The last batch is filled up by repeating, so that one shape compiles and devices divide it."""
   filled = np.resize(indices, batch_size)
   batch = {

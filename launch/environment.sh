@@ -1,7 +1,7 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: one virtual environment, .venv at the root.
-# It is made anew when it is missing or half-made, and brought up to date when setup.cfg, the
-# accelerator or the wanted extras change. PYTHON chooses the interpreter, ACCELERATOR=cpu|cuda|tpu
-# the build of jax.
+# It is made anew when it is missing, half-made, or of another PYTHON or accelerator than asked for
+# (two builds of jax in one environment would fight), and brought up to date when setup.cfg or the
+# wanted extras change. PYTHON chooses the interpreter, ACCELERATOR=cpu|cuda|tpu the build of jax.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -25,22 +25,33 @@ choose_accelerator() {
   esac
 }
 
+# What an environment is made of: the accelerator and the interpreter.
+describe() {
+  echo "$accelerator $("$1" -c 'import sys; print(sys.base_prefix, *sys.version.split())')"
+}
+
 # prepare_environment [EXTRA]: afterwards "$venv/bin/python" has everything, EXTRA included.
 prepare_environment() {
-  local python=${PYTHON:-python3} extras=${1:-} stamp=$venv/installed-${1:-core} wanted
+  local python=${PYTHON:-python3} extras=${1:-} stamp=$venv/installed-${1:-core} wanted made=""
   choose_accelerator
   [ "$accelerator" = cpu ] || extras=$accelerator${extras:+,$extras}
+  if compgen -G "$venv/installed-*" >/dev/null; then
+    made=$(cat "$venv/made-for")
+  fi
+  # Without PYTHON whatever interpreter the environment has will do.
+  if [ "${made%% *}" != "$accelerator" ] ||
+    { [ -n "${PYTHON:-}" ] && [ "$made" != "$(describe "$PYTHON")" ]; }; then
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python" >&2
+      exit 2
+    fi
+    echo "making the virtual environment $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv"
+    describe "$python" >"$venv/made-for"
+  fi
   wanted="$extras $(cksum <"$root/setup.cfg")"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     return
-  fi
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python" >&2
-    exit 2
-  fi
-  if ! compgen -G "$venv/installed-*" >/dev/null; then
-    echo "making the virtual environment $venv with $("$python" --version)"
-    "$python" -m venv --clear "$venv"
   fi
   echo "installing into $venv (some minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \

@@ -12,6 +12,8 @@ published number. Results go to OUTPUT.json, pictures to OUTPUT.png.
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +131,31 @@ def feature_moments(pictures_NHWC: np.ndarray, name: str) -> distribution.Moment
   return moments
 
 
+def _files(output: Path) -> tuple[Path, Path]:
+  """Where numbers and picture go; a dot in the name, as in cfg3.5, is not a suffix."""
+  return output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}.png")
+
+
+def _check_output(output: Path) -> None:
+  """Raises InputError before any work if the results would replace a file of another kind."""
+  numbers, picture = _files(output)
+  for path in (numbers, picture):
+    if path.exists() and not (numbers.is_file() and "protocol" in json.loads(numbers.read_text())):
+      raise InputError(f"{path} exists and is no evaluation; give another --output.")
+
+
 def _write(output: Path, result: dict[str, Any], picture: np.ndarray) -> None:
-  with atomic_file(output.with_suffix(".png")) as file:
+  numbers_path, picture_path = _files(output)
+  with atomic_file(picture_path) as file:
     Image.fromarray(picture).save(file, "PNG")
-  write_json(output.with_suffix(".json"), result)
+  write_json(numbers_path, result)
 
 
 def _load_samples(path: Path) -> np.ndarray:
   try:
     with np.load(path, allow_pickle=False) as stored:
       samples = stored["arr_0"]
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(
       f"{path} is not a file of samples ({error}); give the npz of python -m launch.sample."
     ) from error
@@ -151,6 +167,7 @@ def _load_samples(path: Path) -> np.ndarray:
 def main(argv: list[str]) -> None:
   """The command."""
   what, output = argv[1] if len(argv) > 1 else "", Path(FLAGS.output)
+  _check_output(output)
   if what == "reconstruction" and FLAGS.workdir:
     result = reconstruction(trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step), output)
   elif what == "generation" and FLAGS.samples and FLAGS.reference:
@@ -165,10 +182,7 @@ def main(argv: list[str]) -> None:
       "--samples and --reference."
     )
   rows = [(name, f"{value:.4g}") for name, value in result.items() if isinstance(value, float)]
-  files = [
-    ("numbers", str(output.with_suffix(".json"))),
-    ("picture", str(output.with_suffix(".png"))),
-  ]
+  files = [(k, str(path)) for k, path in zip(("numbers", "picture"), _files(output), strict=True)]
   console.table(f"Evaluation: {what}", ("what", "value"), [*rows, *files])
 
 

@@ -25,19 +25,22 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from sklearn.manifold import TSNE
 
 import configs.base
+import lightningdit_jax.training
+import vavae_jax.training
 from configs import quickstart
 from launch import evaluate, trained
 from launch.encode import encode
-from launch.engine import configuration, console
+from launch.engine import configuration, console, loop
 from launch.engine.writers import curve, read_metrics
 from launch.report import Curve, Figure, Report, write_report
 from launch.sample import sample_set
 from launch.train import train
 from lightningdit_jax import latents
 from vavae_jax import images
+from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
-CONFIG = "configs/quickstart.py:pipeline"
+CONFIG = f"{quickstart.__file__}:pipeline"
 SHOWN_RECONSTRUCTIONS = 24
 SHOWN_PER_CLASS = 10
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -73,11 +76,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   Returns:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ...}.
   """
-  configuration.resolve(config, quickstart.get_config("pipeline"))
+  _check(configuration.resolve(config, quickstart.get_config("pipeline")))
   config.diffusion.latents.path = str(workdir / "latents")
   resolved = FrozenConfigDict(config)
-  # The second training is checked before the first begins, as far as it can be without latents.
-  configuration.resolve(config.diffusion, configs.base.diffusion())
   workdir.mkdir(parents=True, exist_ok=True)
   stages = Stages(workdir)
   stages.run("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
@@ -100,6 +101,35 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     ),
   )
   return results
+
+
+def _check(config: FrozenConfigDict) -> None:
+  """All that can be checked of the later stages before the first one takes its minutes."""
+  first, second = config.tokenizer, config.diffusion
+  configuration.resolve(first, configs.base.tokenizer())
+  loop.check(first)
+  vavae_jax.training.check(first)
+  configuration.resolve(second, configs.base.diffusion())
+  loop.check(second)
+  lightningdit_jax.training.check_model(second)
+  for key in ("path", "sha256"):
+    if second.latents[key] != quickstart.diffusion().latents[key]:
+      raise InputError(
+        f"config.diffusion.latents.{key} is {second.latents[key]!r}, but the quickstart trains on "
+        "the latents that it makes in its workdir; leave it out, or run launch.train alone."
+      )
+  made = vavae_jax.training.latent_shape(first)
+  wanted = (second.model.input_size, second.model.input_size, second.model.in_channels)
+  if made != wanted:
+    raise InputError(
+      f"config.tokenizer makes latents of {made}, config.diffusion takes {wanted} (height, width, "
+      "channels): change config.diffusion.model.input_size and in_channels, or the tokenizer."
+    )
+  least = {"encode.batch_size": 1, "encode.shard_size": 1, "sample.num_samples": 2}
+  for key, bound in least.items():
+    part, name = key.split(".")
+    if config[part][name] < bound:
+      raise InputError(f"config.{key} is {config[part][name]}; at least {bound} is needed.")
 
 
 def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
@@ -249,6 +279,6 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  configuration.define_flag(f"The settings; {CONFIG} if not given.")
+  configuration.define_flag("The settings; configs/quickstart.py:pipeline if not given.")
   flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
   console.run_command(main, config=CONFIG)

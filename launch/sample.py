@@ -56,18 +56,22 @@ def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.n
   if kind == "uniform":
     return np.random.default_rng(seed).integers(num_classes, size=num_samples, dtype=np.int32)
   try:
-    given = np.array([int(x) for x in kind.split(",")], np.int32)
+    given = [int(x) for x in kind.split(",")]
   except ValueError as error:
     raise InputError(
       f'--labels is {kind!r}; give "balanced", "uniform", or numbers such as 3,7,7.'
     ) from error
-  if given.min() < 0 or given.max() >= num_classes:
+  if min(given) < 0 or max(given) >= num_classes:
     raise InputError(f"--labels is {kind!r}; labels must lie in 0..{num_classes - 1}.")
-  return np.resize(given, num_samples)
+  return np.resize(np.asarray(given, np.int32), num_samples)
 
 
 def make_sampler(
-  diffusion: trained.Trained, tokenizer: trained.Trained, settings: FrozenConfigDict, seed: int
+  diffusion: trained.Trained,
+  tokenizer: trained.Trained,
+  settings: FrozenConfigDict,
+  seed: int,
+  devices: jax.sharding.Mesh,
 ) -> Sampler:
   """A compiled function from indices and labels to pictures.
 
@@ -76,6 +80,7 @@ def make_sampler(
     tokenizer: whose decoder makes the pictures.
     settings: as `config.sample`.
     seed: of the set of samples.
+    devices: from `mesh.make_mesh`.
 
   Returns:
     (index int32 [B], label int32 [B]) -> uint8 [B, H, W, 3], for any B; it runs in batches of
@@ -84,8 +89,6 @@ def make_sampler(
   config = diffusion.config
   store = lightningdit_jax.training.open_store(config.latents.path)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
-  devices = mesh.make_mesh()
-  mesh.check_batch_size(settings.batch_size, devices)
 
   @jax.jit
   def run(params: Any, decoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -145,7 +148,7 @@ def sample_set(
     **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
   }
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
-  if output.is_file() or parts.is_dir():
+  if output.is_file() or parts.is_dir() or about.is_file():
     _check_begun(output, about, noted)
   if output.is_file():
     shutil.rmtree(parts, ignore_errors=True)
@@ -153,7 +156,7 @@ def sample_set(
       return stored["arr_0"], stored["arr_1"]
   parts.mkdir(parents=True, exist_ok=True)
   write_json(about, noted)
-  run = make_sampler(diffusion, tokenizer, settings, seed)
+  run = make_sampler(diffusion, tokenizer, settings, seed, mesh.make_mesh())
   size = settings.batch_size
   with console.Bar("sample", num_samples) as bar:
     for start in range(0, num_samples, size):
@@ -184,7 +187,7 @@ def _check_begun(output: Path, about: Path, noted: dict[str, Any]) -> None:
 
 
 def _collect(parts: Path, num_samples: int) -> np.ndarray:
-  """Parts may come from runs with other batch sizes: the first to name a sample gives it."""
+  """Parts may come from runs with other batch sizes: the last to name a sample gives it."""
   pictures: np.ndarray | None = None
   for path in sorted(parts.glob("*.npy")):
     start, part = int(path.stem.split("_")[0]), np.load(path, allow_pickle=False)

@@ -19,9 +19,8 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-import lightningdit_jax.training
 from launch import trained
-from launch.engine import configuration, console, loop
+from launch.engine import configuration, console, loop, mesh
 from launch.sample import contact_sheet, make_sampler
 from vavae_jax.errors import InputError
 
@@ -42,7 +41,13 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   if task_name not in trained.TASKS:
     raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
   frozen = configuration.resolve(config, getattr(configs.base, task_name)())
-  more = _sample_pictures(frozen) if task_name == "diffusion" else {}
+  more = {}
+  if task_name == "diffusion":
+    # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
+    noted = config.copy_and_resolve_references()
+    noted.latents.sha256 = trained.check_latents(frozen).sha256
+    frozen = FrozenConfigDict(noted)
+    more = _sample_pictures(frozen)
   return loop.run(
     trained.TASKS[task_name], frozen, workdir, name=f"train {task_name}", more_evaluators=more
   )
@@ -50,12 +55,19 @@ def train(config: ConfigDict, workdir: Path) -> Any:
 
 def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   """Samples of the EMA as one picture, each time from the same noise; none without a tokenizer."""
-  store = lightningdit_jax.training.open_store(config.latents.path)
-  if not config.evaluate_every_steps or not (config.tokenizer or "tokenizer" in store.manifest):
+  if not config.evaluate_every_steps:
     return {}
   model = trained.Trained(Path(), config, 0, None)
-  # Made before the training begins, so that a wrong tokenizer or batch size ends it there.
-  sampler = make_sampler(model, trained.tokenizer_of(model), config.sample, seed=0)
+  try:
+    tokenizer = trained.tokenizer_of(model)
+  except InputError as error:
+    if config.tokenizer:
+      raise
+    # Latents outlive their tokenizer's workdir, and training needs nothing but latents.
+    console.say(f"no samples will be shown while training: {error}")
+    return {}
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sampler = make_sampler(model, tokenizer, config.sample, seed=0, devices=devices)
   index = np.arange(PICTURE_SAMPLES)
   label = index % config.model.num_classes
 

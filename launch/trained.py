@@ -18,6 +18,7 @@ import vavae_jax.training
 from launch.engine import mesh
 from launch.engine.batches import in_batches
 from launch.engine.checkpoint import read_config, restore_item
+from lightningdit_jax.latents import LatentStore
 from vavae_jax import functional, images
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.errors import InputError
@@ -107,17 +108,18 @@ def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
     The trained tokenizer.
 
   Raises:
-    InputError: unknown, or another one than the latents were made with.
+    InputError: unknown, or another one than the latents were made with; or these are not the
+      latents that the model was trained on.
   """
   config = diffusion.config
-  store = lightningdit_jax.training.open_store(config.latents.path)
+  store = check_latents(config)
   noted = store.manifest.get("tokenizer", {})
   workdir = override or config.tokenizer or noted.get("workdir")
   if not workdir:
     raise InputError(
       f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
     )
-  tokenizer = load(Path(workdir), "tokenizer")
+  tokenizer = load(Path(workdir), "tokenizer", noted.get("step"))
   if noted and noted["sha256"] != tokenizer.sha256:
     raise InputError(
       f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "
@@ -125,6 +127,17 @@ def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
       "--tokenizer=WORKDIR of the right one, or encode and train again."
     )
   return tokenizer
+
+
+def check_latents(config: FrozenConfigDict) -> LatentStore:
+  """The latents of a diffusion configuration; InputError if it names others by `latents.sha256`."""
+  store = lightningdit_jax.training.open_store(config.latents.path)
+  if config.latents.sha256 not in ("", store.sha256):
+    raise InputError(
+      f"The model was trained on other latents than those that {store.path} holds now: what it "
+      "draws would decode to noise. Bring those back, or give a new --workdir to train on these."
+    )
+  return store
 
 
 def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64) -> np.ndarray:

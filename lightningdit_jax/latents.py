@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,11 @@ class LatentStore:
     channels, height, width = shapes[0]
     self.shape = (height, width, channels)
     self.mean, self.std = self._statistics()
+    if self.manifest.get("records", len(self)) != len(self):
+      raise InputError(
+        f"{path} has {len(self)} of the {self.manifest['records']} latents that its {MANIFEST} "
+        "names: it was not copied whole. Copy it again, or encode again."
+      )
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -86,6 +92,14 @@ class LatentStore:
     return np.concatenate([_open(f).get_tensor("labels") for f in self._files])
 
   @functools.cached_property
+  def sha256(self) -> str:
+    """Identifies the latents: a hash of their statistics, their shape and their labels."""
+    digest = hashlib.sha256(repr(self.shape).encode())
+    for array in (self.mean, self.std, self.labels):
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+  @functools.cached_property
   def manifest(self) -> dict[str, Any]:
     """What `launch.encode` noted; empty for a published store."""
     path = self.path / MANIFEST
@@ -94,7 +108,10 @@ class LatentStore:
   def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS
     if ours.is_file():
-      stored: dict[str, Any] = load_file(ours)
+      try:
+        stored: dict[str, Any] = load_file(ours)
+      except (SafetensorError, OSError) as error:
+        raise InputError(f"{ours} cannot be read ({error}); encode again.") from error
     elif published.is_file():
       stored = read_torch_file(published)
     else:
@@ -109,6 +126,11 @@ class LatentStore:
           f"The statistics of {self.path} have no {name} of {channels} channels, as its latents do."
         )
     mean, std = (np.asarray(stored[name], np.float32).ravel() for name in ("mean", "std"))
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+      raise InputError(
+        f"The statistics of {self.path} are not finite, or a channel never varies: latents cannot "
+        "be normalised by them. Encode again with a trained tokenizer."
+      )
     return mean, std
 
 

@@ -16,7 +16,7 @@ Source: Yao et al., arXiv 2501.01423, section 4; hustvl/LightningDiT models/ligh
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class Layers:
     """The norm of queries or of keys, float32; a LayerNorm has weights and another epsilon here."""
     return self.norm(size) if self.use_rmsnorm else self._layer_norm(size, epsilon=1e-5)
 
-  def _layer_norm(self, size: int, **kwargs) -> nnx.LayerNorm:
+  def _layer_norm(self, size: int, **kwargs: Any) -> nnx.LayerNorm:
     # The fast variance is E[x^2] - E[x]^2, which cancels.
     kwargs |= {"use_fast_variance": False, "dtype": jnp.float32, "rngs": self.rngs}
     return nnx.LayerNorm(size, **kwargs)
@@ -386,7 +386,7 @@ class LightningDiT(nnx.Module):
 
     graph, weights = nnx.split(self.blocks)
 
-    def run_block(x_BND, weights_of_block):
+    def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
       block = nnx.merge(graph, gather(weights_of_block, self.dtype))
       return pin_batch(block(x_BND, c_BD, rope)), None
 

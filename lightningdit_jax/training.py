@@ -63,11 +63,7 @@ def check(config: FrozenConfigDict) -> None:
   Raises:
     InputError: model, latents, labels or sampling settings do not fit.
   """
-  try:
-    nnx.eval_shape(lambda: build_model(config)(nnx.Rngs(0)))
-  except (TypeError, ValueError) as error:
-    raise InputError(f"config.model cannot be built: {error}") from error
-  check_sampling(config.sample, config.model)
+  check_model(config)
   store = open_store(config.latents.path)
   size, channels = config.model.input_size, config.model.in_channels
   if store.shape != (size, size, channels):
@@ -89,12 +85,21 @@ def check(config: FrozenConfigDict) -> None:
     )
 
 
+def check_model(config: FrozenConfigDict) -> None:
+  """Raises InputError for what cannot be built or run: the part of `check` without latents."""
+  functional.outline(build_model(config), "config.model")
+  make_optimizer(config.optimizer)
+  check_sampling(config.sample, config.model)
+
+
 def check_sampling(sample: FrozenConfigDict, model: FrozenConfigDict) -> None:
   """Raises InputError for sampling settings that cannot work with this model."""
   if sample.method not in sampling.METHODS:
     raise InputError(
       f"config.sample.method is {sample.method!r}; choose one of {sampling.METHODS}."
     )
+  if sample.batch_size < 1:
+    raise InputError(f"config.sample.batch_size is {sample.batch_size}; at least 1 is needed.")
   if sample.num_steps < 2:
     raise InputError(f"config.sample.num_steps is {sample.num_steps}; at least 2 are needed.")
   if not 0 <= sample.cfg_channels <= model.in_channels:

@@ -87,6 +87,32 @@ def test_patches_are_folded_row_by_row():
     cases.assert_near(decoded[:, i::2, j::2], part, 1e-5)
 
 
+def test_the_shortcut_is_linear_and_stays_in_its_cell():
+  """What it adds to the same weights without it, there and back."""
+  long = tiny(linear_shortcut=True)
+  short = tiny(linear_shortcut=True)
+  short.shortcut_in = short.shortcut_out = None
+  image = procedural.normal("image", (3, 4, 6, 3))
+  z = procedural.normal("z", (3, 2, 3, 3))
+
+  @jax.jit
+  def added(image, z):
+    return long.encode(image).mean - short.encode(image).mean, long.decode(z) - short.decode(z)
+
+  (moments, pixels), (moments_2, pixels_2) = added(image, z), added(2 * image, 2 * z)
+  moments_0, pixels_0 = added(0 * image, 0 * z)
+  cases.assert_near(moments_2 - moments, moments - moments_0, 1e-4)
+  cases.assert_near(pixels_2 - pixels, pixels - pixels_0, 1e-4)
+  image[1, 2:, 2:4] += 1
+  z[1, 1, 1] += 1
+  near, cell = (np.asarray(a) for a in added(image, z))
+  moved = np.abs(near - moments).max(axis=-1) > 1e-3
+  np.testing.assert_array_equal(np.argwhere(moved), [[1, 1, 1]])
+  moved = np.abs(cell - pixels).max(axis=-1) > 1e-3
+  assert moved[1, 2:, 2:4].all()
+  assert moved.sum() == 4
+
+
 def test_an_image_depends_on_itself_only():
   model = tiny(ch_mult=(1,))
   image = jnp.asarray(procedural.normal("image", (3, 4, 6, 3)))

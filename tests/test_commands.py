@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
 import launch.quickstart
@@ -16,7 +18,7 @@ from configs import quickstart
 from launch import evaluate, trained
 from launch.engine import configuration
 from launch.train import train
-from lightningdit_jax.latents import STATISTICS
+from lightningdit_jax.latents import MANIFEST, STATISTICS
 from vavae_jax.errors import InputError
 
 COMMANDS = ("train", "encode", "sample", "evaluate", "quickstart")
@@ -51,7 +53,10 @@ def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
     ({"model__chh": 3}, r"config\.model\.chh is not .*did you mean config\.model\.ch\?"),
     ({"learning": 3}, r"config\.learning is not a configuration key"),
     ({"model__ch": "wide"}, r"config\.model\.ch is 'wide' \(str\), but a int is needed"),
-    ({"model__ch": 10}, "config.model cannot be built"),
+    ({"model__ch": 10}, r"config\.model cannot be built"),
+    ({"model__patch_size": 0}, r"config\.model cannot be built"),
+    ({"data__image_size": 16}, "too small"),
+    ({"optimizer__warmup_steps": 6}, "decay_steps is 6, but the warm-up alone takes 6"),
     ({"data__image_size": 72}, "image_size is 72.*multiple of its downsampling 16, such as"),
     ({"data__image_size": 0}, "image_size is 0"),
     ({"data__source": "embedded:cats"}, "embedded:cats"),
@@ -85,6 +90,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
   ("changes", "named"),
   [
     ({"latents__path": "no/such/store"}, "no/such/store holds no latent shards"),
+    ({"latents__sha256": "0" * 64}, "trained on other latents"),
     ({"model__in_channels": 32}, "4x4 with 48 channels, config.model expects 4x4 with 32"),
     ({"model__input_size": 8}, "another tokenizer"),
     ({"model__num_classes": 8}, r"run from 0 to 8, but config\.model\.num_classes is 8"),
@@ -159,9 +165,31 @@ def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_pa
   other = tmp_path / "other"
   shutil.copytree(pipeline / "tokenizer", other)
   shutil.rmtree(other / "checkpoints" / "6")  # an earlier state is another tokenizer
-  with pytest.raises(InputError, match="is not the one that made the latents"):
+  with pytest.raises(InputError, match="no checkpoint of step 6"):
     trained.tokenizer_of(diffusion, other)
   assert trained.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
+
+
+def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
+  manifest = json.loads((store / MANIFEST).read_text())
+  manifest["tokenizer"]["sha256"] = "0" * 64
+  (store / MANIFEST).write_text(json.dumps(manifest))
+  config = changed(ConfigDict(diffusion.config), latents__path=str(store))
+  with pytest.raises(InputError, match="is not the one that made the latents"):
+    trained.tokenizer_of(dataclasses.replace(diffusion, config=FrozenConfigDict(config)))
+
+
+def test_results_replace_only_results(tmp_path):
+  """And a dot in the name is no suffix."""
+  picture = np.zeros((4, 4, 3), np.uint8)
+  for name in ("cfg3.0", "cfg3.5"):
+    evaluate._check_output(tmp_path / name)
+    evaluate._write(tmp_path / name, {"protocol": name}, picture)
+    evaluate._check_output(tmp_path / name)
+  assert json.loads((tmp_path / "cfg3.0.json").read_text()) == {"protocol": "cfg3.0"}
+  (tmp_path / "samples.json").write_text('{"num_samples": 3}')
+  with pytest.raises(InputError, match=r"samples\.json exists and is no evaluation"):
+    evaluate._check_output(tmp_path / "samples")
 
 
 def test_files_that_are_no_samples_are_refused(tmp_path):
@@ -172,10 +200,21 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3)))
 
 
-def test_quickstart_checks_both_trainings_before_the_first(tmp_path):
-  config = quickstart.pipeline(tiny=True)
-  config.diffusion.optimizer.warm_up = 3
-  with pytest.raises(InputError, match=r"config\.diffusion\.optimizer\.warm_up is not"):
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"diffusion__optimizer__warm_up": 3}, r"config\.diffusion\.optimizer\.warm_up is not"),
+    ({"diffusion__model__num_heads": 5}, "num_heads=5"),
+    ({"diffusion__sample__method": "leap"}, "method is 'leap'"),
+    ({"diffusion__latents__path": "mine"}, r"latents\.path is 'mine'"),
+    ({"tokenizer__model__embed_dim": 32}, r"\(4, 4, 32\), config\.diffusion takes \(4, 4, 48\)"),
+    ({"encode__batch_size": 0}, r"config\.encode\.batch_size is 0"),
+    ({"sample__num_samples": 1}, r"config\.sample\.num_samples is 1"),
+  ],
+)
+def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named):
+  config = changed(quickstart.pipeline(tiny=True), **changes)
+  with pytest.raises(InputError, match=named):
     launch.quickstart.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
 
@@ -184,7 +223,7 @@ def test_lists_and_tuples_are_the_same_configuration(tmp_path):
   config = quickstart.tokenizer(tiny=True)
   frozen = configuration.resolve(config, quickstart.tokenizer())
   configuration.claim_workdir(tmp_path, frozen)
-  configuration.claim_workdir(tmp_path, frozen)
+  configuration.check_workdir(tmp_path, frozen)
 
 
 # As a person meets them: real processes, two at a time.
@@ -214,7 +253,6 @@ def outcomes(command, pipeline, pictures, tmp_path_factory):
     "no folder": [
       *("launch.encode", f"--workdir={pipeline / 'tokenizer'}", f"--output={root / 'file' / 'x'}"),
     ],
-    # Read by a worker thread while the first steps are trained.
     "unreadable picture": [
       *(
         "launch.train",
@@ -229,6 +267,7 @@ def outcomes(command, pipeline, pictures, tmp_path_factory):
     ended = dict(zip(lines, pool.map(lambda words: command(*words), lines.values()), strict=True))
   assert not (root / "new").exists()
   assert not (root / "new.npz").exists()
+  assert not (root / "begun").exists()
   return ended, picture
 
 

@@ -111,7 +111,7 @@ def test_given_labels_are_repeated():
   np.testing.assert_array_equal(sample.labels_for("3,7", 5, 9, 0), [3, 7, 3, 7, 3])
 
 
-@pytest.mark.parametrize("labels", ["9", "-1", "0,9", "cat", "", "1,,2"])
+@pytest.mark.parametrize("labels", ["9", "-1", "0,9", "99999999999", "cat", "", "1,,2"])
 def test_wrong_labels_are_refused(labels):
   with pytest.raises(InputError, match="--labels is"):
     sample.labels_for(labels, 5, 9, 0)

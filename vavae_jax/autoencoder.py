@@ -71,7 +71,7 @@ class Layers:
     """A convolution that starts as PyTorch's do: all weights uniform in +-1/sqrt(fan_in)."""
     bound = (in_channels * size * size) ** -0.5
 
-    def init(key, shape, dtype):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
       return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     kwargs |= {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "rngs": self.rngs}

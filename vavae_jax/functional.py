@@ -7,11 +7,14 @@ is put together from such a dict where it is called, and forgotten again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
+from vavae_jax.errors import InputError
+
+M = TypeVar("M", bound=nnx.Module)
 Build = Callable[[nnx.Rngs], nnx.Module]
 Params = dict[str, Any]
 
@@ -27,6 +30,25 @@ def graph_of(build: Build) -> nnx.GraphDef:
   """
   graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
   return graph
+
+
+def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
+  """The module that `build` makes, with shapes for arrays.
+
+  Args:
+    build: makes the module from `nnx.Rngs`.
+    name: of the settings it is made by, for the error.
+
+  Returns:
+    The module.
+
+  Raises:
+    InputError: it cannot be built.
+  """
+  try:
+    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+  except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+    raise InputError(f"{name} cannot be built: {error}") from error
 
 
 def init(build: Build, key: jax.Array, *kinds: type[nnx.Variable]) -> Any:

@@ -6,6 +6,7 @@ stay uint8 until they are on the device: a quarter of the bytes.
 
 from __future__ import annotations
 
+import concurrent.futures
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from vavae_jax.assets import load_emoji
 from vavae_jax.errors import InputError
@@ -57,7 +58,9 @@ class Folder:
     """
     if not root.is_dir():
       raise InputError(f"The data folder {root} does not exist.")
-    self.class_names = sorted(p.name for p in root.iterdir() if p.is_dir())
+    self.class_names = sorted(
+      p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
     self._records = [
       (path, label)
       for label, name in enumerate(self.class_names)
@@ -78,7 +81,7 @@ class Folder:
     try:
       with Image.open(path) as picture:
         image = np.asarray(_as_rgb(picture))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
       raise InputError(
         f"The picture {path} cannot be read ({error}); remove or replace it."
       ) from error
@@ -113,6 +116,20 @@ def open_source(spec: str) -> Source:
   if kind == "folder" and rest:
     return Folder(Path(rest).expanduser())
   raise InputError(f'The image source is {spec!r}; choose "embedded:emoji" or "folder:DIR".')
+
+
+def check_readable(source: Source, limit: int = 2_000) -> None:
+  """Decodes all pictures of a source, or `limit` of them spread over it, and throws them away.
+
+  A damaged one beyond those is named when its turn comes.
+
+  Raises:
+    InputError: one cannot be read.
+  """
+  chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for _ in pool.map(lambda index: source[int(index)] and None, chosen):
+      pass
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

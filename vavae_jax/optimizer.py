@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
+from vavae_jax.errors import InputError
+
 
 def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
   """The schedule: linear warm-up, then constant, or cosine to zero at `decay_steps` if that is set.
@@ -18,7 +20,15 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
 
   Returns:
     A function of the step.
+
+  Raises:
+    InputError: the warm-up does not end before the decay.
   """
+  if 0 < config.decay_steps <= config.warmup_steps:
+    raise InputError(
+      f"config.optimizer.decay_steps is {config.decay_steps}, but the warm-up alone takes "
+      f"{config.warmup_steps} steps; lower warmup_steps, or set decay_steps to 0 for no decay."
+    )
   if config.decay_steps:
     return optax.warmup_cosine_decay_schedule(
       0.0 if config.warmup_steps else config.learning_rate,
@@ -33,17 +43,22 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: FrozenConfigDict, start: int = 0) -> optax.GradientTransformation:
   """AdamW as configured; eps 1e-8, float32 moments.
 
   Args:
     config: `learning_rate`, `b1`, `b2`, `weight_decay`, `warmup_steps`, `decay_steps`, `clip_norm`.
+    start: step of the schedule at which the first update is made.
 
   Returns:
     An optax transformation of gradients into updates.
   """
+  schedule = learning_rate(config)
   adam = optax.adamw(
-    learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    lambda count: schedule(count + start),
+    b1=config.b1,
+    b2=config.b2,
+    weight_decay=config.weight_decay,
   )
   if config.clip_norm:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -89,7 +88,8 @@ def load(
   weights = {}
   for path, group in slots.items():
     arrays = [np.transpose(_float32(state_dict[s.name]), np.argsort(s.axes)) for s in group]
-    weights[path] = jnp.asarray(arrays[0] if group[0].block is None else np.stack(arrays))
+    # NumPy's, so that a trace that is under way where weights are loaded has no part in them.
+    weights[path] = arrays[0] if group[0].block is None else np.stack(arrays)
   return nnx.merge(graph, unflatten_dict(weights))
 
 

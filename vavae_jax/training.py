@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -64,7 +65,7 @@ class State:
   discriminator_optimizer: Any
 
 
-def build_autoencoder(config: FrozenConfigDict) -> functional.Build:
+def build_autoencoder(config: FrozenConfigDict) -> Callable[[nnx.Rngs], Autoencoder]:
   """The autoencoder of a configuration, for `functional`."""
   return functools.partial(_autoencoder, config)
 
@@ -73,7 +74,7 @@ def _autoencoder(config: FrozenConfigDict, rngs: nnx.Rngs) -> Autoencoder:
   return Autoencoder(**config.model, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
-def _build_discriminator(config: FrozenConfigDict) -> functional.Build:
+def _build_discriminator(config: FrozenConfigDict) -> Callable[[nnx.Rngs], PatchDiscriminator]:
   return functools.partial(_discriminator, config)
 
 
@@ -88,9 +89,7 @@ def _source(spec: str) -> images.Source:
 
 @functools.lru_cache
 def _teacher(name: str, weights: str) -> Teacher:
-  # Whoever asks first may be under a trace, and what is kept must outlive it.
-  with jax.ensure_compile_time_eval():
-    return load_teacher(name, weights or None)
+  return load_teacher(name, weights or None)
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -99,17 +98,18 @@ def check(config: FrozenConfigDict) -> None:
   Raises:
     InputError: model, image size, teacher or data do not fit.
   """
-  try:
-    model = nnx.eval_shape(lambda: _autoencoder(config, nnx.Rngs(0)))
-    nnx.eval_shape(lambda: _discriminator(config, nnx.Rngs(0)))
-  except (TypeError, ValueError) as error:
-    raise InputError(f"config.model cannot be built: {error}") from error
+  model = functional.outline(build_autoencoder(config), "config.model")
+  judge = functional.outline(_build_discriminator(config), "config.discriminator")
+  make_optimizer(config.optimizer)
   size, factor = config.data.image_size, model.downsampling
   if size < factor or size % factor:
     raise InputError(
       f"config.data.image_size is {size}, but this model needs a multiple of its downsampling "
       f"{factor}, such as {max(round(size / factor), 1) * factor}."
     )
+  if config.loss.disc_weight > 0:
+    picture = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
   if config.teacher.name:
     teacher = _teacher(config.teacher.name, config.teacher.weights)
     if teacher.stride != factor:
@@ -125,12 +125,20 @@ def check(config: FrozenConfigDict) -> None:
   if not 0 <= config.data.held_out < 1:
     raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
   source = _source(config.data.source)
+  images.check_readable(source)
   train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
   if len(train) < config.batch_size:
     raise InputError(
       f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
       f"{config.batch_size}; add pictures or lower config.batch_size."
     )
+
+
+def latent_shape(config: FrozenConfigDict) -> tuple[int, int, int]:
+  """Height, width and channels of the latents of a configuration that `check` has passed."""
+  model = functional.outline(build_autoencoder(config), "config.model")
+  side = config.data.image_size // model.downsampling
+  return side, side, model.embed_dim
 
 
 def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
@@ -365,7 +373,9 @@ def _update_autoencoder(config: FrozenConfigDict, state: State, grads: Any) -> S
 def _update_discriminator(
   config: FrozenConfigDict, state: State, adversarial: dict[str, Any]
 ) -> State:
-  updates, optimizer = make_optimizer(config.optimizer).update(
+  # Its count of updates starts with the GAN, the schedule with the training.
+  transformation = make_optimizer(config.optimizer, start=config.loss.disc_start)
+  updates, optimizer = transformation.update(
     adversarial["discriminator_grads"], state.discriminator_optimizer, state.discriminator
   )
   return dataclasses.replace(
@@ -385,6 +395,7 @@ def train_data(
 ) -> grain.IterDataset:
   """This process's endless batches of random crops."""
   source = _source(config.data.source)
+  images.check_readable(source)
   train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
   return images.training_batches(
     source,

@@ -28,7 +28,7 @@ def in_batches(
   Yields:
     What `run` gives for each batch, without the filling: N rows in all.
   """
-  batch_size = -(-batch_size // devices.size) * devices.size
+  batch_size = mesh.round_up(batch_size, devices)
   total = len(jax.tree.leaves(arrays)[0])
   for start in range(0, total, batch_size):
     count = min(batch_size, total - start)

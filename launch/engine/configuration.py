@@ -24,6 +24,9 @@ MAY_CHANGE = (
   "keep_checkpoints",
   "mesh.data",
   "mesh.fsdp",
+  # Where things are; that the latents are the same ones is checked by what they are.
+  "latents.path",
+  "tokenizer",
 )
 
 
@@ -65,12 +68,8 @@ def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict
   return ml_collections.FrozenConfigDict(config)
 
 
-def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
-  """Writes the configuration into a new workdir, or checks it against the one that is there.
-
-  Raises:
-    InputError: the workdir was trained with another configuration, or cannot be written.
-  """
+def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
+  """Raises InputError if a workdir was trained with another configuration."""
   path = Path(workdir) / "config.json"
   mine = dict(_flat(json.loads(json.dumps(config.to_dict()))))
   if path.is_file():
@@ -85,9 +84,13 @@ def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
         f"{workdir} belongs to another configuration ({'; '.join(differing)}); give a new "
         "--workdir, or the configuration it was begun with."
       )
+
+
+def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
+  """Writes the configuration into a workdir; raises InputError where that is not possible."""
   if jax.process_index() == 0:
     try:
-      write_json(path, config.to_dict())
+      write_json(Path(workdir) / "config.json", config.to_dict())
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
 

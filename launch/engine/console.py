@@ -6,6 +6,7 @@ command that resumes.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -28,8 +29,8 @@ SECONDS_BETWEEN_LINES = 10.0
 UNUSABLE_PATH = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
 
-class Interrupted(Exception):
-  """A signal ended the work after everything was saved."""
+class Interrupted(BaseException):
+  """A signal ended the work; like KeyboardInterrupt no `except Exception` of a library takes it."""
 
   def __init__(self, signal_number: int):
     super().__init__(f"interrupted by signal {signal_number}")
@@ -92,7 +93,7 @@ class Bar:
       f"{self._values}"
     )
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._live:
       self._progress.stop()
     elif self._show:
@@ -136,10 +137,12 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def resume_command() -> str:
-  """The command line that started this process, to be given again."""
+  """The command line that started this process, to be given again from any folder."""
   spec = getattr(sys.modules["__main__"], "__spec__", None)
-  program = ["python", "-m", spec.name] if spec else [sys.executable, sys.argv[0]]
-  return shlex.join([*program, *sys.argv[1:]])
+  program = ["-m", spec.name] if spec else [sys.argv[0]]
+  return f"cd {shlex.quote(os.getcwd())} && " + shlex.join(
+    [sys.executable, *program, *sys.argv[1:]]
+  )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ml_collections import FrozenConfigDict
 
 from launch.engine import console, mesh
 from launch.engine.checkpoint import Checkpoints
-from launch.engine.configuration import claim_workdir
+from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.writers import Writer
 from vavae_jax.errors import InputError
 
@@ -65,7 +65,7 @@ class Task(Protocol):
 
 
 def run(
-  task: Any,
+  task: Task,
   config: FrozenConfigDict,
   workdir: Path,
   *,
@@ -86,24 +86,24 @@ def run(
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
-    FloatingPointError: the loss is not finite and `config.non_finite` is "stop".
+    FloatingPointError: a metric is not finite and `config.non_finite` is "stop".
     console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
   """
-  _check(config)
+  devices = check(config)
   task.check(config)
-  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  mesh.check_batch_size(config.batch_size, devices)
   init = functools.partial(task.init_state, config)
   abstract = jax.eval_shape(init, jax.random.key(config.seed))
   shardings = mesh.parameter_shardings(abstract, devices)
-  claim_workdir(workdir, config)
+  check_workdir(workdir, config)
   checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-  checkpoints.check_space(abstract)
+  start = checkpoints.latest_step() or 0
+  if start < config.num_steps:
+    checkpoints.check_space(abstract)
+  claim_workdir(workdir, config)
 
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   data = task.train_data(config, jax.process_index(), jax.process_count())
   batches = iter(data)
-  start = checkpoints.latest_step() or 0
   with jax.set_mesh(devices):
     if start:
       like = jax.tree.map(_with_sharding, abstract, shardings)
@@ -147,15 +147,21 @@ def run(
       finally:
         checkpoints.close()
         writer.close()
+      if signals.received:  # while the last checkpoint was being written
+        raise console.Interrupted(signals.received)
   return state
 
 
-def _check(config: FrozenConfigDict) -> None:
+def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
+  """Checks what every training's configuration has, whatever the task; returns its mesh."""
   for field in ("num_steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
     if config[field] < 1:
       raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
   if config.non_finite not in NON_FINITE:
     raise InputError(f"config.non_finite is {config.non_finite!r}; choose one of {NON_FINITE}.")
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh.check_batch_size(config.batch_size, devices)
+  return devices
 
 
 def _describe(params: Any, workdir: Path, name: str) -> None:
@@ -170,11 +176,22 @@ def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _guarded_step(train_step, config, phase, state, frozen, batch, key):
-  """The task's step; with "skip", a step whose loss is not finite leaves all but the count."""
+def _guarded_step(
+  train_step: Callable[..., tuple[Any, Metrics]],
+  config: FrozenConfigDict,
+  phase: str,
+  state: Any,
+  frozen: Any,
+  batch: Any,
+  key: jax.Array,
+) -> tuple[Any, Metrics]:
+  """The task's step; with "skip", one with a metric that is not finite leaves all but the count.
+
+  All metrics: a finite loss can have gradients that are not.
+  """
   new, metrics = train_step(config, phase, state, frozen, batch, key)
   if config.non_finite == "skip":
-    finite = jnp.isfinite(metrics["loss"])
+    finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     new = dataclasses.replace(kept, step=new.step)
     metrics = {**metrics, "skipped": 1.0 - finite}
@@ -203,9 +220,10 @@ class _Log:
     step, metrics = self._pending
     self._pending = None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if self._config.non_finite == "stop" and not math.isfinite(values["loss"]):
+    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if self._config.non_finite == "stop" and broken:
       raise FloatingPointError(
-        f"The loss is {values['loss']} at step {step}; the last checkpoint is from before. Lower "
+        f"{', '.join(broken)} at step {step}; the last checkpoint is from before. Lower "
         'config.optimizer.learning_rate, clip gradients, or set config.non_finite="skip".'
       )
     self._window.append(values)
@@ -239,7 +257,7 @@ def _record(writer: Writer, step: int, evaluator: str, results: dict[str, Any]) 
 
 
 class _Signals:
-  """SIGTERM and SIGINT end the loop after the current step; a second SIGINT ends it at once."""
+  """SIGTERM and SIGINT end the loop after the current step; a second one ends it at once."""
 
   def __enter__(self) -> _Signals:
     self.received = 0
@@ -248,10 +266,10 @@ class _Signals:
 
   def _note(self, number: int, _frame: Any) -> None:
     if self.received:
-      raise KeyboardInterrupt
+      raise console.Interrupted(number)
     self.received = number
     console.say("stopping after this step, saving a checkpoint (again to stop at once)")
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)

@@ -57,7 +57,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
   """
   shards = mesh.shape["fsdp"]
 
-  def rule(leaf) -> NamedSharding:
+  def rule(leaf: Any) -> NamedSharding:
     axes = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
     if shards == 1 or leaf.size < MIN_SHARDED_SIZE or not axes:
       return replicated(mesh)
@@ -80,6 +80,11 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
       f"the nearest are {max(batch_size // mesh.size, 1) * mesh.size} and "
       f"{(batch_size // mesh.size + 1) * mesh.size}."
     )
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+  """The next multiple of the number of devices."""
+  return -(-batch_size // mesh.size) * mesh.size
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
