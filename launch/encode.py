@@ -71,13 +71,13 @@ def encode(
       "step": tokenizer.step,
       "sha256": tokenizer.sha256,
     },
-    "records": len(indices),
     "source": spec,
     "held_out": held_out,
     "image_size": data.image_size,
     "class_names": list(pictures.class_names),
     "shard_size": shard_size,
     "seed": seed,
+    "records": len(indices),
   }
   devices = mesh.make_mesh()
   batch_size = mesh.round_up(batch_size, devices)

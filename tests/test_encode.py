@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -112,6 +114,20 @@ def test_a_folder_of_another_tokenizer_is_refused(store, tokenizer):
   with pytest.raises(InputError, match="begun with another tokenizer"):
     encode(other, store.path, shard_size=20)
   assert contents(store.path) == before
+
+
+def test_a_tokenizer_that_moved_is_still_the_same(store, tokenizer, tmp_path):
+  output = Path(shutil.copytree(store.path, tmp_path / "latents"))
+  moved = encode(dataclasses.replace(tokenizer, workdir=Path("/moved")), output, shard_size=20)
+  assert moved.manifest["tokenizer"] == store.manifest["tokenizer"] | {"workdir": "/moved"}
+  assert moved.sha256 == store.sha256
+
+
+def test_a_store_that_was_copied_in_part_is_refused(store, tmp_path):
+  output = Path(shutil.copytree(store.path, tmp_path / "latents"))
+  (output / SHARDS[-1]).unlink()
+  with pytest.raises(InputError, match=r"has 60 of the 65 latents"):
+    latents.LatentStore(output)
 
 
 def test_a_folder_of_foreign_latents_is_refused(tokenizer, tmp_path):

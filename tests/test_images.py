@@ -64,6 +64,14 @@ def test_an_unreadable_picture_is_named(folder):
     images.open_source(f"folder:{folder}")[0]
 
 
+def test_all_pictures_or_some_of_them_are_tried(folder):
+  (folder / "a" / "4.jpg").write_bytes(b"no picture")
+  source = images.open_source(f"folder:{folder}")
+  with pytest.raises(InputError, match=r"4\.jpg"):
+    images.check_readable(source)
+  images.check_readable(source, limit=0)
+
+
 @pytest.mark.parametrize("spec", ["folder:/nowhere/at/all", "folder:", "photos", "embedded:cats"])
 def test_a_source_that_is_not_there_is_named(spec):
   with pytest.raises(InputError, match=spec.removeprefix("folder:") or "folder"):

@@ -89,8 +89,10 @@ def on_8_devices(command, pictures, pipeline, tmp_path_factory):
 def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, names):
   # Sums in another order differ by 1e-7 or so; Adam's first steps, which are near to signs of the
   # gradients, and the ratio of two norms make more of it.
-  one, eight = read_metrics(pipeline / task), read_metrics(on_8_devices[0] / task)
-  one = [line for line in one if line["step"] <= NUM_STEPS and "loss" in line]
+  one, eight = (
+    [line for line in read_metrics(root / task) if line["step"] <= NUM_STEPS and "loss" in line]
+    for root in (pipeline, on_8_devices[0])
+  )
   assert [line["step"] for line in eight] == [line["step"] for line in one] == [2, 4]
   for a, b in zip(one, eight, strict=True):
     for name in names:
@@ -99,10 +101,19 @@ def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, name
 
 def test_the_adversarial_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices):
   # The batch statistics of the discriminator are those of the whole batch.
-  (a,) = [x for x in read_metrics(pipeline / "tokenizer") if x["step"] == 4 and "d_loss" in x]
-  b = read_metrics(on_8_devices[0] / "tokenizer")[-1]
+  a, b = (
+    next(x for x in read_metrics(root / "tokenizer") if x["step"] == 4 and "d_loss" in x)
+    for root in (pipeline, on_8_devices[0])
+  )
   for name in ("d_loss", "g_loss", "disc_weight"):
     assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+def test_evaluations_run_on_8_devices(on_8_devices):
+  (line,) = [x for x in read_metrics(on_8_devices[0] / "tokenizer") if "reconstruction/psnr" in x]
+  assert line["reconstruction/psnr"] > 0
+  events = list((on_8_devices[0] / "diffusion" / "tensorboard").iterdir())
+  assert any(b"samples/grid" in file.read_bytes() for file in events)
 
 
 @pytest.mark.parametrize("task", ["tokenizer", "diffusion"])

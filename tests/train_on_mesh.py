@@ -31,7 +31,7 @@ def main() -> None:
   diffusion.latents.path = latents
   largest = {}
   for config in (tokenizer, diffusion):
-    config.num_steps, config.evaluate_every_steps = NUM_STEPS, 0
+    config.num_steps = config.evaluate_every_steps = NUM_STEPS
     config.mesh.update(data=int(data), fsdp=int(fsdp))
     state = train(config, Path(workdir) / config.task)
     leaf = max(jax.tree.leaves(state.params), key=lambda x: x.size)

@@ -1,0 +1,68 @@
+"""The schedule, and what the moving average does with it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vavae_jax.errors import InputError
+from vavae_jax.optimizer import learning_rate, make_optimizer, start_ema, update_ema
+
+
+def settings(**changes: float) -> FrozenConfigDict:
+  plain = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "weight_decay": 0.0, "clip_norm": 0.0}
+  return FrozenConfigDict(ConfigDict(plain | {"warmup_steps": 0, "decay_steps": 0} | changes))
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({}, [0.1, 0.1, 0.1, 0.1]),
+    ({"warmup_steps": 4}, [0.0, 0.05, 0.1, 0.1]),
+    ({"warmup_steps": 2, "decay_steps": 6}, [0.0, 0.1, 0.05, 0.0]),
+    ({"decay_steps": 4}, [0.1, 0.05, 0.0, 0.0]),
+  ],
+)
+def test_rate_at_steps_0_2_4_and_6(changes, expected):
+  schedule = learning_rate(settings(**changes))
+  np.testing.assert_allclose([schedule(step) for step in (0, 2, 4, 6)], expected, atol=1e-7)
+
+
+def test_a_warm_up_longer_than_the_decay_is_refused():
+  with pytest.raises(InputError, match="decay_steps is 5, but the warm-up alone takes 5 steps"):
+    make_optimizer(settings(warmup_steps=5, decay_steps=5))
+
+
+def test_an_optimizer_that_starts_late_is_where_the_schedule_is():
+  """Adam's first update is the rate itself: the one of step 3 is half of the first."""
+  params = {"w": jnp.ones(3)}
+  first = {}
+  for start in (0, 3):
+    optimizer = make_optimizer(settings(decay_steps=6), start=start)
+    updates, _ = jax.jit(optimizer.update)({"w": jnp.ones(3)}, optimizer.init(params), params)
+    first[start] = updates["w"]
+  np.testing.assert_allclose(first[0], -0.1, rtol=1e-5)
+  np.testing.assert_allclose(first[3], -0.05, rtol=1e-5)
+
+
+def test_clipping_is_by_the_norm_of_all_gradients():
+  """What Adam averages has norm 1, and the directions of the gradients."""
+  optimizer = make_optimizer(settings(clip_norm=1.0))
+  params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+  state = optimizer.init(params)
+  _, state = optimizer.update({"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}, state, params)
+  (adam,) = [
+    s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
+  ]
+  np.testing.assert_allclose([adam.mu["a"][0], adam.mu["b"][0]], [0.06, 0.08], rtol=1e-5)
+
+
+def test_ema_moves_by_its_share_or_is_not_there():
+  params = {"w": jnp.zeros(2)}
+  ema = update_ema(start_ema(params, 0.9), {"w": jnp.ones(2)}, 0.9)
+  np.testing.assert_allclose(ema["w"], 0.1, rtol=1e-6)
+  assert start_ema(params, 0.0) is None
+  assert update_ema(None, params, 0.0) is None
