@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ...}.
   """
   _check(configuration.resolve(config, quickstart.get_config("pipeline")))
-  config.diffusion.latents.path = str(workdir / "latents")
+  config.diffusion.latents.path = str((workdir / "latents").absolute())
   resolved = FrozenConfigDict(config)
   workdir.mkdir(parents=True, exist_ok=True)
   stages = Stages(workdir)

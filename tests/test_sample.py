@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import sample
+from launch.engine import mesh
 from vavae_jax.errors import InputError
 
 
@@ -45,8 +46,12 @@ def batches(monkeypatch):
 
 def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
   index, label = np.arange(11), np.arange(11) % 9
-  by_4 = sample.make_sampler(diffusion, tokenizer, settings(diffusion, batch_size=4), 0)
-  by_9 = sample.make_sampler(diffusion, tokenizer, settings(diffusion, batch_size=9), 0)
+  by_4, by_9 = (
+    sample.make_sampler(
+      diffusion, tokenizer, settings(diffusion, batch_size=size), 0, mesh.make_mesh()
+    )
+    for size in (4, 9)
+  )
   a, b = by_4(index, label), by_9(index, label)
   assert a.shape == (11, 64, 64, 3)
   # Rounding of float32 may move a value over the border between two of 256.
