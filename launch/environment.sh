@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: one virtual environment, .venv at the root.
 # It is made anew when it is missing, half-made, or of another PYTHON or accelerator than asked for
 # (two builds of jax in one environment would fight), and brought up to date when setup.cfg or the

@@ -5,7 +5,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment
+prepare_environment ""
 cd "$root"
 # On CPUs the arrays of a step come from malloc and go back to it: with pages of 4 KiB a fifth of
 # the time went into faulting them in.
