@@ -395,7 +395,6 @@ def train_data(
 ) -> grain.IterDataset:
   """This process's endless batches of random crops."""
   source = _source(config.data.source)
-  images.check_readable(source)
   train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
   return images.training_batches(
     source,
