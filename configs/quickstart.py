@@ -86,7 +86,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     input_size=4, in_channels=48, hidden_size=192, depth=6, num_heads=3, num_classes=9
   )
   config.model.scan_unroll = config.model.depth
-  # 20 times the published rate: after 600 steps the loss was 0.75, with 1e-3 0.88.
+  # 20 times the published rate, which a model this small bears: docs/quickstart.md has the losses.
   config.optimizer.update(
     learning_rate=4e-3, warmup_steps=100, decay_steps=4_000, clip_norm=1.0, ema_decay=0.995
   )
