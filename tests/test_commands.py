@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import launch.quickstart
 from configs import quickstart
 from launch import evaluate, trained
-from launch.engine import configuration
+from launch.engine import configuration, console
 from launch.train import train
 from lightningdit_jax.latents import MANIFEST, STATISTICS
 from vavae_jax.errors import InputError
@@ -217,6 +221,24 @@ def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named)
   with pytest.raises(InputError, match=named):
     launch.quickstart.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, capsys):
+  def encode(argv):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+  def run(main, argv, flags_parser):
+    del flags_parser
+    main(argv)
+
+  monkeypatch.setattr(console.app, "run", run)
+  monkeypatch.setattr(signal, "signal", lambda *given: None)
+  monkeypatch.setattr(sys, "argv", ["encode"])
+  with pytest.raises(SystemExit) as ended:
+    console.run_command(encode)
+  assert ended.value.code == 2
+  told = capsys.readouterr().err
+  assert "No space left on device: 'shard'; free some space, then resume with: cd " in told
 
 
 def test_lists_and_tuples_are_the_same_configuration(tmp_path):

@@ -6,6 +6,7 @@ command that resumes.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -25,6 +26,7 @@ from vavae_jax.errors import InputError
 
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A path that a person gave and that cannot be written or read; other system errors may be ours.
 UNUSABLE_PATH = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
@@ -190,6 +192,14 @@ def run_command(
       main(argv)
     except (InputError, *UNUSABLE_PATH) as error:
       print(f"error: {error}", file=sys.stderr)
+      sys.exit(2)
+    except OSError as error:
+      if error.errno not in DISK_FULL:
+        raise
+      # Files are written whole or not at all, so what is there is good to go on from.
+      print(
+        f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr
+      )
       sys.exit(2)
     except KeyboardInterrupt:
       print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
