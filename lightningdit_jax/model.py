@@ -16,6 +16,7 @@ Source: Yao et al., arXiv 2501.01423, section 4; hustvl/LightningDiT models/ligh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +25,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from lightningdit_jax.dense import dense_p, dot_general
 from vavae_jax.errors import InputError
 from vavae_jax.sharding import gather, pin_batch
 
@@ -41,6 +43,14 @@ PRESETS: dict[str, dict[str, int]] = {
   for name, size in SIZES.items()
   for patch_size in (1, 2)
 }
+
+# What the backward pass finds stored where `use_checkpoint` is on; it computes the rest again.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dense": lambda primitive, *_, **__: primitive is dense_p,
+  "dots": lambda primitive, *_, **__: primitive in (dense_p, jax.lax.dot_general_p),
+}
+ATTENTIONS = ("xla", "cudnn")
 
 XAVIER = nnx.initializers.xavier_uniform()
 SMALL = nnx.initializers.normal(0.02)
@@ -87,12 +97,38 @@ def rope_tables(height: int, width: int, head_size: int) -> Rope:
   return np.cos(angle_NE).astype(np.float32), np.sin(angle_NE).astype(np.float32)
 
 
-def rotate(x_BNKE: jax.Array, rope: Rope) -> jax.Array:
+def rotate(x_BKNE: jax.Array, rope: Rope) -> jax.Array:
   """Turns channels (2i, 2i+1) as points of a plane, with rolls: a stride would split TPU lanes."""
   cos_NE, sin_NE = rope
-  is_first = np.arange(x_BNKE.shape[-1]) % 2 == 0
-  turned_BNKE = jnp.where(is_first, -jnp.roll(x_BNKE, -1, axis=-1), jnp.roll(x_BNKE, 1, axis=-1))
-  return x_BNKE * cos_NE[:, None] + turned_BNKE * sin_NE[:, None]
+  is_first = np.arange(x_BKNE.shape[-1]) % 2 == 0
+  turned_BKNE = jnp.where(is_first, -jnp.roll(x_BKNE, -1, axis=-1), jnp.roll(x_BKNE, 1, axis=-1))
+  return x_BKNE * cos_NE + turned_BKNE * sin_NE
+
+
+def attend(
+  q_BKNE: jax.Array, k_BKNE: jax.Array, v_BKNE: jax.Array, implementation: str
+) -> jax.Array:
+  """softmax(q k / sqrt(E)) v, the softmax in float32.
+
+  Args:
+    q_BKNE: queries, in the dtype that matrices multiply in.
+    k_BKNE: keys.
+    v_BKNE: values.
+    implementation: one of `ATTENTIONS`. "cudnn" is the fused kernel of NVIDIA GPUs, bfloat16 only;
+      "xla" runs everywhere. Heads come before tokens, which CPUs run twice as fast as jax.nn's
+      order.
+
+  Returns:
+    [B, K, N, E].
+  """
+  if implementation == "cudnn":
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BKNE, k_BKNE, v_BKNE))
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 1, 2)
+  # M: the tokens that are looked at.
+  logits_BKNM = jnp.einsum(
+    "bkne,bkme->bknm", q_BKNE, k_BKNE, preferred_element_type=jnp.float32
+  ) * (q_BKNE.shape[-1] ** -0.5)
+  return jnp.einsum("bknm,bkme->bkne", jax.nn.softmax(logits_BKNM).astype(v_BKNE.dtype), v_BKNE)
 
 
 def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
@@ -125,7 +161,14 @@ class Layers:
     self, in_features: int, out_features: int, init: nnx.Initializer = XAVIER
   ) -> nnx.Linear:
     """A matrix and a zero bias."""
-    return nnx.Linear(in_features, out_features, kernel_init=init, dtype=self.dtype, rngs=self.rngs)
+    return nnx.Linear(
+      in_features,
+      out_features,
+      kernel_init=init,
+      dtype=self.dtype,
+      dot_general=dot_general,
+      rngs=self.rngs,
+    )
 
   def norm(self, size: int) -> nnx.Module:
     """The norm before a sublayer, float32; a LayerNorm has no weights here, adaLN provides them."""
@@ -162,8 +205,11 @@ class TimestepEmbedder(nnx.Module):
 class Attention(nnx.Module):
   """Self-attention; queries and keys are normed if asked, then turned by RoPE."""
 
-  def __init__(self, hidden_size: int, num_heads: int, use_qknorm: bool, layers: Layers):
+  def __init__(
+    self, hidden_size: int, num_heads: int, use_qknorm: bool, attention: str, layers: Layers
+  ):
     self.num_heads = num_heads
+    self.implementation = attention
     self.dtype = layers.dtype
     self.qkv = layers.linear(hidden_size, 3 * hidden_size)
     self.q_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
@@ -172,15 +218,15 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
     q, k, v = rearrange(
-      self.qkv(x_BND), "B N (three K E) -> three B N K E", three=3, K=self.num_heads
+      self.qkv(x_BND), "B N (three K E) -> three B K N E", three=3, K=self.num_heads
     )
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
       q, k = rotate(q, rope), rotate(k, rope)
     # Norm and rotation leave float32 behind; the softmax in between is float32 in any case.
-    y_BNKE = jax.nn.dot_product_attention(q.astype(self.dtype), k.astype(self.dtype), v)
-    return self.proj(rearrange(y_BNKE, "B N K E -> B N (K E)"))
+    y_BKNE = attend(q.astype(self.dtype), k.astype(self.dtype), v, self.implementation)
+    return self.proj(rearrange(y_BKNE, "B K N E -> B N (K E)"))
 
 
 class SwiGLU(nnx.Module):
@@ -218,12 +264,13 @@ class Block(nnx.Module):
     use_qknorm: bool,
     use_swiglu: bool,
     wo_shift: bool,
+    attention: str,
     layers: Layers,
   ):
     self.wo_shift = wo_shift
     mlp_size = int(hidden_size * mlp_ratio)
     self.norm1 = layers.norm(hidden_size)
-    self.attn = Attention(hidden_size, num_heads, use_qknorm, layers)
+    self.attn = Attention(hidden_size, num_heads, use_qknorm, attention, layers)
     self.norm2 = layers.norm(hidden_size)
     self.mlp: nnx.Module = (
       SwiGLU(hidden_size, int(2 / 3 * mlp_size), layers)
@@ -282,7 +329,10 @@ class LightningDiT(nnx.Module):
     use_rope: rotary positions, besides the fixed embedding.
     use_rmsnorm: RMSNorm instead of LayerNorm.
     wo_shift: blocks are modulated by scale and gate only.
-    use_checkpoint: recompute each block in the backward pass: less memory, a third more work.
+    use_checkpoint: recompute blocks in the backward pass: less memory, up to a third more work.
+    remat_policy: what of a block is kept all the same: "full" nothing, "dense" what its weight
+      matrices gave, "dots" the attention's products too.
+    attention: "xla", or on NVIDIA GPUs in bfloat16 "cudnn".
     scan_unroll: blocks a step of the scan. More compile longer; CPUs run a quarter faster with all.
     dtype: what matrices multiply in; weights are float32.
     rngs: source of the initial weights.
@@ -312,11 +362,14 @@ class LightningDiT(nnx.Module):
     use_rmsnorm: bool = True,
     wo_shift: bool = False,
     use_checkpoint: bool = False,
+    remat_policy: str = "full",
+    attention: str = "xla",
     scan_unroll: int = 1,
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+    check_names(remat_policy, attention)
     self.input_size = input_size
     self.patch_size = patch_size
     self.in_channels = in_channels
@@ -324,7 +377,7 @@ class LightningDiT(nnx.Module):
     self.num_heads = num_heads
     self.num_classes = num_classes
     self.use_rope = use_rope
-    self.use_checkpoint = use_checkpoint
+    self.remat_policy = remat_policy if use_checkpoint else ""
     self.scan_unroll = scan_unroll
     self.dtype = dtype
 
@@ -353,6 +406,7 @@ class LightningDiT(nnx.Module):
         use_qknorm=use_qknorm,
         use_swiglu=use_swiglu,
         wo_shift=wo_shift,
+        attention=attention,
         layers=dataclasses.replace(layers, rngs=rngs),
       )
 
@@ -390,9 +444,10 @@ class LightningDiT(nnx.Module):
       block = nnx.merge(graph, gather(weights_of_block, self.dtype))
       return pin_batch(block(x_BND, c_BD, rope)), None
 
-    if self.use_checkpoint:
+    if self.remat_policy:
       # A scan keeps the recomputation from being merged away, so the barriers against that can go.
-      run_block = jax.checkpoint(run_block, prevent_cse=False)
+      policy = REMAT_POLICIES[self.remat_policy]
+      run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
     x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=self.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
@@ -436,3 +491,20 @@ def check_sizes(
     )
   if problems:
     raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
+
+
+def check_names(remat_policy: str, attention: str) -> None:
+  """Raises InputError, listing the known ones, for the name of a policy or an implementation."""
+  for argument, name, known in (
+    ("remat_policy", remat_policy, REMAT_POLICIES),
+    ("attention", attention, ATTENTIONS),
+  ):
+    if name not in known:
+      raise InputError(f"{argument} is {name!r}; choose one of {', '.join(known)}.")
+
+
+def preset(name: str) -> dict[str, int]:
+  """The arguments of a published size; InputError, listing them, for an unknown name."""
+  if name not in PRESETS:
+    raise InputError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+  return dict(PRESETS[name])

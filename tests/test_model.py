@@ -43,7 +43,8 @@ def test_forward_matches_reference(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "use_checkpoint"), [("dit_default", True), ("dit_variant", False)]
+  ("name", "use_checkpoint"),
+  [("dit_default", True), ("dit_variant", False)],
 )
 def test_gradients_match_reference(name, use_checkpoint):
   spec, weights, expected = cases.load(name)

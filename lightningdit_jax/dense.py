@@ -1,0 +1,63 @@
+"""x [..., in] times kernel [in, out], with the kernel's gradient made in the kernel's own layout.
+
+JAX's transpose of a matrix product makes that gradient as [out, in] and turns it, for which XLA on
+CPUs has only slow loops: 85 instead of 150 GFLOP/s forward and backward at 768 x 4096 on two cores.
+GPUs and TPUs do not mind either way. A primitive of its own and not `jax.custom_vjp`, which would
+forbid forward mode (`jax.jvp`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.extend
+from jax.interpreters import ad, batching, mlir
+
+dense_p = jax.extend.core.Primitive("dense")
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The matrix product.
+
+  Args:
+    x: [..., in].
+    kernel: [in, out], of the dtype of x.
+
+  Returns:
+    [..., out], of the same dtype.
+  """
+  return dense_p.bind(x, kernel)
+
+
+def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any) -> jax.Array:
+  """`dense` as `nnx.Linear` calls for it."""
+  if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
+    raise ValueError(f"nnx.Linear asks for {dimension_numbers}, which is not what `dense` does.")
+  return dense(x, kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _gradient_of_x(cotangent: jax.Array, x: Any, kernel: jax.Array) -> jax.Array:
+  del x
+  return jax.lax.dot_general(cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ())))
+
+
+def _gradient_of_kernel(cotangent: jax.Array, x: jax.Array, kernel: Any) -> jax.Array:
+  del kernel
+  leading = tuple(range(x.ndim - 1))
+  return jax.lax.dot_general(x, cotangent, ((leading, leading), ((), ())))
+
+
+def _batched(arguments: Any, axes: Any) -> tuple[jax.Array, int]:
+  return jax.vmap(_product, axes)(*arguments), 0
+
+
+dense_p.def_impl(jax.jit(_product))
+dense_p.def_abstract_eval(lambda *arguments: jax.typeof(jax.eval_shape(_product, *arguments)))
+mlir.register_lowering(dense_p, mlir.lower_fun(_product, multiple_results=False))
+ad.defbilinear(dense_p, _gradient_of_x, _gradient_of_kernel)
+batching.primitive_batchers[dense_p] = _batched
