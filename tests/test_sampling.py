@@ -21,11 +21,12 @@ from tests.reference import procedural
     ("cfg_plain", 0.05, 0.0),
   ],
 )
-def test_guidance_of_the_reference(key, t, start):
-  spec, weights, expected = cases.load("dit_default")
+@pytest.mark.parametrize("name", ["dit_default", "dit_variant", "dit_qknorm_rms"])
+def test_guidance_of_the_reference(name, key, t, start):
+  spec, weights, expected = cases.load(name)
   config, y = spec["config"], spec["inputs"]["y"]
   model = from_torch(weights, **config)
-  x = jnp.asarray(cases.nhwc(procedural.normal("x", (4, 32, 8, 8))[:2]))
+  x = jnp.asarray(cases.nhwc(procedural.normal("x", expected["forward"].shape)[:2]))
   velocity = sampling.guided(
     model, jnp.array(y[:2]), config["num_classes"], cfg_scale=6.7, cfg_interval_start=start
   )
