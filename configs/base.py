@@ -5,6 +5,9 @@ exist: `launch.train` refuses it by name.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from lightningdit_jax.model import preset
 
 
 def _training() -> ConfigDict:
@@ -18,7 +21,8 @@ def _training() -> ConfigDict:
       "save_every_steps": 5_000,
       "keep_checkpoints": 2,
       "evaluate_every_steps": 5_000,  # 0: never
-      "non_finite": "stop",  # or "skip": a step whose loss is not finite changes nothing
+      "non_finite": "stop",  # or "skip": a step with a loss or gradient not finite changes nothing
+      "max_skipped_steps": 10,  # one after the other; one more ends the training
       "dtype": "float32",  # of matmuls and convolutions; all else is float32
       "mesh": {"data": -1, "fsdp": 1},
     }
@@ -84,18 +88,29 @@ def tokenizer() -> ConfigDict:
       "warmup_steps": 0,
       "decay_steps": 0,  # cosine to zero until this step; 0: constant
       "clip_norm": 0.0,  # 0: off
-      "ema_decay": 0.0,  # 0: no EMA, as published
+      "ema_decays": (),  # no EMA, as published
     }
   )
   return config
 
 
-def diffusion() -> ConfigDict:
-  """LightningDiT-XL/1 on VA-VAE latents for 64 epochs as published; paper table 1 and 3."""
+def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
+  """LightningDiT on VA-VAE latents for 64 epochs as published; paper table 1 and 3.
+
+  Args:
+    size: a key of `lightningdit_jax.model.PRESETS`.
+  """
   config = _training()
   config.task = "diffusion"
   config.batch_size = 1024
   config.num_steps = 80_000
+  # Parts of a batch that go through the model one after the other: less memory, the same update.
+  config.accumulate_steps = 1
+  # Initial weights: another training's workdir, or a PyTorch or safetensors file of LightningDiT.
+  # Layers that depend on the number of channels or classes start afresh where that differs.
+  config.init_from = ""
+  # Samples for a Frechet distance while training, in EfficientNet-Lite0's features; 0: none.
+  config.evaluate_samples = 0
   config.dtype = "bfloat16"
   config.latents = ConfigDict(
     {
@@ -103,6 +118,8 @@ def diffusion() -> ConfigDict:
       "sha256": "",  # which latents they must be; training notes it
       "latent_norm": True,
       "latent_multiplier": 1.0,
+      "valid_path": "",  # a store of held-out latents, for the validation losses
+      "valid_samples": 1024,  # how many of them
     }
   )
   # A tokenizer's workdir, to see samples as pictures while training; "": the one that the latents
@@ -111,11 +128,7 @@ def diffusion() -> ConfigDict:
   config.model = ConfigDict(
     {
       "input_size": 16,
-      "patch_size": 1,
       "in_channels": 32,
-      "hidden_size": 1152,
-      "depth": 28,
-      "num_heads": 16,
       "mlp_ratio": 4.0,
       "class_dropout_prob": 0.1,
       "num_classes": 1000,
@@ -126,12 +139,25 @@ def diffusion() -> ConfigDict:
       "use_rmsnorm": True,
       "wo_shift": False,
       "use_checkpoint": False,
-      "scan_unroll": 1,  # blocks a step of the scan; all of them run a quarter faster on CPUs
+      "remat_policy": "full",  # what use_checkpoint recomputes; "dense" and "dots" keep some
+      "attention": "xla",  # or "cudnn", on NVIDIA GPUs
+      "scan_unroll": 1,  # blocks a step of the scan; narrow models run faster on CPUs with all
     }
   )
+  config.model.update(preset(size))
   config.transport = ConfigDict(
     {
-      "use_lognorm": True,  # logit-normal(0, 1) times; False: uniform
+      "path_type": "Linear",  # or "GVP", "VP"
+      "prediction": "velocity",  # or "noise", "score"
+      "loss_weight": "",  # "velocity" or "likelihood", of noise and score
+      # How far from the path's singular ends; None: as the path needs it.
+      "train_eps": placeholder(float),
+      "sample_eps": placeholder(float),
+      "use_lognorm": True,  # logit-normal times; False: uniform
+      "shifted_mu": 0.0,  # of the normal behind them; below 0 favours the noise
+      "lognorm_until": 0,  # the last step with logit-normal times; 0: all
+      "partial_train": (),  # a range (low, high) of times,
+      "partial_ratio": 1.0,  # to which this share of them is confined
       "use_cosine_loss": True,  # direction of the velocity beside its mean squared error
     }
   )
@@ -144,7 +170,8 @@ def diffusion() -> ConfigDict:
       "warmup_steps": 0,
       "decay_steps": 0,  # cosine to zero until this step; 0: constant
       "clip_norm": 0.0,  # 0: off
-      "ema_decay": 0.9999,
+      # All are kept; samples are made with the first. The published one has no warm-up.
+      "ema_decays": (0.9999,),
     }
   )
   config.sample = sample()
@@ -155,14 +182,22 @@ def sample() -> ConfigDict:
   """Sampling as the 64-epoch number was made."""
   return ConfigDict(
     {
+      "mode": "ODE",  # or "SDE"
       "num_steps": 250,  # grid points: 249 Euler steps
-      "method": "euler",
+      "method": "euler",  # or "heun", "midpoint", "rk4", "dopri5"; of the SDE "euler" or "heun"
       "timestep_shift": 0.3,
       "cfg_scale": 10.0,
       "cfg_interval_start": 0.1,
       # Guidance acts on the first three channels; 10.0 is right only for that. 0: all channels,
       # where about 4 serves.
       "cfg_channels": 3,
+      "atol": 1e-6,  # of dopri5
+      "rtol": 1e-3,
+      "diffusion_form": "sigma",  # these four are of the SDE: see sampling.sample_sde
+      "diffusion_norm": 1.0,
+      "last_step": "Mean",
+      "last_step_size": 0.04,
+      "dtype": "float32",  # as the reference samples, whatever the training's is
       "batch_size": 64,
     }
   )

@@ -58,7 +58,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
   config.loss.kl_weight = 0.1
   config.discriminator.update(ndf=16)
   config.optimizer.update(
-    learning_rate=8e-3, b1=0.9, b2=0.99, warmup_steps=100, decay_steps=2_000, ema_decay=0.99
+    learning_rate=8e-3, b1=0.9, b2=0.99, warmup_steps=100, decay_steps=2_000, ema_decays=(0.99,)
   )
   if tiny:
     config.batch_size = 8
@@ -88,7 +88,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
   config.model.scan_unroll = config.model.depth
   # 20 times the published rate, which a model this small bears: docs/quickstart.md has the losses.
   config.optimizer.update(
-    learning_rate=4e-3, warmup_steps=100, decay_steps=4_000, clip_norm=1.0, ema_decay=0.995
+    learning_rate=4e-3, warmup_steps=100, decay_steps=4_000, clip_norm=1.0, ema_decays=(0.995,)
   )
   # All channels: the guidance of three that the published scale of 10 is for means little to
   # latents without a preferred order of channels.
@@ -99,7 +99,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3
     config.model.update(hidden_size=32, depth=2, num_heads=2, scan_unroll=1)
-    config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decay=0.5)
+    config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decays=(0.5,))
     config.sample.update(num_steps=3, batch_size=9)
   return config
 

@@ -13,7 +13,6 @@ published number. Results go to OUTPUT.json, pictures to OUTPUT.png.
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from PIL import Image
 from launch import trained
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.sample import contact_sheet
+from launch.sample_files import contact_sheet, read_samples
 from vavae_jax import images
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
@@ -151,19 +150,6 @@ def _write(output: Path, result: dict[str, Any], picture: np.ndarray) -> None:
   write_json(numbers_path, result)
 
 
-def _load_samples(path: Path) -> np.ndarray:
-  try:
-    with np.load(path, allow_pickle=False) as stored:
-      samples = stored["arr_0"]
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise InputError(
-      f"{path} is not a file of samples ({error}); give the npz of python -m launch.sample."
-    ) from error
-  if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[-1] != 3:
-    raise InputError(f"{path} holds {samples.dtype} {samples.shape}; needed is uint8 [N, H, W, 3].")
-  return samples
-
-
 def main(argv: list[str]) -> None:
   """The command."""
   what, output = argv[1] if len(argv) > 1 else "", Path(FLAGS.output)
@@ -171,7 +157,7 @@ def main(argv: list[str]) -> None:
   if what == "reconstruction" and FLAGS.workdir:
     result = reconstruction(trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step), output)
   elif what == "generation" and FLAGS.samples and FLAGS.reference:
-    samples = _load_samples(Path(FLAGS.samples))
+    samples, _ = read_samples(Path(FLAGS.samples))
     source = images.open_source(FLAGS.reference)
     size = FLAGS.image_size or samples.shape[1]
     pictures = images.load_crops(source, np.arange(len(source)), size)

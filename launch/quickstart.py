@@ -34,6 +34,7 @@ from launch.engine import configuration, console, loop
 from launch.engine.writers import curve, read_metrics
 from launch.report import Curve, Figure, Report, write_report
 from launch.sample import sample_set
+from launch.sample_files import read_samples
 from launch.train import train
 from lightningdit_jax import latents
 from vavae_jax import images
@@ -88,10 +89,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   )
   stages.run("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
   diffusion = trained.load(workdir / "diffusion", "diffusion")
-  pictures, labels = stages.run(
+  stages.run(
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
   )
+  pictures, labels = read_samples(workdir / "samples.npz")
   results = stages.run("Evaluation", lambda: _evaluate(tokenizer, pictures, workdir))
   stages.run(
     "Report",

@@ -3,8 +3,10 @@ r"""Samples pictures with a trained LightningDiT and its tokenizer.
   python -m launch.sample --workdir=RUNS/diffusion --output=RUNS/samples.npz --num_samples=1000
 
 Writes one npz as ADM's evaluator reads it (arr_0 uint8 pictures, arr_1 labels), a contact sheet
-beside it (.png) and the settings (.json). Sample i is a function of the seed and i alone, whatever
-the batch size and the number of devices. A run that was stopped goes on when started again.
+beside it (.png), the settings (.json), and with --png a folder of the pictures (no suffix). Sample
+i is a function of the seed and i alone, whatever the batch size and the number of devices. A run
+that was stopped goes on when started again. The settings are the training's config.sample, but for
+those given here; --guide is autoguidance, by another training on the same latents.
 """
 
 from __future__ import annotations
@@ -20,20 +22,36 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
-from PIL import Image
 
+import configs.base
 import lightningdit_jax.training
 from launch import trained
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from lightningdit_jax import latents
+from launch.sample_files import part_path, write_npz, write_pngs
+from lightningdit_jax import checks, latents
 from vavae_jax import images
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
 
 Sampler = Callable[..., np.ndarray]
-SHEET_COLUMNS = 12
-SHEET_PICTURES = 96
+SETTINGS = {
+  "mode": "ODE or SDE.",
+  "num_steps": "Grid points of the solver.",
+  "method": "ODE: euler, heun, midpoint, rk4 or dopri5. SDE: euler or heun.",
+  "timestep_shift": "Shift of the ODE's time grid; 0 is none.",
+  "cfg_scale": "Guidance; 1 is none.",
+  "cfg_interval_start": "No guidance where t is smaller.",
+  "cfg_channels": "Guidance on the first channels only; 0: on all.",
+  "atol": "Absolute tolerance of dopri5.",
+  "rtol": "Relative tolerance of dopri5.",
+  "diffusion_form": "Of the SDE: constant, SBDM, sigma, linear, decreasing, increasing-decreasing.",
+  "diffusion_norm": "Magnitude of the SDE's diffusion.",
+  "last_step": 'Of the SDE: Mean, Tweedie, Euler, or "".',
+  "last_step_size": "Of the SDE.",
+  "dtype": "What matrices multiply in: float32 or bfloat16.",
+  "batch_size": "Samples at once, over all devices.",
+}
 
 
 def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.ndarray:
@@ -72,6 +90,7 @@ def make_sampler(
   settings: FrozenConfigDict,
   seed: int,
   devices: jax.sharding.Mesh,
+  guide: trained.Trained | None = None,
 ) -> Sampler:
   """A compiled function from indices and labels to pictures.
 
@@ -81,6 +100,7 @@ def make_sampler(
     settings: as `config.sample`.
     seed: of the set of samples.
     devices: from `mesh.make_mesh`.
+    guide: a second model to be guided away from.
 
   Returns:
     (index int32 [B], label int32 [B]) -> uint8 [B, H, W, 3], for any B; it runs in batches of
@@ -91,9 +111,15 @@ def make_sampler(
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
   @jax.jit
-  def run(params: Any, decoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
+  def run(params: Any, away: Any, decoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
     normalised = lightningdit_jax.training.sample_latents(
-      config, params, batch["index"], batch["label"], seed=seed, sample=settings
+      config,
+      params,
+      batch["index"],
+      batch["label"],
+      seed=seed,
+      sample=settings,
+      guide=(guide.config, away) if guide else None,
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
     return images.to_uint8(trained.autoencoder(tokenizer, decoder).decode(z_BhwZ))
@@ -101,7 +127,7 @@ def make_sampler(
   def sample(index_B: np.ndarray, label_B: np.ndarray, params: Any = None) -> np.ndarray:
     params = diffusion.params if params is None else params
     batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
-    decode = functools.partial(run, params, tokenizer.params)
+    decode = functools.partial(run, params, guide.params if guide else None, tokenizer.params)
     return np.concatenate(list(in_batches(decode, batch, settings.batch_size, devices)))
 
   return sample
@@ -116,7 +142,9 @@ def sample_set(
   labels: str = "balanced",
   seed: int = 0,
   settings: FrozenConfigDict | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+  guide: trained.Trained | None = None,
+  png: bool = False,
+) -> None:
   """Samples a set and writes it, or what is missing of it.
 
   Args:
@@ -127,21 +155,23 @@ def sample_set(
     labels: see `labels_for`.
     seed: of noise and labels.
     settings: as `config.sample`; the training's own if None.
-
-  Returns:
-    (uint8 [N, H, W, 3], int32 [N]).
+    guide: a second model to be guided away from.
+    png: whether to write a folder of PNG files too, named as the npz without its suffix.
 
   Raises:
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
-  lightningdit_jax.training.check_sampling(settings, diffusion.config.model)
+  checks.check_sampling(settings, diffusion.config.model)
+  if guide:
+    _check_guide(diffusion, guide)
   label_N = labels_for(labels, num_samples, diffusion.config.model.num_classes, seed)
   # The batch size is no part of what a sample is.
   noted = {
     "diffusion": diffusion.sha256,
     "diffusion_step": diffusion.step,
     "tokenizer": tokenizer.sha256,
+    "guide": guide.sha256 if guide else None,
     "num_samples": num_samples,
     "labels": labels,
     "seed": seed,
@@ -150,31 +180,43 @@ def sample_set(
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
   if output.is_file() or parts.is_dir() or about.is_file():
     _check_begun(output, about, noted)
-  if output.is_file():
-    shutil.rmtree(parts, ignore_errors=True)
-    with np.load(output) as stored:
-      return stored["arr_0"], stored["arr_1"]
-  parts.mkdir(parents=True, exist_ok=True)
-  write_json(about, noted)
-  run = make_sampler(diffusion, tokenizer, settings, seed, mesh.make_mesh())
-  size = settings.batch_size
+  if not output.is_file():
+    parts.mkdir(parents=True, exist_ok=True)
+    write_json(about, noted)
+    run = make_sampler(diffusion, tokenizer, settings, seed, mesh.make_mesh(), guide)
+    _sample_parts(run, parts, label_N, settings.batch_size)
+    write_npz(output, parts, label_N)
+  shutil.rmtree(parts, ignore_errors=True)
+  if png:
+    write_pngs(output, output.with_suffix(""))
+
+
+def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> None:
+  num_samples = len(label_N)
   with console.Bar("sample", num_samples) as bar:
     for start in range(0, num_samples, size):
       index_B = np.arange(start, min(start + size, num_samples))
-      path = parts / f"{start:09d}_{len(index_B)}.npy"
+      path = part_path(parts, start, len(index_B))
       if not path.is_file():
         pictures = run(index_B, label_N[index_B])
         with atomic_file(path) as file:
           np.save(file, pictures)
       bar.update(start + len(index_B))
-  pictures = _collect(parts, num_samples)
-  with atomic_file(output.with_suffix(".png")) as file:
-    Image.fromarray(contact_sheet(pictures[:SHEET_PICTURES])).save(file, "PNG")
-  # Last: its being there says that everything is.
-  with atomic_file(output) as file:
-    np.savez(file, arr_0=pictures, arr_1=label_N)
-  shutil.rmtree(parts)
-  return pictures, label_N
+
+
+def _check_guide(diffusion: trained.Trained, guide: trained.Trained) -> None:
+  for part, keys in (
+    ("model", ("input_size", "in_channels", "num_classes")),
+    ("transport", ("path_type", "prediction")),
+    ("latents", ("sha256", "latent_norm", "latent_multiplier")),
+  ):
+    for key in keys:
+      mine, other = diffusion.config[part][key], guide.config[part][key]
+      if mine != other:
+        raise InputError(
+          f"The guide {guide.workdir} was trained with config.{part}.{key}={other!r}, but "
+          f"{diffusion.workdir} with {mine!r}; a guide must see the same latents in the same way."
+        )
 
 
 def _check_begun(output: Path, about: Path, noted: dict[str, Any]) -> None:
@@ -186,41 +228,11 @@ def _check_begun(output: Path, about: Path, noted: dict[str, Any]) -> None:
     )
 
 
-def _collect(parts: Path, num_samples: int) -> np.ndarray:
-  """Parts may come from runs with other batch sizes: the last to name a sample gives it."""
-  pictures: np.ndarray | None = None
-  for path in sorted(parts.glob("*.npy")):
-    start, part = int(path.stem.split("_")[0]), np.load(path, allow_pickle=False)
-    if pictures is None:
-      pictures = np.zeros((num_samples, *part.shape[1:]), np.uint8)
-    pictures[start : start + len(part)] = part
-  if pictures is None:
-    raise InputError(f"num_samples is {num_samples}; at least 1 is needed.")
-  return pictures
-
-
-def contact_sheet(pictures_NHWC: np.ndarray, columns: int = SHEET_COLUMNS) -> np.ndarray:
-  """Pictures in rows of `columns` as one, the last row filled up with white.
-
-  Args:
-    pictures_NHWC: uint8.
-    columns: pictures a row.
-
-  Returns:
-    uint8 [rows H, columns W, 3].
-  """
-  count, height, width, channels = pictures_NHWC.shape
-  rows = -(-count // columns)
-  filled = np.full((rows * columns, height, width, channels), 255, np.uint8)
-  filled[:count] = pictures_NHWC
-  grid = filled.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-  return grid.reshape(rows * height, columns * width, channels)
-
-
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step)
+  diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  guide = trained.load(Path(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
   settings = diffusion.config.sample.to_dict()
   settings |= {k: FLAGS[k].value for k in settings if FLAGS[k].value is not None}
@@ -235,7 +247,10 @@ def main(argv: list[str]) -> None:
     labels=FLAGS.labels,
     seed=FLAGS.seed,
     settings=FrozenConfigDict(ConfigDict(settings)),
+    guide=guide,
+    png=FLAGS.png,
   )
+  folder = [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
   console.table(
     "Samples",
     ("what", "where"),
@@ -243,6 +258,7 @@ def main(argv: list[str]) -> None:
       (f"{FLAGS.num_samples} pictures", str(output)),
       ("contact sheet", str(output.with_suffix(".png"))),
       ("settings", str(output.with_suffix(".json"))),
+      *folder,
     ],
   )
 
@@ -257,11 +273,15 @@ if __name__ == "__main__":
   flags.DEFINE_integer("seed", 0, "Of noise and labels.")
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where the latents do not say.")
-  flags.DEFINE_integer("num_steps", None, "Grid points of the solver.", lower_bound=2)
-  flags.DEFINE_string("method", None, "Solver: euler.")
-  flags.DEFINE_float("timestep_shift", None, "Shift of the time grid; 0 is none.")
-  flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none.")
-  flags.DEFINE_float("cfg_interval_start", None, "No guidance where t is smaller.")
-  flags.DEFINE_integer("cfg_channels", None, "Guidance on the first channels only; 0: on all.")
-  flags.DEFINE_integer("batch_size", None, "Samples at once, over all devices.")
+  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
+  flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
+  flags.DEFINE_integer("guide_step", None, "Which checkpoint of it; the newest if not given.")
+  flags.DEFINE_boolean("png", False, "Also a folder of PNG files.")
+  define: dict[type, Any] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for name, default in configs.base.sample().items():
+    define[type(default)](name, None, SETTINGS[name])
   console.run_command(main)

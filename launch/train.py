@@ -11,6 +11,8 @@ exactly. Ctrl-C and SIGTERM save a checkpoint first.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,17 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-from launch import trained
+from launch import evaluate, trained
 from launch.engine import configuration, console, loop, mesh
-from launch.sample import contact_sheet, make_sampler
+from launch.initial import initial_weights
+from launch.sample import make_sampler
+from launch.sample_files import contact_sheet
+from vavae_jax import images
 from vavae_jax.errors import InputError
+from vavae_jax.optimizer import averaged
 
 PICTURE_SAMPLES = 36
+REFERENCE_PICTURES = 10_000
 
 
 def train(config: ConfigDict, workdir: Path) -> Any:
@@ -41,41 +48,78 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   if task_name not in trained.TASKS:
     raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
   frozen = configuration.resolve(config, getattr(configs.base, task_name)())
-  more = {}
+  more, initial = {}, None
   if task_name == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = trained.check_latents(frozen).sha256
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
+    if frozen.init_from:
+      initial = functools.partial(initial_weights, frozen)
   return loop.run(
-    trained.TASKS[task_name], frozen, workdir, name=f"train {task_name}", more_evaluators=more
+    trained.TASKS[task_name],
+    frozen,
+    workdir,
+    name=f"train {task_name}",
+    more_evaluators=more,
+    initial_weights=initial,
   )
 
 
 def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
-  """Samples of the EMA as one picture, each time from the same noise; none without a tokenizer."""
+  """Samples of the EMA as one picture and, if asked, their Frechet distance to training pictures.
+
+  Each time from the same noise; none without a tokenizer.
+  """
   if not config.evaluate_every_steps:
     return {}
   model = trained.Trained(Path(), config, 0, None)
   try:
     tokenizer = trained.tokenizer_of(model)
   except InputError as error:
-    if config.tokenizer:
+    if config.tokenizer or config.evaluate_samples:
       raise
     # Latents outlive their tokenizer's workdir, and training needs nothing but latents.
     console.say(f"no samples will be shown while training: {error}")
     return {}
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   sampler = make_sampler(model, tokenizer, config.sample, seed=0, devices=devices)
-  index = np.arange(PICTURE_SAMPLES)
+  distance = _distance(config, tokenizer) if config.evaluate_samples else None
+  index = np.arange(max(PICTURE_SAMPLES, config.evaluate_samples))
   label = index % config.model.num_classes
 
-  def evaluate(state: Any) -> dict[str, Any]:
-    params = state.params if state.ema is None else state.ema
-    return {"grid": contact_sheet(sampler(index, label, params))}
+  def show(state: Any) -> dict[str, Any]:
+    pictures = sampler(index, label, averaged(config.optimizer, state))
+    result = {"grid": contact_sheet(pictures[:PICTURE_SAMPLES])}
+    return result | (distance(pictures) if distance else {})
 
-  return {"samples": (config.evaluate_every_steps, evaluate)}
+  return {"samples": (config.evaluate_every_steps, show)}
+
+
+def _distance(
+  config: FrozenConfigDict, tokenizer: trained.Trained
+) -> Callable[[np.ndarray], dict[str, float]]:
+  """FD-EfficientNet of few samples to pictures that the tokenizer saw: to compare steps by.
+
+  It is biased upwards for few samples, and compares with nothing of another size.
+  """
+  if config.evaluate_samples < 2:
+    raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")
+  data = tokenizer.config.data
+  source = images.open_source(data.source)
+
+  @functools.cache
+  def reference() -> Any:
+    chosen, _ = images.split(len(source), data.held_out, data.split_seed)
+    chosen = np.random.default_rng(0).permutation(chosen)[:REFERENCE_PICTURES]
+    return evaluate.feature_moments(images.load_crops(source, chosen, data.image_size), "reference")
+
+  def distance(pictures: np.ndarray) -> dict[str, float]:
+    moments = evaluate.feature_moments(pictures[: config.evaluate_samples], "samples")
+    return {"fd_efficientnet": evaluate.feature_distance(moments, reference())}
+
+  return distance
 
 
 def main(argv: list[str]) -> None:

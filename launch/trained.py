@@ -22,6 +22,7 @@ from lightningdit_jax.latents import LatentStore
 from vavae_jax import functional, images
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.errors import InputError
+from vavae_jax.optimizer import ema_name
 
 TASKS: dict[str, Any] = {
   "tokenizer": vavae_jax.training,
@@ -37,7 +38,7 @@ class Trained:
     workdir: where it was.
     config: what it was trained with.
     step: of the checkpoint.
-    params: the EMA where there is one, else the parameters; on every device.
+    params: the EMA that was asked for, or the parameters; on every device.
   """
 
   workdir: Path
@@ -55,26 +56,38 @@ class Trained:
     return digest.hexdigest()
 
 
-def load(workdir: Path, task_name: str, step: int | None = None) -> Trained:
+def load(
+  workdir: Path, task_name: str, step: int | None = None, ema: float | None = None
+) -> Trained:
   """Restores what inference needs from a workdir.
 
   Args:
     workdir: a training's.
     task_name: "tokenizer" or "diffusion".
     step: which checkpoint; the newest if None.
+    ema: decay of the average that is wanted, 0 for the parameters themselves; None: the first one
+      of `config.optimizer.ema_decays`, or where there is none the parameters.
 
   Returns:
     The trained model.
 
   Raises:
-    InputError: not a workdir, of the other task, or without a checkpoint.
+    InputError: not a workdir, of the other task, or without a checkpoint or such an average.
   """
   config = FrozenConfigDict(ConfigDict(read_config(workdir)))
   if config.task != task_name:
     raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
   init = functools.partial(TASKS[task_name].init_state, config)
   state = jax.eval_shape(init, jax.random.key(0))
-  item = "params" if state.ema is None else "ema"
+  decays = config.optimizer.ema_decays
+  if ema is None:
+    ema = decays[0] if decays else 0.0
+  elif ema and ema not in decays:
+    raise InputError(
+      f"{workdir} keeps no average of decay {ema}, only {decays or 'none'}; 0 stands for the "
+      "parameters themselves."
+    )
+  item = f"ema_{ema_name(ema)}" if ema else "params"
   everywhere = mesh.replicated(mesh.make_mesh())
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params

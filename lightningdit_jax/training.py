@@ -6,23 +6,35 @@ Reference: `train.py`. Parameters, EMA, optimizer and losses are float32, matmul
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import latents, sampling, transport
-from lightningdit_jax.model import LightningDiT
+from lightningdit_jax.checks import check_sampling, check_transport
+from lightningdit_jax.model import LightningDiT, TimestepEmbedder
 from vavae_jax import functional
 from vavae_jax.errors import InputError
-from vavae_jax.optimizer import make_optimizer, start_ema, update_ema
+from vavae_jax.optimizer import (
+  averaged,
+  check_optimizer,
+  make_optimizer,
+  mean_gradients,
+  start_emas,
+  update_emas,
+)
 
 Metrics = dict[str, jax.Array]
+VALIDATION_TIMES = 8
+VALIDATION_SEED = 0
 
 
 @flax.struct.dataclass
@@ -32,7 +44,8 @@ class State:
   Attributes:
     step: int32 scalar, updates done.
     params: LightningDiT's.
-    ema: their moving average, what samples are made with; None without `ema_decay`.
+    ema: their moving averages by `optimizer.ema_name`; samples are made with the first of
+      `ema_decays`, or where there is none with params.
     optimizer: AdamW's moments.
   """
 
@@ -47,8 +60,8 @@ def build_model(config: FrozenConfigDict) -> functional.Build:
   return functools.partial(_model, config)
 
 
-def _model(config: FrozenConfigDict, rngs: nnx.Rngs) -> LightningDiT:
-  return LightningDiT(**config.model, dtype=jnp.dtype(config.dtype), rngs=rngs)
+def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> LightningDiT:
+  return LightningDiT(**config.model, dtype=jnp.dtype(dtype or config.dtype), rngs=rngs)
 
 
 @functools.lru_cache
@@ -65,6 +78,17 @@ def check(config: FrozenConfigDict) -> None:
   """
   check_model(config)
   store = open_store(config.latents.path)
+  _check_store(config, store)
+  if len(store) < config.batch_size:
+    raise InputError(
+      f"{store.path} has {len(store)} latents, fewer than one batch of {config.batch_size}; lower "
+      "config.batch_size."
+    )
+  if config.latents.valid_path:
+    _check_store(config, open_store(config.latents.valid_path))
+
+
+def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
   size, channels = config.model.input_size, config.model.in_channels
   if store.shape != (size, size, channels):
     raise InputError(
@@ -78,39 +102,24 @@ def check(config: FrozenConfigDict) -> None:
       f"The labels of {store.path} run from {low} to {high}, but config.model.num_classes is "
       f"{config.model.num_classes}; labels must lie in 0..{config.model.num_classes - 1}."
     )
-  if len(store) < config.batch_size:
-    raise InputError(
-      f"{store.path} has {len(store)} latents, fewer than one batch of {config.batch_size}; lower "
-      "config.batch_size."
-    )
 
 
 def check_model(config: FrozenConfigDict) -> None:
   """Raises InputError for what cannot be built or run: the part of `check` without latents."""
   functional.outline(build_model(config), "config.model")
-  make_optimizer(config.optimizer)
+  check_optimizer(config.optimizer)
+  check_transport(config.transport)
   check_sampling(config.sample, config.model)
-
-
-def check_sampling(sample: FrozenConfigDict, model: FrozenConfigDict) -> None:
-  """Raises InputError for sampling settings that cannot work with this model."""
-  if sample.method not in sampling.METHODS:
+  if config.accumulate_steps < 1 or config.batch_size % (
+    config.accumulate_steps * jax.device_count()
+  ):
     raise InputError(
-      f"config.sample.method is {sample.method!r}; choose one of {sampling.METHODS}."
+      f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "
+      f"devices it must divide config.batch_size, which is {config.batch_size}."
     )
-  if sample.batch_size < 1:
-    raise InputError(f"config.sample.batch_size is {sample.batch_size}; at least 1 is needed.")
-  if sample.num_steps < 2:
-    raise InputError(f"config.sample.num_steps is {sample.num_steps}; at least 2 are needed.")
-  if not 0 <= sample.cfg_channels <= model.in_channels:
+  if config.latents.valid_path and config.latents.valid_samples < 1:
     raise InputError(
-      f"config.sample.cfg_channels is {sample.cfg_channels}; the latents have {model.in_channels} "
-      "channels, 0 means all of them."
-    )
-  if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
-    raise InputError(
-      f"config.sample.cfg_scale is {sample.cfg_scale}, but a model trained with "
-      "config.model.class_dropout_prob=0 knows no unconditional velocity; set the scale to 1."
+      f"config.latents.valid_samples is {config.latents.valid_samples}; at least 1 is needed."
     )
 
 
@@ -120,7 +129,7 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=start_ema(params, config.optimizer.ema_decay),
+    ema=start_emas(params, config.optimizer.ema_decays),
     optimizer=make_optimizer(config.optimizer).init(params),
   )
 
@@ -132,9 +141,31 @@ def load_frozen(config: FrozenConfigDict) -> Any:
 
 
 def phase(config: FrozenConfigDict, step: int) -> str:
-  """All steps are alike."""
-  del config, step
-  return "diffusion"
+  """Which times `step` draws: logit-normal ones may end at a step, as in the 800-epoch recipe."""
+  until = config.transport.lognorm_until
+  is_lognorm = config.transport.use_lognorm and (not until or step <= until)
+  return "logit-normal" if is_lognorm else "uniform"
+
+
+def flops_per_step(config: FrozenConfigDict) -> float:
+  """FLOPs of the model in one training step, by count: 2 a multiply-add, thrice the forward pass.
+
+  Matrix products alone, as is usual for a utilisation; recomputation (remat) does not count.
+  """
+  return 6.0 * config.batch_size * macs_per_image(config.model)
+
+
+def macs_per_image(model: FrozenConfigDict) -> float:
+  """Multiply-adds of the forward pass of one latent."""
+  width, tokens = model.hidden_size, (model.input_size // model.patch_size) ** 2
+  hidden = int(width * model.mlp_ratio)
+  mlp = 3 * width * int(2 / 3 * hidden) if model.use_swiglu else 2 * width * hidden
+  block = tokens * (4 * width**2 + mlp + 2 * tokens * width)
+  block += (4 if model.wo_shift else 6) * width**2
+  patch = model.patch_size**2 * model.in_channels * width
+  out = patch * (2 if model.learn_sigma else 1)
+  time = (2 * TimestepEmbedder.NUM_FREQUENCIES + width) * width
+  return model.depth * block + tokens * (patch + out) + time + 2 * width**2
 
 
 def train_step(
@@ -153,10 +184,21 @@ def train_step(
   Returns:
     (new state, scalar metrics); "mse" is what the reference logs as its training loss.
   """
-  del frozen, phase
+  del frozen
   latent, label = batch["latent"], batch["label"]
   key_time, key_noise, key_drop = jax.random.split(key, 3)
-  t_B = transport.sample_time(key_time, len(latent), use_lognorm=config.transport.use_lognorm)
+  settings = config.transport
+  t_B = transport.sample_time(
+    key_time,
+    len(latent),
+    use_lognorm=phase == "logit-normal",
+    shifted_mu=settings.shifted_mu,
+    partial_train=settings.partial_train,
+    partial_ratio=settings.partial_ratio,
+    interval=transport.interval(
+      settings.path_type, settings.prediction, settings.train_eps, training=True
+    ),
+  )
   noise = jax.random.normal(key_noise, latent.shape)
   dropped_B = jax.random.bernoulli(key_drop, config.model.class_dropout_prob, label.shape)
   label = jnp.where(dropped_B, config.model.num_classes, label)
@@ -171,26 +213,50 @@ def update(
   t_B: jax.Array,
   label_B: jax.Array,
 ) -> tuple[State, Metrics]:
-  """`train_step` once everything random is drawn."""
-  graph = functional.graph_of(build_model(config))
-  x_t = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B)
-  target = transport.velocity(latent_BhwZ, noise_BhwZ)
+  """`train_step` once everything random is drawn, so that it is the same in however many parts."""
 
-  def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-    parts = transport.velocity_losses(nnx.merge(graph, params)(x_t, t_B, label_B), target)
-    loss = parts["mse"] + (parts["cosine"] if config.transport.use_cosine_loss else 0.0)
-    return loss, {"loss": loss, **parts}
+  def loss_fn(params: Any, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+    metrics = {name: jnp.mean(loss) for name, loss in losses(config, params, *part).items()}
+    loss = metrics["mse"]
+    if config.transport.use_cosine_loss:
+      loss += metrics["cosine"]
+    return loss, {"loss": loss, **metrics}
 
-  grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+  batch = (latent_BhwZ, noise_BhwZ, t_B, label_B)
+  grads, metrics = mean_gradients(loss_fn, state.params, batch, config.accumulate_steps)
   updates, optimizer = make_optimizer(config.optimizer).update(grads, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
   new = State(
     step=state.step + 1,
     params=params,
-    ema=update_ema(state.ema, params, config.optimizer.ema_decay),
+    ema=update_emas(state.ema, params),
     optimizer=optimizer,
   )
-  return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
+  norms = {"grad_norm": grads, "param_norm": params, "ema_norm": averaged(config.optimizer, new)}
+  return new, metrics | {name: optax.tree.norm(tree) for name, tree in norms.items()}
+
+
+def losses(
+  config: FrozenConfigDict,
+  params: Any,
+  latent_BhwZ: jax.Array,
+  noise_BhwZ: jax.Array,
+  t_B: jax.Array,
+  label_B: jax.Array,
+) -> Metrics:
+  """The losses of each sample, [B], by `transport.losses`."""
+  model = nnx.merge(functional.graph_of(build_model(config)), params)
+  path, prediction = config.transport.path_type, config.transport.prediction
+  predicted = model(transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, path), t_B, label_B)
+  return transport.losses(
+    predicted,
+    latent_BhwZ,
+    noise_BhwZ,
+    t_B,
+    path=path,
+    prediction=prediction,
+    loss_weight=config.transport.loss_weight,
+  )
 
 
 def train_data(
@@ -219,40 +285,123 @@ def sample_latents(
   *,
   seed: int,
   sample: FrozenConfigDict,
+  guide: tuple[FrozenConfigDict, Any] | None = None,
 ) -> jax.Array:
   """Normalised latents of samples by their index; pure and jittable.
 
   Args:
     config: the training's configuration.
-    params: usually the EMA.
+    params: usually an EMA.
     index_B: int32, each sample's place in the set.
     label_B: int32.
     seed: of the set.
     sample: the sampling settings, as `config.sample`.
+    guide: configuration and parameters of a second model to be guided away from; None: the model
+      itself without label.
 
   Returns:
     float32 [B, h, w, Z].
   """
-  model = nnx.merge(functional.graph_of(build_model(config)), params)
+
+  def network(config: FrozenConfigDict, params: Any) -> LightningDiT:
+    build = functools.partial(_model, config, dtype=sample.dtype)
+    return nnx.merge(functional.graph_of(build), params)
+
+  path, prediction = config.transport.path_type, config.transport.prediction
+  eps = config.transport.sample_eps
   size, channels = config.model.input_size, config.model.in_channels
-  velocity = sampling.guided(
-    model,
+  draw = functools.partial(sampling.noise_of, seed, index_B, (size, size, channels))
+  predict = sampling.guided(
+    network(config, params),
     label_B,
     config.model.num_classes,
     cfg_scale=sample.cfg_scale,
     cfg_interval_start=sample.cfg_interval_start,
     cfg_channels=sample.cfg_channels,
+    guide=network(*guide) if guide else None,
   )
+  if sample.mode == "SDE":
+    return sampling.sample_sde(
+      predict,
+      draw(0),
+      lambda step: draw(step + 1),
+      path=path,
+      prediction=prediction,
+      num_steps=sample.num_steps,
+      method=sample.method,
+      diffusion_form=sample.diffusion_form,
+      diffusion_norm=sample.diffusion_norm,
+      last_step=sample.last_step,
+      last_step_size=sample.last_step_size,
+      eps=eps,
+    )
   return sampling.sample_ode(
-    velocity,
-    sampling.noise_of(seed, index_B, (size, size, channels)),
+    lambda x, t: transport.to_velocity(predict(x, t), x, t, path, prediction),
+    draw(0),
     num_steps=sample.num_steps,
     method=sample.method,
     timestep_shift=sample.timestep_shift,
+    interval=transport.interval(path, prediction, eps),
+    atol=sample.atol,
+    rtol=sample.rtol,
   )
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
-  """None of its own: latents show nothing, and decoding them takes a tokenizer's checkpoint."""
-  del config
-  return {}
+  """Losses of held-out latents, where `config.latents.valid_path` names some."""
+  if not config.latents.valid_path:
+    return {}
+  return {"validation": (config.evaluate_every_steps, validation(config))}
+
+
+def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
+  """Losses of the averaged model on fixed latents, with fixed noise, on a fixed grid of times.
+
+  The same numbers for the same weights, whatever was drawn in training.
+
+  Args:
+    config: the whole configuration; `latents.valid_samples` records of `latents.valid_path`.
+
+  Returns:
+    A function of the state: {"mse": mean over all, "mse_t0.06": of the time 0.06, ...}, and
+    "cosine" likewise where the velocity is predicted.
+  """
+  store = open_store(config.latents.valid_path)
+  # Normalised as training does it.
+  mean, std = latents.statistics(
+    open_store(config.latents.path), latent_norm=config.latents.latent_norm
+  )
+  count = min(config.latents.valid_samples, len(store))
+  size = min(config.batch_size, count)
+  low, high = transport.interval(
+    config.transport.path_type, config.transport.prediction, config.transport.train_eps
+  )
+  times = low + (high - low) * (np.arange(VALIDATION_TIMES) + 0.5) / VALIDATION_TIMES
+
+  @jax.jit
+  def losses_of(
+    params: Any, latent: jax.Array, label: jax.Array, index: jax.Array, t: jax.Array
+  ) -> Metrics:
+    noise = sampling.noise_of(VALIDATION_SEED, index, latent.shape[1:])
+    return losses(config, params, latent, noise, jnp.full(len(latent), t), label)
+
+  def evaluate(state: State) -> dict[str, float]:
+    params = averaged(config.optimizer, state)
+    sums: dict[str, np.ndarray] = {}
+    for start in range(0, count, size):
+      # The last batch is filled up, so that one shape compiles; what fills it does not count.
+      index = np.resize(np.arange(start, min(start + size, count)), size)
+      kept = min(size, count - start)
+      records = [store[int(i)] for i in index]
+      latent = np.stack([record["latent"] for record in records])
+      latent = latents.normalise(latent, mean, std, config.latents.latent_multiplier)
+      label = np.asarray([record["label"] for record in records], np.int32)
+      for place, t in enumerate(times):
+        for name, loss in losses_of(params, latent, label, index, np.float32(t)).items():
+          sums.setdefault(name, np.zeros(len(times)))[place] += np.sum(np.asarray(loss)[:kept])
+    results = {name: float(total.mean() / count) for name, total in sums.items()}
+    for name, total in sums.items():
+      results |= {f"{name}_t{t:.2f}": float(x / count) for t, x in zip(times, total, strict=True)}
+    return results
+
+  return evaluate

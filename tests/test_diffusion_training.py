@@ -16,16 +16,17 @@ from configs import base, quickstart
 from lightningdit_jax import convert, training
 from tests import cases
 from tests.reference import procedural
-from vavae_jax.optimizer import make_optimizer, start_ema
+from vavae_jax.optimizer import make_optimizer, start_emas
 
 
-def test_three_steps_are_those_of_the_reference():
+@pytest.mark.parametrize("name", ["dit_default", "dit_variant"])
+def test_three_steps_are_those_of_the_reference(name):
   """AdamW behind clipping, and the EMA behind AdamW."""
-  spec, weights, expected = cases.load("dit_default")
+  spec, weights, expected = cases.load(name)
   config = base.diffusion()
   config.dtype = "float32"
   config.model.update(spec["config"])
-  config.optimizer.update(learning_rate=1e-3, b2=0.95, clip_norm=1.0, ema_decay=0.9)
+  config.optimizer.update(learning_rate=1e-3, b2=0.95, clip_norm=1.0, ema_decays=(0.9, 0.5))
   graph, params = nnx.split(convert.from_torch(weights, **spec["config"]))
   state = start(FrozenConfigDict(config), nnx.to_pure_dict(params))
   step = jax.jit(functools.partial(training.update, FrozenConfigDict(config)))
@@ -37,10 +38,18 @@ def test_three_steps_are_those_of_the_reference():
     losses = [metrics["mse"], metrics["cosine"]]
     np.testing.assert_allclose(losses, expected["losses"][i], rtol=1e-5)
   assert state.step == 3
-  for kind, tree in (("param", state.params), ("ema", state.ema)):
+  for kind, tree in (("param", state.params), ("ema", state.ema["0.9"])):
     actual = convert.to_torch(nnx.merge(graph, tree))
     for key in weights:
-      cases.assert_near(actual[key], expected[f"{kind}/{key}"], 1e-4)
+      # Without RoPE softmax ignores the key norm's bias: Adam magnifies what rounding leaves of a
+      # gradient, to a part of its learning rate of 1e-3.
+      ignored = key.endswith("k_norm.bias")
+      cases.assert_near(actual[key], expected[f"{kind}/{key}"], 1e-3 if ignored else 1e-4)
+    model = nnx.merge(graph, tree)
+    x = jnp.asarray(cases.nhwc(procedural.normal("x", shape)))
+    after = jax.jit(model)(x, procedural.uniform("t", shape[:1]), jnp.asarray(spec["inputs"]["y"]))
+    name_after = {"param": "forward_after", "ema": "forward_ema_after"}[kind]
+    cases.assert_near(after, cases.nhwc(expected[name_after]), 1e-4)
 
 
 def start(config: FrozenConfigDict, params: Any) -> training.State:
@@ -48,7 +57,7 @@ def start(config: FrozenConfigDict, params: Any) -> training.State:
   return training.State(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=start_ema(params, config.optimizer.ema_decay),
+    ema=start_emas(params, config.optimizer.ema_decays),
     optimizer=make_optimizer(config.optimizer).init(params),
   )
 
@@ -66,7 +75,7 @@ def drawn(config: FrozenConfigDict, count: int, key: int = 0) -> tuple[np.ndarra
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(training, "update", lambda config, state, latent, *drawn: drawn)
     noise, t_B, label_B = training.train_step(
-      config, "diffusion", None, {}, batch, jax.random.key(key)
+      config, training.phase(config, 1), None, {}, batch, jax.random.key(key)
     )
   return np.asarray(noise[:, 0, 0, 0]), np.asarray(t_B), np.asarray(label_B)
 

@@ -14,14 +14,20 @@ import jax
 import numpy as np
 import pytest
 
-from launch.engine import loop
+from launch.engine import hardware, loop
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import read_metrics
 from tests import toy_task
 from tests.conftest import ROOT
 from vavae_jax.errors import InputError
 
-CLOCK = {"steps_per_second", "images_per_second", "data_wait_fraction"}
+CLOCK = {
+  "steps_per_second",
+  "images_per_second",
+  "data_wait_fraction",
+  "model_tflops_per_second",
+  "mfu",
+}
 
 
 def lines(workdir):
@@ -95,7 +101,45 @@ def test_skip_leaves_all_but_the_count(tmp_path):
   state = run(tmp_path / "skip", num_steps=9, bad_step=9, non_finite="skip")
   assert int(state.step) == 9
   assert_same(state.replace(step=before.step), before)
-  assert lines(tmp_path / "skip")[-2]["skipped"] == 1.0
+  last = [line for line in lines(tmp_path / "skip") if "skipped_steps" in line][-1]
+  assert last == {"step": 9, "skipped_steps": 1}  # no metric of a step that did nothing
+
+
+def test_skipped_steps_are_counted_over_a_resume_and_bounded(tmp_path):
+  settings = {"bad_step": 3, "bad_steps": 2, "non_finite": "skip"}
+  run(tmp_path / "two", num_steps=8, **settings)
+  run(tmp_path / "two", num_steps=12, **settings)
+  told = [line["skipped_steps"] for line in lines(tmp_path / "two") if "skipped_steps" in line]
+  assert told == [0, 2, 2, 2, 2, 2]
+  with pytest.raises(FloatingPointError, match=r"3 steps one after the other .* until step 5"):
+    run(tmp_path / "three", **(settings | {"bad_steps": 3}))
+
+
+def test_flops_are_counted_and_compared_with_what_the_device_can(tmp_path, monkeypatch):
+  monkeypatch.setitem(hardware.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
+  run(tmp_path, num_steps=2)
+  (line,) = [line for line in read_metrics(tmp_path) if "loss" in line]
+  flops = 6.0 * 15 * 4 * line["steps_per_second"]
+  assert line["model_tflops_per_second"] == pytest.approx(flops / 1e12)
+  assert line["mfu"] == pytest.approx(flops / 1e6 / jax.device_count())
+
+
+def test_initial_weights_are_for_a_run_without_a_checkpoint(tmp_path):
+  asked = []
+
+  def initial_weights():
+    asked.append(True)
+    return lambda state: state.replace(params=jax.tree.map(jax.numpy.zeros_like, state.params))
+
+  def begin(num_steps):
+    config = toy_task.config(num_steps=num_steps)
+    return loop.run(toy_task, config, tmp_path / "run", initial_weights=initial_weights)
+
+  begin(4)
+  state = begin(8)
+  assert asked == [True]
+  other = loop.run(toy_task, toy_task.config(num_steps=8), tmp_path / "other")
+  assert not np.array_equal(state.params["w"], other.params["w"])
 
 
 def test_workdir_of_another_configuration_is_refused_by_the_key(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,15 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vavae_jax.errors import InputError
-from vavae_jax.optimizer import learning_rate, make_optimizer, start_ema, update_ema
+from vavae_jax.optimizer import (
+  averaged,
+  check_optimizer,
+  learning_rate,
+  make_optimizer,
+  mean_gradients,
+  start_emas,
+  update_emas,
+)
 
 
 def settings(**changes: float) -> FrozenConfigDict:
@@ -60,9 +71,34 @@ def test_clipping_is_by_the_norm_of_all_gradients():
   np.testing.assert_allclose([adam.mu["a"][0], adam.mu["b"][0]], [0.06, 0.08], rtol=1e-5)
 
 
-def test_ema_moves_by_its_share_or_is_not_there():
-  params = {"w": jnp.zeros(2)}
-  ema = update_ema(start_ema(params, 0.9), {"w": jnp.ones(2)}, 0.9)
-  np.testing.assert_allclose(ema["w"], 0.1, rtol=1e-6)
-  assert start_ema(params, 0.0) is None
-  assert update_ema(None, params, 0.0) is None
+def test_emas_move_by_their_shares():
+  emas = update_emas(start_emas({"w": jnp.zeros(2)}, (0.9, 0.5)), {"w": jnp.ones(2)})
+  np.testing.assert_allclose(emas["0.9"]["w"], 0.1, rtol=1e-6)
+  np.testing.assert_allclose(emas["0.5"]["w"], 0.5, rtol=1e-6)
+
+
+def test_inference_uses_the_first_average_or_the_parameters():
+  state = SimpleNamespace(params="params", ema={"0.5": "half", "0.9": "nine tenths"})
+  assert averaged(settings(ema_decays=(0.9, 0.5)), state) == "nine tenths"
+  assert averaged(settings(ema_decays=()), state) == "params"
+
+
+@pytest.mark.parametrize("decays", [(1.0,), (0.9, 0.0)])
+def test_decays_that_do_not_average_are_refused(decays):
+  with pytest.raises(InputError, match="ema_decays has"):
+    check_optimizer(settings(ema_decays=decays))
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_gradients_in_parts_are_those_of_the_whole(count):
+  def loss_fn(params, batch):
+    error = (batch["x"] @ params - batch["y"]) ** 2
+    return jnp.mean(error), {"size": jnp.mean(jnp.abs(batch["y"]))}
+
+  key = jax.random.split(jax.random.key(0), 3)
+  batch = {"x": jax.random.normal(key[0], (12, 3)), "y": jax.random.normal(key[1], (12,))}
+  params = jax.random.normal(key[2], (3,))
+  whole, parts = (
+    jax.jit(functools.partial(mean_gradients, loss_fn, count=c))(params, batch) for c in (1, count)
+  )
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole, parts)

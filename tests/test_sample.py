@@ -8,6 +8,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import sample
 from launch.engine import mesh
+from launch.sample_files import contact_sheet, read_samples
 from vavae_jax.errors import InputError
 
 
@@ -65,7 +66,8 @@ def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
 def test_a_stopped_run_samples_only_what_is_missing(diffusion, tokenizer, tmp_path, batches):
   def run(name):
     output = tmp_path / name / "samples.npz"
-    return sample.sample_set(diffusion, tokenizer, output, num_samples=21)
+    sample.sample_set(diffusion, tokenizer, output, num_samples=21)
+    return read_samples(output)
 
   pictures, labels = run("whole")
   assert pictures.shape == (21, 64, 64, 3)
@@ -124,6 +126,6 @@ def test_wrong_labels_are_refused(labels):
 
 def test_contact_sheet_fills_the_last_row_with_white():
   pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
-  sheet = sample.contact_sheet(pictures, columns=2)
+  sheet = contact_sheet(pictures, columns=2)
   assert sheet.shape == (6, 6, 3)
   np.testing.assert_array_equal(sheet[::2, ::3, 0], [[0, 1], [2, 3], [4, 255]])

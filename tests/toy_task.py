@@ -32,7 +32,7 @@ class State:
 
 
 def config(**changes: Any) -> FrozenConfigDict:
-  """Settings of a run of 12 steps; at `bad_step` the gradients are not finite, the loss is."""
+  """Settings of a run of 12 steps; `bad_steps` from `bad_step` on have gradients not finite."""
   settings = {
     "seed": 3,
     "batch_size": 4,
@@ -42,7 +42,9 @@ def config(**changes: Any) -> FrozenConfigDict:
     "evaluate_every_steps": 0,
     "keep_checkpoints": 2,
     "non_finite": "stop",
-    "bad_step": -1,
+    "max_skipped_steps": 2,
+    "bad_step": 1000,
+    "bad_steps": 1,
     "mesh": {"data": -1, "fsdp": 1},
   }
   return FrozenConfigDict(ConfigDict(settings | changes))
@@ -58,7 +60,7 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   del config
   params = {"w": jax.random.normal(key, (3, 5))}
   zeros = jax.tree.map(jnp.zeros_like, params)
-  return State(step=jnp.zeros((), jnp.int32), params=params, ema=zeros, momentum=zeros)
+  return State(step=jnp.zeros((), jnp.int32), params=params, ema={"0.8": zeros}, momentum=zeros)
 
 
 def load_frozen(config: FrozenConfigDict) -> Any:
@@ -70,6 +72,11 @@ def load_frozen(config: FrozenConfigDict) -> Any:
 def phase(config: FrozenConfigDict, step: int) -> str:
   """Two halves that are compiled apart."""
   return "late" if step > 6 else "early"
+
+
+def flops_per_step(config: FrozenConfigDict) -> float:
+  """A multiply-add for each number of the matrix and record, thrice."""
+  return 6.0 * 15 * config.batch_size
 
 
 def train_step(
@@ -85,11 +92,11 @@ def train_step(
     )
 
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
-  bad = state.step + 1 == config.bad_step
+  bad = (config.bad_step <= state.step + 1) & (state.step + 1 < config.bad_step + config.bad_steps)
   grads = jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads)
   momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state.momentum, grads)
   params = jax.tree.map(lambda p, m: p - 0.05 * m, state.params, momentum)
-  ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, state.ema, params)
+  ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, state.ema, {"0.8": params})
   metrics = {"loss": loss, "grad_norm": jnp.linalg.norm(grads["w"])}
   return State(state.step + 1, params, ema, momentum), metrics
 
@@ -118,7 +125,10 @@ def train_data(
 def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   """The mean of the average."""
   return {
-    "toy": (config.evaluate_every_steps, lambda state: {"mean": float(state.ema["w"].mean())})
+    "toy": (
+      config.evaluate_every_steps,
+      lambda state: {"mean": float(state.ema["0.8"]["w"].mean())},
+    )
   }
 
 

@@ -1,7 +1,8 @@
-"""The optimizer of both trainings: Adam(W) with an optional warm-up, cosine decay and clipping."""
+"""What both trainings do with gradients: parts of a batch, clipping, Adam(W), moving averages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from ml_collections import FrozenConfigDict
 
 from vavae_jax.errors import InputError
+from vavae_jax.sharding import pin_batch
 
 
 def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
@@ -43,6 +45,15 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
   )
 
 
+def check_optimizer(config: FrozenConfigDict) -> None:
+  """Raises InputError for settings that cannot work."""
+  learning_rate(config)
+  if wrong := [decay for decay in config.ema_decays if not 0 < decay < 1]:
+    raise InputError(
+      f"config.optimizer.ema_decays has {wrong}; a decay lies between 0 and 1, such as 0.9999."
+    )
+
+
 def make_optimizer(config: FrozenConfigDict, start: int = 0) -> optax.GradientTransformation:
   """AdamW as configured; eps 1e-8, float32 moments.
 
@@ -65,20 +76,73 @@ def make_optimizer(config: FrozenConfigDict, start: int = 0) -> optax.GradientTr
   return adam
 
 
-def update_ema(ema: Any, params: Any, decay: float) -> Any:
-  """One step of the moving average, from step 0 and without debiasing; None stays None.
+def start_emas(params: Any, decays: Sequence[float]) -> dict[str, Any]:
+  """Copies of the parameters to average into, one for each decay, by `ema_name`."""
+  return {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+
+
+def update_emas(emas: dict[str, Any], params: Any) -> dict[str, Any]:
+  """One step of each moving average, from step 0 and without debiasing.
 
   Args:
-    ema: the average so far, or None where there is none.
+    emas: from `start_emas`: name -> the average so far.
     params: the new parameters.
-    decay: share of the old average that stays.
 
   Returns:
-    The new average.
+    The new averages.
   """
-  return None if ema is None else optax.incremental_update(params, ema, 1 - decay)
+  return {
+    name: optax.incremental_update(params, ema, 1 - float(name)) for name, ema in emas.items()
+  }
 
 
-def start_ema(params: Any, decay: float) -> Any:
-  """A copy of the parameters to average into, or None where `decay` is 0."""
-  return jax.tree.map(jnp.copy, params) if decay else None
+def ema_name(decay: float) -> str:
+  """What the average of a decay is called in a state and in checkpoints: "0.9999"."""
+  return repr(float(decay))
+
+
+def averaged(config: FrozenConfigDict, state: Any) -> Any:
+  """The parameters that inference uses: the average of the first decay, or where there is none the
+  parameters themselves.
+
+  Args:
+    config: `ema_decays`.
+    state: a training's, with `params` and `ema`.
+
+  Returns:
+    Parameters.
+  """
+  return state.ema[ema_name(config.ema_decays[0])] if config.ema_decays else state.params
+
+
+def mean_gradients(
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, batch: Any, count: int
+) -> tuple[Any, Any]:
+  """Gradients of a mean over a batch, taken in `count` parts one after the other to save memory.
+
+  Args:
+    loss_fn: (params, batch) -> (mean over the batch, pytree of scalars that are such means too).
+    params: to differentiate by.
+    batch: pytree of arrays [B, ...], B a multiple of `count`.
+    count: number of parts; 1 is the plain gradient.
+
+  Returns:
+    (gradients, the pytree of scalars).
+  """
+  gradients_of = jax.grad(loss_fn, has_aux=True)
+  if count == 1:
+    return gradients_of(params, batch)
+
+  def split(x: jax.Array) -> jax.Array:
+    # Every count-th record: a part lies on all devices as the batch does, and nothing moves.
+    return jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1)
+
+  def add_part(total: Any, part: Any) -> tuple[Any, None]:
+    part = jax.tree.map(pin_batch, part)
+    return jax.tree.map(jnp.add, total, gradients_of(params, part)), None
+
+  parts = jax.tree.map(split, batch)
+  first = jax.eval_shape(gradients_of, params, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  total, _ = jax.lax.scan(add_part, zeros, parts)
+  return jax.tree.map(lambda x: x / count, total)

@@ -31,7 +31,7 @@ from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.errors import InputError
 from vavae_jax.metrics import pixels
-from vavae_jax.optimizer import make_optimizer, start_ema, update_ema
+from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas, update_emas
 from vavae_jax.teachers import Teacher, load_teacher
 
 # Stages of the teacher whose features stand in for LPIPS; later ones see too little of a texture.
@@ -49,7 +49,7 @@ class State:
   Attributes:
     step: int32 scalar, updates done.
     params: {"autoencoder": ..., "projection": kernel [Z, F], where there is a teacher}.
-    ema: moving average of params, or None.
+    ema: moving averages of params by `optimizer.ema_name`; empty without `ema_decays`.
     optimizer: of params.
     discriminator: the PatchGAN's parameters.
     discriminator_statistics: the running statistics of its BatchNorm.
@@ -100,7 +100,7 @@ def check(config: FrozenConfigDict) -> None:
   """
   model = functional.outline(build_autoencoder(config), "config.model")
   judge = functional.outline(_build_discriminator(config), "config.discriminator")
-  make_optimizer(config.optimizer)
+  check_optimizer(config.optimizer)
   size, factor = config.data.image_size, model.downsampling
   if size < factor or size % factor:
     raise InputError(
@@ -157,7 +157,7 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=start_ema(params, config.optimizer.ema_decay),
+    ema=start_emas(params, config.optimizer.ema_decays),
     optimizer=optimizer.init(params),
     discriminator=discriminator,
     discriminator_statistics=statistics,
@@ -180,6 +180,12 @@ def phase(config: FrozenConfigDict, step: int) -> str:
   """
   on = config.loss.disc_weight > 0 and step > config.loss.disc_start
   return "adversarial" if on else "reconstruction"
+
+
+def flops_per_step(config: FrozenConfigDict) -> float:
+  """Not counted yet."""
+  del config
+  return 0.0
 
 
 def train_step(
@@ -365,7 +371,7 @@ def _update_autoencoder(config: FrozenConfigDict, state: State, grads: Any) -> S
     state,
     step=state.step + 1,
     params=params,
-    ema=update_ema(state.ema, params, config.optimizer.ema_decay),
+    ema=update_emas(state.ema, params),
     optimizer=optimizer,
   )
 
@@ -419,7 +425,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     return model.decode(model.encode(images.to_float(image_BHWC)).mode())
 
   def evaluate(state: State) -> dict[str, Any]:
-    recon = reconstruct(state.params if state.ema is None else state.ema, crops)
+    recon = reconstruct(averaged(config.optimizer, state), crops)
     recon = images.to_uint8(recon)
     rows = [
       np.concatenate(list(x[:PICTURE_IMAGES]), axis=1) for x in jax.device_get((crops, recon))

@@ -1,7 +1,7 @@
 """Checkpoints {params, ema, training state, data iterator, config}, each whole or not at all.
 
-The only file that imports orbax. Parameters and EMA are items of their own, so that encoding and
-sampling restore them without the optimizers. A killed save leaves a temporary folder that orbax
+The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
+and sampling restore one without the rest. A killed save leaves a temporary folder that orbax
 ignores; a saved step is never overwritten.
 """
 
@@ -62,7 +62,7 @@ class Checkpoints:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
 
     Args:
-      state: a task's state: a dataclass with `step`, `params`, `ema` (or None) and more.
+      state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
       data: the grain iterator.
       config: plain nested dict.
     """
@@ -90,8 +90,8 @@ class Checkpoints:
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
     items["data"] = grain.checkpoint.CheckpointRestore(data)
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    inference = {"params": restored["params"], "ema": restored.get("ema")}
-    return dataclasses.replace(restored["training"], **inference)
+    ema = {name: restored[f"ema_{name}"] for name in state.ema}
+    return dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
 
   def close(self) -> None:
     """Waits for what is being written."""
@@ -100,8 +100,9 @@ class Checkpoints:
 
 
 def _items(state: Any) -> dict[str, Any]:
-  items = {"params": state.params, "training": dataclasses.replace(state, params=None, ema=None)}
-  return items if state.ema is None else {**items, "ema": state.ema}
+  emas = {f"ema_{name}": tree for name, tree in state.ema.items()}
+  training = dataclasses.replace(state, params=None, ema=None)
+  return {"params": state.params, "training": training, **emas}
 
 
 def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -> tuple[Any, int]:
@@ -109,7 +110,7 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
 
   Args:
     workdir: a training's workdir.
-    item: "params" or "ema".
+    item: "params", or "ema_" and the name of one.
     like: pytree of `jax.ShapeDtypeStruct` with shardings.
     step: which checkpoint; the newest if None.
 

@@ -24,19 +24,28 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import FrozenConfigDict
 
-from launch.engine import console, mesh
+from launch.engine import console, hardware, mesh
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.configuration import check_workdir, claim_workdir
-from launch.engine.writers import Writer
+from launch.engine.writers import Writer, read_metrics
 from vavae_jax.errors import InputError
 
 Metrics = dict[str, Any]
 Evaluator = tuple[int, Callable[[Any], dict[str, Any]]]
 NON_FINITE = ("stop", "skip")
+COUNTS = (
+  "num_steps",
+  "log_every_steps",
+  "save_every_steps",
+  "keep_checkpoints",
+  "max_skipped_steps",
+)
 
 
 class Task(Protocol):
-  """What a training module offers; `state` is a dataclass with `step`, `params` and `ema`."""
+  """What a training module offers; `state` is a dataclass with `step`, `params` and `ema`, a dict
+  from names to trees like `params`.
+  """
 
   def check(self, config: FrozenConfigDict) -> None:
     """Raises InputError for anything wrong with the configuration or its data."""
@@ -49,6 +58,9 @@ class Task(Protocol):
 
   def phase(self, config: FrozenConfigDict, step: int) -> str:
     """What is static about the update that makes `step`; the loop compiles once for each value."""
+
+  def flops_per_step(self, config: FrozenConfigDict) -> float:
+    """FLOPs of the model in one step, by count; 0 where nobody has counted."""
 
   def train_step(
     self, config: FrozenConfigDict, phase: str, state: Any, frozen: Any, batch: Any, key: jax.Array
@@ -71,8 +83,10 @@ def run(
   *,
   name: str = "train",
   more_evaluators: dict[str, Evaluator] | None = None,
+  initial_weights: Callable[[], Callable[[Any], Any]] | None = None,
 ) -> Any:
-  """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one.
+  """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
+  from `initial_weights`, or where there are none from random ones.
 
   Args:
     task: a module that fits `Task`.
@@ -80,13 +94,15 @@ def run(
     workdir: metrics, checkpoints and the configuration go there.
     name: what the progress bar says.
     more_evaluators: beside the task's own.
+    initial_weights: reads weights and returns the function that puts them into a fresh state.
 
   Returns:
     The final state, on the devices.
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
-    FloatingPointError: a metric is not finite and `config.non_finite` is "stop".
+    FloatingPointError: a metric is not finite and `config.non_finite` is "stop", or it is "skip"
+      and more than `config.max_skipped_steps` steps were skipped one after the other.
     console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
   """
   devices = check(config)
@@ -99,6 +115,7 @@ def run(
   start = checkpoints.latest_step() or 0
   if start < config.num_steps:
     checkpoints.check_space(abstract)
+  adopt = initial_weights() if initial_weights and not start else None
   claim_workdir(workdir, config)
 
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
@@ -110,6 +127,8 @@ def run(
       state = checkpoints.restore(start, like, batches)
     else:
       state = jax.jit(init, out_shardings=shardings)(key_init)
+      if adopt:
+        state = jax.device_put(adopt(state), shardings)
       _describe(state.params, workdir, name)
     if start >= config.num_steps:
       console.say(f"{name}: {workdir} already has all {start} steps")
@@ -123,7 +142,8 @@ def run(
       out_shardings=(shardings, None),
     )
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
-    log = _Log(writer, config, start)
+    peak = hardware.peak_flops(devices)
+    log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
     evaluators = {**task.evaluators(config), **(more_evaluators or {})}
     with _Signals() as signals, console.Bar(name, config.num_steps, start) as bar:
       try:
@@ -154,7 +174,7 @@ def run(
 
 def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   """Checks what every training's configuration has, whatever the task; returns its mesh."""
-  for field in ("num_steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+  for field in COUNTS:
     if config[field] < 1:
       raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
   if config.non_finite not in NON_FINITE:
@@ -201,8 +221,19 @@ def _guarded_step(
 class _Log:
   """Means of the metrics between two log lines, each step's read when the next is under way."""
 
-  def __init__(self, writer: Writer, config: FrozenConfigDict, step: int):
+  def __init__(
+    self,
+    writer: Writer,
+    config: FrozenConfigDict,
+    workdir: Path,
+    step: int,
+    flops_per_step: float,
+    peak_flops: float,
+  ):
     self._writer, self._config = writer, config
+    self._flops, self._peak = flops_per_step, peak_flops
+    told = [line["skipped_steps"] for line in read_metrics(workdir) if "skipped_steps" in line]
+    self._skipped, self._in_a_row = (told[-1] if told else 0), 0
     self._pending: tuple[int, Metrics] | None = None
     self._window: list[dict[str, float]] = []
     self._began, self._began_step = time.monotonic(), step
@@ -226,7 +257,11 @@ class _Log:
         f"{', '.join(broken)} at step {step}; the last checkpoint is from before. Lower "
         'config.optimizer.learning_rate, clip gradients, or set config.non_finite="skip".'
       )
-    self._window.append(values)
+    if values.pop("skipped", 0.0):
+      self._count_skipped(step, broken)
+    else:
+      self._window.append(values)
+      self._in_a_row = 0
     bar.update(step, loss=values["loss"])
     if step % self._config.log_every_steps == 0 or step == self._config.num_steps:
       seconds = time.monotonic() - self._began
@@ -242,9 +277,25 @@ class _Log:
         "images_per_second": steps * self._config.batch_size / seconds,
         "data_wait_fraction": self.waited / seconds,
       }
+      if self._flops:
+        speed["model_tflops_per_second"] = self._flops * steps / seconds / 1e12
+        if self._peak:
+          speed["mfu"] = self._flops * steps / seconds / self._peak
+      if self._config.non_finite == "skip":
+        speed["skipped_steps"] = self._skipped
       self._writer.scalars(step, {**means, **speed})
       self._window, self.waited = [], 0.0
       self._began, self._began_step = time.monotonic(), step
+
+  def _count_skipped(self, step: int, broken: list[str]) -> None:
+    self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+    console.say(f"step {step} was skipped: {', '.join(broken)}")
+    if self._in_a_row > self._config.max_skipped_steps:
+      raise FloatingPointError(
+        f"{self._in_a_row} steps one after the other were not finite, until step {step}: "
+        f"{', '.join(broken)}. The weights before them are in the last checkpoint; lower "
+        "config.optimizer.learning_rate, clip gradients, or set config.model.use_qknorm."
+      )
 
 
 def _record(writer: Writer, step: int, evaluator: str, results: dict[str, Any]) -> None:

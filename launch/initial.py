@@ -1,0 +1,74 @@
+"""What a training begins with where `config.init_from` names it: a run, or a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import FrozenConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from launch import trained
+from launch.engine import console
+from lightningdit_jax import finetune
+from vavae_jax.errors import InputError
+from vavae_jax.optimizer import start_emas
+from vavae_jax.torch_files import read_torch_file
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+
+
+def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
+  """Reads the weights of `config.init_from`.
+
+  Args:
+    config: of a diffusion training.
+
+  Returns:
+    A function from a fresh state to one with these weights, in the averages too.
+
+  Raises:
+    InputError: nothing there, nothing that can be read, or, when the function is called, weights of
+      another architecture.
+  """
+  path = Path(config.init_from)
+  given = _params_of(path, config)
+
+  def adopt(state: Any) -> Any:
+    params, notes = finetune.adapt(state.params, given)
+    for note in notes:
+      console.say(f"initial weights: {note}")
+    console.say(f"initial weights: from {path}")
+    emas = start_emas(params, config.optimizer.ema_decays)
+    return dataclasses.replace(state, params=params, ema=emas)
+
+  return adopt
+
+
+def _params_of(path: Path, config: FrozenConfigDict) -> Any:
+  if path.is_dir():
+    # As in the reference the weights themselves, whose averages begin anew.
+    return trained.load(path, "diffusion", ema=0.0).params
+  if not path.is_file():
+    raise InputError(
+      f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
+      f"weights ({', '.join(TORCH_SUFFIXES)}, .safetensors)."
+    )
+  if path.suffix == ".safetensors":
+    try:
+      stored: dict[str, Any] = load_file(path)
+    except (SafetensorError, OSError) as error:
+      raise InputError(f"The weights {path} cannot be read: {error}.") from error
+  elif path.suffix in TORCH_SUFFIXES:
+    stored = read_torch_file(path)
+    # A checkpoint of the reference's training has both; it goes on from the weights themselves.
+    stored = next((stored[part] for part in ("model", "ema") if part in stored), stored)
+  else:
+    raise InputError(
+      f"config.init_from is {path}; a file of weights ends in {', '.join(TORCH_SUFFIXES)} or "
+      ".safetensors."
+    )
+  return finetune.from_state_dict(stored, config.model)
