@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, quickstart
-from launch.engine.configuration import resolve
-from lightningdit_jax.model import LightningDiT
+from configs import ablation, base, lightningdit, lightningdit_xl_800ep, quickstart
+from launch.engine import loop
+from launch.engine.configuration import flat, resolve
+from lightningdit_jax import training
+from lightningdit_jax.model import PRESETS, LightningDiT
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.errors import InputError
@@ -36,6 +38,39 @@ def test_model_keys_are_keywords_of_the_constructors():
 def test_experiments_are_accepted(name):
   config = importlib.import_module(f"configs.{name}").get_config()
   resolve(config, getattr(base, config.task)())
+
+
+@pytest.mark.parametrize("row", ablation.ROWS)
+def test_rows_of_the_ablation_can_be_trained(row):
+  config = resolve(ablation.get_config(row), base.diffusion())
+  loop.check(config)
+  training.check_model(config)
+
+
+def test_the_ablation_goes_from_dit_to_the_published_recipe():
+  first, last = (dict(flat(ablation.get_config(row).to_dict())) for row in ("dit", "vavae"))
+  published = dict(flat(base.diffusion().to_dict()))
+  # 80 epochs instead of 64, and no guidance.
+  sampling = {key for key in last if key.startswith("sample.")}
+  assert {key for key in last if last[key] != published[key]} - sampling == {"num_steps"}
+  assert (first["model.use_swiglu"], first["transport.prediction"]) == (False, "noise")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_size_has_a_configuration(name):
+  config = lightningdit.get_config(name.removeprefix("LightningDiT-"))
+  assert {key: config.model[key] for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_an_unknown_size_gets_a_list():
+  with pytest.raises(InputError, match=r"LightningDiT-XL/3.*LightningDiT-B/1"):
+    lightningdit.get_config("XL/3")
+
+
+def test_the_800_epoch_recipe_ends_logit_normal_times_at_step_600_000():
+  config = lightningdit_xl_800ep.get_config()
+  phases = [training.phase(config, step) for step in (1, 600_000, 600_001, config.num_steps)]
+  assert phases == ["logit-normal", "logit-normal", "uniform", "uniform"]
 
 
 @pytest.mark.parametrize("argument", ["tokenizer", "diffusion", "tokenizer,tiny", "diffusion,tiny"])

@@ -13,9 +13,10 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import base, quickstart
-from lightningdit_jax import convert, training
+from lightningdit_jax import checks, convert, sampling, training
 from tests import cases
 from tests.reference import procedural
+from vavae_jax.errors import InputError
 from vavae_jax.optimizer import make_optimizer, start_emas
 
 
@@ -119,3 +120,110 @@ def test_loss_falls_on_one_batch():
     losses.append(float(metrics["loss"]))
   assert losses[0] == pytest.approx(np.mean((latent - noise) ** 2), rel=1e-5)  # it predicts zero
   assert losses[-1] < 0.6 * losses[0]
+
+
+def batch_of(count: int) -> dict[str, Any]:
+  latent = procedural.normal("latent", (count, 4, 4, 48))
+  return {"latent": latent, "label": np.arange(count) % 9}
+
+
+def fresh(config: FrozenConfigDict) -> training.State:
+  return jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))
+
+
+def step_of(config: FrozenConfigDict, state: training.State, step: int = 1) -> Any:
+  phase = training.phase(config, step)
+  train_step = jax.jit(functools.partial(training.train_step, config, phase))
+  return train_step(state, {}, batch_of(config.batch_size), jax.random.key(step))
+
+
+def test_a_batch_in_parts_makes_the_same_update():
+  whole, parts = (tiny(accumulate_steps=count) for count in (1, 4))
+  _, once = step_of(whole, fresh(whole))
+  state, told = step_of(parts, fresh(parts))
+  for name in once:
+    assert told[name] == pytest.approx(float(once[name]), rel=1e-5), name
+  expected, _ = step_of(whole, fresh(whole))
+  # Adam's first step is the rate whichever the gradient: compare what it averages.
+  for ours, theirs in zip(
+    jax.tree.leaves(state.optimizer), jax.tree.leaves(expected.optimizer), strict=True
+  ):
+    cases.assert_near(ours, theirs, 1e-4, floor=1e-8)
+
+
+@pytest.mark.parametrize(
+  ("path", "prediction"),
+  [("Linear", "noise"), ("GVP", "score"), ("VP", "noise"), ("VP", "velocity")],
+)
+def test_singular_paths_and_predictions_train_and_sample_with_the_default_eps(path, prediction):
+  """Where the reference has no eps and fails."""
+  changes = {
+    "transport.path_type": path,
+    "transport.prediction": prediction,
+    "transport.use_cosine_loss": prediction == "velocity",
+    "transport.loss_weight": "" if prediction == "velocity" else "likelihood",
+  }
+  config = tiny(**changes)
+  checks.check_transport(config.transport)
+  state, metrics = step_of(config, fresh(config))
+  assert all(np.isfinite(value) for value in metrics.values())
+  sample = jax.jit(functools.partial(training.sample_latents, config, seed=0, sample=config.sample))
+  assert np.isfinite(sample(state.params, jnp.arange(2), jnp.array([0, 8]))).all()
+
+
+def test_logit_normal_times_end_where_the_recipe_says():
+  config = tiny(**{"transport.lognorm_until": 5})
+  assert [training.phase(config, step) for step in (1, 5, 6)] == [
+    "logit-normal",
+    "logit-normal",
+    "uniform",
+  ]
+
+
+def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
+  config = tiny(
+    **{
+      "latents.path": str(pipeline / "latents"),
+      "latents.valid_path": str(pipeline / "latents"),
+      "latents.valid_samples": 11,
+    }
+  )
+  training.check(config)
+  state = fresh(config)
+  evaluate = training.evaluators(config)["validation"][1]
+  told = evaluate(state)
+  assert told == evaluate(state)
+  times = [key for key in told if key.startswith("mse_t")]
+  assert len(times) == training.VALIDATION_TIMES
+  assert told["mse"] == pytest.approx(np.mean([told[key] for key in times]))
+  # A fresh model predicts zero: what is left is the target itself, at every time.
+  store = training.open_store(config.latents.path)
+  latent = np.stack([(store[i]["latent"] - store.mean) / store.std for i in range(11)])
+  noise = sampling.noise_of(training.VALIDATION_SEED, jnp.arange(11), latent.shape[1:])
+  assert told["mse"] == pytest.approx(float(np.mean((latent - noise) ** 2)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"transport.path_type": "Cubic"}, "path_type is 'Cubic'; choose one of"),
+    ({"transport.prediction": "image"}, "prediction is 'image'; choose one of"),
+    ({"transport.loss_weight": "velocity"}, "loss of a velocity has no weight"),
+    ({"transport.prediction": "noise"}, "use_cosine_loss is the direction loss of a velocity"),
+    ({"transport.partial_train": (0.5, 0.2)}, "partial_train is"),
+    ({"transport.partial_ratio": 1.5}, "partial_ratio is 1.5"),
+    ({"transport.train_eps": 0.7}, "train_eps is 0.7"),
+    ({"transport.use_lognorm": False, "transport.lognorm_until": 3}, "lognorm_until is 3"),
+    ({"sample.method": "rk9"}, "method is 'rk9'; choose one of"),
+    ({"sample.mode": "PDE"}, "mode is 'PDE'; choose one of"),
+    ({"sample.mode": "SDE", "sample.last_step": "Last"}, "last_step of the SDE"),
+    ({"sample.timestep_shift": -1.0}, "timestep_shift is -1.0"),
+    ({"sample.num_steps": 1}, "num_steps is 1"),
+    ({"sample.dtype": "float16"}, "dtype is 'float16'"),
+    ({"accumulate_steps": 3}, "accumulate_steps is 3"),
+    ({"optimizer.ema_decays": (1.5,)}, "ema_decays has"),
+  ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(changes, message):
+  with pytest.raises(InputError, match=message):
+    training.check_model(tiny(**changes))

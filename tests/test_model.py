@@ -11,7 +11,14 @@ import pytest
 from flax import nnx
 
 from lightningdit_jax import convert
-from lightningdit_jax.model import PRESETS, LightningDiT, position_embedding, rope_tables
+from lightningdit_jax.model import (
+  PRESETS,
+  REMAT_POLICIES,
+  LightningDiT,
+  position_embedding,
+  preset,
+  rope_tables,
+)
 from tests import cases
 from tests.reference import procedural
 from vavae_jax import functional
@@ -124,11 +131,36 @@ def test_positions_of_an_oblong_grid():
     np.testing.assert_allclose(table[token], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_blocks_are_recomputed_if_asked(use_checkpoint):
-  """That this changes no gradient, the reference case shows."""
-  model = awake(use_checkpoint=use_checkpoint)
-  assert ("remat" in str(jax.make_jaxpr(model)(*inputs()))) == use_checkpoint
+@pytest.mark.parametrize(
+  "change",
+  [
+    *({"use_checkpoint": True, "remat_policy": name} for name in REMAT_POLICIES),
+    {"scan_unroll": 2},
+  ],
+)
+def test_recomputing_and_unrolling_change_no_gradient(change):
+  def gradients(**kwargs):
+    graph, weights = nnx.split(awake(**kwargs))
+    return jax.jit(jax.grad(lambda w: jnp.sum(nnx.merge(graph, w)(*inputs()) ** 2)))(weights)
+
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+    gradients(**change),
+    gradients(),
+  )
+
+
+def test_policies_keep_what_they_say():
+  """Matrix products in the backward pass: all of them, no weights' again, none again."""
+  products = []
+  for name in REMAT_POLICIES:
+    graph, weights = nnx.split(awake(use_checkpoint=True, remat_policy=name))
+    loss = jax.grad(lambda w, graph=graph: jnp.sum(nnx.merge(graph, w)(*inputs())))
+    text = str(jax.make_jaxpr(loss)(weights))
+    products.append((text.count("= dense"), text.count("= dot_general")))
+  (full, full_dots), (dense, dense_dots), (dots, least_dots) = products
+  assert full > dense == dots
+  assert full_dots == dense_dots > least_dots
 
 
 def test_bfloat16_stays_near_float32():
@@ -145,8 +177,8 @@ def test_bfloat16_stays_near_float32():
 def test_published_sizes():
   """The paper's 675M for XL/1; every preset builds."""
   counts = {}
-  for name, preset in PRESETS.items():
-    model = nnx.eval_shape(lambda preset=preset: LightningDiT(**preset, rngs=nnx.Rngs(0)))
+  for name, size in PRESETS.items():
+    model = nnx.eval_shape(lambda size=size: LightningDiT(**size, rngs=nnx.Rngs(0)))
     counts[name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
   assert len(counts) == 10
   assert round(counts["LightningDiT-XL/1"] / 1e6) == 675
@@ -159,11 +191,18 @@ def test_published_sizes():
     ({"hidden_size": 36}, "head size hidden_size/num_heads=18"),
     ({"hidden_size": 34, "use_rope": False}, "hidden_size=34 must be a multiple of 4"),
     ({"patch_size": 3}, "multiple of patch_size=3"),
+    ({"remat_policy": "some"}, "remat_policy is 'some'; choose one of full, dense, dots"),
+    ({"attention": "flash"}, "attention is 'flash'; choose one of xla, cudnn"),
   ],
 )
 def test_sizes_that_do_not_divide_are_refused(kwargs, message):
   with pytest.raises(ValueError, match=message):
     LightningDiT(**(TINY | kwargs), rngs=nnx.Rngs(0))
+
+
+def test_an_unknown_preset_gets_a_list():
+  with pytest.raises(ValueError, match=r"'LightningDiT-S/1'; choose one of LightningDiT-B/1,"):
+    preset("LightningDiT-S/1")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
+from PIL import Image
 
-from launch import sample
+from launch import sample, trained
 from launch.engine import mesh
-from launch.sample_files import contact_sheet, read_samples
+from launch.sample_files import contact_sheet, part_path, read_samples, write_npz
 from vavae_jax.errors import InputError
 
 
@@ -129,3 +132,62 @@ def test_contact_sheet_fills_the_last_row_with_white():
   sheet = contact_sheet(pictures, columns=2)
   assert sheet.shape == (6, 6, 3)
   np.testing.assert_array_equal(sheet[::2, ::3, 0], [[0, 1], [2, 3], [4, 255]])
+
+
+def test_png_files_are_the_pictures_and_those_that_are_there_stay(diffusion, tokenizer, tmp_path):
+  output = tmp_path / "samples.npz"
+  sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
+  folder = tmp_path / "samples"
+  names = sorted(path.name for path in folder.iterdir())
+  assert names == [f"{i:06d}.png" for i in range(10)]
+  pictures, labels = read_samples(output)
+  assert labels.tolist() == [*range(9), 0]
+  for path, picture in zip(sorted(folder.iterdir()), pictures, strict=True):
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+  (folder / "000003.png").unlink()
+  kept = (folder / "000004.png").stat().st_mtime_ns
+  sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
+  assert (folder / "000003.png").is_file()
+  assert (folder / "000004.png").stat().st_mtime_ns == kept
+
+
+def test_parts_of_runs_with_other_batch_sizes_become_one_file(tmp_path):
+  pictures = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+  for start, count in ((0, 4), (4, 4), (3, 3), (6, 3), (9, 2)):
+    np.save(part_path(tmp_path, start, count), pictures[start : start + count])
+  write_npz(tmp_path / "all.npz", tmp_path, np.zeros(11, np.int32))
+  np.testing.assert_array_equal(read_samples(tmp_path / "all.npz")[0], pictures)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "SDE"}, {"method": "dopri5"}, {"method": "heun"}])
+def test_a_sample_of_any_sampler_does_not_depend_on_its_batch(diffusion, tokenizer, changes):
+  index, label = np.arange(5), np.arange(5)
+  pictures = []
+  for size in (2, 5):
+    chosen = settings(diffusion, batch_size=size, num_steps=4, **changes)
+    run = sample.make_sampler(diffusion, tokenizer, chosen, 0, mesh.make_mesh())
+    pictures.append(run(index, label).astype(int))
+  assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_guide_changes_the_samples_and_must_see_the_same_latents(diffusion, tokenizer, tmp_path):
+  weaker = trained.load(diffusion.workdir, "diffusion", ema=0.0)
+  chosen = settings(diffusion, cfg_scale=3.0)
+  index = np.arange(9)
+  plain, led = (
+    sample.make_sampler(diffusion, tokenizer, chosen, 0, mesh.make_mesh(), guide)(index, index)
+    for guide in (None, weaker)
+  )
+  assert not np.array_equal(plain, led)
+  other = ConfigDict(diffusion.config.to_dict())
+  other.latents.sha256 = "0" * 64
+  foreign = dataclasses.replace(weaker, config=FrozenConfigDict(other))
+  with pytest.raises(InputError, match=r"guide .*latents\.sha256"):
+    sample.sample_set(
+      diffusion, tokenizer, tmp_path / "a.npz", num_samples=9, settings=chosen, guide=foreign
+    )
+
+
+def test_an_average_that_was_not_kept_is_named(diffusion):
+  with pytest.raises(InputError, match=r"keeps no average of decay 0\.99, only \(0\.5,\)"):
+    trained.load(diffusion.workdir, "diffusion", ema=0.99)

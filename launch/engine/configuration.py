@@ -50,7 +50,7 @@ def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict
   Raises:
     InputError: unknown or missing key, or a value of another type, by full name.
   """
-  given, known = dict(_flat(config.to_dict())), dict(_flat(schema.to_dict()))
+  given, known = dict(flat(config.to_dict())), dict(flat(schema.to_dict()))
   for key in given.keys() - known.keys():
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean config.{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
@@ -71,9 +71,9 @@ def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict
 def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Raises InputError if a workdir was trained with another configuration."""
   path = Path(workdir) / "config.json"
-  mine = dict(_flat(json.loads(json.dumps(config.to_dict()))))
+  mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
   if path.is_file():
-    theirs = dict(_flat(json.loads(path.read_text())))
+    theirs = dict(flat(json.loads(path.read_text())))
     differing = [
       f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
       for key in sorted(mine.keys() | theirs.keys())
@@ -95,9 +95,10 @@ def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Pairs of full name, "optimizer.b1", and value; tuples as lists, as JSON has them."""
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      yield from _flat(value, f"{prefix}{key}.")
+      yield from flat(value, f"{prefix}{key}.")
     else:
       yield prefix + key, list(value) if isinstance(value, tuple) else value
