@@ -94,7 +94,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
   # latents without a preferred order of channels.
   config.sample.update(num_steps=51, cfg_scale=3.0, cfg_channels=0, batch_size=60)
   if tiny:
-    config.batch_size = 8
+    config.update(batch_size=16, accumulate_steps=2)
     config.num_steps = 6
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3

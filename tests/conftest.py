@@ -29,6 +29,14 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 ROOT = Path(__file__).parents[1]
 PICTURES_PER_CLASS = 8
+# Metrics that a clock measured: no two runs have the same.
+CLOCK = {
+  "steps_per_second",
+  "images_per_second",
+  "data_wait_fraction",
+  "model_tflops_per_second",
+  "mfu",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

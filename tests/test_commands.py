@@ -21,6 +21,7 @@ import launch.quickstart
 from configs import quickstart
 from launch import evaluate, trained
 from launch.engine import configuration, console
+from launch.sample_files import read_samples
 from launch.train import train
 from lightningdit_jax.latents import MANIFEST, STATISTICS
 from vavae_jax.errors import InputError
@@ -200,7 +201,7 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
   path = tmp_path / "samples.npz"
   for named in ("is not a file of samples", "float64"):
     with pytest.raises(InputError, match=named):
-      evaluate._load_samples(path)
+      read_samples(path)
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3)))
 
 

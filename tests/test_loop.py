@@ -18,16 +18,8 @@ from launch.engine import hardware, loop
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import read_metrics
 from tests import toy_task
-from tests.conftest import ROOT
+from tests.conftest import CLOCK, ROOT
 from vavae_jax.errors import InputError
-
-CLOCK = {
-  "steps_per_second",
-  "images_per_second",
-  "data_wait_fraction",
-  "model_tflops_per_second",
-  "mfu",
-}
 
 
 def lines(workdir):

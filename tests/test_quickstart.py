@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.engine.writers import read_metrics
+from tests.conftest import CLOCK
 
 # Of each stage the file that is about to be there when the process dies, somewhere in its middle.
 KILLS = [
@@ -20,7 +21,6 @@ KILLS = [
   "report.html",
 ]
 FIGURES = ["reconstruction.json", "generation.json", "samples.npz", "reconstruction.png"]
-CLOCK = {"steps_per_second", "images_per_second", "data_wait_fraction"}
 
 
 def metrics(workdir: Path) -> list[dict]:

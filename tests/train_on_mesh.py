@@ -29,7 +29,6 @@ def main() -> None:
   tokenizer, diffusion = quickstart.tokenizer(tiny=True), quickstart.diffusion(tiny=True)
   tokenizer.data.source = f"folder:{pictures}"
   diffusion.latents.path = latents
-  diffusion.update(batch_size=16, accumulate_steps=2)
   largest = {}
   for config in (tokenizer, diffusion):
     config.num_steps = config.evaluate_every_steps = NUM_STEPS
