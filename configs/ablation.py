@@ -10,7 +10,8 @@ Argument, with the paper's FID-50K after 80 epochs without guidance (250 steps):
   VA-VAE f16d32 latents)
 
 "rectified_flow" is SiT. "dit" predicts the noise on the VP path, the limit of DiT's 1,000 discrete
-steps; its learnt variance and DDPM sampler are left out. Not yet run here.
+steps; its learnt variance and DDPM sampler are left out, so that 19.50 is not what it should reach.
+Not yet run here.
 """
 
 from ml_collections import ConfigDict

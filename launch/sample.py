@@ -28,7 +28,7 @@ import lightningdit_jax.training
 from launch import trained
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.sample_files import part_path, write_npz, write_pngs
+from launch.sample_files import claim_png_folder, part_path, write_npz, write_pngs
 from lightningdit_jax import checks, latents
 from vavae_jax import images
 from vavae_jax.errors import InputError
@@ -162,7 +162,9 @@ def sample_set(
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
-  checks.check_sampling(settings, diffusion.config.model)
+  if jax.process_count() > 1:
+    raise InputError("Sampling is not made for several processes yet; start it in one.")
+  checks.check_sampling(settings, diffusion.config.model, has_guide=guide is not None)
   if guide:
     _check_guide(diffusion, guide)
   label_N = labels_for(labels, num_samples, diffusion.config.model.num_classes, seed)
@@ -180,6 +182,8 @@ def sample_set(
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
   if output.is_file() or parts.is_dir() or about.is_file():
     _check_begun(output, about, noted)
+  if png:
+    claim_png_folder(output.with_suffix(""), noted)
   if not output.is_file():
     parts.mkdir(parents=True, exist_ok=True)
     write_json(about, noted)

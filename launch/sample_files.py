@@ -5,21 +5,24 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from launch.engine import console
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file
+from vavae_jax.files import atomic_file, write_json
 
 SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
+PNG_SETTINGS = "settings.json"
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
 
 
@@ -89,6 +92,28 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
   if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[-1] != 3:
     raise InputError(f"{path} holds {samples.dtype} {samples.shape}; needed is uint8 [N, H, W, 3].")
   return samples, labels
+
+
+def claim_png_folder(folder: Path, noted: dict[str, Any]) -> None:
+  """Notes in a folder of PNG files what they are samples of.
+
+  Args:
+    folder: is made.
+    noted: what the samples depend on.
+
+  Raises:
+    InputError: it is not empty, and its files are of something else.
+  """
+  about = folder / PNG_SETTINGS
+  if about.is_file():
+    if json.loads(about.read_text()) != noted:
+      raise InputError(
+        f"{folder} holds pictures of other settings ({about}); give a new --output, or remove it."
+      )
+  elif folder.is_dir() and any(folder.iterdir()):
+    raise InputError(f"{folder} holds other files; give a new --output, or empty it.")
+  else:
+    write_json(about, noted)
 
 
 def write_pngs(output: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -73,6 +74,9 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   Each time from the same noise; none without a tokenizer.
   """
   if not config.evaluate_every_steps:
+    return {}
+  if jax.process_count() > 1:
+    console.say("no samples will be shown while training: not yet made for several processes")
     return {}
   model = trained.Trained(Path(), config, 0, None)
   try:

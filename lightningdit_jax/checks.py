@@ -51,8 +51,12 @@ def check_transport(config: FrozenConfigDict) -> None:
     )
 
 
-def check_sampling(sample: FrozenConfigDict, model: FrozenConfigDict) -> None:
-  """Raises InputError for sampling settings that cannot work with this model."""
+def check_sampling(
+  sample: FrozenConfigDict, model: FrozenConfigDict, *, has_guide: bool = False
+) -> None:
+  """Raises InputError for sampling settings that cannot work with this model, guided by another one
+  if `has_guide`.
+  """
   if sample.mode not in MODES:
     raise InputError(f"config.sample.mode is {sample.mode!r}; choose one of {MODES}.")
   if sample.mode == "SDE":
@@ -71,6 +75,8 @@ def check_sampling(sample: FrozenConfigDict, model: FrozenConfigDict) -> None:
       f"config.sample.cfg_channels is {sample.cfg_channels}; the latents have {model.in_channels} "
       "channels, 0 means all of them."
     )
+  if has_guide:
+    return
   if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
     raise InputError(
       f"config.sample.cfg_scale is {sample.cfg_scale}, but a model trained with "

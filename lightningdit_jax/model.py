@@ -420,7 +420,7 @@ class LightningDiT(nnx.Module):
     Args:
       x_BhwZ: [B,h,w,in_channels], normalised latents; h and w are multiples of patch_size.
       t_B: [B] in [0, 1], t=0 noise and t=1 data.
-      label_B: [B] integers in 0 .. num_classes. A larger label gives NaN.
+      label_B: [B] integers in 0 .. num_classes. Any other label gives NaN.
 
     Returns:
       [B,h,w,in_channels] float32.
@@ -436,6 +436,8 @@ class LightningDiT(nnx.Module):
     x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
     x_BND = pin_batch(x_BND + position_embedding(h, w, self.hidden_size))
     c_BD = gathered(self.t_embedder, self.dtype)(t_B)
+    # A label below 0 would wrap around to a class; past the table it gives NaN, as one too large.
+    label_B = jnp.where(label_B < 0, np.iinfo(np.int32).max, label_B)
     c_BD = pin_batch(c_BD + gathered(self.y_embedder, jnp.float32)(label_B))
 
     graph, weights = nnx.split(self.blocks)

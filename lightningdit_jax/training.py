@@ -20,7 +20,7 @@ from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import latents, sampling, transport
 from lightningdit_jax.checks import check_sampling, check_transport
-from lightningdit_jax.model import LightningDiT, TimestepEmbedder
+from lightningdit_jax.model import LightningDiT, TimestepEmbedder, check_names
 from vavae_jax import functional
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import (
@@ -61,7 +61,13 @@ def build_model(config: FrozenConfigDict) -> functional.Build:
 
 
 def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> LightningDiT:
-  return LightningDiT(**config.model, dtype=jnp.dtype(dtype or config.dtype), rngs=rngs)
+  dtype = dtype or config.dtype
+  kwargs = config.model.to_dict()
+  if dtype != "bfloat16" or jax.default_backend() != "gpu":
+    # What was trained with the fused kernel is also sampled in float32 and on other devices;
+    # `check_model` refuses to train so.
+    kwargs["attention"] = "xla"
+  return LightningDiT(**kwargs, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
 @functools.lru_cache
@@ -106,7 +112,15 @@ def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
 
 def check_model(config: FrozenConfigDict) -> None:
   """Raises InputError for what cannot be built or run: the part of `check` without latents."""
+  check_names(config.model.remat_policy, config.model.attention)
   functional.outline(build_model(config), "config.model")
+  if config.model.attention == "cudnn" and (
+    config.dtype != "bfloat16" or jax.default_backend() != "gpu"
+  ):
+    raise InputError(
+      f"config.model.attention is 'cudnn', which needs an NVIDIA GPU and config.dtype='bfloat16'; "
+      f"here are {config.dtype} and {jax.default_backend()}. Set it to 'xla'."
+    )
   check_optimizer(config.optimizer)
   check_transport(config.transport)
   check_sampling(config.sample, config.model)
@@ -116,6 +130,11 @@ def check_model(config: FrozenConfigDict) -> None:
     raise InputError(
       f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "
       f"devices it must divide config.batch_size, which is {config.batch_size}."
+    )
+  if config.latents.valid_path and jax.process_count() > 1:
+    raise InputError(
+      "config.latents.valid_path: validation losses are not made for several processes yet; leave "
+      "it empty."
     )
   if config.latents.valid_path and config.latents.valid_samples < 1:
     raise InputError(
@@ -372,7 +391,7 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
     open_store(config.latents.path), latent_norm=config.latents.latent_norm
   )
   count = min(config.latents.valid_samples, len(store))
-  size = min(config.batch_size, count)
+  size = min(config.batch_size // config.accumulate_steps, count)
   low, high = transport.interval(
     config.transport.path_type, config.transport.prediction, config.transport.train_eps
   )

@@ -221,6 +221,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
     ({"sample.num_steps": 1}, "num_steps is 1"),
     ({"sample.dtype": "float16"}, "dtype is 'float16'"),
     ({"accumulate_steps": 3}, "accumulate_steps is 3"),
+    ({"model.attention": "cudnn"}, "attention is 'cudnn', which needs an NVIDIA GPU"),
     ({"optimizer.ema_decays": (1.5,)}, "ema_decays has"),
   ],
 )

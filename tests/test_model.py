@@ -100,6 +100,11 @@ def test_initialisation_is_that_of_the_reference():
   assert not params["blocks"]["adaLN_modulation"]["kernel"].any()
 
 
+def test_labels_outside_the_table_give_nan():
+  velocity = jax.jit(awake())(inputs()[0], inputs()[1], jnp.array([-1, 10, 11]))
+  assert [bool(jnp.isnan(v).any()) for v in velocity] == [True, False, True]
+
+
 def test_a_sample_depends_on_its_own_inputs_only():
   model, (x, t, label) = awake(), inputs()
   gradient = jax.grad(lambda x, t: model(x, t, label)[1].sum(), argnums=(0, 1))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from launch import sample, trained
 from launch.engine import mesh
-from launch.sample_files import contact_sheet, part_path, read_samples, write_npz
+from launch.sample_files import claim_png_folder, contact_sheet, part_path, read_samples, write_npz
 from vavae_jax.errors import InputError
 
 
@@ -138,17 +138,27 @@ def test_png_files_are_the_pictures_and_those_that_are_there_stay(diffusion, tok
   output = tmp_path / "samples.npz"
   sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
   folder = tmp_path / "samples"
-  names = sorted(path.name for path in folder.iterdir())
+  names = sorted(path.name for path in folder.glob("*.png"))
   assert names == [f"{i:06d}.png" for i in range(10)]
   pictures, labels = read_samples(output)
   assert labels.tolist() == [*range(9), 0]
-  for path, picture in zip(sorted(folder.iterdir()), pictures, strict=True):
+  for path, picture in zip(sorted(folder.glob("*.png")), pictures, strict=True):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
   (folder / "000003.png").unlink()
   kept = (folder / "000004.png").stat().st_mtime_ns
   sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
   assert (folder / "000003.png").is_file()
   assert (folder / "000004.png").stat().st_mtime_ns == kept
+
+
+def test_a_folder_of_other_pictures_is_refused(diffusion, tokenizer, tmp_path):
+  claim_png_folder(tmp_path / "samples", {"seed": 1})
+  with pytest.raises(InputError, match="pictures of other settings"):
+    sample.sample_set(diffusion, tokenizer, tmp_path / "samples.npz", num_samples=9, png=True)
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "holiday.png").write_bytes(b"")
+  with pytest.raises(InputError, match="holds other files"):
+    sample.sample_set(diffusion, tokenizer, tmp_path / "mine.npz", num_samples=9, png=True)
 
 
 def test_parts_of_runs_with_other_batch_sizes_become_one_file(tmp_path):

@@ -15,13 +15,25 @@ from ml_collections import config_flags
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
-# What may differ when a run is continued: how long and how often, not what is computed.
+# What may differ when a run is continued: how long, how often and by what means, not what is
+# computed. What happens to a step that is not finite is part of it, so that a run can get past one.
 MAY_CHANGE = (
   "num_steps",
   "log_every_steps",
   "save_every_steps",
   "evaluate_every_steps",
   "keep_checkpoints",
+  "non_finite",
+  "max_skipped_steps",
+  "accumulate_steps",
+  "model.use_checkpoint",
+  "model.remat_policy",
+  "model.attention",
+  "model.scan_unroll",
+  "evaluate_samples",
+  "latents.valid_path",
+  "latents.valid_samples",
+  "sample.batch_size",
   "mesh.data",
   "mesh.fsdp",
   # Where things are; that the latents are the same ones is checked by what they are.

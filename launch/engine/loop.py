@@ -254,8 +254,9 @@ class _Log:
     broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if self._config.non_finite == "stop" and broken:
       raise FloatingPointError(
-        f"{', '.join(broken)} at step {step}; the last checkpoint is from before. Lower "
-        'config.optimizer.learning_rate, clip gradients, or set config.non_finite="skip".'
+        f"{', '.join(broken)} at step {step}; the last checkpoint is from before. Go on with "
+        'config.non_finite="skip"; or train anew, in another workdir, with a lower '
+        "config.optimizer.learning_rate or with config.optimizer.clip_norm=1.0."
       )
     if values.pop("skipped", 0.0):
       self._count_skipped(step, broken)
@@ -293,8 +294,8 @@ class _Log:
     if self._in_a_row > self._config.max_skipped_steps:
       raise FloatingPointError(
         f"{self._in_a_row} steps one after the other were not finite, until step {step}: "
-        f"{', '.join(broken)}. The weights before them are in the last checkpoint; lower "
-        "config.optimizer.learning_rate, clip gradients, or set config.model.use_qknorm."
+        f"{', '.join(broken)}. The weights before them are in the last checkpoint; train on from "
+        "them in another workdir, by config.init_from, with a lower learning rate or clipping."
       )
 
 
