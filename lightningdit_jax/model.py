@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -43,6 +44,17 @@ PRESETS: dict[str, dict[str, int]] = {
   for name, size in SIZES.items()
   for patch_size in (1, 2)
 }
+
+
+
+def all_but_weights(primitive: jax.extend.core.Primitive, x: Any, *_: Any, **__: Any) -> bool:
+  """Keeps every activation for the backward pass, which casts and gathers the weights again.
+
+  Left to itself, the scan would keep a whole copy of each block's gathered weights. Weights are the
+  matrices among what is cast or gathered; activations have a token axis more.
+  """
+  return x.ndim > 2 or primitive.name not in ("convert_element_type", "sharding_constraint")
+
 
 # What the backward pass finds stored where `use_checkpoint` is on; it computes the rest again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
@@ -377,7 +389,7 @@ class LightningDiT(nnx.Module):
     self.num_heads = num_heads
     self.num_classes = num_classes
     self.use_rope = use_rope
-    self.remat_policy = remat_policy if use_checkpoint else ""
+    self.keeps = REMAT_POLICIES[remat_policy] if use_checkpoint else all_but_weights
     self.scan_unroll = scan_unroll
     self.dtype = dtype
 
@@ -446,10 +458,8 @@ class LightningDiT(nnx.Module):
       block = nnx.merge(graph, gather(weights_of_block, self.dtype))
       return pin_batch(block(x_BND, c_BD, rope)), None
 
-    if self.remat_policy:
-      # A scan keeps the recomputation from being merged away, so the barriers against that can go.
-      policy = REMAT_POLICIES[self.remat_policy]
-      run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+    # A scan keeps the recomputation from being merged away, so the barriers against that can go.
+    run_block = jax.checkpoint(run_block, prevent_cse=False, policy=self.keeps)
     x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=self.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)

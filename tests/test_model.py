@@ -168,6 +168,17 @@ def test_policies_keep_what_they_say():
   assert full_dots == dense_dots > least_dots
 
 
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
+  """A scan stacks what its backward pass needs, also a cast weight, unless a policy forbids it."""
+  depth, width = TINY["depth"], TINY["hidden_size"]
+  graph, weights = nnx.split(awake(dtype=jnp.bfloat16))
+  loss = jax.grad(lambda w: jnp.sum(nnx.merge(graph, w)(*inputs())))
+  forward = next(e for e in jax.make_jaxpr(loss)(weights).eqns if e.primitive.name == "scan")
+  shapes = {variable.aval.shape for variable in forward.outvars}
+  assert (depth, len(inputs()[0]), 24, width) in shapes
+  assert (depth, width, width) not in shapes
+
+
 def test_bfloat16_stays_near_float32():
   """And the residual stream, which the scan over blocks carries, is float32 all the same."""
   model = awake(dtype=jnp.bfloat16)
