@@ -12,7 +12,8 @@ from typing import Any
 
 from flax import nnx
 
-from lightningdit_jax.model import LightningDiT, position_embedding, rope_tables
+from lightningdit_jax.model import LightningDiT
+from lightningdit_jax.positions import position_embedding, rope_tables
 from vavae_jax import torch_weights
 from vavae_jax.torch_weights import StateDict
 

@@ -47,9 +47,12 @@ def _gradient_of_x(cotangent: jax.Array, x: Any, kernel: jax.Array) -> jax.Array
 
 
 def _gradient_of_kernel(cotangent: jax.Array, x: jax.Array, kernel: Any) -> jax.Array:
-  del kernel
+  # A product over leading axes turns its first factor; here the narrower one.
   leading = tuple(range(x.ndim - 1))
-  return jax.lax.dot_general(x, cotangent, ((leading, leading), ((), ())))
+  dimension_numbers = ((leading, leading), ((), ()))
+  if kernel.aval.shape[0] > kernel.aval.shape[1]:
+    return jax.lax.dot_general(cotangent, x, dimension_numbers).T
+  return jax.lax.dot_general(x, cotangent, dimension_numbers)
 
 
 def _batched(arguments: Any, axes: Any) -> tuple[jax.Array, int]:

@@ -16,17 +16,17 @@ Source: Yao et al., arXiv 2501.01423, section 4; hustvl/LightningDiT models/ligh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from lightningdit_jax.dense import dense_p, dot_general
+from lightningdit_jax.dense import dot_general
+from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
+from lightningdit_jax.remat import REMAT_POLICIES, is_costly
 from vavae_jax.errors import InputError
 from vavae_jax.sharding import gather, pin_batch
 
@@ -46,75 +46,13 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-
-def all_but_weights(primitive: jax.extend.core.Primitive, x: Any, *_: Any, **__: Any) -> bool:
-  """Keeps every activation for the backward pass, which casts and gathers the weights again.
-
-  Left to itself, the scan would keep a whole copy of each block's gathered weights. Weights are the
-  matrices among what is cast or gathered; activations have a token axis more.
-  """
-  return x.ndim > 2 or primitive.name not in ("convert_element_type", "sharding_constraint")
-
-
-# What the backward pass finds stored where `use_checkpoint` is on; it computes the rest again.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dense": lambda primitive, *_, **__: primitive is dense_p,
-  "dots": lambda primitive, *_, **__: primitive in (dense_p, jax.lax.dot_general_p),
-}
 ATTENTIONS = ("xla", "cudnn")
 
 XAVIER = nnx.initializers.xavier_uniform()
 SMALL = nnx.initializers.normal(0.02)
 ZEROS = nnx.initializers.zeros
 
-Rope = tuple[np.ndarray, np.ndarray]
 M = TypeVar("M", bound=nnx.Module)
-
-
-def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
-  """The fixed position embedding: the first half of the channels is the column, then the row.
-
-  Args:
-    height: rows of the token grid.
-    width: columns of the token grid.
-    dim: channels, a multiple of 4.
-
-  Returns:
-    [height * width, dim] float32; each half is sines, then cosines.
-  """
-  row_N, column_N = np.indices((height, width)).reshape(2, -1)
-  frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4) / (dim / 4))
-  angles = [np.outer(position_N, frequencies) for position_N in (column_N, row_N)]
-  parts = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
-  return np.concatenate(parts, axis=1).astype(np.float32)
-
-
-def rope_tables(height: int, width: int, head_size: int) -> Rope:
-  """Cosine and sine of the angle by which RoPE turns each channel: first by row, then by column.
-
-  Args:
-    height: rows of the token grid.
-    width: columns of the token grid.
-    head_size: channels of a head, a multiple of 4.
-
-  Returns:
-    Two [height * width, head_size] float32 arrays; channels 2i and 2i+1 share an angle.
-  """
-  row_N, column_N = np.indices((height, width)).reshape(2, -1)
-  pairs_per_axis = head_size // 4
-  frequencies = 1.0 / 10000.0 ** (np.arange(pairs_per_axis) / pairs_per_axis)
-  angles = [np.outer(position_N, frequencies) for position_N in (row_N, column_N)]
-  angle_NE = np.concatenate(angles, axis=1).repeat(2, axis=1)
-  return np.cos(angle_NE).astype(np.float32), np.sin(angle_NE).astype(np.float32)
-
-
-def rotate(x_BKNE: jax.Array, rope: Rope) -> jax.Array:
-  """Turns channels (2i, 2i+1) as points of a plane, with rolls: a stride would split TPU lanes."""
-  cos_NE, sin_NE = rope
-  is_first = np.arange(x_BKNE.shape[-1]) % 2 == 0
-  turned_BKNE = jnp.where(is_first, -jnp.roll(x_BKNE, -1, axis=-1), jnp.roll(x_BKNE, 1, axis=-1))
-  return x_BKNE * cos_NE + turned_BKNE * sin_NE
 
 
 def attend(
@@ -140,7 +78,17 @@ def attend(
   logits_BKNM = jnp.einsum(
     "bkne,bkme->bknm", q_BKNE, k_BKNE, preferred_element_type=jnp.float32
   ) * (q_BKNE.shape[-1] ** -0.5)
-  return jnp.einsum("bknm,bkme->bkne", jax.nn.softmax(logits_BKNM).astype(v_BKNE.dtype), v_BKNE)
+  largest_BKN1 = jax.lax.stop_gradient(jnp.max(logits_BKNM, axis=-1, keepdims=True))
+  weight_BKNM = jnp.exp(logits_BKNM - largest_BKN1)
+  sum_BKN1 = jnp.sum(weight_BKNM, axis=-1, keepdims=True)
+  y_BKNE = jnp.einsum(
+    "bknm,bkme->bkne",
+    weight_BKNM.astype(v_BKNE.dtype),
+    v_BKNE,
+    preferred_element_type=jnp.float32,
+  )
+  # Divided here and not before: E numbers a token instead of N.
+  return (y_BKNE / sum_BKN1).astype(v_BKNE.dtype)
 
 
 def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
@@ -229,8 +177,10 @@ class Attention(nnx.Module):
     self.proj = layers.linear(hidden_size, hidden_size)
 
   def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
-    q, k, v = rearrange(
-      self.qkv(x_BND), "B N (three K E) -> three B K N E", three=3, K=self.num_heads
+    # Split first: the gradient is then put together in one piece, not from three padded ones.
+    q, k, v = (
+      rearrange(part, "B N (K E) -> B K N E", K=self.num_heads)
+      for part in jnp.split(self.qkv(x_BND), 3, axis=-1)
     )
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -389,7 +339,7 @@ class LightningDiT(nnx.Module):
     self.num_heads = num_heads
     self.num_classes = num_classes
     self.use_rope = use_rope
-    self.keeps = REMAT_POLICIES[remat_policy] if use_checkpoint else all_but_weights
+    self.keeps = REMAT_POLICIES[remat_policy] if use_checkpoint else is_costly
     self.scan_unroll = scan_unroll
     self.dtype = dtype
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightningdit_jax import convert
-from lightningdit_jax.model import position_embedding
+from lightningdit_jax.positions import position_embedding
 from tests import cases
 from vavae_jax.convert import (
   autoencoder_from_torch,

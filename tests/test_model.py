@@ -11,14 +11,9 @@ import pytest
 from flax import nnx
 
 from lightningdit_jax import convert
-from lightningdit_jax.model import (
-  PRESETS,
-  REMAT_POLICIES,
-  LightningDiT,
-  position_embedding,
-  preset,
-  rope_tables,
-)
+from lightningdit_jax.model import PRESETS, LightningDiT, preset
+from lightningdit_jax.positions import position_embedding, rope_tables
+from lightningdit_jax.remat import REMAT_POLICIES
 from tests import cases
 from tests.reference import procedural
 from vavae_jax import functional
@@ -169,7 +164,7 @@ def test_policies_keep_what_they_say():
 
 
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
-  """A scan stacks what its backward pass needs, also a cast weight, unless a policy forbids it."""
+  """A scan stacks what its backward pass needs, cast weights too, unless a policy forbids it."""
   depth, width = TINY["depth"], TINY["hidden_size"]
   graph, weights = nnx.split(awake(dtype=jnp.bfloat16))
   loss = jax.grad(lambda w: jnp.sum(nnx.merge(graph, w)(*inputs())))
