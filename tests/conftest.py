@@ -23,13 +23,14 @@ import pytest
 from PIL import Image
 
 from launch import trained
+from launch.engine.writers import read_metrics
 from vavae_jax.assets import load_emoji
 
 Command = Callable[..., subprocess.CompletedProcess]
 
 ROOT = Path(__file__).parents[1]
 PICTURES_PER_CLASS = 8
-# Metrics that a clock measured: no two runs have the same.
+# Metrics that a clock measured, besides "EVALUATOR/seconds".
 CLOCK = {
   "steps_per_second",
   "images_per_second",
@@ -37,6 +38,15 @@ CLOCK = {
   "model_tflops_per_second",
   "mfu",
 }
+
+
+def repeatable_metrics(workdir: Path) -> list[dict]:
+  """The lines of a run's metrics without what a clock measured: two equal runs have the same."""
+  told = [
+    {k: v for k, v in line.items() if k not in CLOCK and not k.endswith("/seconds")}
+    for line in read_metrics(workdir)
+  ]
+  return [line for line in told if line.keys() != {"step"}]
 
 
 @pytest.fixture(scope="session", autouse=True)

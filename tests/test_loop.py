@@ -18,13 +18,9 @@ from launch.engine import hardware, loop
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import read_metrics
 from tests import toy_task
-from tests.conftest import CLOCK, ROOT
+from tests.conftest import ROOT
+from tests.conftest import repeatable_metrics as lines
 from vavae_jax.errors import InputError
-
-
-def lines(workdir):
-  """The metrics without what a clock measured."""
-  return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
 
 
 def run(workdir, more_evaluators=None, **changes):
@@ -40,13 +36,13 @@ class Crash(Exception):
   pass
 
 
-def crash_at(step):
+def crash_at(step, name="crash", every=1):
   def evaluate(state):
     if int(state.step) == step:
       raise Crash
-    return {}
+    return {"mean": float(state.ema["0.8"]["w"].mean())} if name == "toy" else {}
 
-  return {"crash": (1, evaluate)}
+  return {name: (every, evaluate)}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +58,34 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(tmp_path, undisturbed, step
     run(tmp_path, crash_at(step))
   assert_same(run(tmp_path), state)
   assert lines(tmp_path) == told
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_an_evaluator_that_fails_costs_no_step_and_runs_on_resume(tmp_path, undisturbed, step):
+  """Step 12 is the last, so there is nothing to train any more."""
+  with pytest.raises(Crash):
+    run(tmp_path, crash_at(step, "toy", 3), save_every_steps=6)
+  assert Checkpoints(tmp_path).latest_step() == step
+  assert_same(run(tmp_path, save_every_steps=6), undisturbed[0])
+  assert lines(tmp_path) == undisturbed[1]
+
+
+def test_compiling_and_evaluating_do_not_count_as_training(tmp_path, monkeypatch):
+  clock = [0.0]
+
+  def monotonic():
+    clock[0] += 1.0
+    return clock[0]
+
+  def slow(_state):
+    clock[0] += 1000.0
+    return {}
+
+  monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic))
+  run(tmp_path, {"slow": (1, slow)}, num_steps=4, log_every_steps=1)
+  told = [line for line in read_metrics(tmp_path) if "loss" in line]
+  assert ["steps_per_second" in line for line in told] == [False, True, True, True]
+  assert min(line["steps_per_second"] for line in told[1:]) > 0.05
 
 
 def test_a_run_made_longer_equals_one_that_was_long(tmp_path, undisturbed):
@@ -110,7 +134,7 @@ def test_skipped_steps_are_counted_over_a_resume_and_bounded(tmp_path):
 def test_flops_are_counted_and_compared_with_what_the_device_can(tmp_path, monkeypatch):
   monkeypatch.setitem(hardware.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
   run(tmp_path, num_steps=2)
-  (line,) = [line for line in read_metrics(tmp_path) if "loss" in line]
+  (line,) = [line for line in read_metrics(tmp_path) if "mfu" in line]
   flops = 6.0 * 15 * 4 * line["steps_per_second"]
   assert line["model_tflops_per_second"] == pytest.approx(flops / 1e12)
   assert line["mfu"] == pytest.approx(flops / 1e6 / jax.device_count())

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.engine.writers import read_metrics
-from tests.conftest import CLOCK
+from tests.conftest import repeatable_metrics
 
 # Of each stage the file that is about to be there when the process dies, somewhere in its middle.
 KILLS = [
@@ -21,10 +20,6 @@ KILLS = [
   "report.html",
 ]
 FIGURES = ["reconstruction.json", "generation.json", "samples.npz", "reconstruction.png"]
-
-
-def metrics(workdir: Path) -> list[dict]:
-  return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
 
 
 def test_pipeline_leaves_what_it_promises(pipeline):
@@ -74,7 +69,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_figures(pipeline, killed
 
 def test_a_run_killed_in_every_stage_tells_the_same_story(pipeline, killed):
   for part in ("tokenizer", "diffusion"):
-    assert metrics(killed / part) == metrics(pipeline / part)
+    assert repeatable_metrics(killed / part) == repeatable_metrics(pipeline / part)
 
 
 def test_a_run_killed_in_every_stage_has_the_same_latents(pipeline, killed):

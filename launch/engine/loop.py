@@ -8,12 +8,13 @@ saved.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
 from launch.engine import console, hardware, mesh
@@ -73,7 +75,9 @@ class Task(Protocol):
     """Endless batches of this process: pytrees of host arrays [B / process_count, ...]."""
 
   def evaluators(self, config: FrozenConfigDict) -> dict[str, Evaluator]:
-    """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`."""
+    """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`; they run at
+    those steps and at the last one, after the checkpoint of the step is safe.
+    """
 
 
 def run(
@@ -130,7 +134,9 @@ def run(
       if adopt:
         state = jax.device_put(adopt(state), shardings)
       _describe(state.params, workdir, name)
-    if start >= config.num_steps:
+    evaluators = {**task.evaluators(config), **(more_evaluators or {})}
+    missing = _not_recorded(evaluators, workdir, start, config.num_steps) if start else []
+    if start >= config.num_steps and not missing:
       console.say(f"{name}: {workdir} already has all {start} steps")
       checkpoints.close()
       return state
@@ -144,26 +150,35 @@ def run(
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
     peak = hardware.peak_flops(devices)
     log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
-    evaluators = {**task.evaluators(config), **(more_evaluators or {})}
+    compiled = set()
     with _Signals() as signals, console.Bar(name, config.num_steps, start) as bar:
       try:
+        for evaluator in missing:
+          _evaluate(writer, start, evaluator, evaluators[evaluator][1], state)
+        log.restart()
         for step in range(start + 1, config.num_steps + 1):
           waiting = time.monotonic()
           batch = mesh.to_global(next(batches), devices)
           log.waited += time.monotonic() - waiting
+          phase = task.phase(config, step)
           key = jax.random.fold_in(key_steps, step)
-          state, metrics = step_fn(task.phase(config, step), state, frozen, batch, key)
+          state, metrics = step_fn(phase, state, frozen, batch, key)
           log.step(step, metrics, bar)
+          if phase not in compiled:
+            compiled.add(phase)
+            log.leave_out(bar)
+          due = _due(evaluators, step, config.num_steps)
           last = step == config.num_steps
-          for evaluator, (every, evaluate) in evaluators.items():
-            if every and (step % every == 0 or last):
-              log.flush(bar)
-              _record(writer, step, evaluator, evaluate(state))
           if step % config.save_every_steps == 0 or last or signals.received:
             log.flush(bar)
-            checkpoints.save(state, batches, config.to_dict())
+            with log.paused():
+              checkpoints.save(state, batches, config.to_dict())
           if signals.received:
             raise console.Interrupted(signals.received)
+          for evaluator in due:
+            log.flush(bar)
+            with log.paused():
+              _evaluate(writer, step, evaluator, evaluators[evaluator][1], state)
       finally:
         checkpoints.close()
         writer.close()
@@ -236,13 +251,30 @@ class _Log:
     self._skipped, self._in_a_row = (told[-1] if told else 0), 0
     self._pending: tuple[int, Metrics] | None = None
     self._window: list[dict[str, float]] = []
-    self._began, self._began_step = time.monotonic(), step
-    self.waited = 0.0
+    self._last_step = step
+    self.restart()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What happens inside does not count as time of training."""
+    began = time.monotonic()
+    yield
+    self._began += time.monotonic() - began
+
+  def restart(self) -> None:
+    """What went before does not count, neither steps nor time."""
+    self._began, self._began_step, self.waited = time.monotonic(), self._last_step, 0.0
+
+  def leave_out(self, bar: console.Bar) -> None:
+    """The step just taken, which compiled, does not count for the speed."""
+    self.restart()
+    self.flush(bar)
+    self.restart()
 
   def step(self, step: int, metrics: Metrics, bar: console.Bar) -> None:
     """Takes a step's metrics, still being computed, and reads those of the step before."""
     self.flush(bar)
-    self._pending = (step, metrics)
+    self._pending, self._last_step = (step, metrics), step
 
   def flush(self, bar: console.Bar) -> None:
     """Reads the pending metrics and writes a line where one is due."""
@@ -265,28 +297,33 @@ class _Log:
       self._in_a_row = 0
     bar.update(step, loss=values["loss"])
     if step % self._config.log_every_steps == 0 or step == self._config.num_steps:
-      seconds = time.monotonic() - self._began
-      steps = step - self._began_step
       # Phases of a training have metrics of their own: each mean is over the steps that have it.
       columns: dict[str, list[float]] = {}
       for line in self._window:
         for name, value in line.items():
           columns.setdefault(name, []).append(value)
       means = {name: float(np.mean(column)) for name, column in columns.items()}
-      speed = {
-        "steps_per_second": steps / seconds,
-        "images_per_second": steps * self._config.batch_size / seconds,
-        "data_wait_fraction": self.waited / seconds,
-      }
-      if self._flops:
-        speed["model_tflops_per_second"] = self._flops * steps / seconds / 1e12
-        if self._peak:
-          speed["mfu"] = self._flops * steps / seconds / self._peak
       if self._config.non_finite == "skip":
-        speed["skipped_steps"] = self._skipped
-      self._writer.scalars(step, {**means, **speed})
-      self._window, self.waited = [], 0.0
-      self._began, self._began_step = time.monotonic(), step
+        means["skipped_steps"] = self._skipped
+      self._writer.scalars(step, {**means, **self._speed(step)})
+      self._window = []
+      self.restart()
+
+  def _speed(self, step: int) -> dict[str, float]:
+    """Since the last line, or nothing where no step since then was of use."""
+    seconds, steps = time.monotonic() - self._began, step - self._began_step
+    if not steps:
+      return {}
+    speed = {
+      "steps_per_second": steps / seconds,
+      "images_per_second": steps * self._config.batch_size / seconds,
+      "data_wait_fraction": self.waited / seconds,
+    }
+    if self._flops:
+      speed["model_tflops_per_second"] = self._flops * steps / seconds / 1e12
+      if self._peak:
+        speed["mfu"] = self._flops * steps / seconds / self._peak
+    return speed
 
   def _count_skipped(self, step: int, broken: list[str]) -> None:
     self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
@@ -299,13 +336,39 @@ class _Log:
       )
 
 
-def _record(writer: Writer, step: int, evaluator: str, results: dict[str, Any]) -> None:
-  scalars = {k: v for k, v in results.items() if np.ndim(v) == 0}
-  if scalars:
-    writer.scalars(step, {f"{evaluator}/{k}": v for k, v in scalars.items()})
+def _due(evaluators: dict[str, Evaluator], step: int, num_steps: int) -> list[str]:
+  """The names of the evaluators that run after `step`."""
+  return [
+    name
+    for name, (every, _) in evaluators.items()
+    if every and (step % every == 0 or step == num_steps)
+  ]
+
+
+def _not_recorded(
+  evaluators: dict[str, Evaluator], workdir: Path, step: int, num_steps: int
+) -> list[str]:
+  """Which of the evaluators due at `step` did not come to their end; the same on all processes."""
+  there = {name for line in read_metrics(workdir) if line["step"] == step for name in line}
+  due = _due(evaluators, step, num_steps)
+  missing = np.array([f"{name}/seconds" not in there for name in due], bool)
+  if jax.process_count() > 1:  # the first one writes, perhaps to a disk of its own
+    missing = multihost_utils.broadcast_one_to_all(missing)
+  return [name for name, is_missing in zip(due, missing, strict=True) if is_missing]
+
+
+def _evaluate(
+  writer: Writer, step: int, evaluator: str, evaluate: Callable[[Any], Metrics], state: Any
+) -> None:
+  """Pictures first: a line with the seconds that it took says that an evaluator is through."""
+  began = time.monotonic()
+  results = evaluate(state)
   for name, value in results.items():
     if np.ndim(value) == 3:
       writer.picture(step, f"{evaluator}/{name}", value)
+  scalars = {name: value for name, value in results.items() if np.ndim(value) == 0}
+  scalars["seconds"] = time.monotonic() - began
+  writer.scalars(step, {f"{evaluator}/{name}": value for name, value in scalars.items()})
 
 
 class _Signals:
