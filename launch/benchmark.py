@@ -14,14 +14,16 @@ does not fit is reported as such.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -118,13 +120,14 @@ class TorchTraining:
     self._process = subprocess.Popen(
       [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    self._to, self._from = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
     arguments = {
       "checkout": str(checkout),
       "model": {name: config.model[name] for name in TORCH_ARGUMENTS},
       "batch_size": config.batch_size,
       "learning_rate": config.optimizer.learning_rate,
       "betas": [config.optimizer.b1, config.optimizer.b2],
-      "decay": config.optimizer.ema_decays[0],
+      "decays": list(config.optimizer.ema_decays),
     }
     self.about = self._ask(json.dumps(arguments))
 
@@ -133,11 +136,9 @@ class TorchTraining:
     return self._ask("step")["seconds"]
 
   def _ask(self, line: str) -> dict[str, Any]:
-    assert self._process.stdin is not None
-    assert self._process.stdout is not None
-    self._process.stdin.write(line + "\n")
-    self._process.stdin.flush()
-    answer = self._process.stdout.readline()
+    self._to.write(line + "\n")
+    self._to.flush()
+    answer = self._from.readline()
     if not answer:
       raise InputError(
         "The reference in PyTorch did not start (its message is above); give --torch_python an "
@@ -213,9 +214,9 @@ def benchmark(
       f"--reference is {reference}, which has no models/lightningdit.py; give a checkout of "
       "hustvl/LightningDiT."
     )
-  rows = []
-  with config.ignore_type():
-    rate = matmul_rate(config.dtype)
+  rows: list[Row] = []
+  about: dict[str, Any] = {}
+  rate = matmul_rate(config.dtype)
   for attention in attentions:
     for batch_size in batch_sizes:
       config.batch_size = batch_size
@@ -225,6 +226,7 @@ def benchmark(
       torch = TorchTraining(torch_python, reference, frozen) if reference else None
       try:
         rows.append(measure(frozen, steps, rate, torch))
+        about |= torch.about if torch else {}
       finally:
         if torch:
           torch.close()
@@ -232,12 +234,26 @@ def benchmark(
       if rows[-1].get("out_of_memory"):
         break  # larger ones do not fit either
   return {
+    "command": shlex.join(sys.argv),
+    "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
     "dtype": config.dtype,
     "matmul_tflops_per_second": rate / 1e12,
+    **about,
+    "config": config.to_dict(),
     "rows": rows,
   }
+
+
+def _commit() -> str:
+  """The commit of this checkout; "unknown" for an installed package."""
+  words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+  try:
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
 
 
 def main(argv: list[str]) -> None:

@@ -86,12 +86,13 @@ class Training:
     batch_size: int,
     learning_rate: float,
     betas: list[float],
-    decay: float,
+    decays: list[float],
   ):
     network = load_reference(checkout)
     self.shape = (batch_size, model["in_channels"], model["input_size"], model["input_size"])
-    self.model, self.ema = network(**model), network(**model)
-    self.num_classes, self.decay = model["num_classes"], decay
+    self.model = network(**model)
+    self.emas = [(decay, network(**model)) for decay in decays]
+    self.num_classes = model["num_classes"]
     self.optimizer = torch.optim.AdamW(
       self.model.parameters(), lr=learning_rate, weight_decay=0, betas=betas
     )
@@ -110,15 +111,16 @@ class Training:
     loss.backward()
     self.optimizer.step()
     with torch.no_grad():
-      for average, new in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-        average.mul_(self.decay).add_(new, alpha=1 - self.decay)
+      for decay, ema in self.emas:
+        for average, new in zip(ema.parameters(), self.model.parameters(), strict=True):
+          average.mul_(decay).add_(new, alpha=1 - decay)
     return loss.item()
 
 
 def main() -> None:
   """The script."""
   training = Training(**json.loads(sys.stdin.readline()))
-  told = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+  told = {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
   print(json.dumps(told), flush=True)
   for _ in sys.stdin:
     began = time.perf_counter()

@@ -34,6 +34,14 @@ def check_transport(config: FrozenConfigDict) -> None:
   for key in ("train_eps", "sample_eps"):
     if config[key] is not None and not 0 <= config[key] < 0.5:
       raise InputError(f"config.transport.{key} is {config[key]}; it must lie in [0, 0.5).")
+  # Noise and score become velocities by a division by alpha or sigma; loss weights by them too.
+  for key, divides in (("train_eps", bool(config.loss_weight)), ("sample_eps", True)):
+    is_used = transport.interval(config.path_type, config.prediction, 0.1) != (0.0, 1.0)
+    if divides and is_used and config[key] == 0:
+      raise InputError(
+        f"config.transport.{key} is 0, where {config.prediction} on the path {config.path_type} is "
+        "singular; leave it None for the default, or give one above 0."
+      )
   ends = config.partial_train
   if len(ends) not in (0, 2) or (ends and not 0 <= ends[0] < ends[1] <= 1):
     raise InputError(
@@ -63,11 +71,23 @@ def check_sampling(
     sampling.check_sde(
       sample.method, sample.diffusion_form, sample.last_step, sample.last_step_size
     )
+    if sample.diffusion_norm < 0:
+      raise InputError(
+        f"config.sample.diffusion_norm is {sample.diffusion_norm}; it must not be negative."
+      )
   elif sample.method not in solvers.METHODS:
     raise InputError(f"config.sample.method is {sample.method!r}; choose one of {solvers.METHODS}.")
   sampling.check_grid(sample.num_steps, sample.timestep_shift)
   if sample.dtype not in DTYPES:
     raise InputError(f"config.sample.dtype is {sample.dtype!r}; choose one of {DTYPES}.")
+  for key in ("atol", "rtol"):
+    if sample[key] <= 0:
+      raise InputError(f"config.sample.{key} is {sample[key]}; a tolerance is above 0.")
+  if not 0 <= sample.cfg_interval_start <= 1:
+    raise InputError(
+      f"config.sample.cfg_interval_start is {sample.cfg_interval_start}; guidance acts from this "
+      "time on, which lies in [0, 1]."
+    )
   if sample.batch_size < 1:
     raise InputError(f"config.sample.batch_size is {sample.batch_size}; at least 1 is needed.")
   if not 0 <= sample.cfg_channels <= model.in_channels:

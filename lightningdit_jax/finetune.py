@@ -18,11 +18,13 @@ from lightningdit_jax import convert
 from vavae_jax.errors import InputError
 
 EMBEDDER = ("x_embedder", "kernel")
-# What starts afresh where its shape differs: labels by the classes, the head by the channels.
+HEAD = "final_layer"
+# What starts afresh where its shape differs: labels by the classes, the head by the channels, but
+# not the head alone, which would be another `learn_sigma`.
 MAY_START_AFRESH = (
   ("y_embedder", "embedding"),
-  ("final_layer", "linear", "kernel"),
-  ("final_layer", "linear", "bias"),
+  (HEAD, "linear", "kernel"),
+  (HEAD, "linear", "bias"),
 )
 
 
@@ -43,6 +45,7 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
     InputError: any other layer differs.
   """
   new, old = flatten_dict(fresh), flatten_dict(given)
+  same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
   notes, problems, taken = [], [], {}
   for path, leaf in new.items():
     name, shape = "/".join(path), np.shape(old.get(path))
@@ -52,7 +55,7 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
       common = min(shape[2], leaf.shape[2])
       taken[path] = jnp.zeros_like(leaf).at[:, :, :common].set(old[path][:, :, :common])
       notes.append(f"{name} keeps {common} of {leaf.shape[2]} channels, the others are zero")
-    elif path in MAY_START_AFRESH and path in old:
+    elif path in old and path in MAY_START_AFRESH and not (same_channels and path[0] == HEAD):
       taken[path] = leaf
       notes.append(f"{name} starts afresh: {shape} there, {leaf.shape} here")
     else:

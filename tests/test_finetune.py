@@ -67,6 +67,11 @@ def test_another_number_of_classes_starts_the_labels_afresh():
   assert "y_embedder/embedding starts afresh: (8, 32) there, (6, 32) here" in note
 
 
+def test_a_head_that_also_predicts_a_variance_is_another_architecture():
+  with pytest.raises(InputError, match=r"final_layer/linear/bias \(\(3,\) here, \(6,\) there"):
+    finetune.adapt(params(0), params(1, learn_sigma=True))
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"depth": 3}, {"use_qknorm": True}])
 def test_another_architecture_is_refused(change):
   with pytest.raises(InputError, match="another architecture: blocks/"):

@@ -1,0 +1,74 @@
+"""launch.benchmark: what a row holds, and a reference that does not start."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import lightningdit
+from launch import benchmark
+from lightningdit_jax import training
+from vavae_jax.errors import InputError
+
+
+def tiny():
+  config = lightningdit.get_config("B/1")
+  config.model.update(hidden_size=32, depth=2, num_heads=2, input_size=4, in_channels=3)
+  config.dtype = "float32"
+  return config
+
+
+def measure(**changes):
+  settings = {
+    "batch_sizes": [8, 16],
+    "attentions": ["xla"],
+    "steps": 2,
+    "reference": None,
+    "torch_python": sys.executable,
+  }
+  return benchmark.benchmark(tiny(), **(settings | changes))
+
+
+def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
+  monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype: 1e9)
+  result = measure()
+  assert [row["batch_size"] for row in result["rows"]] == [8, 16]
+  json.dumps(result)  # goes into a file
+  for row in result["rows"]:
+    speed = row["batch_size"] / row["seconds_per_step"]
+    flops = 6 * speed * training.macs_per_image(tiny().model)
+    assert row["images_per_second"] == pytest.approx(speed)
+    assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
+    assert row["fastest"] <= row["seconds_per_step"]
+
+
+def test_a_folder_without_the_reference_is_refused(tmp_path):
+  with pytest.raises(InputError, match=r"no models/lightningdit\.py"):
+    measure(reference=tmp_path)
+
+
+def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").write_text("raise ImportError('not here')\n")
+  with pytest.raises(InputError, match="give --torch_python an interpreter with torch"):
+    measure(reference=tmp_path)
+  assert "Error" in capfd.readouterr().err
+
+
+def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
+  """A script in place of PyTorch's that answers alike."""
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").touch()
+  script = tmp_path / "script.py"
+  script.write_text(
+    'import sys\nsys.stdin.readline()\nprint(\'{"torch": "3"}\', flush=True)\n'
+    "for _ in sys.stdin: print('{\"seconds\": 0.5}', flush=True)\n"
+  )
+  monkeypatch.setattr(benchmark, "TORCH_SCRIPT", Path(script))
+  result = measure(reference=tmp_path, batch_sizes=[8])
+  (row,) = result["rows"]
+  assert result["torch"] == "3"
+  assert row["times_torch"] == pytest.approx(0.5 / row["seconds_per_step"])
