@@ -8,9 +8,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from launch import trained
 from launch.engine import mesh
 from launch.engine.writers import read_metrics
 from tests.train_on_mesh import NUM_STEPS
@@ -97,6 +100,21 @@ def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, name
   for a, b in zip(one, eight, strict=True):
     for name in names:
       assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
+
+
+@pytest.mark.parametrize("ema", [0.0, None])
+@pytest.mark.parametrize("task", ["tokenizer", "diffusion"])
+def test_weights_and_averages_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, ema):
+  def weights(root, step):
+    flat = flatten_dict(trained.load(root / task, task, step, ema).params)
+    # A key's bias shifts all logits of a query alike: its gradient is but rounding, of which Adam
+    # makes full steps.
+    return {path: x for path, x in flat.items() if path[-2:] != ("k", "bias")}
+
+  one, eight = weights(pipeline, NUM_STEPS), weights(on_8_devices[0], NUM_STEPS)
+  before = weights(on_8_devices[0], NUM_STEPS - 2)
+  moved = optax.tree.norm(optax.tree.sub(eight, before))
+  assert optax.tree.norm(optax.tree.sub(eight, one)) < 1e-3 * moved
 
 
 def test_the_adversarial_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices):

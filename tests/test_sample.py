@@ -66,6 +66,23 @@ def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
   assert np.abs(a[0].astype(int) - a[9]).max() > 1  # other noise, the same class
 
 
+def test_a_sample_does_not_depend_on_the_number_of_devices(
+  command, pipeline, diffusion, tokenizer, tmp_path
+):
+  done = command(
+    *("launch.sample", f"--workdir={pipeline / 'diffusion'}", f"--output={tmp_path / 'eight.npz'}"),
+    *("--num_samples=11", "--batch_size=8", "--seed=5"),
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+  )
+  assert done.returncode == 0, done.stderr
+  eight, _ = read_samples(tmp_path / "eight.npz")
+  index = np.arange(11)
+  run = sample.make_sampler(
+    diffusion, tokenizer, settings(diffusion, batch_size=11), 5, mesh.make_mesh()
+  )
+  assert np.abs(run(index, index % 9).astype(int) - eight).max() <= 1
+
+
 def test_a_stopped_run_samples_only_what_is_missing(diffusion, tokenizer, tmp_path, batches):
   def run(name):
     output = tmp_path / name / "samples.npz"

@@ -220,6 +220,23 @@ def test_leaving_out_the_unconditional_half_changes_nothing(t):
   cases.assert_near(short, full, 1e-5)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
+def test_leaving_it_out_changes_no_trajectory(method):
+  """The interval's border lies between grid points and, for Heun's stages, within a step."""
+  spec, weights, _ = cases.load("dit_default")
+  model = from_torch(weights, **spec["config"])
+  noise = jnp.asarray(cases.nhwc(procedural.normal("x", (2, 32, 8, 8))))
+  predict = sampling.guided(
+    model, jnp.arange(2), spec["config"]["num_classes"], cfg_scale=5.0, cfg_interval_start=0.3
+  )
+
+  def end(velocity):
+    return jax.jit(lambda x: sampling.sample_ode(velocity, x, num_steps=6, method=method))(noise)
+
+  full = end(lambda x, t: predict(x, jnp.broadcast_to(t, x.shape[:1])))
+  cases.assert_near(end(predict), full, 1e-5)
+
+
 def test_the_unconditional_half_is_not_run_where_guidance_is_off():
   ran = []
 
