@@ -251,8 +251,7 @@ def update(
     ema=update_emas(state.ema, params),
     optimizer=optimizer,
   )
-  norms = {"grad_norm": grads, "param_norm": params, "ema_norm": averaged(config.optimizer, new)}
-  return new, metrics | {name: optax.tree.norm(tree) for name, tree in norms.items()}
+  return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def losses(

@@ -22,6 +22,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
@@ -147,6 +148,7 @@ def run(
       donate_argnums=1,
       out_shardings=(shardings, None),
     )
+    norms = jax.jit(_norms)
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
     peak = hardware.peak_flops(devices)
     log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
@@ -163,12 +165,14 @@ def run(
           phase = task.phase(config, step)
           key = jax.random.fold_in(key_steps, step)
           state, metrics = step_fn(phase, state, frozen, batch, key)
+          last = step == config.num_steps
+          if step % config.log_every_steps == 0 or last:
+            metrics |= norms(state)
           log.step(step, metrics, bar)
           if phase not in compiled:
             compiled.add(phase)
             log.leave_out(bar)
           due = _due(evaluators, step, config.num_steps)
-          last = step == config.num_steps
           if step % config.save_every_steps == 0 or last or signals.received:
             log.flush(bar)
             with log.paused():
@@ -231,6 +235,12 @@ def _guarded_step(
     new = dataclasses.replace(kept, step=new.step)
     metrics = {**metrics, "skipped": 1.0 - finite}
   return new, metrics
+
+
+def _norms(state: Any) -> Metrics:
+  """Of the parameters and their averages: for the log alone, so not part of every step."""
+  trees = {"param": state.params, **{f"ema_{name}": tree for name, tree in state.ema.items()}}
+  return {f"{name}_norm": optax.tree.norm(tree) for name, tree in trees.items()}
 
 
 class _Log:
