@@ -1,6 +1,7 @@
 """Where a token is: the fixed embedding added to it, and the rotation of queries and keys.
 
-Both are constants of the actual grid. Source: hustvl/LightningDiT models.
+Both are constants of the actual grid. Source: hustvl/LightningDiT models/pos_embed.py and
+models/lightningdit.py.
 """
 
 from __future__ import annotations

@@ -172,14 +172,13 @@ def run(
           if phase not in compiled:
             compiled.add(phase)
             log.leave_out(bar)
-          due = _due(evaluators, step, config.num_steps)
           if step % config.save_every_steps == 0 or last or signals.received:
             log.flush(bar)
             with log.paused():
               checkpoints.save(state, batches, config.to_dict())
           if signals.received:
             raise console.Interrupted(signals.received)
-          for evaluator in due:
+          for evaluator in _due(evaluators, step, config.num_steps):
             log.flush(bar)
             with log.paused():
               _evaluate(writer, step, evaluator, evaluators[evaluator][1], state)
