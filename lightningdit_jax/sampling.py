@@ -110,7 +110,8 @@ def log_likelihood(
 
   Args:
     velocity: as of `sample_ode`, without guidance.
-    latent: [B, ...], at t=1.
+    latent: [B, ...], at t=1, normalised as the model sees them. For the density of stored latents
+      add the sum of log(multiplier / std) over all their numbers.
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
     num_steps: see `sample_ode`, like the rest.
     method: one of `METHODS`.
