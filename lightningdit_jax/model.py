@@ -292,7 +292,7 @@ class LightningDiT(nnx.Module):
       matrices gave, "dots" the attention's products too.
     attention: "xla", or on NVIDIA GPUs in bfloat16 "cudnn".
     scan_unroll: blocks a step of the scan. More compile longer; on CPUs models of a small width run
-      a quarter faster with all, B/1 a third slower.
+      a quarter faster with all, B/1 a tenth slower.
     dtype: what matrices multiply in; weights are float32.
     rngs: source of the initial weights.
 
