@@ -45,7 +45,6 @@ PRESETS: dict[str, dict[str, int]] = {
   for patch_size in (1, 2)
 }
 
-
 ATTENTIONS = ("xla", "cudnn")
 
 XAVIER = nnx.initializers.xavier_uniform()

@@ -30,7 +30,7 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 ROOT = Path(__file__).parents[1]
 PICTURES_PER_CLASS = 8
-# Metrics that a clock measured, besides "EVALUATOR/seconds".
+# Metrics that a clock measured, besides "EVALUATOR/took_seconds".
 CLOCK = {
   "steps_per_second",
   "images_per_second",
@@ -43,7 +43,7 @@ CLOCK = {
 def repeatable_metrics(workdir: Path) -> list[dict]:
   """The lines of a run's metrics without what a clock measured: two equal runs have the same."""
   told = [
-    {k: v for k, v in line.items() if k not in CLOCK and not k.endswith("/seconds")}
+    {k: v for k, v in line.items() if k not in CLOCK and not k.endswith("/took_seconds")}
     for line in read_metrics(workdir)
   ]
   return [line for line in told if line.keys() != {"step"}]

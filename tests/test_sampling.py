@@ -207,28 +207,27 @@ def test_an_sde_keeps_the_distribution_that_the_flow_has():
     assert float(jnp.std(end)) == pytest.approx(2, rel=0.03), form
 
 
+def guided_from(start):
+  """The reference's small model, guided from a time on, and points of its latents."""
+  spec, weights, _ = cases.load("dit_default")
+  model, x = from_torch(weights, **spec["config"]), procedural.normal("x", (3, 32, 8, 8))
+  settings = {"cfg_scale": 5.0, "cfg_interval_start": start}
+  predict = sampling.guided(model, jnp.arange(3), spec["config"]["num_classes"], **settings)
+  return predict, jnp.asarray(cases.nhwc(x))
+
+
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.9])
 def test_leaving_out_the_unconditional_half_changes_nothing(t):
   """At times [B] both halves are computed and one is dropped; at a scalar time only one is."""
-  spec, weights, _ = cases.load("dit_default")
-  model = from_torch(weights, **spec["config"])
-  x = jnp.asarray(cases.nhwc(procedural.normal("x", (3, 32, 8, 8))))
-  predict = sampling.guided(
-    model, jnp.arange(3), spec["config"]["num_classes"], cfg_scale=5.0, cfg_interval_start=0.3
-  )
-  short, full = jax.jit(predict)(x, jnp.float32(t)), jax.jit(predict)(x, jnp.full(3, t))
+  predict, x = guided_from(0.3)
+  short, full = jax.jit(predict)(x, jnp.float32(t)), jax.jit(predict)(x, jnp.full(len(x), t))
   cases.assert_near(short, full, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
 def test_leaving_it_out_changes_no_trajectory(method):
   """The interval's border lies between grid points and, for Heun's stages, within a step."""
-  spec, weights, _ = cases.load("dit_default")
-  model = from_torch(weights, **spec["config"])
-  noise = jnp.asarray(cases.nhwc(procedural.normal("x", (2, 32, 8, 8))))
-  predict = sampling.guided(
-    model, jnp.arange(2), spec["config"]["num_classes"], cfg_scale=5.0, cfg_interval_start=0.3
-  )
+  predict, noise = guided_from(0.3)
 
   def end(velocity):
     return jax.jit(lambda x: sampling.sample_ode(velocity, x, num_steps=6, method=method))(noise)

@@ -360,7 +360,7 @@ def _not_recorded(
   """Which of the evaluators due at `step` did not come to their end; the same on all processes."""
   there = {name for line in read_metrics(workdir) if line["step"] == step for name in line}
   due = _due(evaluators, step, num_steps)
-  missing = np.array([f"{name}/seconds" not in there for name in due], bool)
+  missing = np.array([f"{name}/took_seconds" not in there for name in due], bool)
   if jax.process_count() > 1:  # the first one writes, perhaps to a disk of its own
     missing = multihost_utils.broadcast_one_to_all(missing)
   return [name for name, is_missing in zip(due, missing, strict=True) if is_missing]
@@ -376,7 +376,7 @@ def _evaluate(
     if np.ndim(value) == 3:
       writer.picture(step, f"{evaluator}/{name}", value)
   scalars = {name: value for name, value in results.items() if np.ndim(value) == 0}
-  scalars["seconds"] = time.monotonic() - began
+  scalars["took_seconds"] = time.monotonic() - began
   writer.scalars(step, {f"{evaluator}/{name}": value for name, value in scalars.items()})
 
 
