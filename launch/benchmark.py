@@ -117,9 +117,12 @@ class TorchTraining:
   """The reference's training in a process of its own, which waits while ours works."""
 
   def __init__(self, python: str, checkout: Path, config: FrozenConfigDict):
-    self._process = subprocess.Popen(
-      [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    try:
+      self._process = subprocess.Popen(
+        [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      )
+    except OSError as error:
+      raise InputError(f"--torch_python is {python}, which does not start: {error}.") from error
     self._to, self._from = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
     arguments = {
       "checkout": str(checkout),
@@ -136,12 +139,15 @@ class TorchTraining:
     return self._ask("step")["seconds"]
 
   def _ask(self, line: str) -> dict[str, Any]:
-    self._to.write(line + "\n")
-    self._to.flush()
-    answer = self._from.readline()
+    try:
+      self._to.write(line + "\n")
+      self._to.flush()
+      answer = self._from.readline()
+    except BrokenPipeError:
+      answer = ""
     if not answer:
       raise InputError(
-        "The reference in PyTorch did not start (its message is above); give --torch_python an "
+        "The reference in PyTorch has ended (its message is above); give --torch_python an "
         "interpreter with torch, numpy and einops, and --reference a checkout of the reference."
       )
     return json.loads(answer)

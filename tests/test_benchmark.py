@@ -58,6 +58,13 @@ def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd
   assert "Error" in capfd.readouterr().err
 
 
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").touch()
+  with pytest.raises(InputError, match="--torch_python is /nowhere/python, which does not start"):
+    measure(reference=tmp_path, torch_python="/nowhere/python")
+
+
 def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
   """A script in place of PyTorch's that answers alike."""
   (tmp_path / "models").mkdir()
