@@ -60,9 +60,9 @@ def attend(
   """softmax(q k / sqrt(E)) v, the softmax in float32.
 
   Args:
-    q_BKNE: queries, in the dtype that matrices multiply in.
-    k_BKNE: keys.
-    v_BKNE: values.
+    q_BKNE: queries, float32 or the dtype of the values.
+    k_BKNE: keys, likewise.
+    v_BKNE: values, in the dtype that matrices multiply in.
     implementation: one of `ATTENTIONS`. "cudnn" is the fused kernel of NVIDIA GPUs, bfloat16 only;
       "xla" runs everywhere. Heads come before tokens, which CPUs run twice as fast as jax.nn's
       order.
@@ -70,19 +70,22 @@ def attend(
   Returns:
     [B, K, N, E].
   """
+  dtype = v_BKNE.dtype
   if implementation == "cudnn":
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BKNE, k_BKNE, v_BKNE))
+    q, k, v = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (q_BKNE, k_BKNE, v_BKNE))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 1, 2)
   # M: the tokens that are looked at.
+  # Scaled here and not after: E numbers a token instead of N.
+  q_BKNE = (q_BKNE * q_BKNE.shape[-1] ** -0.5).astype(dtype)
   logits_BKNM = jnp.einsum(
-    "bkne,bkme->bknm", q_BKNE, k_BKNE, preferred_element_type=jnp.float32
-  ) * (q_BKNE.shape[-1] ** -0.5)
+    "bkne,bkme->bknm", q_BKNE, k_BKNE.astype(dtype), preferred_element_type=jnp.float32
+  )
   largest_BKN1 = jax.lax.stop_gradient(jnp.max(logits_BKNM, axis=-1, keepdims=True))
   weight_BKNM = jnp.exp(logits_BKNM - largest_BKN1)
   sum_BKN1 = jnp.sum(weight_BKNM, axis=-1, keepdims=True)
-  y_BKNE = jnp.einsum("bknm,bkme->bkne", weight_BKNM.astype(v_BKNE.dtype), v_BKNE)
-  # Divided here and not before: E numbers a token instead of N.
-  return (y_BKNE / sum_BKN1).astype(v_BKNE.dtype)
+  y_BKNE = jnp.einsum("bknm,bkme->bkne", weight_BKNM.astype(dtype), v_BKNE)
+  # Divided here and not before, likewise.
+  return (y_BKNE / sum_BKN1).astype(dtype)
 
 
 def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
@@ -164,7 +167,6 @@ class Attention(nnx.Module):
   ):
     self.num_heads = num_heads
     self.implementation = attention
-    self.dtype = layers.dtype
     self.qkv = layers.linear(hidden_size, 3 * hidden_size)
     self.q_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
     self.k_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
@@ -180,8 +182,8 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
       q, k = rotate(q, rope), rotate(k, rope)
-    # Norm and rotation leave float32 behind; the softmax in between is float32 in any case.
-    y_BKNE = attend(q.astype(self.dtype), k.astype(self.dtype), v, self.implementation)
+    # Norm and rotation leave q and k in float32.
+    y_BKNE = attend(q, k, v, self.implementation)
     return self.proj(rearrange(y_BKNE, "B K N E -> B N (K E)"))
 
 
