@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
 from vavae_jax.metrics import distribution, pixels
 from vavae_jax.teachers import load_teacher
+from vavae_jax.teachers.efficientnet import EfficientNetLite0
 
 BATCH_SIZE = 64
 SHOWN = 8
@@ -120,7 +121,7 @@ def feature_moments(pictures_NHWC: np.ndarray, name: str) -> distribution.Moment
   Returns:
     The moments of 1,280 features.
   """
-  network = load_teacher(FEATURE_NETWORK)
+  network = cast(EfficientNetLite0, load_teacher(FEATURE_NETWORK))
   run = jax.jit(lambda image_BHWC: network.endpoints(images.to_float(image_BHWC))["pool"])
   moments = distribution.Moments()
   with console.Bar(f"features: {name}", len(pictures_NHWC)) as bar:

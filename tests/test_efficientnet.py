@@ -68,7 +68,7 @@ def test_features_are_those_of_the_attributes(teacher):
 
 def test_bfloat16_stays_near_float32(teacher, state_dict):
   image = image_BHWC("small")
-  half = teacher_from_torch("efficientnet_lite0", state_dict, jnp.bfloat16)
+  half = teacher_from_torch("efficientnet_lite0", state_dict, dtype=jnp.bfloat16)
   features = jax.jit(half.__call__)(image)
   assert features.dtype == jnp.bfloat16
   # Eight bits of mantissa through 32 layers.
@@ -114,11 +114,6 @@ def test_other_weights_are_refused(state_dict, change, message):
   altered = {k: v for k, v in (state_dict | change).items() if v is not None}
   with pytest.raises(InputError, match=message):
     teacher_from_torch("efficientnet_lite0", altered)
-
-
-def test_unknown_teacher_lists_the_choices():
-  with pytest.raises(InputError, match="choose one of: efficientnet_lite0"):
-    load_teacher("efficientnet_lite9")
 
 
 def test_weights_by_path(teacher, tmp_path):

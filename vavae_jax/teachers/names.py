@@ -1,0 +1,125 @@
+"""Who publishes a teacher names its tensors: state dicts of several publishers -> one module.
+
+A naming is a table of the names that differ, as `torch_weights.load` takes it, and the few things
+that a table cannot say. Which publisher's a state dict is, is found out: the naming that knows most
+of its tensors. Reading stays strict: beside the network's own tensors only those may be there that
+a publisher is known to ship with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from vavae_jax import torch_weights
+from vavae_jax.state_dicts import unwrap
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Naming(NamedTuple):
+  """How one publisher names a network's tensors.
+
+  Attributes:
+    renamed: parts of names, ours -> theirs, replaced one after the other.
+    prefix: what may stand before every name of the network.
+    aside: regular expressions; tensors whose names begin so belong to other parts of the model.
+    fused: parts of names of three tensors, queries, keys and values, that are one tensor here. It
+      is called by the names of all three, joined by "+".
+    ranks: our names -> rank, of tensors that lack leading axes of size 1.
+    embed_class: whether the position embedding has a row for the class token.
+  """
+
+  renamed: Mapping[str, str]
+  prefix: str = ""
+  aside: tuple[str, ...] = ()
+  fused: tuple[str, str, str] | None = None
+  ranks: Mapping[str, int] = torch_weights.NOTHING
+  embed_class: bool = True
+
+
+def load(
+  outline: Callable[[Naming], M], state_dict: Mapping[str, Any], namings: Iterable[Naming]
+) -> M:
+  """A module with the weights of a state dict, whoever of the publishers named it.
+
+  Args:
+    outline: naming -> the abstract module.
+    state_dict: PyTorch name -> array, or a checkpoint that has it under "state_dict" or "model".
+    namings: the publishers'.
+
+  Returns:
+    The module, its weights float32.
+
+  Raises:
+    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  """
+  state_dict = _without(unwrap(state_dict), "module.")
+  candidates = [(naming, _prepared(state_dict, naming)) for naming in namings]
+  model = outline(candidates[0][0])
+
+  def known(candidate: tuple[Naming, dict[str, Any]]) -> int:
+    naming, tensors = candidate
+    return sum(name in tensors for name in _sample(model, naming.renamed))
+
+  naming, tensors = max(candidates, key=known)
+  return torch_weights.load(outline(naming), tensors, renamed=naming.renamed)
+
+
+def _prepared(state_dict: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
+  """The network's own tensors, without prefix, fused, and of the rank they have here."""
+  aside = re.compile("|".join(naming.aside) or "$^")
+  own = {name: value for name, value in state_dict.items() if not aside.match(name)}
+  tensors = _without(own, naming.prefix)
+  if naming.fused is not None:
+    tensors = _fuse(tensors, naming.fused)
+  for ours, rank in naming.ranks.items():
+    name = _translate(ours, naming.renamed)
+    if name in tensors and np.ndim(tensors[name]) < rank:
+      array = np.asarray(tensors[name])
+      tensors[name] = array.reshape((1,) * (rank - array.ndim) + array.shape)
+  return tensors
+
+
+def _without(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """The same tensors without a prefix, but where that would hide another."""
+  short = {name: name.removeprefix(prefix) for name in tensors}
+  return {name if short[name] in tensors else short[name]: v for name, v in tensors.items()}
+
+
+def _fuse(tensors: dict[str, Any], parts: tuple[str, str, str]) -> dict[str, Any]:
+  """Puts three tensors of one shape together; others stay, and the strict loader lists them."""
+  fused = dict(tensors)
+  for name in tensors:
+    if parts[0] not in name:
+      continue
+    names = [name.replace(parts[0], part) for part in parts]
+    arrays = [np.asarray(tensors[part]) for part in names if part in tensors]
+    if len(arrays) == len(names) and len({array.shape for array in arrays}) == 1:
+      whole = np.concatenate(arrays)
+      for part in names:
+        del fused[part]
+      fused[name.replace(parts[0], "+".join(parts))] = whole
+  return fused
+
+
+def _sample(model: nnx.Module, renamed: Mapping[str, str]) -> list[str]:
+  """The names of a module's tensors; of a stack of blocks, those of the first."""
+  names = []
+  for *modules, kind in flatten_dict(nnx.to_pure_dict(nnx.state(model))):
+    if modules[0] == torch_weights.STACKED:
+      modules.insert(1, 0)
+    parts = [*modules, torch_weights.LEAVES.get(kind, kind)]
+    names.append(_translate(".".join(map(str, parts)), renamed))
+  return names
+
+
+def _translate(name: str, renamed: Mapping[str, str]) -> str:
+  for ours, theirs in renamed.items():
+    name = name.replace(ours, theirs)
+  return name

@@ -1,0 +1,380 @@
+"""DINOv2 and MAE, frozen: plain vision transformers, which differ in options and sizes only.
+
+Features are the patch tokens of the last layer after the final norm; class and register tokens are
+left out. The paper feeds images in [-1,1] as they are, without ImageNet's normalisation, and so do
+we unless told otherwise.
+
+Notable: features come on a grid of 16 pixels of the given image, whatever the patch size. For
+patches of 14 the image is first resized, 256 -> 224. Position embeddings are resampled to the grid
+at hand as timm does, which is not what facebook's own code does.
+
+Source: Oquab et al. 2023, arXiv 2304.07193; Darcet et al. 2023, arXiv 2309.16588; He et al. 2021,
+arXiv 2111.06377; timm's vision_transformer.py; models/foundation_models.py of LightningDiT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from vavae_jax.teachers import names
+from vavae_jax.teachers.layers import (
+  IMAGENET,
+  Attention,
+  Layers,
+  Mlp,
+  Statistics,
+  SwiGLU,
+  grid_of,
+  normalized,
+  resample_positions,
+  resize,
+)
+from vavae_jax.teachers.names import Naming
+
+# facebook's position embeddings are for 518 pixels, MAE's for 224.
+_DINOV2 = {"patch_size": 14, "grid_size": 37, "use_layer_scale": True}
+_SIZES: dict[str, dict[str, Any]] = {
+  "vits": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+  "vitb": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+  "vitl": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+  "vith": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
+  "vitg": {"hidden_size": 1536, "depth": 40, "num_heads": 24, "mlp_size": 4096},
+}
+DINOV2 = {
+  f"dinov2_{size}14{suffix}": _SIZES[size]
+  | _DINOV2
+  | {"num_registers": registers, "use_swiglu": size == "vitg"}
+  for suffix, registers in (("", 0), ("_reg", 4))
+  for size in ("vits", "vitb", "vitl", "vitg")
+}
+MAE = {
+  "mae_vits16": _SIZES["vits"] | {"patch_size": 16, "grid_size": 14},
+  "mae_vitb16": _SIZES["vitb"] | {"patch_size": 16, "grid_size": 14},
+  "mae_vitl16": _SIZES["vitl"] | {"patch_size": 16, "grid_size": 14},
+  "mae_vith14": _SIZES["vith"] | {"patch_size": 14, "grid_size": 16},
+}
+
+_FACEBOOK = Naming(
+  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""},
+  aside=("mask_token$",),
+)
+_MAE_FACEBOOK = _FACEBOOK._replace(aside=("mask_token$", "decoder_"))
+# timm adds the class token's position to that token where there are registers.
+_TIMM_REGISTERS = _FACEBOOK._replace(
+  renamed={"embedding.register_tokens": "reg_token", **_FACEBOOK.renamed}, embed_class=False
+)
+_TIMM_SWIGLU = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
+_TRANSFORMERS = {
+  "embedding.patch.": "embeddings.patch_embeddings.projection.",
+  "embedding.cls_token": "embeddings.cls_token",
+  "embedding.register_tokens": "embeddings.register_tokens",
+  "embedding.pos_embed": "embeddings.position_embeddings",
+  "blocks.": "encoder.layer.",
+  "attn.qkv.": "attention.attention.query+attention.attention.key+attention.attention.value.",
+  "attn.proj.": "attention.output.dense.",
+  "norm.": "layernorm.",
+}
+_TRANSFORMERS_FUSED = (
+  "attention.attention.query",
+  "attention.attention.key",
+  "attention.attention.value",
+)
+_DINOV2_TRANSFORMERS = Naming(
+  renamed=_TRANSFORMERS
+  | {
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.w12.": "mlp.weights_in.",
+    "mlp.w3.": "mlp.weights_out.",
+  },
+  fused=_TRANSFORMERS_FUSED,
+  aside=(r"embeddings\.mask_token$",),
+)
+_MAE_TRANSFORMERS = Naming(
+  renamed=_TRANSFORMERS
+  | {
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+  },
+  prefix="vit.",
+  fused=_TRANSFORMERS_FUSED,
+  aside=(r"decoder\.",),
+)
+
+
+class ViT(nnx.Module):
+  """A vision transformer without a head.
+
+  Attributes:
+    feature_size: channels of the features, the width.
+    stride: pixels of the given image per feature along each axis, 16.
+  """
+
+  stride = 16
+
+  def __init__(
+    self,
+    *,
+    patch_size: int,
+    hidden_size: int,
+    depth: int,
+    num_heads: int,
+    grid_size: int,
+    mlp_size: int | None = None,
+    num_registers: int = 0,
+    embed_class: bool = True,
+    use_layer_scale: bool = False,
+    use_swiglu: bool = False,
+    activation: str = "gelu",
+    use_pre_norm: bool = False,
+    epsilon: float = 1e-6,
+    statistics: Statistics | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the network with random weights.
+
+    Args:
+      patch_size: pixels of the network's input per token along each axis.
+      hidden_size: width D.
+      depth: number of blocks L.
+      num_heads: attention heads K.
+      grid_size: rows and columns of the position embedding.
+      mlp_size: the MLP's width; four times `hidden_size` if not given.
+      num_registers: register tokens.
+      embed_class: the position embedding has a row for the class token.
+      use_layer_scale: each sublayer's output is scaled channel by channel.
+      use_swiglu: SwiGLU instead of an MLP.
+      activation: of the MLP, "gelu" or "quick_gelu".
+      use_pre_norm: CLIP's: a norm before the blocks, and patches without a bias.
+      epsilon: of all norms.
+      statistics: what images are normalised by; None feeds [-1,1] as it is.
+      dtype: of matrix products and features; weights are float32.
+      rngs: seeds the weights.
+    """
+    self.patch_size = patch_size
+    self.feature_size = hidden_size
+    self.num_prefix_tokens = 1 + num_registers
+    self.statistics = statistics
+    self.dtype = dtype
+    layers = Layers(epsilon, dtype, rngs)
+    self.embedding = _Embedding(
+      patch_size,
+      hidden_size,
+      grid_size,
+      num_registers,
+      embed_class=embed_class,
+      use_bias=not use_pre_norm,
+      layers=layers,
+    )
+    self.norm_pre = layers.norm(hidden_size) if use_pre_norm else None
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap
+    def stacked_blocks(rngs: nnx.Rngs) -> _Block:
+      return _Block(
+        hidden_size,
+        num_heads,
+        mlp_size or 4 * hidden_size,
+        activation,
+        use_layer_scale=use_layer_scale,
+        use_swiglu=use_swiglu,
+        layers=dataclasses.replace(layers, rngs=rngs),
+      )
+
+    self.blocks = stacked_blocks(rngs)
+    self.norm = layers.norm(hidden_size)
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    """The features for alignment.
+
+    Args:
+      image_BHWC: RGB images [B,H,W,3], float in [-1,1]; H and W are multiples of 16.
+
+    Returns:
+      Features [B,h,w,F] of dtype `dtype` with h = H/16 and w = W/16.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    h, w = grid_of(image_BHWC, self.stride)
+    if self.patch_size != self.stride:
+      image_BHWC = resize(image_BHWC, h * self.patch_size, w * self.patch_size)
+    patches_BND = self.tokens(image_BHWC)[:, self.num_prefix_tokens :]
+    return rearrange(patches_BND, "B (h w) D -> B h w D", h=h)
+
+  def tokens(self, image_BHWC: jax.Array) -> jax.Array:
+    """All tokens of the last layer, after the final norm.
+
+    Args:
+      image_BHWC: RGB images [B,H,W,3], float in [-1,1], at the network's own resolution: H and W
+        are multiples of the patch size.
+
+    Returns:
+      [B,N,F] of dtype `dtype`: the class token, register tokens, and patches row by row.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    grid_of(image_BHWC, self.patch_size)
+    x_BND = self.embedding(normalized(image_BHWC, self.statistics))
+    if self.norm_pre is not None:
+      x_BND = self.norm_pre(x_BND)
+    graph, weights = nnx.split(self.blocks)
+
+    def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
+      return nnx.merge(graph, weights_of_block)(x_BND), None
+
+    x_BND, _ = jax.lax.scan(run_block, x_BND, weights)
+    return self.norm(x_BND).astype(self.dtype)
+
+
+class _Embedding(nnx.Module):
+  """Images -> tokens with positions, float32."""
+
+  def __init__(
+    self,
+    patch_size: int,
+    hidden_size: int,
+    grid_size: int,
+    num_registers: int,
+    *,
+    embed_class: bool,
+    use_bias: bool,
+    layers: Layers,
+  ):
+    self.grid_size = grid_size
+    self.embed_class = embed_class
+    self.has_registers = num_registers > 0
+    self.patch = layers.patches(patch_size, hidden_size, use_bias)
+    self.cls_token = layers.table(1, 1, hidden_size)
+    if self.has_registers:
+      self.register_tokens = layers.table(1, num_registers, hidden_size)
+    self.pos_embed = layers.table(1, grid_size**2 + embed_class, hidden_size)
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    x_BhwD = self.patch(image_BHWC).astype(jnp.float32)
+    batch, h, w, width = x_BhwD.shape
+    positions_1ND, cls_11D = jnp.asarray(self.pos_embed[...]), jnp.asarray(self.cls_token[...])
+    if self.embed_class:
+      cls_11D = cls_11D + positions_1ND[:, :1]
+      positions_1ND = positions_1ND[:, 1:]
+    positions_1hwD = rearrange(positions_1ND, "1 (h w) D -> 1 h w D", h=self.grid_size)
+    x_BND = rearrange(x_BhwD + resample_positions(positions_1hwD, h, w), "B h w D -> B (h w) D")
+    # Registers have no position.
+    prefix = [cls_11D, self.register_tokens[...]] if self.has_registers else [cls_11D]
+    prefix_BND = [jnp.broadcast_to(x, (batch, x.shape[1], width)) for x in prefix]
+    return jnp.concatenate([*prefix_BND, x_BND], axis=1)
+
+
+class _Block(nnx.Module):
+  """Attention and MLP, each normed before and, with layer scale, scaled after."""
+
+  def __init__(
+    self,
+    hidden_size: int,
+    num_heads: int,
+    mlp_size: int,
+    activation: str,
+    *,
+    use_layer_scale: bool,
+    use_swiglu: bool,
+    layers: Layers,
+  ):
+    self.norm1 = layers.norm(hidden_size)
+    self.attn = Attention(hidden_size, num_heads, layers)
+    self.ls1 = _LayerScale(hidden_size) if use_layer_scale else None
+    self.norm2 = layers.norm(hidden_size)
+    self.mlp: nnx.Module = (
+      SwiGLU(hidden_size, mlp_size, layers)
+      if use_swiglu
+      else Mlp(hidden_size, mlp_size, activation, layers)
+    )
+    self.ls2 = _LayerScale(hidden_size) if use_layer_scale else None
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    y_BND = self.attn(self.norm1(x_BND))
+    x_BND = x_BND + (y_BND if self.ls1 is None else self.ls1(y_BND))
+    y_BND = self.mlp(self.norm2(x_BND))
+    return x_BND + (y_BND if self.ls2 is None else self.ls2(y_BND))
+
+
+class _LayerScale(nnx.Module):
+  """A factor for each channel, float32."""
+
+  def __init__(self, hidden_size: int):
+    self.gamma = nnx.Param(jnp.ones(hidden_size))
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    return x_BND * self.gamma[...]
+
+
+def dinov2_from_torch(
+  state_dict: Mapping[str, Any],
+  *,
+  dtype: jnp.dtype = jnp.float32,
+  normalize: bool = False,
+  **sizes: Any,
+) -> ViT:
+  """DINOv2 with published weights.
+
+  Args:
+    state_dict: PyTorch name -> array, as facebook, timm or transformers names them. The mask token
+      of training is left aside.
+    dtype: of matrix products and features.
+    normalize: by ImageNet's mean and deviation.
+    **sizes: an entry of `DINOV2`, or the same arguments of `ViT`.
+
+  Returns:
+    The module, its weights float32.
+
+  Raises:
+    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  """
+  facebook, timm = _FACEBOOK, _TIMM_REGISTERS if sizes.get("num_registers") else _FACEBOOK
+  if sizes.get("use_swiglu"):
+    timm = timm._replace(renamed={**_TIMM_SWIGLU, **timm.renamed})
+  namings = (timm, facebook, _DINOV2_TRANSFORMERS)
+  return load(state_dict, namings, IMAGENET if normalize else None, dtype, sizes)
+
+
+def mae_from_torch(
+  state_dict: Mapping[str, Any],
+  *,
+  dtype: jnp.dtype = jnp.float32,
+  normalize: bool = False,
+  **sizes: Any,
+) -> ViT:
+  """MAE's encoder with published weights; arguments as `dinov2_from_torch`, of `MAE`.
+
+  A decoder, which some of the files have too, is left aside.
+  """
+  namings = (_MAE_FACEBOOK, _MAE_TRANSFORMERS)
+  return load(state_dict, namings, IMAGENET if normalize else None, dtype, sizes)
+
+
+def load(
+  state_dict: Mapping[str, Any],
+  namings: tuple[Naming, ...],
+  statistics: Statistics | None,
+  dtype: jnp.dtype,
+  sizes: Mapping[str, Any],
+) -> ViT:
+  """A vision transformer with the weights of a state dict named by one of the namings."""
+
+  def outline(naming: Naming) -> ViT:
+    arguments = {**sizes, "embed_class": naming.embed_class}
+    return nnx.eval_shape(
+      lambda: ViT(**arguments, statistics=statistics, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+
+  return names.load(outline, state_dict, namings)
