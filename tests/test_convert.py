@@ -6,10 +6,12 @@ import functools
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from lightningdit_jax import convert
 from lightningdit_jax.positions import position_embedding
 from tests import cases
+from vavae_jax.autoencoder import Autoencoder, preset
 from vavae_jax.convert import (
   autoencoder_from_torch,
   autoencoder_to_torch,
@@ -98,3 +100,41 @@ def test_what_only_training_used_is_left_aside():
   foreign = ("loss.logvar", "foundation_model.model.cls_token", "linear_proj.weight")
   back = to_torch(from_torch(weights | {key: np.zeros(1) for key in foreign}))
   assert set(back) == set(weights)
+
+
+def narrow(name: str, **kwargs) -> tuple[dict, dict]:
+  """(arguments, state dict) of a preset with 4 channels."""
+  kwargs = preset(name) | {"ch": 4, "norm_groups": 2} | kwargs
+  model = nnx.eval_shape(lambda: Autoencoder(**kwargs, rngs=nnx.Rngs(0)))
+  return kwargs, autoencoder_to_torch(cases.random_weights(model))
+
+
+def test_sd_vae_has_the_names_of_latent_diffusion():
+  kwargs, weights = narrow("sd_f8d4")
+  shapes = {name: value.shape for name, value in weights.items()}
+  assert len(shapes) == 248
+  assert not any(".attn." in name for name in shapes)
+  for name, shape in [
+    ("encoder.down.1.block.0.nin_shortcut.weight", (8, 4, 1, 1)),
+    ("encoder.down.2.downsample.conv.weight", (16, 16, 3, 3)),
+    ("encoder.mid.attn_1.q.weight", (16, 16, 1, 1)),
+    ("decoder.mid.attn_1.proj_out.bias", (16,)),
+    ("decoder.up.0.block.0.nin_shortcut.weight", (4, 8, 1, 1)),
+    ("decoder.up.3.upsample.conv.weight", (16, 16, 3, 3)),
+    ("quant_conv.weight", (8, 8, 1, 1)),
+    ("post_quant_conv.weight", (4, 4, 1, 1)),
+  ]:
+    assert shapes[name] == shape
+  back = autoencoder_to_torch(autoencoder_from_torch(weights, **kwargs))
+  assert all(np.array_equal(back[name], value) for name, value in weights.items())
+
+
+def test_a_tokenizer_of_another_kind_is_refused():
+  """MAR-VAE and f16d16 differ in the decoder's attention alone."""
+  two_levels = {"ch_mult": (1, 1), "resolution": 32}
+  mar, mar_weights = narrow("mar_f16d16", **two_levels)
+  plain, plain_weights = narrow("f16d16", **two_levels)
+  with pytest.raises(ValueError, match=r"missing: decoder\.up\.1\.attn\.0"):
+    autoencoder_from_torch(mar_weights, **plain)
+  with pytest.raises(ValueError, match=r"unknown: decoder\.up\.1\.attn\.0"):
+    autoencoder_from_torch(plain_weights, **mar)

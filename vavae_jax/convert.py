@@ -1,4 +1,4 @@
-"""PyTorch names <-> ours for the tokenizer, its discriminator and the teachers.
+"""PyTorch names <-> ours for the tokenizer, its discriminator, LPIPS and the teachers.
 
 The published tokenizer, hustvl/vavae-imagenet256-f16d32-dinov2, loads with the defaults.
 """
@@ -14,6 +14,7 @@ from flax import nnx
 from vavae_jax import torch_weights
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import PatchDiscriminator
+from vavae_jax.perceptual import lpips_from_torch
 from vavae_jax.teachers import teacher_from_torch
 from vavae_jax.torch_weights import StateDict
 
@@ -22,6 +23,7 @@ __all__ = [
   "autoencoder_to_torch",
   "discriminator_from_torch",
   "discriminator_to_torch",
+  "lpips_from_torch",
   "teacher_from_torch",
 ]
 

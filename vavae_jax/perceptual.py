@@ -1,0 +1,253 @@
+"""LPIPS: how different two images look, by the features of a VGG16 and learned channel weights.
+
+Frozen: the tokenizer's training adds the distance to its reconstruction loss, evaluation reports
+it. Notable: features and distance are apart, so that a training step computes the features of the
+real image once, outside the gradient. Convolutions run in `dtype`; inputs are scaled, features
+normalised and sums taken in float32.
+
+Source: Zhang et al., arXiv 1801.03924; CompVis/taming-transformers taming/modules/losses/lpips.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vavae_jax import torch_weights
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import pin_batch
+from vavae_jax.state_dicts import read_state_dict
+
+# Of each slice, PyTorch's numbers of the convolutions, which count activations and pools too, and
+# the width.
+_SLICES = (
+  ((0, 2), 64),
+  ((5, 7), 128),
+  ((10, 12, 14), 256),
+  ((17, 19, 21), 512),
+  ((24, 26, 28), 512),
+)
+# ImageNet's statistics for images in [-1, 1], rounded as they were when the heads were trained.
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+_SMALLEST = 2 ** (len(_SLICES) - 1)
+_EPSILON = 1e-10
+
+# What the files hold that is not used: torchvision's classifier, a second name of lpips' heads.
+_LEFT_ASIDE = ("classifier.", "lins.")
+_IN_CHECKPOINT = "loss.perceptual_loss."
+_WANTED = (
+  "LPIPS needs two files: torchvision's VGG16, https://download.pytorch.org/models/"
+  "vgg16-397923af.pth (config.perceptual.vgg), and its heads, lpips/weights/v0.1/vgg.pth of "
+  "https://github.com/richzhang/PerceptualSimilarity (config.perceptual.heads); or one file that "
+  "has both as config.perceptual.vgg."
+)
+
+
+class Lpips(nnx.Module):
+  """The distance of two images.
+
+  Args:
+    dtype: what convolutions compute in; weights are float32.
+    rngs: source of the initial weights. Only trained ones measure what people see.
+  """
+
+  def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    self.dtype = dtype
+    widths = [3, *(width for _, width in _SLICES)]
+    self.slices = nnx.List(
+      [
+        _Slice(*pair, len(numbers), dtype, rngs)
+        for pair, (numbers, _) in zip(pairwise(widths), _SLICES, strict=True)
+      ]
+    )
+    self.heads = nnx.List([_Head(width) for width in widths[1:]])
+
+  def __call__(self, a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
+    """The distance of images, pair by pair.
+
+    Args:
+      a_BHWC: RGB images [B,H,W,3] in [-1, 1], at least 16 x 16 pixels.
+      b_BHWC: likewise, of the same shape.
+
+    Returns:
+      float32 [B], 0 for equal images.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    return self.distance(self.features(a_BHWC), self.features(b_BHWC))
+
+  def features(self, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
+    """The five feature maps of images, the last of each resolution.
+
+    Args:
+      image_BHWC: RGB images [B,H,W,3] in [-1, 1], at least 16 x 16 pixels.
+
+    Returns:
+      [B,H,W,64], [B,H/2,W/2,128], [B,H/4,W/4,256], [B,H/8,W/8,512] and [B,H/16,W/16,512] of dtype
+      `dtype`, not negative; each halving rounds down.
+
+    Raises:
+      InputError: the images have another shape.
+    """
+    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3 or min(image_BHWC.shape[1:3]) < _SMALLEST:
+      raise InputError(
+        f"LPIPS needs images [B,H,W,3] of at least {_SMALLEST} x {_SMALLEST} pixels, channels "
+        f"last, but got {image_BHWC.shape}."
+      )
+    scaled_BHWC = (image_BHWC.astype(jnp.float32) - _SHIFT) / _SCALE
+    x = pin_batch(scaled_BHWC.astype(self.dtype))
+    maps = []
+    for i, part in enumerate(self.slices):
+      x = part(x if i == 0 else nnx.max_pool(x, (2, 2), (2, 2)))
+      maps.append(x)
+    return tuple(maps)
+
+  def distance(self, features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
+    """The distance of images by their feature maps.
+
+    Args:
+      features_a: what `features` gave.
+      features_b: likewise, for images of the same shape.
+
+    Returns:
+      float32 [B]: squared differences of unit features, weighted by channel, averaged over
+      positions and summed over the maps.
+    """
+    squares = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(features_a, features_b, strict=True)]
+    terms = [head(square) for head, square in zip(self.heads, squares, strict=True)]
+    return jnp.stack([term_Bhw.mean((1, 2)) for term_Bhw in terms]).sum(0)
+
+
+class _Slice(nnx.Module):
+  """The convolutions at one resolution, each with its activation."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    num_convs: int,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    widths = [in_channels] + [out_channels] * num_convs
+    init = nnx.initializers.he_normal()  # keeps the scale through 13 activations
+    self.convs = nnx.List(
+      [
+        nnx.Conv(*pair, (3, 3), kernel_init=init, dtype=dtype, rngs=rngs)
+        for pair in pairwise(widths)
+      ]
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for conv in self.convs:
+      x = pin_batch(nnx.relu(conv(x)))
+    return x
+
+
+class _Head(nnx.Module):
+  """One weight per channel, in the layout of a convolution's kernel; it starts as a mean."""
+
+  def __init__(self, channels: int):
+    self.kernel = nnx.Param(jnp.full((1, 1, channels, 1), 1 / channels))
+
+  def __call__(self, square_BhwD: jax.Array) -> jax.Array:
+    # Not a product of matrices, which TPUs round to bfloat16.
+    return jnp.sum(square_BhwD * self.kernel[0, 0, :, 0], -1)
+
+
+def lpips_from_torch(
+  *state_dicts: Mapping[str, Any], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Lpips:
+  """LPIPS with the weights of PyTorch's files, together or apart.
+
+  Args:
+    *state_dicts: PyTorch name -> array, which together hold the convolutions as torchvision's VGG16
+      names them (`features.0.weight`) or as LPIPS does (`net.slice1.0.weight`), and the heads
+      (`lin0.model.1.weight`). A classifier is left aside. Of a tokenizer's training checkpoint, all
+      but what begins with `loss.perceptual_loss.` is.
+    dtype: what convolutions compute in.
+
+  Returns:
+    The module, its weights float32.
+
+  Raises:
+    InputError: unknown, missing, misshapen, non-finite or doubly given tensors, listed.
+  """
+  weights: dict[str, Any] = {}
+  for state_dict in state_dicts:
+    own = {
+      name.removeprefix(_IN_CHECKPOINT): value
+      for name, value in state_dict.items()
+      if name.startswith(_IN_CHECKPOINT)
+    } or state_dict
+    own = {name: value for name, value in own.items() if not name.startswith(_LEFT_ASIDE)}
+    if twice := sorted(weights.keys() & own.keys()):
+      raise InputError(f"More than one of the files has {twice[0]}; give only one that has it.")
+    weights |= own
+  from_torchvision = any(name.startswith("features.") for name in weights)
+  fixed = {
+    f"scaling_layer.{name}": values.reshape(1, 3, 1, 1)
+    for name, values in (("shift", _SHIFT), ("scale", _SCALE))
+  }
+  model = nnx.eval_shape(lambda: Lpips(dtype=dtype, rngs=nnx.Rngs(0)))
+  renamed = _torch_names(from_torchvision)
+  return torch_weights.load(model, weights, renamed=renamed, fixed=fixed)
+
+
+def load_lpips(
+  vgg: str | os.PathLike[str],
+  heads: str | os.PathLike[str] = "",
+  *,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Lpips:
+  """LPIPS with the weights of one or two files.
+
+  Args:
+    vgg: torchvision's VGG16, or a file that has the heads too.
+    heads: the heads of the lpips package; "" where `vgg` has them.
+    dtype: what convolutions compute in.
+
+  Returns:
+    The module, its weights float32.
+
+  Raises:
+    InputError: a file is missing or is not LPIPS'; the message says where to get it.
+  """
+  if not vgg:
+    raise InputError(f"No file of VGG16 is given. {_WANTED}")
+  paths = [path for path in (vgg, heads) if path]
+  try:
+    return lpips_from_torch(*(read_state_dict(path) for path in paths), dtype=dtype)
+  except InputError as error:
+    tried = " and ".join(map(str, paths))
+    raise InputError(f"LPIPS cannot be read from {tried}. {error} {_WANTED}") from error
+
+
+def _torch_names(from_torchvision: bool) -> dict[str, str]:
+  """Our names -> PyTorch's, as torchvision or as LPIPS names the convolutions."""
+  names = {}
+  for i, (numbers, _) in enumerate(_SLICES):
+    names[f"heads.{i}."] = f"lin{i}.model.1."
+    parent = "features" if from_torchvision else f"net.slice{i + 1}"
+    names |= {f"slices.{i}.convs.{j}.": f"{parent}.{n}." for j, n in enumerate(numbers)}
+  return names
+
+
+def _unit(x_BhwD: jax.Array) -> jax.Array:
+  """Unit vectors along the channels, float32; zero vectors stay zero."""
+  x_BhwD = x_BhwD.astype(jnp.float32)
+  square_Bhw1 = jnp.sum(x_BhwD * x_BhwD, -1, keepdims=True)
+  # The square root's gradient at zero is infinite and would pass the outer `where` as NaN. PyTorch
+  # has it too; there as here the ReLU before, inactive in all channels, lets nothing through.
+  is_zero = square_Bhw1 == 0
+  norm_Bhw1 = jnp.sqrt(jnp.where(is_zero, 1.0, square_Bhw1))
+  return jnp.where(is_zero, 0.0, x_BhwD / (norm_Bhw1 + _EPSILON))
