@@ -12,7 +12,7 @@ from flax import nnx
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax.autoencoder import Autoencoder, Posterior
+from vavae_jax.autoencoder import Autoencoder, Posterior, preset
 from vavae_jax.convert import autoencoder_from_torch
 
 TINY: dict[str, Any] = {
@@ -140,11 +140,70 @@ def test_bfloat16_stays_near_float32():
   cases.assert_near(rounded, exact, 0.05)
 
 
-def test_defaults_are_the_published_size():
-  """69.8M weights, and cells of 16 x 16 pixels."""
-  model = nnx.eval_shape(lambda: Autoencoder(rngs=nnx.Rngs(0)))
-  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 69_836_067
-  assert model.downsampling == 16
+def test_blocks_that_are_computed_again_keep_less_and_change_nothing():
+  _, weights = nnx.split(tiny(ch_mult=(1,), attn_resolutions=(16,)))
+  image = jnp.asarray(np.tanh(procedural.normal("image", (3, 8, 12, 3))))
+  bytes_kept, gradients = [], []
+  for use_checkpoint in (False, True):
+    graph, _ = nnx.split(tiny(ch_mult=(1,), attn_resolutions=(16,), use_checkpoint=use_checkpoint))
+
+    def loss(weights, graph=graph):
+      model = nnx.merge(graph, weights)
+      return jnp.sum(model.decode(model.encode(image).mode()) ** 2)
+
+    backward = jax.eval_shape(lambda weights, loss=loss: jax.vjp(loss, weights)[1], weights)
+    bytes_kept.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward)))
+    gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(weights)))
+  assert bytes_kept[1] < bytes_kept[0] / 2
+  for plain, recomputed in zip(*gradients, strict=True):
+    # The floor is for keys' biases, which change nothing.
+    cases.assert_near(recomputed, plain, 1e-5, floor=1e-5)
+
+
+def test_the_decoder_may_have_attention_elsewhere():
+  model = tiny(decoder_attn_resolutions=(16,))
+  assert [len(level.attn) for level in model.encoder.down] == [0, 1]
+  assert [len(level.attn) for level in model.decoder.up] == [2, 0]
+
+
+@pytest.mark.parametrize(
+  ("name", "num_weights", "factor", "encoder_attention", "decoder_attention"),
+  [
+    ("", 69_836_067, 16, 2, 3),
+    ("f16d16", 69_610_963, 16, 2, 3),
+    ("f16d32", 69_836_067, 16, 2, 3),
+    ("f16d64", 70_293_955, 16, 2, 3),
+    ("sd_f8d4", 83_653_863, 8, 0, 0),
+    ("mar_f16d16", 66_456_019, 16, 2, 0),
+  ],
+)
+def test_presets_are_the_published_networks(
+  name, num_weights, factor, encoder_attention, decoder_attention
+):
+  """Weights as the PyTorch modules count them; "" stands for the defaults."""
+  kwargs = preset(name) if name else {}
+  model = nnx.eval_shape(lambda: Autoencoder(**kwargs, rngs=nnx.Rngs(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == num_weights
+  assert model.downsampling == factor
+  assert (name or "f16d32").endswith(f"f{factor}d{model.embed_dim}")
+  assert sum(len(level.attn) for level in model.encoder.down) == encoder_attention
+  assert sum(len(level.attn) for level in model.decoder.up) == decoder_attention
+
+
+def test_an_unknown_preset_lists_the_known():
+  with pytest.raises(ValueError, match=r"'f16d31'; choose one of f16d16, f16d32, .*mar_f16d16"):
+    preset("f16d31")
+
+
+@pytest.mark.parametrize("name", ["f16d32", "sd_f8d4", "mar_f16d16"])
+def test_any_multiple_of_the_factor_goes_there_and_back(name):
+  narrow = preset(name) | {"embed_dim": 3, "ch": 4, "num_res_blocks": 1, "norm_groups": 2}
+  model = nnx.eval_shape(lambda: Autoencoder(**narrow, rngs=nnx.Rngs(0)))
+  factor = model.downsampling
+  image = jax.ShapeDtypeStruct((3, 3 * factor, 5 * factor, 3), jnp.float32)
+  z = nnx.eval_shape(lambda model, image: model.encode(image).mode(), model, image)
+  assert z.shape == (3, 3, 5, 3)
+  assert nnx.eval_shape(lambda model, z: model.decode(z), model, z).shape == image.shape
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 Module names follow the published checkpoints (`encoder.down.0.block.1.conv1`), so that conversion
 is nearly mechanical. Attention stands where the feature map of an image of the nominal
-`resolution` has a size in `attn_resolutions`; other image sizes run through the same network.
-Convolutions run in `dtype`; GroupNorm, attention's softmax and the posterior are float32.
+`resolution` has a size in `attn_resolutions`, and always in the middle; other image sizes run
+through the same network. Convolutions run in `dtype`; GroupNorm, attention's softmax and the
+posterior are float32.
 
 Source: Rombach et al., arXiv 2112.10752; hustvl/LightningDiT
-vavae/ldm/modules/diffusionmodules/model.py, vavae/ldm/models/autoencoder.py.
+vavae/ldm/modules/diffusionmodules/model.py, vavae/ldm/models/autoencoder.py, and for MAR-VAE
+tokenizer/autoencoder.py; CompVis/latent-diffusion models/first_stage_models/kl-f8 for the SD-VAE.
 """
 
 from __future__ import annotations
@@ -23,6 +25,16 @@ from flax import nnx
 
 from vavae_jax.errors import InputError
 from vavae_jax.sharding import pin_batch
+
+# Name -> arguments, beside the defaults. "fN" is the factor between image and latent, "dN" the
+# latent's channels. The three without a prefix are the paper's.
+PRESETS: dict[str, dict[str, Any]] = {
+  "f16d16": {"embed_dim": 16},
+  "f16d32": {"embed_dim": 32},
+  "f16d64": {"embed_dim": 64},
+  "sd_f8d4": {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), "attn_resolutions": ()},
+  "mar_f16d16": {"embed_dim": 16, "decoder_attn_resolutions": ()},
+}
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +71,13 @@ class Layers:
 
   Attributes:
     norm_groups: groups of every GroupNorm.
+    use_checkpoint: the backward pass computes each block again instead of keeping its insides.
     dtype: what convolutions compute in.
     rngs: source of the initial weights.
   """
 
   norm_groups: int
+  use_checkpoint: bool
   dtype: jax.typing.DTypeLike
   rngs: nnx.Rngs
 
@@ -148,6 +162,14 @@ class Upsample(nnx.Module):
     return self.conv(repeat(x_BhwD, "B h w D -> B (h p) (w q) D", p=2, q=2))
 
 
+def run(block: ResnetBlock | AttnBlock, x: jax.Array, use_checkpoint: bool) -> jax.Array:
+  """block(x), of which only x is kept for the backward pass where `use_checkpoint` is on."""
+  if not use_checkpoint:
+    return block(x)
+  graph, weights = nnx.split(block)  # what a checkpoint closes over would not be its own to drop
+  return jax.checkpoint(lambda weights, x: nnx.merge(graph, weights)(x))(weights, x)
+
+
 class Level(nnx.Module):
   """The blocks at one resolution, and the way to the next one."""
 
@@ -162,6 +184,7 @@ class Level(nnx.Module):
     downsample: bool = False,
     upsample: bool = False,
   ):
+    self.use_checkpoint = layers.use_checkpoint
     widths = [in_channels] + [out_channels] * num_blocks
     self.block = nnx.List([ResnetBlock(*pair, layers) for pair in pairwise(widths)])
     self.attn = nnx.List([AttnBlock(out_channels, layers) for _ in self.block if attention])
@@ -170,9 +193,9 @@ class Level(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for i, block in enumerate(self.block):
-      x = block(x)
+      x = run(block, x, self.use_checkpoint)
       if self.attn:
-        x = self.attn[i](x)
+        x = run(self.attn[i], x, self.use_checkpoint)
     if self.downsample is not None:
       x = self.downsample(x)
     if self.upsample is not None:
@@ -184,12 +207,15 @@ class Middle(nnx.Module):
   """Block, attention, block at the lowest resolution."""
 
   def __init__(self, channels: int, layers: Layers):
+    self.use_checkpoint = layers.use_checkpoint
     self.block_1 = ResnetBlock(channels, channels, layers)
     self.attn_1 = AttnBlock(channels, layers)
     self.block_2 = ResnetBlock(channels, channels, layers)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.block_2(self.attn_1(self.block_1(x)))
+    for block in (self.block_1, self.attn_1, self.block_2):
+      x = run(block, x, self.use_checkpoint)
+    return x
 
 
 class Encoder(nnx.Module):
@@ -277,7 +303,7 @@ def unfold(x_BhwP: jax.Array, size: int) -> jax.Array:
 
 
 class Autoencoder(nnx.Module):
-  """Image <-> latent; the defaults are the published f16d32 tokenizer.
+  """Image <-> latent; the defaults are the published f16d32 tokenizer, `PRESETS` has others.
 
   Args:
     embed_dim: latent channels Z.
@@ -285,7 +311,9 @@ class Autoencoder(nnx.Module):
     ch: base width.
     ch_mult: width of each level in units of `ch`; every level but the last halves the image.
     num_res_blocks: blocks per encoder level; the decoder has one more.
-    attn_resolutions: sizes of the feature map, for an image of size `resolution`, with attention.
+    attn_resolutions: sizes of the feature map, for an image of size `resolution`, with attention;
+      the middle has it in any case.
+    decoder_attn_resolutions: likewise for the decoder alone; None takes attn_resolutions.
     resolution: nominal image size in pixels; it places attention and limits no input.
     in_channels: image channels that are read.
     out_ch: image channels that are written.
@@ -298,6 +326,8 @@ class Autoencoder(nnx.Module):
       moments, and one back beside the decoder. A principal component analysis is learned in seconds
       that way and the networks add the rest; without it the norm before each last layer is in the
       way of anything linear. Short trainings gain decibels. False is as published.
+    use_checkpoint: ours: compute every block again in the backward pass: less memory, up to a third
+      more work, the same numbers.
     dtype: what convolutions compute in; weights are float32.
     rngs: source of the initial weights.
 
@@ -316,6 +346,7 @@ class Autoencoder(nnx.Module):
     ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
     num_res_blocks: int = 2,
     attn_resolutions: Sequence[int] = (16,),
+    decoder_attn_resolutions: Sequence[int] | None = None,
     resolution: int = 256,
     in_channels: int = 3,
     out_ch: int = 3,
@@ -324,6 +355,7 @@ class Autoencoder(nnx.Module):
     patch_size: int = 1,
     norm_groups: int = 32,
     linear_shortcut: bool = False,
+    use_checkpoint: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -340,17 +372,28 @@ class Autoencoder(nnx.Module):
     self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
     self.dtype = dtype
 
-    layers = Layers(norm_groups, dtype, rngs)
+    if decoder_attn_resolutions is None:
+      decoder_attn_resolutions = attn_resolutions
+    layers = Layers(norm_groups, use_checkpoint, dtype, rngs)
     sizes = [resolution // patch_size // 2**i for i in range(len(ch_mult))]
     shared: dict[str, Any] = {
       "ch": ch,
       "ch_mult": ch_mult,
       "num_res_blocks": num_res_blocks,
-      "attention": [size in attn_resolutions for size in sizes],
       "layers": layers,
     }
-    self.encoder = Encoder(in_channels * patch_size**2, 2 * z_channels, **shared)
-    self.decoder = Decoder(z_channels, out_ch * patch_size**2, **shared)
+    self.encoder = Encoder(
+      in_channels * patch_size**2,
+      2 * z_channels,
+      attention=[size in attn_resolutions for size in sizes],
+      **shared,
+    )
+    self.decoder = Decoder(
+      z_channels,
+      out_ch * patch_size**2,
+      attention=[size in decoder_attn_resolutions for size in sizes],
+      **shared,
+    )
     self.quant_conv = layers.conv(2 * z_channels, 2 * embed_dim, 1)
     self.post_quant_conv = layers.conv(embed_dim, z_channels, 1)
     cell = self.downsampling**2 if linear_shortcut else 0
@@ -422,3 +465,10 @@ class Autoencoder(nnx.Module):
     if self.shortcut_out is not None:
       image_BHWC += unfold(self.shortcut_out(z_BhwZ), self.downsampling)
     return image_BHWC.astype(jnp.float32)
+
+
+def preset(name: str) -> dict[str, Any]:
+  """The arguments of a known tokenizer; InputError, listing them, for an unknown name."""
+  if name not in PRESETS:
+    raise InputError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+  return dict(PRESETS[name])

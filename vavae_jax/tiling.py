@@ -1,0 +1,165 @@
+"""Pictures too large for one pass, encoded and decoded in overlapping tiles.
+
+All tiles of a picture have one size, so that the network compiles once: the last one of a row or
+column is moved inwards, not padded. Overlaps are blended linearly. The device holds one tile at a
+time; the picture itself stays in the host's memory.
+
+Notable: GroupNorm and attention see a tile where they would see the picture, so that the result
+differs from that of one pass; larger tiles differ less. The overlap hides the seams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vavae_jax.autoencoder import Autoencoder, Posterior
+from vavae_jax.errors import InputError
+
+
+def encode_tiled(
+  model: Autoencoder, image_BHWC: Any, *, tile: int = 512, overlap: int = 64
+) -> Posterior:
+  """The distribution of a large picture's latent.
+
+  Args:
+    model: the tokenizer.
+    image_BHWC: [B,H,W,in_channels] in [-1, 1]; H and W are multiples of `model.downsampling`. A
+      NumPy array stays on the host.
+    tile: height and width of a tile in pixels, a multiple of `model.downsampling`. A picture no
+      larger than it runs in one pass.
+    overlap: the least that neighbours share, in pixels, likewise a multiple.
+
+  Returns:
+    Posterior over z [B, H/downsampling, W/downsampling, embed_dim]. Where tiles overlap, means and
+    log variances are blended.
+
+  Raises:
+    InputError: the image, the tile or the overlap does not fit.
+  """
+  factor = model.downsampling
+  cells = _in_cells(tile, overlap, factor)
+  moments = _in_tiles(_moments, model, image_BHWC, *cells, scale_in=factor, scale_out=1)
+  return Posterior.from_moments(jnp.asarray(moments))
+
+
+def decode_tiled(
+  model: Autoencoder, z_BhwZ: Any, *, tile: int = 512, overlap: int = 64
+) -> np.ndarray:
+  """The picture of a large latent.
+
+  Args:
+    model: the tokenizer.
+    z_BhwZ: [B,h,w,embed_dim] as `encode` gives it, not normalised. A NumPy array stays on the host.
+    tile: height and width in pixels of the picture of a tile, a multiple of `model.downsampling`. A
+      picture no larger than it runs in one pass.
+    overlap: the least that neighbours share, in pixels, likewise a multiple.
+
+  Returns:
+    [B, h*downsampling, w*downsampling, out_ch] float32 on the host, about [-1, 1], not clipped.
+
+  Raises:
+    InputError: the latent, the tile or the overlap does not fit.
+  """
+  factor = model.downsampling
+  cells = _in_cells(tile, overlap, factor)
+  return _in_tiles(_decode, model, z_BhwZ, *cells, scale_in=1, scale_out=factor)
+
+
+@jax.jit
+def _moments(model: Autoencoder, image_BHWC: jax.Array) -> jax.Array:
+  posterior = model.encode(image_BHWC)
+  return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
+
+@jax.jit
+def _decode(model: Autoencoder, z_BhwZ: jax.Array) -> jax.Array:
+  return model.decode(z_BhwZ)
+
+
+def _in_cells(tile: int, overlap: int, factor: int) -> tuple[int, int]:
+  """Tile and overlap in latent cells."""
+  if not 0 <= overlap < tile or tile % factor or overlap % factor:
+    raise InputError(
+      f"tile={tile} and overlap={overlap} do not fit this tokenizer: both are pixels, multiples of "
+      f"{factor}, and the overlap is less than the tile and not negative."
+    )
+  return tile // factor, overlap // factor
+
+
+def _in_tiles(
+  run: Callable[[Autoencoder, Any], jax.Array],
+  model: Autoencoder,
+  x: Any,
+  tile: int,
+  overlap: int,
+  *,
+  scale_in: int,
+  scale_out: int,
+) -> np.ndarray:
+  """run(model, x), tile by tile.
+
+  Args:
+    run: a jitted function from [B, scale_in * h, scale_in * w, ...] to
+      [B, scale_out * h, scale_out * w, ...], float32.
+    model: its first argument.
+    x: its second, of any h and w.
+    tile: h and w of a tile, less where x has less.
+    overlap: the least that neighbours share, in the same unit.
+    scale_in: pixels of the input per cell.
+    scale_out: pixels of the output per cell.
+
+  Returns:
+    The whole, put together on the host.
+  """
+  whole = jax.eval_shape(run, model, x)  # which refuses an x that does not fit, as one pass would
+  x = np.asarray(x)  # slices of device arrays would compile, each for itself
+  h, w = (size // scale_in for size in x.shape[1:3])
+  tile_h, tile_w = min(tile, h), min(tile, w)
+
+  def cut(top: int, left: int) -> np.ndarray:
+    bottom, right = top + tile_h, left + tile_w
+    return x[:, top * scale_in : bottom * scale_in, left * scale_in : right * scale_in]
+
+  out = np.empty(whole.shape, np.float32)
+  row = np.empty((out.shape[0], tile_h * scale_out, *out.shape[2:]), np.float32)
+  covered_h = 0
+  for top in _starts(h, tile_h, overlap):
+    covered_w = 0
+    for left in _starts(w, tile_w, overlap):
+      part = np.asarray(run(model, cut(top, left)))
+      covered_w = _lay(row, part, left * scale_out, covered_w, axis=2)
+    covered_h = _lay(out, row, top * scale_out, covered_h, axis=1)
+  return out
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+  """Where tiles begin along an axis: evenly, but for the last, which ends with the picture."""
+  return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def _lay(canvas: np.ndarray, part: np.ndarray, start: int, covered: int, axis: int) -> int:
+  """Lays a part onto a canvas along an axis, in place.
+
+  Args:
+    canvas: what is filled up to `covered`.
+    part: its size along the axis reaches beyond `covered`.
+    start: where the part begins; from there to `covered` it fades in.
+    covered: where the canvas has nothing yet.
+    axis: of both arrays.
+
+  Returns:
+    How far the canvas is filled now.
+  """
+  canvas, part = np.moveaxis(canvas, axis, 0), np.moveaxis(part, axis, 0)
+  shared = covered - start
+  seam = canvas[start:covered]
+  # At the middles of the positions, so that neither side has a weight of 0 or 1.
+  weight = (np.arange(shared, dtype=np.float32) + 0.5) / max(shared, 1)
+  seam += weight.reshape(-1, 1, 1, 1) * (part[:shared] - seam)
+  canvas[covered : start + len(part)] = part[shared:]
+  return start + len(part)
