@@ -30,13 +30,19 @@ def _training() -> ConfigDict:
 
 
 def tokenizer() -> ConfigDict:
-  """VA-VAE f16d32 as published (first stage); paper section 4 and appendix."""
+  """VA-VAE f16d32 as published, three stages in one run; paper section 4 and appendix."""
   config = _training()
   config.task = "tokenizer"
+  config.num_steps = 0  # 0: the epochs of the stages
+  # Initial weights: another training's workdir, or a PyTorch or safetensors file of an
+  # AutoencoderKL. The discriminator starts afresh.
+  config.init_from = ""
+  config.train = "all"  # "decoder": encoder and latents stay as they are, without alignment
   config.data = ConfigDict(
     {
       "source": "folder:data/imagenet/train",
       "image_size": 256,
+      "valid_source": "",  # pictures to look at while training; "": held-out ones
       "held_out": 0.0,  # share of the source kept for evaluation, chosen by the seed below
       "split_seed": 0,
     }
@@ -49,33 +55,61 @@ def tokenizer() -> ConfigDict:
       "ch_mult": (1, 1, 2, 2, 4),
       "num_res_blocks": 2,
       "attn_resolutions": (16,),
+      "decoder_attn_resolutions": placeholder(tuple),  # None: as attn_resolutions; MAR-VAE: ()
       "resolution": 256,
       "patch_size": 1,
       "norm_groups": 32,
       "linear_shortcut": False,
+      "use_checkpoint": False,  # recompute blocks in the backward pass: less memory, more work
     }
   )
   config.teacher = ConfigDict(
     {
-      "name": "efficientnet_lite0",  # "" trains without alignment
-      "weights": "",  # a file; "" takes the one that an installed package ships
+      "name": "dinov2_vitl14",  # "" trains without alignment
+      "weights": "",  # its published file; only efficientnet_lite0 comes with a package
+      "dtype": "float32",
+      # False: it sees pictures in [-1, 1], as the published tokenizer's did; the authors call that
+      # a small bug. True: by the mean and deviation that it was trained with.
+      "normalize": False,
+      "reverse_proj": True,  # project latents to the teacher's width; False: features to theirs
+    }
+  )
+  config.perceptual = ConfigDict(
+    {
+      "network": "lpips",  # or "efficientnet_lite0", which pip installs and nobody has calibrated
+      "vgg": "data/weights/vgg16-397923af.pth",  # torchvision's
+      "heads": "data/weights/lpips_vgg.pth",  # weights/v0.1/vgg.pth of the lpips package
+      "dtype": "float32",
+    }
+  )
+  config.stages = ConfigDict(
+    {
+      # One column a stage: aligned strongly, weakly, and with margins.
+      "epochs": (100.0, 15.0, 15.0),
+      "vf_weight": (0.5, 0.1, 0.1),
+      "cos_margin": (0.0, 0.0, 0.5),
+      "distmat_margin": (0.0, 0.0, 0.25),
+      # Batches of a stage without GAN. The reference counts the steps of both optimizers, two a
+      # batch, and starts at 5,001 and 1.
+      "disc_start": (2_500, 0, 0),
+      "begins": (),  # the steps before each; training notes them
     }
   )
   config.loss = ConfigDict(
     {
       # The reconstruction is a SUM over pixels and channels, so 1e-6 is weaker than it looks.
       "kl_weight": 1e-6,
-      # L1 distance of the teacher's normalised features, per pixel, beside the L1 of pixels; it
-      # stands in for LPIPS where there is none.
-      "perceptual_weight": 0.0,
-      "vf_weight": 0.5,
-      "adaptive_vf": True,
-      "cos_margin": 0.0,
-      "distmat_margin": 0.0,
+      "pp_style": False,  # means instead of sums, of the reconstruction and of the KL
+      "perceptual_weight": 1.0,  # per pixel, beside the L1 of pixels; 0 needs no network
+      "cos_weight": 1.0,  # the two parts of the alignment
+      "distmat_weight": 1.0,
+      "adaptive_vf": True,  # weigh alignment by gradients; False: by vf_weight alone
       "disc_weight": 0.5,
-      # Counts batches. The reference counts the steps of both optimizers, two a batch, and starts
-      # at 5,001.
-      "disc_start": 2_500,
+      "disc_loss": "hinge",  # or "vanilla"
+      "disc_bn_group": 0,  # images that its BatchNorm sees together, 8 in the reference; 0: all
+      # True: the discriminator judges, and is stepped with zero gradients, before it starts, as the
+      # reference's: nothing but its running statistics and Adam's count differ, at its full cost.
+      "disc_idle": False,
     }
   )
   config.discriminator = ConfigDict({"ndf": 64, "n_layers": 3})

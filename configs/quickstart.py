@@ -50,9 +50,14 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
     patch_size=16,
     linear_shortcut=True,
   )
-  # Margins and weight of the published third stage.
-  config.loss.update(vf_weight=0.1, cos_margin=0.5, distmat_margin=0.25)
-  config.loss.update(disc_start=1_800, disc_weight=0.1)
+  config.teacher.name = "efficientnet_lite0"
+  # Its gradient by the picture would cost more than the whole rest of a step.
+  config.loss.perceptual_weight = 0.0
+  # One stage, with margins and weight of the published third.
+  config.stages.update(
+    epochs=(0.0,), vf_weight=(0.1,), cos_margin=(0.5,), distmat_margin=(0.25,), disc_start=(1_800,)
+  )
+  config.loss.disc_weight = 0.1
   # The published 1e-6 is for 256 px and days. This much brings the latents near to white, so that
   # the diffusion model sees every direction of them alike, and costs 0.1 dB.
   config.loss.kl_weight = 0.1
@@ -66,7 +71,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3
     config.model.update(ch=16, norm_groups=8)
-    config.loss.disc_start = 3
+    config.stages.disc_start = (3,)
     config.discriminator.ndf = 8
     config.optimizer.update(warmup_steps=2, decay_steps=6)
   return config

@@ -1,4 +1,7 @@
-"""What a training begins with where `config.init_from` names it: a run, or a file of weights."""
+"""What a training begins with where `config.init_from` names it: a run, or a file of weights.
+
+Weights are taken over, moments, moving averages and the tokenizer's discriminator start afresh.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,20 @@ from safetensors.numpy import load_file
 from launch import trained
 from launch.engine import console
 from lightningdit_jax import finetune
+from vavae_jax import continuation
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import start_emas
 from vavae_jax.torch_files import read_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+PARTS: dict[str, Any] = {"tokenizer": continuation, "diffusion": finetune}
 
 
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
   """Reads the weights of `config.init_from`.
 
   Args:
-    config: of a diffusion training.
+    config: of a training.
 
   Returns:
     A function from a fresh state to one with these weights, in the averages too.
@@ -38,7 +43,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
   given = _params_of(path, config)
 
   def adopt(state: Any) -> Any:
-    params, notes = finetune.adapt(state.params, given)
+    params, notes = PARTS[config.task].adapt(state.params, given)
     for note in notes:
       console.say(f"initial weights: {note}")
     console.say(f"initial weights: from {path}")
@@ -51,7 +56,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
 def _params_of(path: Path, config: FrozenConfigDict) -> Any:
   if path.is_dir():
     # As in the reference the weights themselves, whose averages begin anew.
-    return trained.load(path, "diffusion", ema=0.0).params
+    return trained.load(path, config.task, ema=0.0).params
   if not path.is_file():
     raise InputError(
       f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
@@ -71,4 +76,4 @@ def _params_of(path: Path, config: FrozenConfigDict) -> Any:
       f"config.init_from is {path}; a file of weights ends in {', '.join(TORCH_SUFFIXES)} or "
       ".safetensors."
     )
-  return finetune.from_state_dict(stored, config.model)
+  return PARTS[config.task].from_state_dict(stored, config.model)

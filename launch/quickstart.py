@@ -110,7 +110,7 @@ def _check(config: FrozenConfigDict) -> None:
   first, second = config.tokenizer, config.diffusion
   configuration.resolve(first, configs.base.tokenizer())
   loop.check(first)
-  vavae_jax.training.check(first)
+  vavae_jax.training.check(vavae_jax.training.resolve(first))
   configuration.resolve(second, configs.base.diffusion())
   loop.check(second)
   lightningdit_jax.training.check_model(second)

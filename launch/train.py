@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
+import vavae_jax.training
 from launch import evaluate, trained
 from launch.engine import configuration, console, loop, mesh
 from launch.initial import initial_weights
@@ -49,22 +50,22 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   if task_name not in trained.TASKS:
     raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
   frozen = configuration.resolve(config, getattr(configs.base, task_name)())
-  more, initial = {}, None
-  if task_name == "diffusion":
+  more = {}
+  if task_name == "tokenizer":
+    frozen = vavae_jax.training.resolve(frozen)
+  else:
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = trained.check_latents(frozen).sha256
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
-    if frozen.init_from:
-      initial = functools.partial(initial_weights, frozen)
   return loop.run(
     trained.TASKS[task_name],
     frozen,
     workdir,
     name=f"train {task_name}",
     more_evaluators=more,
-    initial_weights=initial,
+    initial_weights=functools.partial(initial_weights, frozen) if frozen.init_from else None,
   )
 
 

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "reference"
 def load(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
   """A case by its name: (what ran, weights by PyTorch name, expected arrays in PyTorch layout)."""
   spec = json.loads((FOLDER / f"{name}.json").read_text())
-  weights = procedural.state_dict(spec["state_dict_shapes"], spec.get("seed", 0))
+  weights = procedural.state_dict(spec.get("state_dict_shapes", {}), spec.get("seed", 0))
   with np.load(FOLDER / f"{name}.npz") as arrays:
     return spec, weights, dict(arrays)
 

@@ -56,6 +56,20 @@ def test_statistics_come_out_of_a_differentiated_step():
     assert not jnp.allclose(old, new)
 
 
+def test_groups_are_judged_as_batches_of_their_own():
+  graph, *states = nnx.split(tiny(bn_group=2), nnx.Param, nnx.BatchStat)
+  states = list(map(nnx.to_pure_dict, states))
+  image = procedural.normal("groups", (4, 16, 20, 3))
+  grouped = nnx.merge(graph, *states)
+  logits = grouped(image, train=True)
+  alone = []
+  for i in (0, 2):
+    whole = nnx.merge(nnx.graphdef(tiny()), *states)
+    cases.assert_near(logits[i : i + 2], whole(image[i : i + 2], train=True), 1e-5)
+    alone.append(whole.layers[1].norm.mean[...])
+  cases.assert_near(grouped.layers[1].norm.mean[...], sum(alone) / 2, 1e-5)
+
+
 def test_an_image_is_judged_by_itself_in_evaluation():
   model = tiny()
   logits = model(IMAGE, train=False)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import cases
+from tests.reference import procedural
 from vavae_jax import losses
 
 RNG = np.random.default_rng(0)
@@ -42,17 +44,25 @@ def test_alignment_has_a_finite_gradient_at_zero(loss):
   assert np.all(np.isfinite(jax.grad(loss)(jnp.zeros_like(LATENTS), FEATURES)))
 
 
-def test_reconstruction_is_a_sum_over_pixels_and_a_mean_over_pictures():
+def test_reconstruction_is_a_mean_with_the_distance_once_for_every_pixel_and_channel():
   image = jnp.zeros((2, 4, 3, 3))
-  assert losses.reconstruction(image, image + 0.5) == pytest.approx(0.5 * 36)
-  # A distance of an image counts once for every pixel and channel.
-  assert losses.reconstruction(image, image, jnp.array([1.0, 3.0])) == pytest.approx(2.0 * 36)
+  assert losses.reconstruction(image, image + 0.5) == pytest.approx(0.5)
+  assert losses.reconstruction(image, image, jnp.array([1.0, 3.0])) == pytest.approx(2.0)
 
 
-def test_hinge():
+def test_adversarial_losses():
   real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 1.0])
-  assert losses.discriminator_hinge(real, fake) == pytest.approx(0.5 * (0.5 + 1.0))
-  assert losses.generator_hinge(fake) == pytest.approx(0.5)
+  assert losses.discriminator(real, fake, "hinge") == pytest.approx(0.5 * (0.5 + 1.0))
+  vanilla = 0.5 * (np.log1p(np.exp([-2.0, 0.0])).mean() + np.log1p(np.exp([-2.0, 1.0])).mean())
+  assert losses.discriminator(real, fake, "vanilla") == pytest.approx(vanilla)
+  assert losses.generator(fake) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", losses.ADVERSARIAL)
+def test_the_reference_case_of_the_discriminators_loss(kind):
+  _, _, expected = cases.load("patchgan")
+  real, fake = (procedural.normal(name, (4, 1, 6, 6)) for name in ("logits_real", "logits_fake"))
+  assert losses.discriminator(real, fake, kind) == pytest.approx(float(expected[kind]), rel=1e-6)
 
 
 def test_adaptive_weight_is_a_ratio_with_a_limit():

@@ -1,8 +1,9 @@
 """PatchGAN: a small convolutional network that judges every patch of an image for itself.
 
 Notable: BatchNorm takes its statistics over the global batch (under `jax.jit` a mean over a sharded
-axis is a mean over all devices) and keeps its running statistics in `nnx.BatchStat` variables,
-which a call with `train=True` updates in place.
+axis is a mean over all devices) or over groups of it, as the GPUs of the reference did with their 8
+images each. Running statistics are `nnx.BatchStat` variables, which a call with `train=True`
+updates in place.
 
 Source: Isola et al., arXiv 1611.07004; CompVis/taming-transformers
 taming/modules/discriminator/model.py.
@@ -14,6 +15,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from vavae_jax.errors import InputError
@@ -24,13 +26,19 @@ class BatchNorm(nnx.Module):
   """Normalises each channel over batch and space, in float32.
 
   PyTorch's conventions: the running variance is the unbiased one, the batch is normalised by the
-  biased one, and the new batch's share of the running statistics is 0.1.
+  biased one, and the new batch's share of the running statistics is 0.1; of groups, their mean's.
+
+  Args:
+    channels: of the input.
+    group: images that are normalised together, a divisor of the batch; 0 takes the whole batch.
+    rngs: source of the initial scale.
   """
 
   MOMENTUM = 0.1
   EPSILON = 1e-5
 
-  def __init__(self, channels: int, rngs: nnx.Rngs):
+  def __init__(self, channels: int, group: int, rngs: nnx.Rngs):
+    self.group = group
     self.scale = nnx.Param(1.0 + 0.02 * rngs.params.normal((channels,)))
     self.bias = nnx.Param(jnp.zeros(channels))
     self.mean = nnx.BatchStat(jnp.zeros(channels))
@@ -38,12 +46,19 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x_BhwD: jax.Array, *, train: bool) -> jax.Array:
     x_BhwD = x_BhwD.astype(jnp.float32)
-    mean_D, var_D = self.mean[...], self.var[...]
-    if train:
-      mean_D, var_D = x_BhwD.mean((0, 1, 2)), x_BhwD.var((0, 1, 2))
-      count = x_BhwD.size // x_BhwD.shape[-1]
-      self._remember(mean_D, var_D * count / (count - 1))
-    return (x_BhwD - mean_D) * (jax.lax.rsqrt(var_D + self.EPSILON) * self.scale) + self.bias
+    if not train:
+      return self._normalised(x_BhwD, self.mean[...], self.var[...])
+    # G: groups, n: images of a group.
+    x_GnhwD = rearrange(x_BhwD, "(G n) h w D -> G n h w D", n=self.group or len(x_BhwD))
+    mean_G111D = x_GnhwD.mean((1, 2, 3), keepdims=True)
+    var_G111D = x_GnhwD.var((1, 2, 3), keepdims=True)
+    count = x_GnhwD[0, ..., 0].size
+    mean_D, var_D = (x_G111D.mean((0, 1, 2, 3)) for x_G111D in (mean_G111D, var_G111D))
+    self._remember(mean_D, var_D * count / (count - 1))
+    return self._normalised(x_GnhwD, mean_G111D, var_G111D).reshape(x_BhwD.shape)
+
+  def _normalised(self, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
+    return (x - mean) * (jax.lax.rsqrt(var + self.EPSILON) * self.scale) + self.bias
 
   def _remember(self, mean_D: jax.Array, unbiased_var_D: jax.Array) -> None:
     for running, new in ((self.mean, mean_D), (self.var, unbiased_var_D)):
@@ -60,11 +75,12 @@ class Layer(nnx.Module):
     *,
     stride: int,
     norm: bool,
+    bn_group: int,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.conv = _conv(in_channels, out_channels, stride, not norm, dtype, rngs)
-    self.norm = BatchNorm(out_channels, rngs) if norm else None
+    self.norm = BatchNorm(out_channels, bn_group, rngs) if norm else None
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = self.conv(x)
@@ -80,6 +96,7 @@ class PatchDiscriminator(nnx.Module):
     in_channels: image channels.
     ndf: width of the first layer; it doubles with every further layer, up to 8 ndf.
     n_layers: layers that halve the image. 3 judges patches of 70 x 70 pixels.
+    bn_group: images that BatchNorm normalises together in training; 0 takes the whole batch.
     dtype: what convolutions compute in; weights and BatchNorm are float32.
     rngs: source of the initial weights: normal kernels of deviation 0.02.
   """
@@ -90,6 +107,7 @@ class PatchDiscriminator(nnx.Module):
     in_channels: int = 3,
     ndf: int = 64,
     n_layers: int = 3,
+    bn_group: int = 0,
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -97,7 +115,14 @@ class PatchDiscriminator(nnx.Module):
     widths = [in_channels] + [ndf * min(2**i, 8) for i in range(n_layers + 1)]
     self.layers = nnx.List(
       [
-        Layer(*pair, stride=2 if i < n_layers else 1, norm=i > 0, dtype=dtype, rngs=rngs)
+        Layer(
+          *pair,
+          stride=2 if i < n_layers else 1,
+          norm=i > 0,
+          bn_group=bn_group,
+          dtype=dtype,
+          rngs=rngs,
+        )
         for i, pair in enumerate(pairwise(widths))
       ]
     )

@@ -1,8 +1,9 @@
 """The tokenizer's losses as pure functions; paper section 3.2, reference `contperceptual.py`.
 
 The reconstruction is a sum over pixels and channels divided by the batch: that scale decides what
-the KL weight of 1e-6 means. The two alignment losses compare projected latents with a teacher's
-features on the same grid; no gradient flows into the teacher, all of it into the latents.
+the KL weight of 1e-6 means (`pp_style` makes means of both). The two alignment losses compare
+projected latents with a teacher's features on the same grid; no gradient flows into the teacher,
+all of it into the latents.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ import jax.numpy as jnp
 
 MAX_ALIGNMENT_WEIGHT = 1e8
 MAX_GAN_WEIGHT = 1e4
+ADVERSARIAL = ("hinge", "vanilla")
 
 
 def reconstruction(
   image_BHWC: jax.Array, reconstruction_BHWC: jax.Array, perceptual_B: jax.Array | float = 0.0
 ) -> jax.Array:
-  """Negative log likelihood of a Laplace with unit scale: summed L1, a mean over the batch.
+  """What a pixel and channel of a batch costs on average: L1 and a perceptual distance.
 
   Args:
     image_BHWC: in [-1, 1].
     reconstruction_BHWC: likewise.
-    perceptual_B: a distance per image, added to every pixel and channel before the sum.
+    perceptual_B: a distance per image, added to every pixel and channel.
 
   Returns:
-    float32 scalar.
+    float32 scalar. Times the number of pixels and channels of one image it is the negative log
+    likelihood of a Laplace with unit scale, a mean over the batch.
   """
-  per_image_B = jnp.abs(image_BHWC - reconstruction_BHWC).sum((1, 2, 3))
-  return jnp.mean(per_image_B + perceptual_B * image_BHWC[0].size)
+  return jnp.mean(jnp.abs(image_BHWC - reconstruction_BHWC)) + jnp.mean(perceptual_B)
 
 
 def feature_distance(features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
@@ -52,6 +54,11 @@ def feature_distance(features_a: Sequence[jax.Array], features_b: Sequence[jax.A
   return jnp.mean(jnp.stack(stages), axis=0)
 
 
+def cosine(projected_BhwF: jax.Array, features_BhwF: jax.Array) -> jax.Array:
+  """Cosine similarity at each position, float32 [B, h, w]; arguments as `marginal_cosine`'s."""
+  return jnp.sum(_unit(projected_BhwF) * _unit(features_BhwF), -1)
+
+
 def marginal_cosine(
   projected_BhwF: jax.Array, features_BhwF: jax.Array, margin: float = 0.0
 ) -> jax.Array:
@@ -65,8 +72,7 @@ def marginal_cosine(
   Returns:
     float32 scalar.
   """
-  cosine_Bhw = jnp.sum(_unit(projected_BhwF) * _unit(features_BhwF), -1)
-  return jnp.mean(jax.nn.relu(1 - margin - cosine_Bhw))
+  return jnp.mean(jax.nn.relu(1 - margin - cosine(projected_BhwF, features_BhwF)))
 
 
 def marginal_distance_matrix(
@@ -91,14 +97,25 @@ def marginal_distance_matrix(
   return jnp.mean(jax.nn.relu(difference_BNN - margin))
 
 
-def generator_hinge(logits_fake: jax.Array) -> jax.Array:
+def generator(logits_fake: jax.Array) -> jax.Array:
   """The generator's adversarial loss: minus the mean logit of its reconstructions."""
   return -jnp.mean(logits_fake)
 
 
-def discriminator_hinge(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
-  """The discriminator's hinge loss, a mean of its real and its fake half."""
-  return 0.5 * (jnp.mean(jax.nn.relu(1 - logits_real)) + jnp.mean(jax.nn.relu(1 + logits_fake)))
+def discriminator(logits_real: jax.Array, logits_fake: jax.Array, kind: str) -> jax.Array:
+  """The discriminator's loss, a mean of its real and its fake half.
+
+  Args:
+    logits_real: of pictures, any shape.
+    logits_fake: of reconstructions.
+    kind: one of `ADVERSARIAL`: "hinge" is content with logits beyond +-1, "vanilla" is the
+      cross-entropy.
+
+  Returns:
+    float32 scalar.
+  """
+  cost = {"hinge": lambda x: jax.nn.relu(1 - x), "vanilla": lambda x: jax.nn.softplus(-x)}[kind]
+  return 0.5 * (jnp.mean(cost(logits_real)) + jnp.mean(cost(-logits_fake)))
 
 
 def adaptive_weight(nll_grad: jax.Array, other_grad: jax.Array, limit: float) -> jax.Array:

@@ -33,7 +33,6 @@ LEAVES = {
   "var": "running_var",
 }
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
-SHOWN = 8
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -145,7 +144,7 @@ def _check(
     ],
   }
   if any(problems.values()):
-    lists = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
+    lists = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     raise InputError(
       f"The state dict does not fit this model. {'; '.join(lists)}. Give the weights themselves "
       "(not the checkpoint around them), and the arguments that the model was trained with."
@@ -154,8 +153,3 @@ def _check(
 
 def _float32(value: Any) -> np.ndarray:
   return np.asarray(value, np.float32)
-
-
-def _shorten(names: list[str]) -> str:
-  rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-  return ", ".join(names[:SHOWN]) + rest

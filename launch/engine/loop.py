@@ -14,7 +14,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,14 +59,20 @@ class Task(Protocol):
   def load_frozen(self, config: FrozenConfigDict) -> Any:
     """Pytree of what the step needs and never trains (host arrays)."""
 
-  def phase(self, config: FrozenConfigDict, step: int) -> str:
+  def phase(self, config: FrozenConfigDict, step: int) -> Hashable:
     """What is static about the update that makes `step`; the loop compiles once for each value."""
 
   def flops_per_step(self, config: FrozenConfigDict) -> float:
     """FLOPs of the model in one step, by count; 0 where nobody has counted."""
 
   def train_step(
-    self, config: FrozenConfigDict, phase: str, state: Any, frozen: Any, batch: Any, key: jax.Array
+    self,
+    config: FrozenConfigDict,
+    phase: Any,
+    state: Any,
+    frozen: Any,
+    batch: Any,
+    key: jax.Array,
   ) -> tuple[Any, Metrics]:
     """One update, pure and jittable; metrics are scalars and have "loss"."""
 
@@ -217,7 +223,7 @@ def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def _guarded_step(
   train_step: Callable[..., tuple[Any, Metrics]],
   config: FrozenConfigDict,
-  phase: str,
+  phase: Hashable,
   state: Any,
   frozen: Any,
   batch: Any,

@@ -1,0 +1,74 @@
+r"""VA-VAE on ImageNet 256 as published: f16, three stages in one run, aligned with DINOv2-L.
+
+  python -m launch.train --config=configs/vavae_f16d32.py --workdir=runs/vavae \
+    --config.data.source=folder:data/imagenet/train --config.teacher.weights=FILE
+
+Needed beside the pictures: the teacher's file and the two of LPIPS (`config.perceptual`); a missing
+one is named, with where it is published. 130 epochs are 650,594 batches of 256; the authors took
+32 GPUs.
+
+Arguments, joined by commas, each changing one thing (tables 2, 4 and 5 of the paper):
+
+  d16 | d32 | d64              latent channels
+  dinov2 | mae | clip | sam    the teacher, its large size
+  plain                        none: an LDM tokenizer
+  130ep | 50ep                 three stages, or one of 50 epochs with margins, as in the tables
+  no_cos | no_distmat          without that part of the alignment
+  no_margin                    without margins
+  decoder                      train the decoder alone, of `config.init_from`
+
+A released tokenizer on other pictures: `--config.init_from=FILE --config.data.source=folder:DIR`.
+
+Paper, table 2 (rFID, PSNR, LPIPS, SSIM): d16 .55 25.29 .147 .69; d32 .28 27.96 .096 .79; d64 .14
+30.71 .055 .87. Not reproduced here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+CHANNELS = {"d16": 16, "d32": 32, "d64": 64}
+TEACHERS = {
+  "dinov2": "dinov2_vitl14",
+  "mae": "mae_vitl16",
+  "clip": "clip_vitl14",
+  "sam": "sam_vitl16",
+  "plain": "",
+}
+STAGES = {
+  "130ep": {},
+  "50ep": {
+    "epochs": (50.0,),
+    "vf_weight": (0.1,),
+    "cos_margin": (0.5,),
+    "distmat_margin": (0.25,),
+    "disc_start": (2_500,),
+  },
+}
+REMOVED = ("no_cos", "no_distmat", "no_margin")
+WORDS = (*CHANNELS, *TEACHERS, *STAGES, *REMOVED, "decoder")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+  """The published recipe, changed by the words of the argument."""
+  words = [word for word in argument.split(",") if word]
+  if unknown := [word for word in words if word not in WORDS]:
+    raise ValueError(f"{unknown[0]!r} is none of: {', '.join(WORDS)}.")
+  config = base.tokenizer()
+  for word in words:
+    if word in CHANNELS:
+      config.model.update(embed_dim=CHANNELS[word], z_channels=CHANNELS[word])
+    elif word in TEACHERS:
+      config.teacher.name = TEACHERS[word]
+    elif word in STAGES:
+      config.stages.update(STAGES[word])
+    elif word == "decoder":
+      config.train = "decoder"
+  if "no_cos" in words:
+    config.loss.cos_weight = 0.0
+  if "no_distmat" in words:
+    config.loss.distmat_weight = 0.0
+  if "no_margin" in words:
+    none = (0.0,) * len(config.stages.epochs)
+    config.stages.update(cos_margin=none, distmat_margin=none)
+  return config

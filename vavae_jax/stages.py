@@ -1,0 +1,75 @@
+"""The stages of a tokenizer's training: which losses are on from which step; reference README.
+
+The published tokenizer was trained three times over, each time from the weights of the time before:
+aligned strongly, then weakly, then with margins. Here the stages are columns of `config.stages` and
+one training crosses them; its optimizers go on, whose moments are ten steps long.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vavae_jax.errors import InputError
+
+COLUMNS = ("vf_weight", "cos_margin", "distmat_margin", "disc_start")
+
+
+class Phase(NamedTuple):
+  """What is static about one step.
+
+  Attributes:
+    stage: index of the stage.
+    gan: whether the discriminator judges the reconstructions of this step.
+  """
+
+  stage: int
+  gan: bool
+
+
+def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
+  """The configuration with epochs turned into steps.
+
+  Args:
+    config: with `stages.epochs`, and `num_steps`, where 0 asks for all of them.
+    num_images: that an epoch has.
+
+  Returns:
+    The same with `stages.begins`, the steps before each stage, and `num_steps`.
+
+  Raises:
+    InputError: columns of different lengths, a negative number, or no step at all.
+  """
+  stages = config.stages
+  if wrong := [name for name in COLUMNS if len(stages[name]) != len(stages.epochs)]:
+    raise InputError(
+      f"config.stages.epochs has {len(stages.epochs)} stages, but config.stages."
+      f"{wrong[0]} has {len(stages[wrong[0]])} values; give every stage one."
+    )
+  for name in ("epochs", *COLUMNS):
+    if not stages[name] or min(stages[name]) < 0:
+      raise InputError(f"config.stages.{name} is {stages[name]}; give numbers of at least 0.")
+  ends = [round(e * num_images / config.batch_size) for e in itertools.accumulate(stages.epochs)]
+  resolved = ConfigDict(config)
+  resolved.stages.begins = (0, *ends[:-1])
+  resolved.num_steps = config.num_steps or ends[-1]
+  if not resolved.num_steps:
+    raise InputError(
+      "config.num_steps is 0, which takes the epochs of config.stages, but these are "
+      f"{stages.epochs}; set one of the two."
+    )
+  return FrozenConfigDict(resolved)
+
+
+def phase_of(config: FrozenConfigDict, step: int) -> Phase:
+  """The phase of the update that makes `step`.
+
+  The GAN starts `disc_start` batches after its stage does. DEVIATION: in the reference, whose count
+  goes up by two a batch and whose published starts are odd, the generator feels it one batch later.
+  """
+  begins = config.stages.begins or (0,)
+  stage = max(i for i, begin in enumerate(begins) if begin < step or i == 0)
+  started = step - begins[stage] > config.stages.disc_start[stage]
+  return Phase(stage, config.loss.disc_weight > 0 and started)
