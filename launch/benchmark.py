@@ -66,11 +66,12 @@ def matmul_rate(dtype: str) -> float:
   size = 2048 if jax.default_backend() == "cpu" else 8192
   a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in (0, 1))
   product = jax.jit(jnp.matmul)
-  seconds = [_timed(functools.partial(product, a, b)) for _ in range(10)]
+  seconds = [timed(functools.partial(product, a, b)) for _ in range(10)]
   return 2 * size**3 / float(np.median(seconds[2:]))
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], Any]) -> float:
+  """Seconds until the arrays that `work` returns are there."""
   began = time.perf_counter()
   jax.block_until_ready(work())
   return time.perf_counter() - began
@@ -177,10 +178,10 @@ def measure(
   row: Row = {"attention": config.model.attention, "batch_size": config.batch_size}
   try:
     take = make_step(config)
-    _timed(take)
+    timed(take)
     ours, theirs = [], []
     for _ in range(ROUNDS if reference else 1):
-      ours += [_timed(take) for _ in range(steps + 1)][1:]
+      ours += [timed(take) for _ in range(steps + 1)][1:]
       if reference:
         theirs += [reference.seconds() for _ in range(steps + 1)][1:]
   except jax.errors.JaxRuntimeError as error:
@@ -241,7 +242,7 @@ def benchmark(
         break  # larger ones do not fit either
   return {
     "command": shlex.join(sys.argv),
-    "commit": _commit(),
+    "commit": commit(),
     "date": datetime.date.today().isoformat(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
@@ -253,7 +254,7 @@ def benchmark(
   }
 
 
-def _commit() -> str:
+def commit() -> str:
   """The commit of this checkout; "unknown" for an installed package."""
   words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
   try:

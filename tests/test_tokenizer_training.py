@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import quickstart
+from launch.benchmark_tokenizer import reference_order
 from tests import cases
 from vavae_jax import continuation, frozen, functional, images, losses, stages, training, update
 from vavae_jax.errors import InputError
@@ -77,7 +78,8 @@ def setting(network):
     steps = {}
     for name, phase in PHASES.items():
       step = jax.jit(functools.partial(training.train_step, config, phase))
-      steps[name], _ = step(state, training.load_frozen(config), {"image": image}, KEY)
+      (new, grads), metrics = step(state, training.load_frozen(config), {"image": image}, KEY)
+      steps[name] = new, grads, metrics
   return config, state, image, steps
 
 
@@ -126,17 +128,28 @@ def plain_gradients(config, network, state, image, adversarial):
 @pytest.mark.parametrize("phase", PHASES)
 def test_gradients_are_those_of_the_weighted_sum(setting, network, phase):
   config, state, image, steps = setting
-  _, ours = steps[phase]
+  _, ours, _ = steps[phase]
   oracle = jax.jit(lambda: plain_gradients(config, network, state, image, phase == "adversarial"))()
   # Keys' biases have no gradient but rounding, in units of the whole: softmax sees no constant.
   floor = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(oracle))
   jax.tree.map(lambda a, b: cases.assert_near(a, b, 2e-4, floor), ours, oracle)
 
 
+def test_the_order_that_is_benchmarked_computes_the_same(setting, network):
+  config, state, image, steps = setting
+  _, _, ours = steps["adversarial"]
+  networks = {"teacher": network, "perceptual": network}
+  noise = jax.random.normal(KEY, (3, 2, 3, 6))
+  step = functools.partial(reference_order, config, PHASES["adversarial"])
+  _, theirs = jax.jit(lambda: step(state, networks, {"image": image}, noise))()
+  for name in ("disc_weight", "vf_weight"):
+    assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4)
+
+
 def test_discriminator_waits_for_its_phase(setting):
   _, state, _, steps = setting
   for phase, same in (("reconstruction", True), ("adversarial", False)):
-    new, _ = steps[phase]
+    new, _, _ = steps[phase]
     for field in ("discriminator", "discriminator_statistics", "discriminator_optimizer"):
       pairs = zip(
         jax.tree.leaves(getattr(new, field)), jax.tree.leaves(getattr(state, field)), strict=True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from configs import base
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import frozen, training, update
+from vavae_jax import training, update
 from vavae_jax.continuation import from_state_dict
 from vavae_jax.convert import (
   autoencoder_to_torch,
@@ -121,10 +119,15 @@ def two_steps(request, lpips):
     discriminator_statistics=statistics,
     discriminator_optimizer=optimizer.init(judge_params),
   )
+  graph, lpips_weights = nnx.split(lpips)
+
+  @jax.jit
+  def step(state, lpips_weights, batch, noise):
+    networks = {"perceptual": nnx.merge(graph, lpips_weights)}
+    return update.update(config, phase, state, networks, batch, noise)
+
   patch = pytest.MonkeyPatch()
-  patch.setattr(frozen, "_networks", lambda config: {"perceptual": lpips})
   patch.setattr(update.images, "to_float", lambda image: image)  # the case's are floats
-  step = jax.jit(functools.partial(update.update, config, phase))
   metrics, states = [], [state]
   for i in range(2):
     batch = {
@@ -132,7 +135,7 @@ def two_steps(request, lpips):
       "features": cases.nhwc(procedural.normal(f"teacher_{i}", (2, 12, 8, 8))),
     }
     noise = cases.nhwc(procedural.normal(f"eps_{i}", (2, 8, 8, 8)))
-    state, found = step(state, frozen.load(config), batch, noise)
+    state, found = step(state, lpips_weights, batch, noise)
     metrics.append(found)
     states.append(state)
   patch.undo()

@@ -52,7 +52,7 @@ def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
     if not stages[name] or min(stages[name]) < 0:
       raise InputError(f"config.stages.{name} is {stages[name]}; give numbers of at least 0.")
   ends = [round(e * num_images / config.batch_size) for e in itertools.accumulate(stages.epochs)]
-  resolved = ConfigDict(config)
+  resolved = ConfigDict(config.to_dict())  # ConfigDict(config) would share its parts
   resolved.stages.begins = (0, *ends[:-1])
   resolved.num_steps = config.num_steps or ends[-1]
   if not resolved.num_steps:

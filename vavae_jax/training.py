@@ -97,12 +97,13 @@ def latent_shape(config: FrozenConfigDict) -> tuple[int, int, int]:
   return side, side, model.embed_dim
 
 
-def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
-  """Fresh networks and optimizers."""
+def init_state(config: FrozenConfigDict, key: jax.Array, feature_size: int | None = None) -> State:
+  """Fresh networks and optimizers; `feature_size` stands in for the teacher's."""
   key_model, key_projection, key_discriminator = jax.random.split(key, 3)
   params = {"autoencoder": functional.init(build_autoencoder(config), key_model)}
   if config.teacher.name and config.train == "all":
-    params["projection"] = _init_projection(config, key_projection)
+    width = frozen.feature_size(config) if feature_size is None else feature_size
+    params["projection"] = _init_projection(config, key_projection, width)
   optimizer = make_optimizer(config.optimizer)
   discriminator, statistics = functional.init(
     build_discriminator(config), key_discriminator, nnx.Param, nnx.BatchStat
@@ -118,9 +119,11 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   )
 
 
-def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.Array]:
+def _init_projection(
+  config: FrozenConfigDict, key: jax.Array, feature_size: int
+) -> dict[str, jax.Array]:
   """PyTorch's default for a 1x1 convolution: all uniform within 1 / sqrt(fan in)."""
-  shape = (config.model.embed_dim, frozen.feature_size(config))
+  shape = (config.model.embed_dim, feature_size)
   if config.teacher.reverse_proj:
     bound = shape[0] ** -0.5
     return {"kernel": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}
@@ -153,7 +156,7 @@ def train_step(
 ) -> tuple[State, Metrics]:
   """One update of both networks, the noise that picks latents drawn by `key`."""
   noise = jax.random.normal(key, (len(batch["image"]), *latent_shape(config)))
-  return update(config, phase, state, weights, batch, noise)
+  return update(config, phase, state, frozen.merge(config, weights), batch, noise)
 
 
 def train_data(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import frozen, functional, images, losses
+from vavae_jax import functional, images, losses
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import BatchNorm, PatchDiscriminator
 from vavae_jax.optimizer import make_optimizer, update_emas
@@ -80,7 +80,12 @@ def _discriminator(config: FrozenConfigDict, rngs: nnx.Rngs) -> PatchDiscriminat
 
 
 def update(
-  config: FrozenConfigDict, phase: Phase, state: State, weights: Any, batch: Any, noise: jax.Array
+  config: FrozenConfigDict,
+  phase: Phase,
+  state: State,
+  networks: Mapping[str, Any],
+  batch: Any,
+  noise: jax.Array,
 ) -> tuple[State, Metrics]:
   """One update of the autoencoder and, once the GAN has started, of the discriminator.
 
@@ -88,7 +93,7 @@ def update(
     config: the whole configuration.
     phase: of this step.
     state: before it.
-    weights: of the frozen networks, from `frozen.load`.
+    networks: the frozen ones, by name, from `frozen.merge`.
     batch: {"image": uint8 [B, H, W, 3], and "features" [B, h, w, F] where they are kept}.
     noise: standard normal [B, h, w, Z], which picks the latents.
 
@@ -96,7 +101,6 @@ def update(
     (new state, scalar metrics).
   """
   image = images.to_float(batch["image"])
-  networks = frozen.merge(config, weights)
   forward = _Forward(config, state.params["autoencoder"], image, noise)
   metrics = forward.metrics()
 

@@ -1,0 +1,285 @@
+r"""Measures the tokenizer's training step, what its parts cost, and encoding and decoding.
+
+  python -m launch.benchmark_tokenizer --config=configs/vavae_f16d32.py --batch_size=32 \
+    --config.dtype=bfloat16 --output=benchmark.json
+
+With the GAN on, on random pictures; teacher and LPIPS have random weights, so that no file is
+needed. Beside our step, in turns with it, the same losses in the reference's order of backward
+passes: two partial ones for each adaptive weight, one for the sum, one for the discriminator, which
+judges anew. "reference" keeps one forward pass for all of them, as PyTorch does; "recomputed" has
+one for each, as a translation by jax.grad would. What a part costs is what the step saves without
+it. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import configs.base
+from launch.benchmark import commit, timed
+from launch.engine import configuration, console
+from vavae_jax import functional, images, losses, training, update
+from vavae_jax.errors import InputError
+from vavae_jax.files import write_json
+from vavae_jax.optimizer import make_optimizer
+from vavae_jax.perceptual import Lpips
+from vavae_jax.stages import Phase
+from vavae_jax.teachers import load_teacher
+from vavae_jax.teachers.vit import DINOV2, MAE, ViT
+
+GAN = Phase(0, gan=True)
+# Name of a row -> what is changed of the configuration, and the phase.
+WITHOUT: dict[str, tuple[dict[str, Any], Phase]] = {
+  "teacher": ({"teacher.name": ""}, GAN),
+  "perceptual network": ({"loss.perceptual_weight": 0.0}, GAN),
+  "GAN": ({}, Phase(0, gan=False)),
+}
+
+
+def networks_of(config: FrozenConfigDict) -> dict[str, Any]:
+  """Frozen networks as the configuration names them, with random weights where it can be."""
+  networks: dict[str, Any] = {}
+  sizes = {**DINOV2, **MAE}
+  if config.teacher.name in sizes:
+    dtype = jnp.dtype(config.teacher.dtype)
+    networks["teacher"] = ViT(**sizes[config.teacher.name], dtype=dtype, rngs=nnx.Rngs(0))
+  elif config.teacher.name:
+    networks["teacher"] = load_teacher(config.teacher.name, config.teacher.weights or None)
+  if config.loss.perceptual_weight:
+    networks["perceptual"] = Lpips(dtype=jnp.dtype(config.perceptual.dtype), rngs=nnx.Rngs(0))
+  return networks
+
+
+def reference_order(
+  config: FrozenConfigDict,
+  phase: Phase,
+  state: update.State,
+  networks: Any,
+  batch: Any,
+  noise: jax.Array,
+  *,
+  recompute: bool = False,
+) -> tuple[update.State, Any]:
+  """`update.update` with the reference's backward passes, one after the other.
+
+  Barriers around what the passes start from keep the compiler from merging equal ones, and with
+  `recompute` around the parameters too.
+  """
+  image = images.to_float(batch["image"])
+  column = {name: config.stages[name][phase.stage] for name in ("cos_margin", "distmat_margin")}
+  features = networks["teacher"](image)
+  there = networks["perceptual"].features(image)
+  graph = functional.graph_of(update.build_autoencoder(config))
+  judge_graph = functional.graph_of(update.build_discriminator(config))
+
+  def judge(params: Any, picture: jax.Array) -> tuple[jax.Array, Any]:
+    network = nnx.merge(judge_graph, params, state.discriminator_statistics)
+    return network(picture, train=True), nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
+
+  def parts(params: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+    model = nnx.merge(graph, params["autoencoder"])
+    posterior = model.encode(image)
+    z = posterior.sample(noise)
+    recon = model.decode(z)
+    distance = networks["perceptual"].distance(there, networks["perceptual"].features(recon))
+    distance *= config.loss.perceptual_weight
+    pair = update.project(params["projection"], z, features, config.teacher.reverse_proj)
+    values = {
+      "nll": losses.reconstruction(image, recon, distance) * image[0].size,
+      "kl": jnp.mean(posterior.kl()),
+      "vf": losses.marginal_cosine(*pair, column["cos_margin"])
+      + losses.marginal_distance_matrix(*pair, column["distmat_margin"]),
+      "gan": losses.generator(judge(state.discriminator, recon)[0]),
+    }
+    return values, recon
+
+  def backward(loss_of: Callable[[Any], jax.Array]) -> Any:
+    params = jax.lax.optimization_barrier(state.params) if recompute else state.params
+    loss, pull = jax.vjp(loss_of, params)
+    return pull(jax.lax.optimization_barrier(jnp.ones_like(loss)))[0]
+
+  def last_grad(name: str, side: str) -> jax.Array:
+    grads = backward(lambda params: parts(params)[0][name])
+    return grads["autoencoder"][side]["conv_out"]["kernel"]
+
+  gan_weight = config.loss.disc_weight * losses.adaptive_weight(
+    last_grad("nll", "decoder"), last_grad("gan", "decoder"), losses.MAX_GAN_WEIGHT
+  )
+  vf_weight = config.stages.vf_weight[phase.stage] * losses.adaptive_weight(
+    last_grad("nll", "encoder"), last_grad("vf", "encoder"), losses.MAX_ALIGNMENT_WEIGHT
+  )
+  weights = {"nll": 1.0, "kl": config.loss.kl_weight, "vf": vf_weight, "gan": gan_weight}
+
+  def total(params: Any) -> jax.Array:
+    values, _ = parts(params)
+    return sum((weight * values[name] for name, weight in weights.items()), start=jnp.zeros(()))
+
+  grads = backward(total)
+  recon = jax.lax.optimization_barrier(parts(state.params)[1])
+
+  def judged(params: Any) -> tuple[jax.Array, Any]:
+    real, statistics = judge(params, image)
+    return losses.discriminator(real, judge(params, recon)[0], config.loss.disc_loss), statistics
+
+  judge_grads, statistics = jax.grad(judged, has_aux=True)(state.discriminator)
+  optimizer = make_optimizer(config.optimizer)
+  step, moments = optimizer.update(grads, state.optimizer, state.params)
+  judge_step, judge_moments = optimizer.update(
+    judge_grads, state.discriminator_optimizer, state.discriminator
+  )
+  new = dataclasses.replace(
+    state,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, step),
+    optimizer=moments,
+    discriminator=optax.apply_updates(state.discriminator, judge_step),
+    discriminator_statistics=statistics,
+    discriminator_optimizer=judge_moments,
+  )
+  return new, {"disc_weight": gan_weight, "vf_weight": vf_weight}
+
+
+def stepper(
+  config: FrozenConfigDict,
+  phase: Phase,
+  networks: dict[str, Any],
+  step: Callable[..., Any] = update.update,
+) -> Callable[[], Any]:
+  """A function that takes one compiled step, each on the state that the last one left."""
+  split = {name: nnx.split(network) for name, network in networks.items()}
+  weights = {name: state for name, (_, state) in split.items()}
+  size = config.data.image_size
+  draw = np.random.default_rng(0)
+  batch = {"image": draw.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)}
+  noise = draw.standard_normal((config.batch_size, *training.latent_shape(config)), np.float32)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def take(state: update.State, weights: Any, batch: Any, noise: jax.Array) -> Any:
+    merged = {name: nnx.merge(graph, weights[name]) for name, (graph, _) in split.items()}
+    return step(config, phase, state, merged, batch, noise)
+
+  outline = functools.partial(_init_state, config, networks)
+  states = [jax.jit(outline)(jax.random.key(0))]
+
+  def run() -> Any:
+    state, metrics = take(states.pop(), weights, batch, noise)
+    states.append(state)
+    return state, metrics
+
+  return run
+
+
+def _init_state(config: FrozenConfigDict, networks: dict[str, Any], key: jax.Array) -> Any:
+  width = networks["teacher"].feature_size if "teacher" in networks else 0
+  return training.init_state(config, key, feature_size=width)
+
+
+def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
+  """All rows; see the module's docstring."""
+  config = config.copy_and_resolve_references()
+  # One stage, all of whose losses are on.
+  config.stages.update(
+    {name: config.stages[name][-1:] for name in config.stages if name != "begins"}
+  )
+  frozen = configuration.resolve(config, configs.base.tokenizer())
+  if not (frozen.teacher.name and frozen.loss.perceptual_weight and frozen.loss.adaptive_vf):
+    raise InputError("The comparison needs a teacher, LPIPS and config.loss.adaptive_vf.")
+  networks = networks_of(frozen)
+  work = {
+    "ours": stepper(frozen, GAN, networks),
+    "reference": stepper(frozen, GAN, networks, reference_order),
+    "recomputed": stepper(
+      frozen, GAN, networks, functools.partial(reference_order, recompute=True)
+    ),
+  }
+  for name, (changes, phase) in WITHOUT.items():
+    reduced = ConfigDict(frozen.to_dict())
+    reduced.update_from_flattened_dict(changes)
+    reduced = FrozenConfigDict(reduced)
+    kept = {"teacher": reduced.teacher.name, "perceptual": reduced.loss.perceptual_weight}
+    work[f"without {name}"] = stepper(
+      reduced, phase, {key: network for key, network in networks.items() if kept[key]}
+    )
+  work |= _directions(frozen)
+  seconds: dict[str, list[float]] = {name: [] for name in work}
+  for name, run in work.items():
+    console.say(f"compiled {name} in {timed(run):.0f} s")
+  for _ in range(steps):
+    for name, run in work.items():
+      seconds[name].append(timed(run))
+  median = {name: float(np.median(values)) for name, values in seconds.items()}
+  return {
+    "command": shlex.join(sys.argv),
+    "commit": commit(),
+    "date": datetime.date.today().isoformat(),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+    "batch_size": frozen.batch_size,
+    "seconds": median,
+    "fastest": {name: min(values) for name, values in seconds.items()},
+    "times_reference": median["reference"] / median["ours"],
+    "times_recomputed": median["recomputed"] / median["ours"],
+    "shares": {name: 1 - median[f"without {name}"] / median["ours"] for name in WITHOUT},
+    "config": config.to_dict(),
+  }
+
+
+def _directions(config: FrozenConfigDict) -> dict[str, Callable[[], Any]]:
+  model = update.build_autoencoder(config)(nnx.Rngs(0))
+  graph, weights = nnx.split(model)
+  side = config.data.image_size
+  image = jnp.zeros((config.batch_size, side, side, 3))
+  z = jnp.zeros((config.batch_size, *training.latent_shape(config)))
+  encode = jax.jit(lambda weights, image: nnx.merge(graph, weights).encode(image).mean)
+  decode = jax.jit(lambda weights, z: nnx.merge(graph, weights).decode(z))
+  return {
+    "encode": functools.partial(encode, weights, image),
+    "decode": functools.partial(decode, weights, z),
+  }
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  if FLAGS.batch_size:
+    FLAGS.config.batch_size = FLAGS.batch_size
+  result = benchmark(FLAGS.config, FLAGS.steps)
+  batch, ours = result["batch_size"], result["seconds"]["ours"]
+  console.table(
+    f"{result['device']}, batch {batch}; the reference's order takes "
+    f"{result['times_reference']:.2f} times as long, recomputed {result['times_recomputed']:.2f}",
+    ("what", "seconds, median", "fastest", "images/s", "of our step"),
+    [
+      (name, f"{x:.3g}", f"{result['fastest'][name]:.3g}", f"{batch / x:.3g}", f"{x / ours:.0%}")
+      for name, x in result["seconds"].items()
+    ],
+  )
+  if FLAGS.output:
+    write_json(Path(FLAGS.output), result)
+    console.say(f"written to {FLAGS.output}")
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  configuration.define_flag("A tokenizer training, such as configs/vavae_f16d32.py.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_integer("batch_size", 0, "Pictures; the configuration's if 0.", lower_bound=0)
+  flags.DEFINE_integer("steps", 5, "How many of each are timed.", lower_bound=1)
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  console.run_command(main)
