@@ -4,12 +4,13 @@ r"""VA-VAE on ImageNet 256 as published: f16, three stages in one run, aligned w
     --config.data.source=folder:data/imagenet/train --config.teacher.weights=FILE
 
 Needed beside the pictures: the teacher's file and the two of LPIPS (`config.perceptual`); a missing
-one is named, with where it is published. 130 epochs are 650,594 batches of 256; the authors took
+one is named, with where it is published. 130 epochs are 650,593 batches of 256; the authors took
 32 GPUs.
 
 Arguments, joined by commas, each changing one thing (tables 2, 4 and 5 of the paper):
 
-  d16 | d32 | d64              latent channels
+  f16d16 | f16d32 | f16d64     latent channels; d16, d32, d64 for short
+  sd_f8d4 | mar_f16d16         the SD-VAE's and MAR-VAE's architecture; the former takes no teacher
   dinov2 | mae | clip | sam    the teacher, its large size
   plain                        none: an LDM tokenizer
   130ep | 50ep                 three stages, or one of 50 epochs with margins, as in the tables
@@ -26,8 +27,9 @@ Paper, table 2 (rFID, PSNR, LPIPS, SSIM): d16 .55 25.29 .147 .69; d32 .28 27.96 
 from ml_collections import ConfigDict
 
 from configs import base
+from vavae_jax.autoencoder import PRESETS, preset
 
-CHANNELS = {"d16": 16, "d32": 32, "d64": 64}
+SHORT = {"d16": "f16d16", "d32": "f16d32", "d64": "f16d64"}
 TEACHERS = {
   "dinov2": "dinov2_vitl14",
   "mae": "mae_vitl16",
@@ -46,7 +48,7 @@ STAGES = {
   },
 }
 REMOVED = ("no_cos", "no_distmat", "no_margin")
-WORDS = (*CHANNELS, *TEACHERS, *STAGES, *REMOVED, "decoder")
+WORDS = (*PRESETS, *SHORT, *TEACHERS, *STAGES, *REMOVED, "decoder")
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -56,8 +58,11 @@ def get_config(argument: str = "") -> ConfigDict:
     raise ValueError(f"{unknown[0]!r} is none of: {', '.join(WORDS)}.")
   config = base.tokenizer()
   for word in words:
-    if word in CHANNELS:
-      config.model.update(embed_dim=CHANNELS[word], z_channels=CHANNELS[word])
+    if name := SHORT.get(word, word if word in PRESETS else ""):
+      config.model.update(preset(name))
+      config.model.z_channels = config.model.embed_dim
+      if name == "sd_f8d4":  # teachers look at cells of 16 pixels
+        config.teacher.name = ""
     elif word in TEACHERS:
       config.teacher.name = TEACHERS[word]
     elif word in STAGES:

@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from configs import ablation, base, lightningdit, lightningdit_xl_800ep, quickstart
+from configs import (
+  ablation,
+  base,
+  lightningdit,
+  lightningdit_xl_800ep,
+  quickstart,
+  vavae_f16d32,
+)
 from launch.engine import loop
 from launch.engine.configuration import flat, resolve
 from lightningdit_jax import training
 from lightningdit_jax.model import PRESETS, LightningDiT
+from vavae_jax import functional, stages
+from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.errors import InputError
+from vavae_jax.update import build_autoencoder
 
 EXPERIMENTS = sorted(
   path.stem
@@ -45,6 +55,16 @@ def test_rows_of_the_ablation_can_be_trained(row):
   config = resolve(ablation.get_config(row), base.diffusion())
   loop.check(config)
   training.check_model(config)
+
+
+@pytest.mark.parametrize("argument", ["", *vavae_f16d32.WORDS, "d64,mae,50ep,no_margin"])
+def test_every_argument_of_the_tokenizer_can_be_trained(argument):
+  config = resolve(vavae_f16d32.get_config(argument), base.tokenizer())
+  config = stages.with_steps(config, num_images=1_281_167)
+  if argument in PRESETS_OF_TOKENIZERS:
+    model = functional.outline(build_autoencoder(config), "config.model")
+    assert f"f{model.downsampling}d{model.embed_dim}" in argument
+  assert config.num_steps == (250_228 if "50ep" in argument else 650_593)
 
 
 def test_the_ablation_goes_from_dit_to_the_published_recipe():

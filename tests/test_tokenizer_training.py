@@ -157,6 +157,19 @@ def test_discriminator_waits_for_its_phase(setting):
       assert all(np.array_equal(a, b) for a, b in pairs) == same, (phase, field)
 
 
+def test_bfloat16_stays_near_float32(setting):
+  _, state, image, steps = setting
+  config = configuration(dtype="bfloat16")
+  step = jax.jit(functools.partial(training.train_step, config, PHASES["reconstruction"]))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(training, "latent_shape", lambda config: (2, 3, 6))
+    new, rounded = step(state, training.load_frozen(config), {"image": image}, KEY)
+  exact = steps["reconstruction"][2]
+  for name in ("nll", "kl", "vf", "perceptual", "vf_weight"):
+    assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=2e-2), name
+  assert {x.dtype for x in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}
+
+
 def test_decoder_alone_leaves_the_latents_as_they_are(setting):
   _, state, _, _ = setting
   config = configuration(

@@ -1,0 +1,52 @@
+"""Three stages in one run: each of them resumes to the same bits."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx
+
+from configs import quickstart
+from launch.engine.writers import read_metrics
+from launch.train import train
+from tests.test_tokenizer_training import TinyNetwork
+from vavae_jax import frozen, images
+
+BATCH = 4
+
+
+def config(pictures, num_steps):
+  """Two steps a stage, without the GAN, whose steps compile for long."""
+  config = quickstart.tokenizer(tiny=True)
+  config.update(batch_size=BATCH, num_steps=num_steps, log_every_steps=1, evaluate_every_steps=0)
+  config.data.source = f"folder:{pictures}"
+  config.model.update(ch=8, norm_groups=4)
+  config.discriminator.update(ndf=4, n_layers=2)
+  config.loss.disc_weight = 0.0
+  source = images.open_source(config.data.source)
+  epochs = 2 * BATCH / len(images.split(len(source), config.data.held_out, 0)[0])
+  config.stages.update(
+    epochs=(epochs,) * 3,
+    vf_weight=(0.5, 0.1, 0.1),
+    cos_margin=(0.0, 0.0, 0.5),
+    distmat_margin=(0.0, 0.0, 0.25),
+    disc_start=(0, 0, 0),
+  )
+  return config
+
+
+def test_every_stage_resumes_and_the_loop_crosses_them_by_itself(pictures, tmp_path, monkeypatch):
+  tiny = TinyNetwork(nnx.Rngs(3))  # EfficientNet compiles for long
+  monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": tiny})
+  monkeypatch.setattr(frozen, "feature_size", lambda config: tiny.feature_size)
+  whole = train(config(pictures, num_steps=0), tmp_path / "whole")
+  assert int(whole.step) == 6
+  for num_steps in (1, 3, 5, 0):  # each time in the middle of a stage
+    parts = train(config(pictures, num_steps), tmp_path / "parts")
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
+  told = {line["step"]: line for line in read_metrics(tmp_path / "parts") if "vf" in line}
+  assert sorted(told) == list(range(1, 7))
+  for step, line in told.items():
+    beyond = 1 - line["teacher_cosine"] - line["vf_cos"]
+    # What the margin takes off 1 - cosine: nothing in the first two stages, up to 0.5 in the third.
+    assert 0.1 < beyond <= 0.5 + 1e-5 if step > 4 else abs(beyond) < 1e-5
