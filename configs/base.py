@@ -42,6 +42,7 @@ def tokenizer() -> ConfigDict:
     {
       "source": "folder:data/imagenet/train",
       "image_size": 256,
+      "crop": "random",  # or "center", one for every picture, which `teacher.cache` needs
       "valid_source": "",  # pictures to look at while training; "": held-out ones
       "held_out": 0.0,  # share of the source kept for evaluation, chosen by the seed below
       "split_seed": 0,
@@ -72,6 +73,7 @@ def tokenizer() -> ConfigDict:
       # a small bug. True: by the mean and deviation that it was trained with.
       "normalize": False,
       "reverse_proj": True,  # project latents to the teacher's width; False: features to theirs
+      "cache": "",  # a folder to keep its features of all pictures in, where crops are fixed
     }
   )
   config.perceptual = ConfigDict(

@@ -28,7 +28,7 @@ from launch.engine import configuration, console, loop, mesh
 from launch.initial import initial_weights
 from launch.sample import make_sampler
 from launch.sample_files import contact_sheet
-from vavae_jax import images
+from vavae_jax import feature_cache, images
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import averaged
 
@@ -53,6 +53,8 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   more = {}
   if task_name == "tokenizer":
     frozen = vavae_jax.training.resolve(frozen)
+    if frozen.teacher.name and frozen.teacher.cache:
+      _cache_features(frozen)
   else:
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
@@ -67,6 +69,17 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     more_evaluators=more,
     initial_weights=functools.partial(initial_weights, frozen) if frozen.init_from else None,
   )
+
+
+def _cache_features(config: FrozenConfigDict) -> None:
+  """Runs the teacher over all pictures, once and for all."""
+  if jax.process_count() > 1:
+    return  # a cache that another run made is opened; without one training says so
+  vavae_jax.training.check(config)
+  source, indices = vavae_jax.training.training_pictures(config)
+  with console.Bar("teacher's features", len(indices), 0) as bar:
+    path = feature_cache.build(config, source, indices, bar.update)
+  console.say(f"the teacher's features are in {path}")
 
 
 def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:

@@ -271,6 +271,6 @@ def training_batches(
     .shuffle()
     .repeat()
     .random_map(load)
-    .batch(batch_size)
+    .batch(batch_size, drop_remainder=True)  # of an endless set; else one of 1 overflows
     .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
   )

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from vavae_jax.assets import load_emoji
 from vavae_jax.errors import InputError
 
+CROPS = ("random", "center")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -191,9 +192,16 @@ def _short_side_to(picture: Image.Image, size: int, filter_: Image.Resampling) -
 
 
 def training_batches(
-  source: Source, indices: np.ndarray, *, size: int, batch_size: int, seed: int
+  source: Source,
+  indices: np.ndarray,
+  *,
+  size: int,
+  batch_size: int,
+  seed: int,
+  crop: str = "random",
+  features: np.ndarray | None = None,
 ) -> grain.IterDataset:
-  """Endless shuffled batches of random crops, the same for the same seed.
+  """Endless shuffled batches of crops, the same for the same seed.
 
   Args:
     source: where pictures come from.
@@ -201,17 +209,20 @@ def training_batches(
     size: side of the crops in pixels.
     batch_size: of this process.
     seed: of order and crops.
+    crop: one of `CROPS`.
+    features: [len(indices), h, w, F], a teacher's of the pictures, to go with them.
 
   Returns:
-    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`.
+    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, with "features"
+    where there are some.
   """
 
   def load(index: int, rng: np.random.Generator) -> dict:
     record = source[int(indices[index])]
-    return {
-      "image": random_crop(record["image"], size, rng),
-      "label": np.int32(record["label"]),
-    }
+    picture = record["image"]
+    image = random_crop(picture, size, rng) if crop == "random" else center_crop(picture, size)
+    loaded = {"image": image, "label": np.int32(record["label"])}
+    return loaded if features is None else loaded | {"features": features[index]}
 
   return (
     grain.MapDataset.range(len(indices))
@@ -219,7 +230,7 @@ def training_batches(
     .shuffle()
     .repeat()
     .random_map(load)
-    .batch(batch_size)
+    .batch(batch_size, drop_remainder=True)  # of an endless set; else one of 1 overflows
     # The defaults prefetch hundreds of batches; a few hide the decoding as well.
     .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
   )

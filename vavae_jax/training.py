@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import frozen, functional, images, losses, stages
+from vavae_jax import feature_cache, frozen, functional, images, losses, stages
 from vavae_jax.errors import InputError
 from vavae_jax.metrics import pixels
 from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas
@@ -38,9 +38,7 @@ def _source(spec: str) -> images.Source:
 
 def resolve(config: FrozenConfigDict) -> FrozenConfigDict:
   """The configuration with the epochs of its stages turned into steps."""
-  source = _source(config.data.source)
-  train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
-  return stages.with_steps(config, len(train))
+  return stages.with_steps(config, len(training_pictures(config)[1]))
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -65,9 +63,8 @@ def check(config: FrozenConfigDict) -> None:
   frozen.check(config, factor)
   if not 0 <= config.data.held_out < 1:
     raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
-  source = _source(config.data.source)
+  source, train = training_pictures(config)
   images.check_readable(source)
-  train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
   if len(train) < config.batch_size:
     raise InputError(
       f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
@@ -79,9 +76,15 @@ def _check_losses(config: FrozenConfigDict) -> None:
   for key, value, choices in (
     ("train", config.train, TRAINED_PARTS),
     ("loss.disc_loss", config.loss.disc_loss, losses.ADVERSARIAL),
+    ("data.crop", config.data.crop, images.CROPS),
   ):
     if value not in choices:
       raise InputError(f"config.{key} is {value!r}; choose one of {', '.join(choices)}.")
+  if config.teacher.cache and config.data.crop == "random":
+    raise InputError(
+      "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
+      'to "center", or the cache to "".'
+    )
   group = config.loss.disc_bn_group
   if group < 0 or (group and config.batch_size % group):
     raise InputError(
@@ -162,16 +165,25 @@ def train_step(
 def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int
 ) -> grain.IterDataset:
-  """This process's endless batches of random crops."""
-  source = _source(config.data.source)
-  train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
+  """This process's endless batches of crops."""
+  source, train = training_pictures(config)
+  mine = slice(process_index, None, process_count)
   return images.training_batches(
     source,
-    train[process_index::process_count],
+    train[mine],
     size=config.data.image_size,
     batch_size=config.batch_size // process_count,
     seed=config.seed,
+    crop=config.data.crop,
+    features=feature_cache.open_cache(config)[mine] if config.teacher.cache else None,
   )
+
+
+def training_pictures(config: FrozenConfigDict) -> tuple[images.Source, np.ndarray]:
+  """The source of a configuration, and the indices of its pictures that are trained on."""
+  source = _source(config.data.source)
+  train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
+  return source, train
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
   "perceptual.vgg",
   "perceptual.heads",
   "teacher.weights",
+  "teacher.cache",
   "model.remat_policy",
   "model.attention",
   "model.scan_unroll",

@@ -1,0 +1,59 @@
+"""Features on disk are the teacher's of the pictures that they come with, and are made once."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.test_tokenizer_training import TinyNetwork, configuration
+from vavae_jax import feature_cache, frozen, images, training
+from vavae_jax.errors import InputError
+
+
+@pytest.fixture
+def cached(pictures, tmp_path, monkeypatch):
+  tiny = TinyNetwork(nnx.Rngs(3))
+  monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": tiny})
+  config = configuration(
+    **{
+      "batch_size": 3,
+      "data.source": f"folder:{pictures}",
+      "data.crop": "center",
+      "teacher.cache": str(tmp_path / "cache"),
+    }
+  )
+  return config, tiny
+
+
+def test_features_go_with_their_pictures(cached):
+  config, tiny = cached
+  done = []
+  feature_cache.build(config, *training.training_pictures(config), done.append, batch_size=5)
+  assert done[-1] == len(training.training_pictures(config)[1])
+  batches = [next(iter(training.train_data(config, process, 2))) for process in (0, 1)]
+  for batch in batches:
+    expected = jax.jit(lambda image: tiny(images.to_float(image)))(batch["image"])
+    np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
+  # Made once: a second call has nothing to do, and another size is another file.
+  feature_cache.build(config, *training.training_pictures(config), pytest.fail)
+  with pytest.raises(InputError, match="There are no features in"):
+    feature_cache.open_cache(configuration(**{"teacher.cache": config.teacher.cache}))
+
+
+def test_a_build_that_fails_leaves_nothing(cached, tmp_path):
+  config, _ = cached
+
+  def stop(done):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    feature_cache.build(config, *training.training_pictures(config), stop, batch_size=5)
+  assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_random_crops_have_no_cache(cached):
+  config = configuration(**{"teacher.cache": "somewhere"})
+  with pytest.raises(InputError, match=r'set config\.data\.crop to "center"'):
+    training._check_losses(config)

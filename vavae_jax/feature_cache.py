@@ -1,0 +1,107 @@
+"""A teacher's features on disk, where every picture has one crop: the teacher then runs once.
+
+One file of float16 [pictures, h, w, F], memory-mapped, in the order of the training pictures, and
+beside it what it was made from, which must be the same when it is used. For ImageNet at 256 pixels
+DINOv2-L's features are 672 GB; a cache serves smaller sets and cheap disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from vavae_jax import frozen, images
+from vavae_jax.errors import InputError
+from vavae_jax.files import write_json
+
+
+def open_cache(config: FrozenConfigDict) -> np.ndarray:
+  """The features of a configuration, memory-mapped, read-only.
+
+  Raises:
+    InputError: they have not been made.
+  """
+  path = _path(config)
+  if not path.is_file():
+    raise InputError(
+      f"There are no features in {path}; `build` makes them, as launch.train does on one process."
+    )
+  return np.load(path, mmap_mode="r")
+
+
+def build(
+  config: FrozenConfigDict,
+  source: images.Source,
+  indices: np.ndarray,
+  progress: Callable[[int], None],
+  batch_size: int = 64,
+) -> Path:
+  """Makes the features of a configuration where they are not there yet.
+
+  Args:
+    config: of a tokenizer's training, with `teacher.cache` and `data.crop` "center".
+    source: of the pictures.
+    indices: of the training pictures, whose order the file has.
+    progress: told the number of pictures that are done.
+    batch_size: pictures at once.
+
+  Returns:
+    The file.
+  """
+  path = _path(config)
+  if path.is_file():
+    return path
+  path.parent.mkdir(parents=True, exist_ok=True)
+  weights = frozen.load(config)
+  run = jax.jit(lambda weights, image: frozen.merge(config, weights)["teacher"](image))
+  size = config.data.image_size
+  partial = path.with_suffix(f".{os.getpid()}.partial")
+  features: np.memmap | None = None
+  try:
+    for begin in range(0, len(indices), batch_size):
+      crops = images.load_crops(source, indices[begin : begin + batch_size], size)
+      # The last batch is filled up, so that one shape is compiled.
+      filled = np.concatenate([crops, np.repeat(crops[-1:], batch_size - len(crops), axis=0)])
+      found = np.asarray(run(weights, images.to_float(jnp.asarray(filled))))[: len(crops)].astype(
+        np.float16
+      )
+      if not np.isfinite(found).all():
+        raise InputError(
+          f"Features of {config.teacher.name} are beyond float16; leave config.teacher.cache empty."
+        )
+      if features is None:
+        shape = (len(indices), *found.shape[1:])
+        features = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+      features[begin : begin + len(crops)] = found
+      progress(begin + len(crops))
+    if features is not None:
+      features.flush()
+    write_json(path.with_suffix(".json"), _origin(config))
+    with open(partial, "rb") as file:
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+  return path
+
+
+def _path(config: FrozenConfigDict) -> Path:
+  digest = hashlib.sha256(json.dumps(_origin(config), sort_keys=True).encode()).hexdigest()
+  return Path(config.teacher.cache) / f"{config.teacher.name}-{digest[:16]}.npy"
+
+
+def _origin(config: FrozenConfigDict) -> dict[str, Any]:
+  """All that features depend on; of files their sizes stand for their contents."""
+  weights = Path(config.teacher.weights) if config.teacher.weights else None
+  teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize")}
+  data = {key: config.data[key] for key in ("source", "image_size", "held_out", "split_seed")}
+  return teacher | data | {"weights_bytes": weights.stat().st_size if weights else 0}
