@@ -48,6 +48,8 @@ STAGES = {
   },
 }
 REMOVED = ("no_cos", "no_distmat", "no_margin")
+# Of each only one can be meant.
+GROUPS = ((*PRESETS, *SHORT), tuple(TEACHERS), tuple(STAGES))
 WORDS = (*PRESETS, *SHORT, *TEACHERS, *STAGES, *REMOVED, "decoder")
 
 
@@ -56,6 +58,9 @@ def get_config(argument: str = "") -> ConfigDict:
   words = [word for word in argument.split(",") if word]
   if unknown := [word for word in words if word not in WORDS]:
     raise ValueError(f"{unknown[0]!r} is none of: {', '.join(WORDS)}.")
+  for group in GROUPS:
+    if len(chosen := [word for word in words if word in group]) > 1:
+      raise ValueError(f"{' and '.join(chosen)} exclude each other; give one of them.")
   config = base.tokenizer()
   for word in words:
     if name := SHORT.get(word, word if word in PRESETS else ""):

@@ -1,14 +1,16 @@
 r"""Measures the tokenizer's training step, what its parts cost, and encoding and decoding.
 
   python -m launch.benchmark_tokenizer --config=configs/vavae_f16d32.py --batch_size=32 \
-    --config.dtype=bfloat16 --output=benchmark.json
+    --config.dtype=bfloat16 --config.teacher.dtype=bfloat16 --config.perceptual.dtype=bfloat16 \
+    --output=benchmark.json
 
-With the GAN on, on random pictures; teacher and LPIPS have random weights, so that no file is
-needed. Beside our step, in turns with it, the same losses in the reference's order of backward
-passes: two partial ones for each adaptive weight, one for the sum, one for the discriminator, which
-judges anew. "reference" keeps one forward pass for all of them, as PyTorch does; "recomputed" has
-one for each, as a translation by jax.grad would. What a part costs is what the step saves without
-it. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults.
+With the GAN on, on random pictures; LPIPS and the teachers DINOv2 and MAE have random weights, so
+that no file is needed. Beside our step, in turns with it, the same losses in the reference's order
+of backward passes: two partial ones for each adaptive weight, one for the sum, one for the
+discriminator, which judges anew. "reference" keeps one forward pass for all of them, as PyTorch
+does; "recomputed" has one for each, as a translation by jax.grad would. What a part costs is what
+the step saves without it. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page
+faults.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def networks_of(config: FrozenConfigDict) -> dict[str, Any]:
     dtype = jnp.dtype(config.teacher.dtype)
     networks["teacher"] = ViT(**sizes[config.teacher.name], dtype=dtype, rngs=nnx.Rngs(0))
   elif config.teacher.name:
-    networks["teacher"] = load_teacher(config.teacher.name, config.teacher.weights or None)
+    networks["teacher"] = load_teacher(
+      config.teacher.name, config.teacher.weights, dtype=jnp.dtype(config.teacher.dtype)
+    )
   if config.loss.perceptual_weight:
     networks["perceptual"] = Lpips(dtype=jnp.dtype(config.perceptual.dtype), rngs=nnx.Rngs(0))
   return networks
@@ -102,8 +106,9 @@ def reference_order(
     values = {
       "nll": losses.reconstruction(image, recon, distance) * image[0].size,
       "kl": jnp.mean(posterior.kl()),
-      "vf": losses.marginal_cosine(*pair, column["cos_margin"])
-      + losses.marginal_distance_matrix(*pair, column["distmat_margin"]),
+      "vf": config.loss.cos_weight * losses.marginal_cosine(*pair, column["cos_margin"])
+      + config.loss.distmat_weight
+      * losses.marginal_distance_matrix(*pair, column["distmat_margin"]),
       "gan": losses.generator(judge(state.discriminator, recon)[0]),
     }
     return values, recon
@@ -173,8 +178,7 @@ def stepper(
     merged = {name: nnx.merge(graph, weights[name]) for name, (graph, _) in split.items()}
     return step(config, phase, state, merged, batch, noise)
 
-  outline = functools.partial(_init_state, config, networks)
-  states = [jax.jit(outline)(jax.random.key(0))]
+  states = [jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))]
 
   def run() -> Any:
     state, metrics = take(states.pop(), weights, batch, noise)
@@ -182,11 +186,6 @@ def stepper(
     return state, metrics
 
   return run
-
-
-def _init_state(config: FrozenConfigDict, networks: dict[str, Any], key: jax.Array) -> Any:
-  width = networks["teacher"].feature_size if "teacher" in networks else 0
-  return training.init_state(config, key, feature_size=width)
 
 
 def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
@@ -197,8 +196,16 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
     {name: config.stages[name][-1:] for name in config.stages if name != "begins"}
   )
   frozen = configuration.resolve(config, configs.base.tokenizer())
-  if not (frozen.teacher.name and frozen.loss.perceptual_weight and frozen.loss.adaptive_vf):
-    raise InputError("The comparison needs a teacher, LPIPS and config.loss.adaptive_vf.")
+  published = configs.base.tokenizer().loss
+  free = ("perceptual_weight", "cos_weight", "distmat_weight", "disc_weight", "kl_weight")
+  changed = [x for x in published if x not in free and frozen.loss[x] != published[x]]
+  parts = ("perceptual_weight", "cos_weight", "distmat_weight", "disc_weight")
+  if changed or not frozen.teacher.name or not all(frozen.loss[name] for name in parts):
+    raise InputError(
+      "The comparison is of the published losses: it needs a teacher, config.loss."
+      f"{', '.join(parts)} above 0, and the rest of config.loss as in configs/base.py"
+      + (f", unlike {', '.join(changed)}." if changed else ".")
+    )
   networks = networks_of(frozen)
   work = {
     "ours": stepper(frozen, GAN, networks),

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import FrozenConfigDict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from launch import trained
 from launch.engine import console
@@ -20,9 +18,8 @@ from lightningdit_jax import finetune
 from vavae_jax import continuation
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import start_emas
-from vavae_jax.torch_files import read_torch_file
+from vavae_jax.state_dicts import SUFFIXES, read_state_dict
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 PARTS: dict[str, Any] = {"tokenizer": continuation, "diffusion": finetune}
 
 
@@ -60,20 +57,7 @@ def _params_of(path: Path, config: FrozenConfigDict) -> Any:
   if not path.is_file():
     raise InputError(
       f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
-      f"weights ({', '.join(TORCH_SUFFIXES)}, .safetensors)."
+      f"weights ({', '.join(SUFFIXES)})."
     )
-  if path.suffix == ".safetensors":
-    try:
-      stored: dict[str, Any] = load_file(path)
-    except (SafetensorError, OSError) as error:
-      raise InputError(f"The weights {path} cannot be read: {error}.") from error
-  elif path.suffix in TORCH_SUFFIXES:
-    stored = read_torch_file(path)
-    # A checkpoint of the reference's training has both; it goes on from the weights themselves.
-    stored = next((stored[part] for part in ("model", "ema") if part in stored), stored)
-  else:
-    raise InputError(
-      f"config.init_from is {path}; a file of weights ends in {', '.join(TORCH_SUFFIXES)} or "
-      ".safetensors."
-    )
+  stored = read_state_dict(path)
   return PARTS[config.task].from_state_dict(stored, config.model)

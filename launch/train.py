@@ -30,6 +30,7 @@ from launch.sample import make_sampler
 from launch.sample_files import contact_sheet
 from vavae_jax import feature_cache, images
 from vavae_jax.errors import InputError
+from vavae_jax.frozen import uses_teacher
 from vavae_jax.optimizer import averaged
 
 PICTURE_SAMPLES = 36
@@ -53,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   more = {}
   if task_name == "tokenizer":
     frozen = vavae_jax.training.resolve(frozen)
-    if frozen.teacher.name and frozen.teacher.cache:
+    if uses_teacher(frozen) and frozen.teacher.cache:
       _cache_features(frozen)
   else:
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.

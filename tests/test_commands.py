@@ -26,7 +26,15 @@ from launch.train import train
 from lightningdit_jax.latents import MANIFEST, STATISTICS
 from vavae_jax.errors import InputError
 
-COMMANDS = ("train", "encode", "sample", "evaluate", "quickstart")
+COMMANDS = (
+  "train",
+  "encode",
+  "sample",
+  "evaluate",
+  "quickstart",
+  "benchmark",
+  "benchmark_tokenizer",
+)
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 
 
@@ -72,6 +80,18 @@ def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
     ({"teacher__weights": "no/such/file.pth"}, "no/such/file.pth"),
     ({"model__patch_size": 8}, "stride 16, the model downsamples by 8"),
     ({"batch_size": 0}, "batch_size is 0"),
+    ({"teacher__dtype": "bf16"}, 'take "float32" or "bfloat16"'),
+    ({"train": "decoder"}, "name the weights"),
+    ({"teacher__cache": "features"}, 'set config.data.crop to "center"'),
+    ({"data__valid_source": "folder:no/such/folder"}, "no/such/folder does not exist"),
+    ({"loss__kl_weight": -1.0}, "must be at least 0"),
+    ({"loss__disc_bn_group": 3}, "must divide config.batch_size 8"),
+    ({"loss__disc_loss": "wgan"}, "choose one of hinge, vanilla"),
+    (
+      {"loss__perceptual_weight": 1.0, "perceptual__vgg": "no/vgg.pth"},
+      "no/vgg.pth.*richzhang/PerceptualSimilarity",
+    ),
+    ({"teacher__name": "dinov2_vitl14"}, "No file of weights is given.*dinov2_vitl14"),
   ],
 )
 def test_wrong_tokenizer_settings_are_refused(tmp_path, changes, named):
@@ -329,5 +349,5 @@ def test_help_of_every_command_says_what_it_does(command):
     docstring = source.split('"""')[1].strip()
     told = " ".join(done.stdout.split())
     assert " ".join(docstring.split()) in told, name
-    assert "--workdir: " in told
+    assert "--workdir: " in told or "--output: " in told
     assert "Traceback" not in done.stderr

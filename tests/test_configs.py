@@ -67,6 +67,11 @@ def test_every_argument_of_the_tokenizer_can_be_trained(argument):
   assert config.num_steps == (250_228 if "50ep" in argument else 650_593)
 
 
+def test_arguments_that_exclude_each_other_are_refused():
+  with pytest.raises(ValueError, match="sd_f8d4 and d32 exclude each other"):
+    vavae_f16d32.get_config("sd_f8d4,d32")
+
+
 def test_the_ablation_goes_from_dit_to_the_published_recipe():
   first, last = (dict(flat(ablation.get_config(row).to_dict())) for row in ("dit", "vavae"))
   published = dict(flat(base.diffusion().to_dict()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -38,8 +40,18 @@ def test_features_go_with_their_pictures(cached):
     np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
   # Made once: a second call has nothing to do, and another size is another file.
   feature_cache.build(config, *training.training_pictures(config), pytest.fail)
+  source, indices = training.training_pictures(config)
   with pytest.raises(InputError, match="There are no features in"):
-    feature_cache.open_cache(configuration(**{"teacher.cache": config.teacher.cache}))
+    feature_cache.open_cache(config, source, indices[1:])
+
+
+def test_changed_pictures_have_other_features(cached):
+  config, _ = cached
+  source, indices = training.training_pictures(config)
+  before = feature_cache.build(config, source, indices, lambda done: None)
+  path, _ = source._records[0]
+  os.utime(path, ns=(1, 1))
+  assert feature_cache.build(config, source, indices, lambda done: None) != before
 
 
 def test_a_build_that_fails_leaves_nothing(cached, tmp_path):

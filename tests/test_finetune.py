@@ -104,7 +104,11 @@ def test_a_file_of_the_reference_is_a_beginning(tmp_path):
 
 @pytest.mark.parametrize(
   ("name", "message"),
-  [("nothing.pt", "does not exist"), ("weights.txt", r"ends in \.pt"), ("bad.safetensors", "read")],
+  [
+    ("nothing.pt", "does not exist"),
+    ("weights.txt", r"ends in one of \.pt"),
+    ("bad.safetensors", "is damaged"),
+  ],
 )
 def test_what_is_no_beginning_is_named(tmp_path, name, message):
   if not name.startswith("nothing"):

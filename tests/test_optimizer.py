@@ -52,7 +52,7 @@ def test_an_optimizer_that_starts_late_is_where_the_schedule_is():
   params = {"w": jnp.ones(3)}
   first = {}
   for start in (0, 3):
-    optimizer = make_optimizer(settings(decay_steps=6), start=start)
+    optimizer = make_optimizer(settings(decay_steps=6), step=jnp.int32(start))
     updates, _ = jax.jit(optimizer.update)({"w": jnp.ones(3)}, optimizer.init(params), params)
     first[start] = updates["w"]
   np.testing.assert_allclose(first[0], -0.1, rtol=1e-5)

@@ -10,7 +10,7 @@ from configs import quickstart
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
-from vavae_jax import frozen, images
+from vavae_jax import frozen, images, training
 
 BATCH = 4
 
@@ -38,7 +38,7 @@ def config(pictures, num_steps):
 def test_every_stage_resumes_and_the_loop_crosses_them_by_itself(pictures, tmp_path, monkeypatch):
   tiny = TinyNetwork(nnx.Rngs(3))  # EfficientNet compiles for long
   monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": tiny})
-  monkeypatch.setattr(frozen, "feature_size", lambda config: tiny.feature_size)
+  monkeypatch.setattr(training, "feature_size", lambda name: tiny.feature_size)
   whole = train(config(pictures, num_steps=0), tmp_path / "whole")
   assert int(whole.step) == 6
   for num_steps in (1, 3, 5, 0):  # each time in the middle of a stage

@@ -61,7 +61,7 @@ def network():
   with pytest.MonkeyPatch.context() as patch:
     tiny = TinyNetwork(nnx.Rngs(3))
     patch.setattr(frozen, "_networks", lambda config: {"teacher": tiny, "perceptual": tiny})
-    patch.setattr(frozen, "feature_size", lambda config: FEATURES)
+    patch.setattr(training, "feature_size", lambda name: FEATURES)
     yield tiny
 
 
@@ -174,6 +174,7 @@ def test_decoder_alone_leaves_the_latents_as_they_are(setting):
   _, state, _, _ = setting
   config = configuration(
     train="decoder",
+    init_from="somewhere",
     **{"optimizer.weight_decay": 0.1, "loss.perceptual_weight": 0.0, "data.image_size": 32},
   )
   outline = jax.eval_shape(functools.partial(training.init_state, config), KEY)
@@ -247,6 +248,8 @@ def test_phases_cross_the_stages():
   [
     ({"stages.vf_weight": (0.5,)}, "has 3 stages, but config.stages.vf_weight has 1 values"),
     ({"stages.epochs": (1.0, -1.0, 1.0)}, "stages.epochs is"),
+    ({"stages.vf_weight": (0.5, "a", None)}, "stages.vf_weight is"),
+    ({"batch_size": 0}, "batch_size is 0"),
     ({"stages.epochs": (0.0, 0.0, 0.0)}, "num_steps is 0"),
   ],
 )
@@ -261,6 +264,6 @@ def test_initial_weights_are_taken_over_and_another_teachers_projection_is_not()
   taken, notes = continuation.adapt(fresh, given)
   assert taken["autoencoder"]["a"].all()
   assert not taken["projection"]["kernel"].any()
-  assert len(notes) == 1
+  assert notes == ["the projection to the teacher's features starts afresh"]
   with pytest.raises(InputError, match=r"another autoencoder: a \(\(2,\) here, \(3,\) there\)"):
     continuation.adapt(fresh, {"autoencoder": {"a": np.ones(3)}})

@@ -28,7 +28,7 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
     given: the other's.
 
   Returns:
-    (parameters like `fresh`, sentences on what could not be taken over).
+    (parameters like `fresh`, sentences on what to know about the projection).
 
   Raises:
     InputError: the autoencoders differ.
@@ -50,6 +50,9 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
     same = _shapes(fresh["projection"]) == _shapes(given.get("projection", {}))
     if same:
       taken["projection"] = given["projection"]
+      notes.append(
+        "the projection to the teacher's features is taken over: it must be the same teacher"
+      )
     else:
       notes.append("the projection to the teacher's features starts afresh")
   return jax.tree.map(jax.numpy.asarray, taken), notes
@@ -59,8 +62,7 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
   """Parameters out of PyTorch's names.
 
   Args:
-    state_dict: PyTorch name -> array, of the reference's AutoencoderKL, or the Lightning checkpoint
-      around it.
+    state_dict: PyTorch name -> array, of the reference's AutoencoderKL.
     model: the arguments of the autoencoder.
 
   Returns:
@@ -69,11 +71,16 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
   Raises:
     InputError: the tensors are not those of such an autoencoder.
   """
-  state_dict = state_dict.get("state_dict", state_dict)
+  state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
   module = autoencoder_from_torch(state_dict, **model)
   params = {"autoencoder": nnx.to_pure_dict(nnx.state(module))}
   if f"{PROJECTION}weight" in state_dict:
     weight = np.asarray(state_dict[f"{PROJECTION}weight"], np.float32)
+    if weight.ndim != 4 or weight.shape[2:] != (1, 1) or not np.isfinite(weight).all():
+      raise InputError(
+        f"{PROJECTION}weight {weight.shape} is no finite 1x1 convolution; the file is damaged, or "
+        "of another model."
+      )
     params["projection"] = {"kernel": weight[:, :, 0, 0].T}
     if f"{PROJECTION}bias" in state_dict:
       params["projection"]["bias"] = np.asarray(state_dict[f"{PROJECTION}bias"], np.float32)

@@ -7,6 +7,7 @@ DINOv2-L's features are 672 GB; a cache serves smaller sets and cheap disks.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,13 +25,13 @@ from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
 
-def open_cache(config: FrozenConfigDict) -> np.ndarray:
-  """The features of a configuration, memory-mapped, read-only.
+def open_cache(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> np.ndarray:
+  """The features of a configuration, memory-mapped, read-only; arguments as `build`'s.
 
   Raises:
-    InputError: they have not been made.
+    InputError: they have not been made, of these pictures and weights.
   """
-  path = _path(config)
+  path = _path(config, source, indices)
   if not path.is_file():
     raise InputError(
       f"There are no features in {path}; `build` makes them, as launch.train does on one process."
@@ -57,11 +58,15 @@ def build(
   Returns:
     The file.
   """
-  path = _path(config)
+  origin = _origin(config, source, indices)
+  path = _path(config, source, indices)
   if path.is_file():
     return path
-  path.parent.mkdir(parents=True, exist_ok=True)
-  weights = frozen.load(config)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"config.teacher.cache cannot be written: {error}.") from error
+  weights = jax.device_put(frozen.load(config))
   run = jax.jit(lambda weights, image: frozen.merge(config, weights)["teacher"](image))
   size = config.data.image_size
   partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -85,7 +90,7 @@ def build(
       progress(begin + len(crops))
     if features is not None:
       features.flush()
-    write_json(path.with_suffix(".json"), _origin(config))
+    write_json(path.with_suffix(".json"), origin)
     with open(partial, "rb") as file:
       os.fsync(file.fileno())
     os.replace(partial, path)
@@ -94,14 +99,25 @@ def build(
   return path
 
 
-def _path(config: FrozenConfigDict) -> Path:
-  digest = hashlib.sha256(json.dumps(_origin(config), sort_keys=True).encode()).hexdigest()
+def _path(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> Path:
+  origin = json.dumps(_origin(config, source, indices), sort_keys=True)
+  digest = hashlib.sha256(origin.encode()).hexdigest()
   return Path(config.teacher.cache) / f"{config.teacher.name}-{digest[:16]}.npy"
 
 
-def _origin(config: FrozenConfigDict) -> dict[str, Any]:
-  """All that features depend on; of files their sizes stand for their contents."""
-  weights = Path(config.teacher.weights) if config.teacher.weights else None
+def _origin(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> dict[str, Any]:
+  """All that features depend on."""
   teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize")}
-  data = {key: config.data[key] for key in ("source", "image_size", "held_out", "split_seed")}
-  return teacher | data | {"weights_bytes": weights.stat().st_size if weights else 0}
+  weights = config.teacher.weights
+  return teacher | {
+    "weights_sha256": _sha256(Path(weights)) if weights else "",
+    "pictures": source.identity(),
+    "indices_sha256": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
+    "image_size": config.data.image_size,
+  }
+
+
+@functools.lru_cache
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

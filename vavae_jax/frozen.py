@@ -52,15 +52,22 @@ class EndpointDistance(nnx.Module):
     return losses.feature_distance(a, b)
 
 
+def _dtype(name: str) -> Any:
+  try:
+    return jnp.dtype(name)
+  except TypeError as error:
+    raise InputError(f'{name!r} is no dtype; take "float32" or "bfloat16".') from error
+
+
 @functools.lru_cache
 def _teacher(config: FrozenConfigDict) -> Teacher:
-  dtype = jnp.dtype(config.dtype)
+  dtype = _dtype(config.dtype)
   return load_teacher(config.name, config.weights or None, dtype=dtype, normalize=config.normalize)
 
 
 @functools.lru_cache
 def _perceptual(config: FrozenConfigDict) -> Perceptual:
-  dtype = jnp.dtype(config.dtype)
+  dtype = _dtype(config.dtype)
   if config.network == "lpips":
     return load_lpips(config.vgg, config.heads, dtype=dtype)
   return EndpointDistance(cast(EfficientNetLite0, load_teacher(config.network, dtype=dtype)))
@@ -83,7 +90,7 @@ def check(config: FrozenConfigDict, downsampling: int) -> None:
         f"{', '.join(PERCEPTUAL)}, or set config.loss.perceptual_weight to 0."
       )
     _perceptual(config.perceptual)
-  if config.teacher.name:
+  if uses_teacher(config):
     teacher = _teacher(config.teacher)
     if teacher.stride != downsampling:
       raise InputError(
@@ -105,14 +112,14 @@ def merge(config: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def feature_size(config: FrozenConfigDict) -> int:
-  """Channels of the teacher's features."""
-  return _teacher(config.teacher).feature_size
+def uses_teacher(config: FrozenConfigDict) -> bool:
+  """Whether latents are aligned: they are not where they stay as they are."""
+  return bool(config.teacher.name) and config.train == "all"
 
 
 def _networks(config: FrozenConfigDict) -> dict[str, Any]:
   networks: dict[str, Any] = {}
-  if config.teacher.name:
+  if uses_teacher(config):
     networks["teacher"] = _teacher(config.teacher)
   if config.loss.perceptual_weight:
     networks["perceptual"] = _perceptual(config.perceptual)

@@ -7,6 +7,7 @@ stay uint8 until they are on the device: a quarter of the bytes.
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,9 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict:
     """`{"image": uint8 [H, W, 3], "label": int}`"""
 
+  def identity(self) -> str:
+    """Two sources with the same one have the same pictures in the same order."""
+
 
 class Embedded:
   """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
@@ -45,6 +49,10 @@ class Embedded:
 
   def __getitem__(self, index: int) -> dict:
     return {"image": self._images[index], "label": int(self._labels[index])}
+
+  def identity(self) -> str:
+    """A hash of the pixels."""
+    return hashlib.sha256(self._images.tobytes()).hexdigest()
 
 
 class Folder:
@@ -87,6 +95,14 @@ class Folder:
         f"The picture {path} cannot be read ({error}); remove or replace it."
       ) from error
     return {"image": image, "label": label}
+
+  def identity(self) -> str:
+    """A hash of the files' names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path, _ in self._records:
+      status = path.stat()
+      digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -54,19 +54,21 @@ def check_optimizer(config: FrozenConfigDict) -> None:
     )
 
 
-def make_optimizer(config: FrozenConfigDict, start: int = 0) -> optax.GradientTransformation:
+def make_optimizer(
+  config: FrozenConfigDict, step: jax.Array | None = None
+) -> optax.GradientTransformation:
   """AdamW as configured; eps 1e-8, float32 moments.
 
   Args:
     config: `learning_rate`, `b1`, `b2`, `weight_decay`, `warmup_steps`, `decay_steps`, `clip_norm`.
-    start: step of the schedule at which the first update is made.
+    step: of the schedule, where it is not the number of updates made before.
 
   Returns:
     An optax transformation of gradients into updates.
   """
   schedule = learning_rate(config)
   adam = optax.adamw(
-    lambda count: schedule(count + start),
+    lambda count: schedule(count if step is None else step),
     b1=config.b1,
     b2=config.b2,
     weight_decay=config.weight_decay,

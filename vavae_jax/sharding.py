@@ -1,6 +1,6 @@
 """Where models want their arrays: activations spread over the batch, weights whole where used.
 
-Both functions look for the mesh that `jax.set_mesh` sets and constrain nothing where there is none,
+All functions look for the mesh that `jax.set_mesh` sets and constrain nothing where there is none,
 so that a model runs unchanged in a notebook and on a pod. Left to itself, the partitioner was seen
 to choose all-to-all plans that cost twice as much.
 """
@@ -29,6 +29,11 @@ def pin_batch(x: jax.Array) -> jax.Array:
   return _constrain(x, PartitionSpec(BATCH_AXES))
 
 
+def whole(x: jax.Array) -> jax.Array:
+  """x, entire on every device of the mesh, so that each process can read it."""
+  return _constrain(x, PartitionSpec())
+
+
 def gather(weights: T, dtype: jax.typing.DTypeLike) -> T:
   """Makes sharded float32 weights whole on every device, ready for multiplication in `dtype`.
 
@@ -44,10 +49,7 @@ def gather(weights: T, dtype: jax.typing.DTypeLike) -> T:
     The same tree.
   """
 
-  def whole(x: jax.Array) -> jax.Array:
-    return _constrain(x.astype(dtype) if x.ndim >= 2 else x, PartitionSpec())
-
-  return jax.tree.map(whole, weights)
+  return jax.tree.map(lambda x: whole(x.astype(dtype) if x.ndim >= 2 else x), weights)
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -40,16 +40,19 @@ def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
     The same with `stages.begins`, the steps before each stage, and `num_steps`.
 
   Raises:
-    InputError: columns of different lengths, a negative number, or no step at all.
+    InputError: columns of different lengths, something else than numbers of at least 0, or no step.
   """
   stages = config.stages
+  if config.batch_size < 1:
+    raise InputError(f"config.batch_size is {config.batch_size}, but it must be at least 1.")
   if wrong := [name for name in COLUMNS if len(stages[name]) != len(stages.epochs)]:
     raise InputError(
       f"config.stages.epochs has {len(stages.epochs)} stages, but config.stages."
       f"{wrong[0]} has {len(stages[wrong[0]])} values; give every stage one."
     )
   for name in ("epochs", *COLUMNS):
-    if not stages[name] or min(stages[name]) < 0:
+    numbers = all(type(value) in (int, float) for value in stages[name])
+    if not stages[name] or not numbers or min(stages[name]) < 0:
       raise InputError(f"config.stages.{name} is {stages[name]}; give numbers of at least 0.")
   ends = [round(e * num_images / config.batch_size) for e in itertools.accumulate(stages.epochs)]
   resolved = ConfigDict(config.to_dict())  # ConfigDict(config) would share its parts

@@ -21,7 +21,7 @@ from vavae_jax.torch_files import read_torch_file
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 # Under one of these a checkpoint keeps its weights, beside optimizers and counters.
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model", "ema")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

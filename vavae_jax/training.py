@@ -16,7 +16,9 @@ from vavae_jax import feature_cache, frozen, functional, images, losses, stages
 from vavae_jax.errors import InputError
 from vavae_jax.metrics import pixels
 from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas
+from vavae_jax.sharding import whole
 from vavae_jax.stages import Phase
+from vavae_jax.teachers import feature_size
 from vavae_jax.update import (
   Metrics,
   State,
@@ -57,14 +59,14 @@ def check(config: FrozenConfigDict) -> None:
       f"config.data.image_size is {size}, but this model needs a multiple of its downsampling "
       f"{factor}, such as {max(round(size / factor), 1) * factor}."
     )
-  if config.loss.disc_weight > 0:
+  if config.loss.disc_weight > 0 or config.loss.disc_idle:
     picture = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
   frozen.check(config, factor)
-  if not 0 <= config.data.held_out < 1:
-    raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
   source, train = training_pictures(config)
   images.check_readable(source)
+  if config.data.valid_source:
+    images.check_readable(_source(config.data.valid_source))
   if len(train) < config.batch_size:
     raise InputError(
       f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
@@ -85,6 +87,13 @@ def _check_losses(config: FrozenConfigDict) -> None:
       "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
       'to "center", or the cache to "".'
     )
+  if config.train == "decoder" and not config.init_from:
+    raise InputError(
+      'config.train is "decoder", which trains on latents of config.init_from; name the weights.'
+    )
+  for key in ("perceptual_weight", "disc_weight", "kl_weight", "cos_weight", "distmat_weight"):
+    if config.loss[key] < 0:
+      raise InputError(f"config.loss.{key} is {config.loss[key]}; it must be at least 0.")
   group = config.loss.disc_bn_group
   if group < 0 or (group and config.batch_size % group):
     raise InputError(
@@ -100,13 +109,12 @@ def latent_shape(config: FrozenConfigDict) -> tuple[int, int, int]:
   return side, side, model.embed_dim
 
 
-def init_state(config: FrozenConfigDict, key: jax.Array, feature_size: int | None = None) -> State:
-  """Fresh networks and optimizers; `feature_size` stands in for the teacher's."""
+def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
+  """Fresh networks and optimizers; no file is read."""
   key_model, key_projection, key_discriminator = jax.random.split(key, 3)
   params = {"autoencoder": functional.init(build_autoencoder(config), key_model)}
-  if config.teacher.name and config.train == "all":
-    width = frozen.feature_size(config) if feature_size is None else feature_size
-    params["projection"] = _init_projection(config, key_projection, width)
+  if frozen.uses_teacher(config):
+    params["projection"] = _init_projection(config, key_projection)
   optimizer = make_optimizer(config.optimizer)
   discriminator, statistics = functional.init(
     build_discriminator(config), key_discriminator, nnx.Param, nnx.BatchStat
@@ -122,11 +130,9 @@ def init_state(config: FrozenConfigDict, key: jax.Array, feature_size: int | Non
   )
 
 
-def _init_projection(
-  config: FrozenConfigDict, key: jax.Array, feature_size: int
-) -> dict[str, jax.Array]:
+def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.Array]:
   """PyTorch's default for a 1x1 convolution: all uniform within 1 / sqrt(fan in)."""
-  shape = (config.model.embed_dim, feature_size)
+  shape = (config.model.embed_dim, feature_size(config.teacher.name))
   if config.teacher.reverse_proj:
     bound = shape[0] ** -0.5
     return {"kernel": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}
@@ -168,6 +174,9 @@ def train_data(
   """This process's endless batches of crops."""
   source, train = training_pictures(config)
   mine = slice(process_index, None, process_count)
+  features = None
+  if frozen.uses_teacher(config) and config.teacher.cache:
+    features = feature_cache.open_cache(config, source, train)[mine]
   return images.training_batches(
     source,
     train[mine],
@@ -175,12 +184,14 @@ def train_data(
     batch_size=config.batch_size // process_count,
     seed=config.seed,
     crop=config.data.crop,
-    features=feature_cache.open_cache(config)[mine] if config.teacher.cache else None,
+    features=features,
   )
 
 
 def training_pictures(config: FrozenConfigDict) -> tuple[images.Source, np.ndarray]:
   """The source of a configuration, and the indices of its pictures that are trained on."""
+  if not 0 <= config.data.held_out < 1:
+    raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
   source = _source(config.data.source)
   train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
   return source, train
@@ -192,6 +203,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   """
   crops = jnp.asarray(_evaluation_crops(config))
   graph = functional.graph_of(build_autoencoder(config))
+  networks_on_device = functools.cache(lambda: jax.device_put(frozen.load(config)))
 
   @jax.jit
   def rebuild(params: Any, weights: Any, image_BHWC: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -213,10 +225,10 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
       features = networks["teacher"](image)
       aligned = project(params["projection"], z_BhwZ, features, config.teacher.reverse_proj)
       figures["teacher_cosine"] = jnp.mean(losses.cosine(*aligned))
-    return recon, figures
+    return whole(recon), figures
 
   def evaluate(state: State) -> dict[str, Any]:
-    recon, figures = rebuild(averaged(config.optimizer, state), frozen.load(config), crops)
+    recon, figures = rebuild(averaged(config.optimizer, state), networks_on_device(), crops)
     rows = [
       np.concatenate(list(x[:PICTURE_IMAGES]), axis=1) for x in jax.device_get((crops, recon))
     ]

@@ -305,8 +305,7 @@ class _Adversary:
     grads = _add(self._pull_real(real_cotangent)[0], self._pull_fake(fake_cotangent)[0])
     grads = jax.tree.map(lambda g: phase.gan * g, grads)
     # Its count of updates starts with the GAN, the schedule with the training.
-    start = 0 if config.loss.disc_idle else config.stages.disc_start[0]
-    updates, optimizer = make_optimizer(config.optimizer, start=start).update(
+    updates, optimizer = make_optimizer(config.optimizer, state.step).update(
       grads, state.discriminator_optimizer, state.discriminator
     )
     metrics = {

@@ -132,6 +132,17 @@ _TEACHERS = {
 NAMES = tuple(_TEACHERS)
 
 
+def feature_size(name: str) -> int:
+  """Channels of a teacher's features; InputError, listing the known ones, for an unknown name."""
+  _choose(name)
+  if name in sam.SAM:
+    return sam.FEATURES
+  sizes: dict[str, dict[str, Any]] = {**vit.DINOV2, **vit.MAE, **clip.CLIP}
+  if name in sizes:
+    return sizes[name]["hidden_size"]
+  return efficientnet.EfficientNetLite0.feature_size
+
+
 def load_teacher(
   name: str,
   weights: str | None = None,

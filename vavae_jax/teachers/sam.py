@@ -79,6 +79,8 @@ _TRANSFORMERS = Naming(
   aside=_OTHER_PARTS,
 )
 
+FEATURES = 256
+
 
 class SamEncoder(nnx.Module):
   """The image encoder.
@@ -100,7 +102,7 @@ class SamEncoder(nnx.Module):
     mlp_size: int | None = None,
     grid_size: int = 64,
     window_size: int = 14,
-    feature_size: int = 256,
+    feature_size: int = FEATURES,
     statistics: Statistics | None = None,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
