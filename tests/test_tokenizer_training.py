@@ -74,7 +74,9 @@ def setting(network):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(update, "_update_autoencoder", lambda config, state, grads: (state, grads))
     patch.setattr(training, "latent_shape", lambda config: (2, 3, 6))
-    state = jax.jit(functools.partial(training.init_state, config))(jax.random.key(1))
+    init = functools.partial(training.init_state, config)
+    lazy = {"xla_backend_optimization_level": 0}  # to compile faster
+    state = jax.jit(init, compiler_options=lazy)(jax.random.key(1))
     steps = {}
     for name, phase in PHASES.items():
       step = jax.jit(functools.partial(training.train_step, config, phase))

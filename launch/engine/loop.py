@@ -137,7 +137,9 @@ def run(
       like = jax.tree.map(_with_sharding, abstract, shardings)
       state = checkpoints.restore(start, like, batches)
     else:
-      state = jax.jit(init, out_shardings=shardings)(key_init)
+      # It runs once; a CPU's compiler takes four times as long to make it fast.
+      lazy = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+      state = jax.jit(init, out_shardings=shardings, compiler_options=lazy)(key_init)
       if adopt:
         state = jax.device_put(adopt(state), shardings)
       _describe(state.params, workdir, name)
