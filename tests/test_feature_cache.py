@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def test_features_go_with_their_pictures(cached):
   # Made once: a second call has nothing to do, and another size is another file.
   feature_cache.build(config, *training.training_pictures(config), pytest.fail)
   source, indices = training.training_pictures(config)
-  with pytest.raises(InputError, match="There are no features in"):
+  with pytest.raises(InputError, match="There are no features of these pictures and weights in"):
     feature_cache.open_cache(config, source, indices[1:])
 
 
@@ -62,6 +63,16 @@ def test_a_build_that_fails_leaves_nothing(cached, tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     feature_cache.build(config, *training.training_pictures(config), stop, batch_size=5)
+  assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+  cached, tmp_path, monkeypatch
+):
+  config, _ = cached
+  monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+  with pytest.raises(InputError, match=r"0\.00 GiB left; give another config\.teacher\.cache"):
+    feature_cache.build(config, *training.training_pictures(config), pytest.fail)
   assert list((tmp_path / "cache").iterdir()) == []
 
 

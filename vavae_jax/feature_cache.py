@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ def open_cache(config: FrozenConfigDict, source: images.Source, indices: np.ndar
   path = _path(config, source, indices)
   if not path.is_file():
     raise InputError(
-      f"There are no features in {path}; `build` makes them, as launch.train does on one process."
+      f"There are no features of these pictures and weights in {path}; start launch.train on one "
+      "process first, which makes them, or leave config.teacher.cache empty."
     )
   return np.load(path, mmap_mode="r")
 
@@ -57,6 +60,9 @@ def build(
 
   Returns:
     The file.
+
+  Raises:
+    InputError: the folder cannot be written, the disk is too small, or a feature is beyond float16.
   """
   origin = _origin(config, source, indices)
   path = _path(config, source, indices)
@@ -85,6 +91,7 @@ def build(
         )
       if features is None:
         shape = (len(indices), *found.shape[1:])
+        _check_space(path.parent, math.prod(shape) * found.itemsize)
         features = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
       features[begin : begin + len(crops)] = found
       progress(begin + len(crops))
@@ -97,6 +104,16 @@ def build(
   finally:
     partial.unlink(missing_ok=True)
   return path
+
+
+def _check_space(folder: Path, needed: int) -> None:
+  # A mapped file has holes, and writing into one on a full disk kills the process without a word.
+  free = shutil.disk_usage(folder).free
+  if free < needed:
+    raise InputError(
+      f"The features take {needed / 2**30:.2f} GiB, but the disk of {folder} has "
+      f"{free / 2**30:.2f} GiB left; give another config.teacher.cache, or leave it empty."
+    )
 
 
 def _path(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> Path:
