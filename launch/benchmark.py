@@ -241,11 +241,7 @@ def benchmark(
       if rows[-1].get("out_of_memory"):
         break  # larger ones do not fit either
   return {
-    "command": shlex.join(sys.argv),
-    "commit": commit(),
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "jax": jax.__version__,
+    **circumstances(),
     "dtype": config.dtype,
     "matmul_tflops_per_second": rate / 1e12,
     **about,
@@ -254,7 +250,18 @@ def benchmark(
   }
 
 
-def commit() -> str:
+def circumstances() -> dict[str, str]:
+  """What a measurement has to be told with."""
+  return {
+    "command": shlex.join(sys.argv),
+    "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+  }
+
+
+def _commit() -> str:
   """The commit of this checkout; "unknown" for an installed package."""
   words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
   try:

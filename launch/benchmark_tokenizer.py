@@ -16,10 +16,7 @@ faults.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-from launch.benchmark import commit, timed
+from launch.benchmark import circumstances, timed
 from launch.engine import configuration, console
 from vavae_jax import functional, images, losses, training, update
 from vavae_jax.errors import InputError
@@ -202,7 +199,7 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
   parts = ("perceptual_weight", "cos_weight", "distmat_weight", "disc_weight")
   if changed or not frozen.teacher.name or not all(frozen.loss[name] for name in parts):
     raise InputError(
-      "The comparison is of the published losses: it needs a teacher, config.loss."
+      "The comparison is of the published losses: it needs a teacher, of config.loss "
       f"{', '.join(parts)} above 0, and the rest of config.loss as in configs/base.py"
       + (f", unlike {', '.join(changed)}." if changed else ".")
     )
@@ -231,11 +228,7 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
       seconds[name].append(timed(run))
   median = {name: float(np.median(values)) for name, values in seconds.items()}
   return {
-    "command": shlex.join(sys.argv),
-    "commit": commit(),
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "jax": jax.__version__,
+    **circumstances(),
     "batch_size": frozen.batch_size,
     "seconds": median,
     "fastest": {name: min(values) for name, values in seconds.items()},
