@@ -17,6 +17,7 @@ from configs import quickstart
 from launch.benchmark_tokenizer import reference_order
 from tests import cases
 from vavae_jax import continuation, frozen, functional, images, losses, stages, training, update
+from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
 from vavae_jax.stages import Phase
 
@@ -269,3 +270,19 @@ def test_initial_weights_are_taken_over_and_another_teachers_projection_is_not()
   assert notes == ["the projection to the teacher's features starts afresh"]
   with pytest.raises(InputError, match=r"another autoencoder: a \(\(2,\) here, \(3,\) there\)"):
     continuation.adapt(fresh, {"autoencoder": {"a": np.ones(3)}})
+
+
+def test_a_file_of_the_reference_is_a_beginning(setting):
+  """With its projection, and what only its training had left aside."""
+  config, state, _, _ = setting
+  graph = functional.graph_of(update.build_autoencoder(config))
+  given = dict(state.params)
+  named = autoencoder_to_torch(nnx.merge(graph, given["autoencoder"]))
+  named["linear_proj.weight"] = np.asarray(given["projection"]["kernel"]).T[:, :, None, None]
+  named["loss.logvar"] = np.zeros(())
+  named = {f"module.{name}": value for name, value in named.items()}
+  taken, _ = continuation.adapt(given, continuation.from_state_dict(named, config.model))
+  jax.tree.map(np.testing.assert_array_equal, taken, given)
+  named["module.linear_proj.weight"] = np.zeros((5, 6, 3, 3))
+  with pytest.raises(InputError, match=r"linear_proj\.weight \(5, 6, 3, 3\) is no finite 1x1"):
+    continuation.from_state_dict(named, config.model)

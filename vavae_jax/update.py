@@ -109,14 +109,15 @@ def update(
     forward.recon,
     has_aux=True,
   )
-  (recon_cotangent,) = nll_cotangent = pull_nll(jnp.ones_like(nll))
+  (nll_cotangent,) = pull_nll(jnp.ones_like(nll))
+  recon_cotangent = nll_cotangent
   loss = nll + config.loss.kl_weight * forward.kl
   metrics |= {"nll": nll, "kl": forward.kl, **parts}
 
   # Without a discriminator's weight in the loss it may still watch, as the reference's does.
   if phase.gan or config.loss.disc_idle:
     gan = _Adversary(config, state, image, forward.recon)
-    weight = gan.weight(config, forward, nll_cotangent[0])
+    weight = gan.weight(config, forward, nll_cotangent)
     if phase.gan:
       recon_cotangent = recon_cotangent + weight * gan.recon_cotangent
       loss = loss + weight * gan.g_loss
@@ -131,7 +132,7 @@ def update(
     alignment = _Alignment(config, phase, state.params["projection"], features, forward.z_BhwZ)
     weight = jnp.float32(config.stages.vf_weight[phase.stage])
     if config.loss.adaptive_vf:
-      from_nll = z_cotangent if not phase.gan else forward.pull_z(nll_cotangent[0])
+      from_nll = z_cotangent if not phase.gan else forward.pull_z(nll_cotangent)
       weight *= losses.adaptive_weight(
         forward.encoder_last_grad(from_nll),
         forward.encoder_last_grad(alignment.z_cotangent),
