@@ -44,10 +44,10 @@ _EPSILON = 1e-10
 _LEFT_ASIDE = ("classifier.", "lins.")
 _IN_CHECKPOINT = "loss.perceptual_loss."
 _WANTED = (
-  "LPIPS needs two files: torchvision's VGG16, https://download.pytorch.org/models/"
-  "vgg16-397923af.pth (config.perceptual.vgg), and its heads, lpips/weights/v0.1/vgg.pth of "
+  "LPIPS needs two files: torchvision's VGG16 of ImageNet, vgg16-397923af.pth "
+  "(config.perceptual.vgg), and its heads, lpips/weights/v0.1/vgg.pth of "
   "https://github.com/richzhang/PerceptualSimilarity (config.perceptual.heads); or one file that "
-  "has both as config.perceptual.vgg."
+  "has both as config.perceptual.vgg. --config.perceptual.network=efficientnet_lite0 needs neither."
 )
 
 
