@@ -1,7 +1,8 @@
 """What the end-to-end tests share: commands as processes, pictures, one finished tiny pipeline.
 
 Everything here runs on the CPU. Compiling is most of the work: all processes of a session share a
-compilation cache, and commands leave out optimisations, which changes no property of theirs.
+compilation cache, and commands leave out optimisations, which changes no property of theirs. The
+workers of pytest-xdist, which take a file of tests each, share what the session's fixtures make.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,10 +51,26 @@ def repeatable_metrics(workdir: Path) -> list[dict]:
   return [line for line in told if line.keys() != {"step"}]
 
 
+def made_once(
+  tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
+) -> Path:
+  """The folder `name` of this session, filled by the first worker to ask for it."""
+  own = tmp_path_factory.getbasetemp()
+  folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+  made = folder.with_suffix(".made")
+  with folder.with_suffix(".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not made.exists():
+      folder.mkdir()  # fails where another worker failed to fill it
+      make(folder)
+      made.touch()
+  return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The compilation cache of this session."""
-  folder = tmp_path_factory.mktemp("compiled")
+  folder = made_once(tmp_path_factory, "compiled", lambda folder: None)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return folder
@@ -91,14 +109,16 @@ def command(environment: dict[str, str]) -> Command:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A folder of class folders with a few emoji each."""
-  root = tmp_path_factory.mktemp("pictures")
-  images, labels, _, class_names = load_emoji()
-  for label, name in enumerate(class_names):
-    folder = root / f"{label} {name}"
-    folder.mkdir()
-    for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
-      Image.fromarray(images[index]).save(folder / f"{index}.png")
-  return root
+
+  def make(root: Path) -> None:
+    images, labels, _, class_names = load_emoji()
+    for label, name in enumerate(class_names):
+      folder = root / f"{label} {name}"
+      folder.mkdir()
+      for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
+        Image.fromarray(images[index]).save(folder / f"{index}.png")
+
+  return made_once(tmp_path_factory, "pictures", make)
 
 
 @pytest.fixture(scope="session")
@@ -124,10 +144,12 @@ def pipeline(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
   """The workdir of a tiny pipeline that nobody disturbed; tests only read it."""
-  workdir = tmp_path_factory.mktemp("pipeline")
-  done = command(*quickstart(workdir))
-  assert done.returncode == 0, done.stderr
-  return workdir
+
+  def make(workdir: Path) -> None:
+    done = command(*quickstart(workdir))
+    assert done.returncode == 0, done.stderr
+
+  return made_once(tmp_path_factory, "pipeline", make)
 
 
 @pytest.fixture(scope="session")
