@@ -102,7 +102,7 @@ def make_step(config: FrozenConfigDict) -> Callable[[], Any]:
     "label": draw.integers(config.model.num_classes, size=config.batch_size, dtype=np.int32),
   }
   with jax.set_mesh(devices):
-    states = [jax.jit(init, out_shardings=shardings)(jax.random.key(0))]
+    states = [loop.jit_init(init, shardings)(jax.random.key(0))]
     batch = mesh.to_global(batch, devices)
 
   def take() -> Any:

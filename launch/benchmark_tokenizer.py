@@ -9,17 +9,18 @@ that no file is needed. Beside our step, in turns with it, the same losses in th
 of backward passes: two partial ones for each adaptive weight, one for the sum, one for the
 discriminator, which judges anew. "reference" keeps one forward pass for all of them, as PyTorch
 does; "recomputed" has one for each, as a translation by jax.grad would. What a part costs is what
-the step saves without it. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page
-faults.
+the step saves without it. TFLOP is what the compiled program computes. On
+CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 from launch.benchmark import circumstances, timed
-from launch.engine import configuration, console
+from launch.engine import configuration, console, loop
 from vavae_jax import functional, images, losses, training, update
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
@@ -42,6 +43,15 @@ from vavae_jax.teachers import load_teacher
 from vavae_jax.teachers.vit import DINOV2, MAE, ViT
 
 GAN = Phase(0, gan=True)
+
+
+class Work(NamedTuple):
+  """Something to time: `run()` does it once, with `flops` floating-point operations."""
+
+  run: Callable[[], Any]
+  flops: float
+
+
 # Name of a row -> what is changed of the configuration, and the phase.
 WITHOUT: dict[str, tuple[dict[str, Any], Phase]] = {
   "teacher": ({"teacher.name": ""}, GAN),
@@ -160,9 +170,9 @@ def stepper(
   config: FrozenConfigDict,
   phase: Phase,
   networks: dict[str, Any],
-  step: Callable[..., Any] = update.update,
-) -> Callable[[], Any]:
-  """A function that takes one compiled step, each on the state that the last one left."""
+  step: Callable[..., Any],
+) -> Work:
+  """One training step, each on the state that the last one left."""
   split = {name: nnx.split(network) for name, network in networks.items()}
   weights = {name: state for name, (_, state) in split.items()}
   size = config.data.image_size
@@ -175,14 +185,15 @@ def stepper(
     merged = {name: nnx.merge(graph, weights[name]) for name, (graph, _) in split.items()}
     return step(config, phase, state, merged, batch, noise)
 
-  states = [jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))]
+  states = [loop.jit_init(functools.partial(training.init_state, config))(jax.random.key(0))]
+  compiled = take.lower(states[0], weights, batch, noise).compile()
 
   def run() -> Any:
-    state, metrics = take(states.pop(), weights, batch, noise)
+    state, metrics = compiled(states.pop(), weights, batch, noise)
     states.append(state)
     return state, metrics
 
-  return run
+  return Work(run, _flops(compiled))
 
 
 def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
@@ -204,34 +215,39 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
       + (f", unlike {', '.join(changed)}." if changed else ".")
     )
   networks = networks_of(frozen)
-  work = {
-    "ours": stepper(frozen, GAN, networks),
-    "reference": stepper(frozen, GAN, networks, reference_order),
-    "recomputed": stepper(
-      frozen, GAN, networks, functools.partial(reference_order, recompute=True)
-    ),
+  orders: dict[str, Callable[..., Any]] = {
+    "ours": update.update,
+    "reference": reference_order,
+    "recomputed": functools.partial(reference_order, recompute=True),
+  }
+  makers: dict[str, Callable[[], Work]] = {
+    name: functools.partial(stepper, frozen, GAN, networks, order) for name, order in orders.items()
   }
   for name, (changes, phase) in WITHOUT.items():
     reduced = ConfigDict(frozen.to_dict())
     reduced.update_from_flattened_dict(changes)
     reduced = FrozenConfigDict(reduced)
     kept = {"teacher": reduced.teacher.name, "perceptual": reduced.loss.perceptual_weight}
-    work[f"without {name}"] = stepper(
-      reduced, phase, {key: network for key, network in networks.items() if kept[key]}
-    )
-  work |= _directions(frozen)
+    needed = {key: network for key, network in networks.items() if kept[key]}
+    makers[f"without {name}"] = functools.partial(stepper, reduced, phase, needed, update.update)
+  makers |= {name: functools.partial(_direction, frozen, name) for name in ("encode", "decode")}
+  work: dict[str, Work] = {}
+  for name, make in makers.items():
+    began = time.perf_counter()
+    work[name] = make()
+    timed(work[name].run)  # the first is slower
+    console.say(f"compiled {name} in {time.perf_counter() - began:.0f} s")
   seconds: dict[str, list[float]] = {name: [] for name in work}
-  for name, run in work.items():
-    console.say(f"compiled {name} in {timed(run):.0f} s")
   for _ in range(steps):
-    for name, run in work.items():
-      seconds[name].append(timed(run))
+    for name, each in work.items():
+      seconds[name].append(timed(each.run))
   median = {name: float(np.median(values)) for name, values in seconds.items()}
   return {
     **circumstances(),
     "batch_size": frozen.batch_size,
     "seconds": median,
     "fastest": {name: min(values) for name, values in seconds.items()},
+    "tflops": {name: each.flops / 1e12 for name, each in work.items()},
     "times_reference": median["reference"] / median["ours"],
     "times_recomputed": median["recomputed"] / median["ours"],
     "shares": {name: 1 - median[f"without {name}"] / median["ours"] for name in WITHOUT},
@@ -239,18 +255,26 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
   }
 
 
-def _directions(config: FrozenConfigDict) -> dict[str, Callable[[], Any]]:
-  model = update.build_autoencoder(config)(nnx.Rngs(0))
-  graph, weights = nnx.split(model)
+def _direction(config: FrozenConfigDict, name: str) -> Work:
+  """Encoding or decoding."""
+  build = update.build_autoencoder(config)
+  graph = functional.graph_of(build)
+  weights = loop.jit_init(functools.partial(functional.init, build))(jax.random.key(0))
   side = config.data.image_size
-  image = jnp.zeros((config.batch_size, side, side, 3))
-  z = jnp.zeros((config.batch_size, *training.latent_shape(config)))
-  encode = jax.jit(lambda weights, image: nnx.merge(graph, weights).encode(image).mean)
-  decode = jax.jit(lambda weights, z: nnx.merge(graph, weights).decode(z))
-  return {
-    "encode": functools.partial(encode, weights, image),
-    "decode": functools.partial(decode, weights, z),
-  }
+  shape = (side, side, 3) if name == "encode" else training.latent_shape(config)
+  x = jnp.zeros((config.batch_size, *shape))
+
+  def run(weights: Any, x: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, weights)
+    return model.encode(x).mean if name == "encode" else model.decode(x)
+
+  compiled = jax.jit(run).lower(weights, x).compile()
+  return Work(functools.partial(compiled, weights, x), _flops(compiled))
+
+
+def _flops(compiled: jax.stages.Compiled) -> float:
+  """What the compiler counts; 0 where it does not."""
+  return (compiled.cost_analysis() or {}).get("flops", 0.0)
 
 
 def main(argv: list[str]) -> None:
@@ -263,9 +287,16 @@ def main(argv: list[str]) -> None:
   console.table(
     f"{result['device']}, batch {batch}; the reference's order takes "
     f"{result['times_reference']:.2f} times as long, recomputed {result['times_recomputed']:.2f}",
-    ("what", "seconds, median", "fastest", "images/s", "of our step"),
+    ("what", "seconds, median", "fastest", "images/s", "of our step", "TFLOP"),
     [
-      (name, f"{x:.3g}", f"{result['fastest'][name]:.3g}", f"{batch / x:.3g}", f"{x / ours:.0%}")
+      (
+        name,
+        f"{x:.3g}",
+        f"{result['fastest'][name]:.3g}",
+        f"{batch / x:.3g}",
+        f"{x / ours:.0%}",
+        f"{result['tflops'][name]:.3g}",
+      )
       for name, x in result["seconds"].items()
     ],
   )

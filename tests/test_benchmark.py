@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
-from configs import lightningdit
-from launch import benchmark
+from configs import lightningdit, quickstart
+from launch import benchmark, benchmark_tokenizer
 from lightningdit_jax import training
 from vavae_jax.errors import InputError
+from vavae_jax.stages import Phase
 
 
 def tiny():
@@ -79,3 +81,35 @@ def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
   (row,) = result["rows"]
   assert result["torch"] == "3"
   assert row["times_torch"] == pytest.approx(0.5 / row["seconds_per_step"])
+
+
+def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypatch):
+  """Steps that only add a product stand for those of minutes of compiling."""
+
+  def step(config, phase, state, networks, batch, noise, times=1):
+    x = jnp.ones((8, 8)) * noise.ravel()[0]
+    for _ in range(times):
+      x = x @ x
+    return state + 1, x
+
+  monkeypatch.setattr(benchmark_tokenizer.training, "init_state", lambda config, key: jnp.zeros(()))
+  monkeypatch.setattr(benchmark_tokenizer, "networks_of", lambda config: {})
+  monkeypatch.setattr(benchmark_tokenizer.update, "update", step)
+  monkeypatch.setattr(
+    benchmark_tokenizer,
+    "reference_order",
+    lambda *words, recompute=False: step(*words, times=3 if recompute else 2),
+  )
+  config = quickstart.tokenizer(tiny=True)
+  config.loss.perceptual_weight = 1.0
+  config.model.update(ch=8, norm_groups=4)
+  monkeypatch.setattr(benchmark_tokenizer, "WITHOUT", dict.fromkeys(("GAN",), ({}, Phase(0, True))))
+  result = benchmark_tokenizer.benchmark(config, steps=2)
+  json.dumps(result)  # goes into a file
+  seconds, tflops = result["seconds"], result["tflops"]
+  rows = ["ours", "reference", "recomputed", "without GAN", "encode", "decode"]
+  assert list(seconds) == list(tflops) == list(result["fastest"]) == rows
+  assert tflops["reference"] - tflops["ours"] == pytest.approx(2 * 8**3 / 1e12)
+  assert tflops["recomputed"] - tflops["ours"] == pytest.approx(4 * 8**3 / 1e12)
+  assert result["times_reference"] == seconds["reference"] / seconds["ours"]
+  assert result["shares"]["GAN"] == 1 - seconds["without GAN"] / seconds["ours"]

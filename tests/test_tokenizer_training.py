@@ -15,6 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from configs import quickstart
 from launch.benchmark_tokenizer import reference_order
+from launch.engine import loop
 from tests import cases
 from vavae_jax import continuation, frozen, functional, images, losses, stages, training, update
 from vavae_jax.convert import autoencoder_to_torch
@@ -75,9 +76,7 @@ def setting(network):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(update, "_update_autoencoder", lambda config, state, grads: (state, grads))
     patch.setattr(training, "latent_shape", lambda config: (2, 3, 6))
-    init = functools.partial(training.init_state, config)
-    lazy = {"xla_backend_optimization_level": 0}  # to compile faster
-    state = jax.jit(init, compiler_options=lazy)(jax.random.key(1))
+    state = loop.jit_init(functools.partial(training.init_state, config))(jax.random.key(1))
     steps = {}
     for name, phase in PHASES.items():
       step = jax.jit(functools.partial(training.train_step, config, phase))

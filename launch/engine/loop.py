@@ -137,9 +137,7 @@ def run(
       like = jax.tree.map(_with_sharding, abstract, shardings)
       state = checkpoints.restore(start, like, batches)
     else:
-      # It runs once; a CPU's compiler takes four times as long to make it fast.
-      lazy = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-      state = jax.jit(init, out_shardings=shardings, compiler_options=lazy)(key_init)
+      state = jit_init(init, shardings)(key_init)
       if adopt:
         state = jax.device_put(adopt(state), shardings)
       _describe(state.params, workdir, name)
@@ -208,6 +206,12 @@ def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   mesh.check_batch_size(config.batch_size, devices)
   return devices
+
+
+def jit_init(init: Callable[[jax.Array], Any], shardings: Any = None) -> Callable[..., Any]:
+  """`init` (key -> state) compiled to run once; to make it fast takes a CPU's compiler too long."""
+  lazy = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  return jax.jit(init, out_shardings=shardings, compiler_options=lazy)
 
 
 def _describe(params: Any, workdir: Path, name: str) -> None:
