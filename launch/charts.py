@@ -27,12 +27,13 @@ _MAP_WIDTH, _MAP_HEIGHT, _THUMBNAIL_SIZE = 720, 520, 34
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """A chart of values over training steps; each series is a list of (step, value) by step."""
+  """A chart of values over steps, or whatever x is; each series is a list of (x, value) by x."""
 
   title: str
   y_label: str
   series: dict[str, list[tuple[int, float]]]
   log_y: bool = False
+  x_label: str = "step"
 
 
 def line_chart(curve: Curve) -> str:
@@ -57,7 +58,8 @@ def line_chart(curve: Curve) -> str:
     f"{escape(n)} <b>{number(s[-1])}</b>" for n, s in zip(series, smooth, strict=True)
   )
   return (
-    f"<figure><figcaption><h3>{escape(curve.title)}</h3><p>{escape(curve.y_label)} by step</p>"
+    f"<figure><figcaption><h3>{escape(curve.title)}</h3>"
+    f"<p>{escape(curve.y_label)} by {escape(curve.x_label)}</p>"
     f'</figcaption><ul class="legend">{legend}</ul>'
     f'<svg viewBox="0 0 {_CHART_WIDTH} {_CHART_HEIGHT}" role="img" '
     f'aria-label="{escape(curve.title)}">{_plot([*series.values()], smooth, curve.log_y)}</svg>'

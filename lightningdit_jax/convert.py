@@ -7,14 +7,17 @@ with `strict=True`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
-from lightningdit_jax.model import LightningDiT
+from lightningdit_jax.model import SIZES, LightningDiT
 from lightningdit_jax.positions import position_embedding, rope_tables
 from vavae_jax import torch_weights
+from vavae_jax.errors import InputError
 from vavae_jax.torch_weights import StateDict
 
 RENAMED = {
@@ -48,6 +51,70 @@ def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
 def to_torch(model: LightningDiT) -> StateDict:
   """The weights as the reference names and lays them out, float32, with the positions."""
   return torch_weights.dump(model, renamed=RENAMED) | _positions(model)
+
+
+def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """The architecture that a state dict's names and shapes tell.
+
+  Args:
+    state_dict: PyTorch name -> array, of the reference's LightningDiT, without prefix.
+
+  Returns:
+    `LightningDiT`'s arguments, so far as they matter to its weights. Not told by any tensor: the
+    share of dropped labels (it is taken to be above 0, as in every published model), and without
+    RoPE and normed queries the number of heads, which is that of the preset of this width.
+
+  Raises:
+    InputError: a tensor is missing that every LightningDiT has, or the sizes fit none.
+  """
+  shapes = {name: np.shape(value) for name, value in state_dict.items()}
+  try:
+    hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    outputs = shapes["final_layer.linear.weight"][0]
+    modulation = shapes["blocks.0.adaLN_modulation.1.weight"][0]
+    use_swiglu = "blocks.0.mlp.w12.weight" in shapes
+    inner = shapes[f"blocks.0.mlp.{'w3' if use_swiglu else 'fc2'}.weight"][1]
+    known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+    heads = {
+      **{name: hidden_size // size[-1] for name, size in shapes.items() if "q_norm" in name},
+      **{name: hidden_size // size[1] for name, size in shapes.items() if "freqs_cos" in name},
+    }
+    num_heads = next(iter(heads.values())) if heads else known[hidden_size]
+    cells = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else 16 // patch_size
+  except (LookupError, ValueError, ZeroDivisionError) as error:
+    raise InputError(
+      f"The tensors are not those of a LightningDiT: {error!r} is missing or of another shape."
+    ) from error
+  blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+  return {
+    "input_size": cells * patch_size,
+    "patch_size": patch_size,
+    "in_channels": in_channels,
+    "hidden_size": hidden_size,
+    "depth": len(blocks),
+    "num_heads": num_heads,
+    "mlp_ratio": _mlp_ratio(inner, hidden_size, use_swiglu),
+    "num_classes": rows - 1,
+    "learn_sigma": outputs == 2 * in_channels * patch_size**2,
+    "use_qknorm": "blocks.0.attn.q_norm.weight" in shapes,
+    "use_swiglu": use_swiglu,
+    "use_rope": "feat_rope.freqs_cos" in shapes,
+    "use_rmsnorm": "blocks.0.norm1.weight" in shapes,
+    "wo_shift": modulation == 4 * hidden_size,
+  }
+
+
+def _mlp_ratio(inner: int, hidden_size: int, use_swiglu: bool) -> float:
+  """The ratio that gives an MLP of this inner width: 4 where it does, else the smallest."""
+  widths = range(inner, 2 * inner + 2)
+  if use_swiglu:
+    widths = range(3 * inner // 2, 3 * inner // 2 + 3)
+  for ratio in (4.0, *(width / hidden_size for width in widths)):
+    width = int(hidden_size * ratio)
+    if inner == (int(2 / 3 * width) if use_swiglu else width):
+      return ratio
+  raise InputError(f"No mlp_ratio gives an MLP of {inner} for a width of {hidden_size}.")
 
 
 def _positions(model: LightningDiT) -> StateDict:

@@ -27,22 +27,24 @@ from vavae_jax.torch_files import read_torch_file
 MANIFEST = "manifest.json"
 STATISTICS = "latents_stats.safetensors"
 PUBLISHED_STATISTICS = "latents_stats.pt"
+_STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
 STATISTICS_SAMPLES = 10_000
 
 
 class LatentStore:
-  """A folder of latent shards, read record by record."""
+  """A folder of latent shards, read record by record; or of their statistics alone, of length 0."""
 
   def __init__(self, path: Path | str):
     """Args:
       path: the folder, written by `launch.encode` or as published.
 
     Raises:
-      InputError: it has no shards, they are damaged or disagree, or the statistics are missing.
+      InputError: it has neither shards nor statistics, shards are damaged or disagree, or the
+        statistics are missing.
     """
     self.path = Path(path)
     self._files = _shards(self.path)
-    if not self._files:
+    if not self._files and not any((self.path / name).is_file() for name in _STATISTICS_FILES):
       raise InputError(f"{path} holds no latent shards; make them with python -m launch.encode.")
     shapes, counts = [], []
     for file in self._files:
@@ -52,9 +54,10 @@ class LatentStore:
     if len(set(shapes)) > 1:
       raise InputError(f"The shards of {path} disagree on the latents' shape: {set(shapes)}.")
     self._starts = np.cumsum([0, *counts])
-    channels, height, width = shapes[0]
+    self.mean, self.std = self._statistics(shapes[0][0] if shapes else None)
+    # Of statistics alone, which sampling needs, without cells: none is stored.
+    channels, height, width = shapes[0] if shapes else (len(self.mean), 0, 0)
     self.shape = (height, width, channels)
-    self.mean, self.std = self._statistics()
     if self.manifest.get("records", len(self)) != len(self):
       raise InputError(
         f"{path} has {len(self)} of the {self.manifest['records']} latents that its {MANIFEST} "
@@ -89,7 +92,8 @@ class LatentStore:
   @functools.cached_property
   def labels(self) -> np.ndarray:
     """All labels, int64 [len]."""
-    return np.concatenate([_open(f).get_tensor("labels") for f in self._files])
+    labels = [_open(f).get_tensor("labels") for f in self._files]
+    return np.concatenate([np.empty(0, np.int64), *labels])
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -105,7 +109,7 @@ class LatentStore:
     path = self.path / MANIFEST
     return json.loads(path.read_text()) if path.is_file() else {}
 
-  def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+  def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS
     if ours.is_file():
       try:
@@ -119,7 +123,8 @@ class LatentStore:
         f"{self.path} has latents but no statistics ({STATISTICS} or {PUBLISHED_STATISTICS}): its "
         "encoding was not finished; run the same python -m launch.encode again."
       )
-    channels = self.shape[-1]
+    if channels is None:
+      channels = np.size(stored.get("mean", ()))
     for name in ("mean", "std"):
       if name not in stored or np.size(stored[name]) != channels:
         raise InputError(

@@ -95,6 +95,11 @@ def check(config: FrozenConfigDict) -> None:
 
 
 def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
+  if not len(store):
+    raise InputError(
+      f"{store.path} holds the statistics of latents and no latents, which is enough to sample; to "
+      "train, make latents with python -m launch.encode."
+    )
   size, channels = config.model.input_size, config.model.in_channels
   if store.shape != (size, size, channels):
     raise InputError(

@@ -34,6 +34,8 @@ COMMANDS = (
   "quickstart",
   "benchmark",
   "benchmark_tokenizer",
+  "convert",
+  "equivalence",
 )
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 
@@ -349,5 +351,5 @@ def test_help_of_every_command_says_what_it_does(command):
     docstring = source.split('"""')[1].strip()
     told = " ".join(done.stdout.split())
     assert " ".join(docstring.split()) in told, name
-    assert "--workdir: " in told or "--output: " in told
+    assert any(flag in told for flag in ("--workdir: ", "--output: ", "--to: "))
     assert "Traceback" not in done.stderr

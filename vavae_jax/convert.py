@@ -5,6 +5,7 @@ The published tokenizer, hustvl/vavae-imagenet256-f16d32-dinov2, loads with the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,14 @@ from flax import nnx
 from vavae_jax import torch_weights
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.discriminator import PatchDiscriminator
+from vavae_jax.errors import InputError
 from vavae_jax.perceptual import lpips_from_torch
 from vavae_jax.teachers import teacher_from_torch
 from vavae_jax.torch_weights import StateDict
 
 __all__ = [
+  "autoencoder_arguments",
+  "autoencoder_from_diffusers",
   "autoencoder_from_torch",
   "autoencoder_to_torch",
   "discriminator_from_torch",
@@ -49,6 +53,95 @@ def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Auto
   """
   own = {name: v for name, v in state_dict.items() if not name.startswith(TRAINING_ONLY)}
   return torch_weights.load(nnx.eval_shape(lambda: Autoencoder(**kwargs, rngs=nnx.Rngs(0))), own)
+
+
+def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """The architecture that an AutoencoderKL's names and shapes tell.
+
+  Args:
+    state_dict: PyTorch name -> array, by latent diffusion's names.
+
+  Returns:
+    `Autoencoder`'s arguments; attention is placed for a nominal resolution of 256.
+
+  Raises:
+    InputError: a tensor is missing that every AutoencoderKL has.
+  """
+  shapes = {name: np.shape(value) for name, value in state_dict.items()}
+
+  def count(prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+
+  try:
+    ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+    out_ch = shapes["decoder.conv_out.weight"][0]
+    levels = range(count("encoder.down."))
+    widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in levels]
+    attention = {
+      side: tuple(256 // 2**i for i in levels if f"{side}.{i}.attn.0.q.weight" in shapes)
+      for side in ("encoder.down", "decoder.up")
+    }
+    same = attention["encoder.down"] == attention["decoder.up"]
+    return {
+      "embed_dim": shapes["post_quant_conv.weight"][1],
+      "z_channels": shapes["decoder.conv_in.weight"][1],
+      "ch": ch,
+      "ch_mult": tuple(width // ch for width in widths),
+      "num_res_blocks": count("encoder.down.0.block."),
+      "attn_resolutions": attention["encoder.down"],
+      "decoder_attn_resolutions": None if same else attention["decoder.up"],
+      **({} if in_channels == out_ch == 3 else {"in_channels": in_channels, "out_ch": out_ch}),
+    }
+  except (LookupError, ValueError, ZeroDivisionError) as error:
+    raise InputError(
+      f"The tensors are not those of an AutoencoderKL: {error!r} is missing or of another shape."
+    ) from error
+
+
+def autoencoder_from_diffusers(state_dict: Mapping[str, Any]) -> StateDict:
+  """An AutoencoderKL's tensors by diffusers' names -> by latent diffusion's.
+
+  Args:
+    state_dict: diffusers' name -> array, such as the SD-VAE's.
+
+  Returns:
+    The same arrays; attention's matrices as 1x1 convolutions. Names that diffusers does not have
+    stay as they are, for the strict loader to list.
+  """
+  levels = 1 + max(
+    (int(name.split(".")[2]) for name in state_dict if name.startswith("decoder.up_blocks.")),
+    default=0,
+  )
+  renamed: StateDict = {}
+  for name, value in state_dict.items():
+    new = re.sub(
+      r"^decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name
+    )
+    for pattern, replacement in _DIFFUSERS:
+      new = re.sub(pattern, replacement, new)
+    array = np.asarray(value)
+    is_matrix = ".attn_1." in new and new.endswith("weight") and array.ndim == 2
+    renamed[new] = array[:, :, None, None] if is_matrix else array
+  return renamed
+
+
+# Parts of names, diffusers' -> latent diffusion's. Older files have query, key, value, proj_attn.
+_DIFFUSERS = (
+  (r"^encoder\.down_blocks\.", "encoder.down."),
+  (r"mid_block\.resnets\.0", "mid.block_1"),
+  (r"mid_block\.resnets\.1", "mid.block_2"),
+  (r"mid_block\.attentions\.0", "mid.attn_1"),
+  (r"\.resnets\.", ".block."),
+  (r"\.downsamplers\.0\.", ".downsample."),
+  (r"\.upsamplers\.0\.", ".upsample."),
+  (r"conv_shortcut", "nin_shortcut"),
+  (r"conv_norm_out", "norm_out"),
+  (r"attn_1\.group_norm\.", "attn_1.norm."),
+  (r"attn_1\.(to_q|query)\.", "attn_1.q."),
+  (r"attn_1\.(to_k|key)\.", "attn_1.k."),
+  (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+  (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+)
 
 
 def autoencoder_to_torch(model: Autoencoder) -> StateDict:

@@ -30,7 +30,7 @@ import numpy as np
 
 from vavae_jax.errors import InputError
 
-_DTYPES = {
+DTYPES = {
   "DoubleStorage": np.dtype(np.float64),
   "FloatStorage": np.dtype(np.float32),
   "HalfStorage": np.dtype(np.float16),
@@ -121,7 +121,7 @@ class _Unpickler(pickle._Unpickler):
     self.storages: dict[str, _Storage] = {}
 
   def find_class(self, module: str, name: str) -> Any:
-    if module == "torch" and name in _DTYPES:
+    if module == "torch" and name in DTYPES:
       return name
     # Bound methods: a pickle can set attributes on a function that it is given, not on these.
     known: dict[tuple[str, str], Any] = {
@@ -140,9 +140,9 @@ class _Unpickler(pickle._Unpickler):
   def persistent_load(self, pid: Any) -> _Storage:
     # The older layout has one field more, for a view into another storage, long out of use.
     tag, kind, key, _, count, *view = pid
-    if tag != "storage" or kind not in _DTYPES or view not in ([], [None]) or count < 0:
+    if tag != "storage" or kind not in DTYPES or view not in ([], [None]) or count < 0:
       raise InputError(f"storage {pid} is not understood: save it again with PyTorch 1.6 or later")
-    dtype = _DTYPES[kind]
+    dtype = DTYPES[kind]
     size = count * dtype.itemsize
     if key not in self.storages:
       self.storages[key] = _Storage(dtype, self._fetch(key, size))

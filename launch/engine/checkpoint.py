@@ -20,6 +20,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vavae_jax.errors import InputError
+from vavae_jax.files import write_json
+
+# The step of weights that were not trained here; a training's first checkpoint is of a later one.
+_CONVERTED = "0"
 
 
 class Checkpoints:
@@ -31,6 +35,11 @@ class Checkpoints:
     keep: how many of the latest stay.
     """
     self.folder = Path(workdir).absolute() / "checkpoints"
+    if (self.folder / _CONVERTED / "params").is_dir():
+      raise InputError(
+        f"{workdir} holds converted weights, not a training that could go on; give a new --workdir "
+        f"and begin from these with --config.init_from={workdir}."
+      )
     self._keep = keep
     self._manager = ocp.CheckpointManager(
       epath.Path(self.folder),
@@ -132,6 +141,26 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
     raise InputError(f"The checkpoint {folder / str(step)} has no {item}.")
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(epath.Path(folder / str(step) / item), like), step
+
+
+def save_weights(workdir: Path, params: Any, config: dict) -> None:
+  """Makes a workdir of weights alone, for encoding, sampling and evaluating; whole or not at all.
+
+  Args:
+    workdir: a folder that does not exist, or is empty.
+    params: pytree of arrays, as a task's state has them.
+    config: plain nested dict.
+  """
+  workdir = Path(workdir).absolute()
+  partial = workdir.with_name(f".{workdir.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    write_json(partial / "config.json", config)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(epath.Path(partial / "checkpoints" / _CONVERTED / "params"), params)
+    partial.rename(workdir)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_config(workdir: Path) -> dict:

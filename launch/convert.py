@@ -1,0 +1,259 @@
+r"""Converts weights: published files to what the commands here take, and ours to PyTorch's.
+
+  python -m launch.convert SOURCE DEST [--to=folder|safetensors|pt]
+  python -m launch.convert SOURCE --inspect
+
+  python -m launch.convert vavae-f16d32-dinov2 runs/vavae
+  python -m launch.convert latents-stats data/latents
+  python -m launch.convert lightningdit-xl-64ep runs/xl_64ep --latents=data/latents \
+    --tokenizer=runs/vavae
+  python -m launch.convert runs/my_xl my_xl.pt --ema=0.9999
+
+SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/REPO/FILE on the Hugging
+Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir of a training here.
+What it is, is found out: LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
+diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads. DEST is a folder (a
+workdir for launch.encode, sample and evaluate; the latents' folder for statistics), or a file, by
+whose ending the format is chosen, with the names that the reference loads with strict=True. Pickles
+are read without running them and without PyTorch. All or nothing: tensors that are unknown,
+missing, misshapen or not finite are listed, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import save
+
+import configs.base
+import lightningdit_jax.convert
+from launch import released, trained, weights
+from launch.engine import configuration, console
+from launch.engine.checkpoint import read_config, save_weights
+from lightningdit_jax.latents import STATISTICS
+from vavae_jax import functional
+from vavae_jax.convert import autoencoder_to_torch
+from vavae_jax.errors import InputError
+from vavae_jax.files import atomic_file
+from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.torch_weights import StateDict
+from vavae_jax.torch_writer import write_torch_file
+
+FORMS = ("folder", "safetensors", "pt")
+_SUFFIXES = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt", ".ckpt": "pt", ".bin": "pt"}
+STATISTICS_KIND = "latent statistics"
+# Which training a model's workdir is one of.
+_TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", weights.SD_VAE: "tokenizer"}
+# What the reference's autoencoder has no argument for: the value that it always has.
+_ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
+
+
+class Converted(NamedTuple):
+  """What was written, for the summary."""
+
+  what: str
+  tensors: StateDict
+  aside: Mapping[str, int]
+  path: Path
+  sha256: str
+
+
+def convert(
+  source: str,
+  dest: Path,
+  *,
+  to: str = "",
+  part: str = "",
+  heads: str = "",
+  latents: str = "",
+  tokenizer: str = "",
+  step: int | None = None,
+  ema: float | None = None,
+) -> Converted:
+  """Converts one model; see the module's docstring.
+
+  Args:
+    source: what to read.
+    dest: what to write; it must not exist yet.
+    to: one of `FORMS`; "" goes by the ending of `dest`.
+    part: of a training checkpoint in PyTorch, one of `weights.PARTS`; "": the average, if any.
+    heads: LPIPS' heads, where source is VGG16.
+    latents: the store that a converted LightningDiT's statistics are in.
+    tokenizer: the workdir of its tokenizer.
+    step: of a training here, which checkpoint; the newest if None.
+    ema: of a training here, which average; the first if None, 0 for the weights themselves.
+
+  Returns:
+    What was written.
+
+  Raises:
+    InputError: nothing is written.
+  """
+  to = to or _SUFFIXES.get(dest.suffix, "folder")
+  path = released.find(source)
+  if path.is_dir():
+    if to == "folder":
+      raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
+    _check_free(dest)
+    what, tensors = _export(path, step, ema)
+    _write_file(dest, tensors, to)
+    return Converted(what, tensors, {}, dest, _sha256(dest))
+  console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+  found = weights.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
+  what = " ".join(filter(None, (found.kind, found.name)))
+  console.say(f"recognised: {what}, of {found.part}")
+  if found.kind == STATISTICS_KIND and to == "folder":
+    dest, to = dest / STATISTICS, "safetensors"
+  if to != "folder":
+    _check_free(dest)
+    _write_file(dest, found.tensors, to)
+    return Converted(what, found.tensors, found.aside, dest, _sha256(dest))
+  if found.kind not in _TASKS:
+    raise InputError(f"{what} has no workdir; end DEST in .safetensors or .pt.")
+  _check_free(dest)
+  config = _workdir_config(found, source, latents, tokenizer)
+  params = nnx.to_pure_dict(nnx.state(found.module))
+  if config.task == "tokenizer":
+    params = {"autoencoder": params}
+  save_weights(dest, params, config.to_dict())
+  sha256 = trained.load(dest, config.task).sha256
+  return Converted(what, found.tensors, found.aside, dest, sha256)
+
+
+def _workdir_config(
+  found: weights.Weights, source: str, latents: str, tokenizer: str
+) -> ConfigDict:
+  """The published configuration with the architecture that the weights have."""
+  task = _TASKS[found.kind]
+  module = released.RELEASED[source].config if source in released.RELEASED else ""
+  config = importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
+  config.model.update(found.arguments)
+  config.optimizer.ema_decays = ()  # what is there is all there is
+  if task == "tokenizer":
+    config.teacher.name = ""
+  else:
+    config.latents.path = latents or config.latents.path
+    config.tokenizer = tokenizer
+  configuration.resolve(config, getattr(configs.base, task)())
+  return config
+
+
+def _export(workdir: Path, step: int | None, ema: float | None) -> tuple[str, StateDict]:
+  """(what it is, the reference's state dict) of a training."""
+  task = read_config(workdir)["task"]
+  model = trained.load(workdir, task, step, ema)
+  if task == "diffusion":
+    graph = functional.graph_of(lightningdit_jax.training.build_model(model.config))
+    tensors = lightningdit_jax.convert.to_torch(nnx.merge(graph, model.params))
+    return f"LightningDiT of step {model.step}", tensors
+  arguments = model.config.model
+  for key, only in _ONLY_OURS.items():
+    if arguments[key] != only:
+      raise InputError(
+        f"{workdir} was trained with config.model.{key}={arguments[key]}; the reference knows only "
+        f"{only}, so that no file of its kind can hold these weights."
+      )
+  return f"tokenizer of step {model.step}", autoencoder_to_torch(trained.autoencoder(model))
+
+
+def _check_free(dest: Path) -> None:
+  if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+    raise InputError(f"{dest} is there already; give another DEST, or move it away.")
+
+
+def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
+  if bad := [name for name, x in tensors.items() if not np.isfinite(x.astype(np.float32)).all()]:
+    raise InputError(f"Not finite, so nothing was written: {', '.join(bad)}.")
+  console.say(f"writing {dest}")
+  if to == "pt":
+    write_torch_file(dest, tensors)
+    return
+  with atomic_file(dest) as file:
+    file.write(save({name: np.ascontiguousarray(x) for name, x in tensors.items()}))
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inspect(source: str) -> None:
+  """Lists what a file holds."""
+  path = released.find(source)
+  if path.is_dir():
+    raise InputError(f"{path} is a folder; --inspect lists files of weights.")
+  content = read_content(path)
+  rows = [
+    (name, "x".join(map(str, value.shape)) or "scalar", str(value.dtype))
+    if isinstance(value, np.ndarray)
+    else (name, "", _shown(value))
+    for name, value in configuration.flat({str(k): v for k, v in content.items()})
+  ]
+  console.table(str(path), ("name", "shape", "dtype or value"), rows)
+  try:
+    found = weights.recognise(content)
+    console.say(f"{found.kind} {found.name}, of {found.part}; {_describe(found.tensors)}")
+    _say_aside(found.aside)
+  except InputError as error:
+    console.say(str(error))
+
+
+def _shown(value: Any) -> str:
+  text = " ".join(repr(value).split())
+  return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _describe(tensors: StateDict) -> str:
+  dtypes = Counter(str(x.dtype) for x in tensors.values())
+  kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
+  total = sum(x.size for x in tensors.values())
+  return f"{len(tensors)} tensors ({kinds}), {total:,} parameters"
+
+
+def _say_aside(aside: Mapping[str, int]) -> None:
+  if aside:
+    listed = ", ".join(f"{name} ({count})" for name, count in aside.items())
+    console.say(f"left aside, since they are not the model's: {listed}")
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  if FLAGS.inspect and len(argv) == 2:
+    inspect(argv[1])
+    return
+  if FLAGS.inspect or len(argv) != 3:
+    raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
+  names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
+  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  done = convert(argv[1], Path(argv[2]), **given)
+  _say_aside(done.aside)
+  rows = [
+    ("what", done.what),
+    ("tensors", _describe(done.tensors)),
+    ("where", str(done.path)),
+    ("sha256", done.sha256),
+  ]
+  console.table("Converted", ("", ""), rows)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_enum("to", "", ("", *FORMS), "What to write; by DEST's ending if not given.")
+  flags.DEFINE_boolean("inspect", False, "Only list what SOURCE holds.")
+  flags.DEFINE_enum("part", "", ("", *weights.PARTS), "Of a checkpoint; the average, if any.")
+  flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
+  flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
+  flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")
+  flags.DEFINE_integer("step", None, "Of a workdir, which checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Of a workdir, which average; the first if not given, 0: none.")
+  console.run_command(main, arguments=2)

@@ -1,0 +1,169 @@
+"""What a file of weights holds, by the names and shapes of its tensors.
+
+A model is recognised only once its own module has taken every tensor: nothing is guessed further
+than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightningdit_jax import convert as dit
+from lightningdit_jax.model import PRESETS
+from vavae_jax import convert as vae
+from vavae_jax.errors import InputError
+from vavae_jax.teachers import recognition, teacher_from_torch
+from vavae_jax.torch_weights import StateDict
+
+# Parts under which checkpoints keep weights; the first that is there is taken, so the average
+# before the weights themselves, as published numbers are of averages.
+PARTS = ("ema", "state_dict", "model")
+ITSELF = "the file itself"
+
+
+class Weights(NamedTuple):
+  """The weights of one model.
+
+  Attributes:
+    kind: one of the names in `_KINDS`, such as "LightningDiT".
+    name: what is known more exactly, such as "dinov2_vitl14"; "" if nothing.
+    part: one of `PARTS` or `ITSELF`.
+    tensors: PyTorch name -> array, without prefixes; all of the model's and no other.
+    aside: what else is in the file -> how many tensors or values.
+    arguments: the constructor's, where tensors tell them.
+    module: ours with these weights; None for statistics.
+  """
+
+  kind: str
+  name: str
+  part: str
+  tensors: StateDict
+  aside: dict[str, int]
+  arguments: dict[str, Any]
+  module: Any
+
+
+def recognise(
+  content: Mapping[str, Any], part: str = "", more: Mapping[str, Any] | None = None
+) -> Weights:
+  """The model whose weights a file has.
+
+  Args:
+    content: from `state_dicts.read_content`.
+    part: one of `PARTS`; "": the first that is there, or the file itself.
+    more: tensors of a second file that belong to the same model, as LPIPS' heads.
+
+  Returns:
+    The weights, checked.
+
+  Raises:
+    InputError: no such part, no known model, or a known one with unknown, missing, misshapen or
+      non-finite tensors, which are listed.
+  """
+  part, tensors, aside = _choose(content, part)
+  tensors |= more or {}
+  for kind, (is_it, read) in _KINDS.items():
+    if is_it(tensors):
+      own, name, arguments, module = read(tensors)
+      aside += Counter(_group(key) for key in tensors if key not in own and kind != SD_VAE)
+      return Weights(kind, name, part, own, dict(aside), arguments, module)
+  shown = ", ".join(sorted(tensors)[:6]) or "no tensor"
+  raise InputError(
+    f"No model is known by these tensors: {shown}. Known are: {', '.join(_KINDS)}. --inspect lists "
+    "what a file holds."
+  )
+
+
+def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Counter[str]]:
+  there = [name for name in PARTS if isinstance(content.get(name), Mapping)]
+  if part and part not in there:
+    raise InputError(f"The file has no part {part!r}; it has {', '.join(there) or 'none'}.")
+  part = part or (there[0] if there else ITSELF)
+  whole = content if part == ITSELF else content[part]
+  others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
+  if others:
+    raise InputError(f"Among the weights there is more than tensors: {', '.join(others[:8])}.")
+  aside = Counter({str(k): _count(v) for k, v in content.items() if part not in (ITSELF, k)})
+  tensors = {str(name): value for name, value in whole.items()}
+  if tensors and all(name.startswith("module.") for name in tensors):
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+  return part, tensors, aside
+
+
+def _count(value: Any) -> int:
+  return sum(map(_count, value.values())) if isinstance(value, Mapping) else 1
+
+
+def _group(name: str) -> str:
+  """`loss.discriminator.main.0.weight` -> `loss.discriminator`."""
+  return ".".join(name.split(".")[: 2 if name.startswith("loss.") else 1])
+
+
+_Read = tuple[StateDict, str, dict[str, Any], Any]
+
+
+def _read_statistics(tensors: StateDict) -> _Read:
+  mean, std = (np.asarray(tensors[name], np.float32) for name in ("mean", "std"))
+  if mean.shape != std.shape or mean.size != max(mean.shape, default=0):
+    raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
+  if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+    raise InputError("The statistics are not finite, or a deviation is not above 0.")
+  return tensors, "", {}, None
+
+
+def _read_lightningdit(tensors: StateDict) -> _Read:
+  arguments = dit.arguments_of(tensors)
+  return tensors, _preset(arguments), arguments, dit.from_torch(tensors, **arguments)
+
+
+def _preset(arguments: Mapping[str, Any]) -> str:
+  for name, sizes in PRESETS.items():
+    if all(arguments[key] == value for key, value in sizes.items()):
+      return name
+  return ""
+
+
+def _read_autoencoder(tensors: StateDict) -> _Read:
+  arguments = vae.autoencoder_arguments(tensors)
+  module = vae.autoencoder_from_torch(tensors, **arguments)
+  own = {k: v for k, v in tensors.items() if not k.startswith(vae.TRAINING_ONLY)}
+  factor = 2 ** (len(arguments["ch_mult"]) - 1)
+  return own, f"f{factor}d{arguments['embed_dim']}", arguments, module
+
+
+def _read_diffusers(tensors: StateDict) -> _Read:
+  return _read_autoencoder(vae.autoencoder_from_diffusers(tensors))
+
+
+def _read_lpips(tensors: StateDict) -> _Read:
+  try:
+    return tensors, "", {}, vae.lpips_from_torch(tensors)
+  except InputError as error:
+    raise InputError(
+      f"{error} LPIPS is VGG16 and heads: give the one as SOURCE, the other as --heads."
+    ) from error
+
+
+def _read_teacher(tensors: StateDict) -> _Read:
+  name = recognition.recognise(tensors)
+  return tensors, name, {}, teacher_from_torch(name, tensors)
+
+
+def _has(*names: str) -> Callable[[StateDict], bool]:
+  return lambda tensors: any(name in tensors for name in names)
+
+
+SD_VAE = "tokenizer (diffusers)"
+# Kind -> (whether the tensors are of it, how they are read).
+_KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read]]] = {
+  "latent statistics": (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
+  "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
+  "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
+  SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
+  "LPIPS": (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
+  "teacher": (lambda tensors: bool(recognition.recognise(tensors)), _read_teacher),
+}

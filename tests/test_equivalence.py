@@ -1,0 +1,102 @@
+"""launch.equivalence: what it compares and how it judges; the other side is played by ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import differences, equivalence
+from tests import cases
+from vavae_jax.errors import InputError
+
+TINY = str(cases.FOLDER / "formats" / "lightningdit_bare_state_dict.pt")
+CHECKOUT = os.environ.get("LIGHTNINGDIT", "")
+
+
+def settings(tmp_path, **changes) -> equivalence.Settings:
+  (tmp_path / "models").mkdir(exist_ok=True)
+  (tmp_path / "models" / "lightningdit.py").touch()
+  given = {"model": "LightningDiT-B/1", "checkpoint": TINY, "steps": 1} | changes
+  return equivalence.Settings(**{"reference": tmp_path, "torch_python": sys.executable} | given)
+
+
+@pytest.fixture
+def played(monkeypatch):
+  """The other side: what ours computes, changed by a function of (key, array)."""
+
+  def play(change):
+    def answer(python, job):
+      case = equivalence.make_case(play.settings)
+      weights = equivalence.read_state_dict(job["weights"])
+      arrays = {k: np.asarray(x) for k, x in case.run(weights, case.inputs, job["dtype"]).items()}
+      named = {f"{k}/name" if k.startswith("layer/") else k: x for k, x in arrays.items()}
+      np.savez(job["outputs"], **{k: change(k, x) for k, x in named.items()})
+      return {"torch": "0"}
+
+    monkeypatch.setattr(equivalence, "_run_torch", answer)
+
+  return play
+
+
+def test_every_layer_loss_gradient_and_parameter_is_compared(played, tmp_path):
+  played(lambda key, x: x)
+  played.settings = settings(tmp_path)
+  rows, _ = equivalence.compare(played.settings)
+  assert all(row.holds and row.max_abs == 0 for row in rows)
+  counts = {(d, g): int(n) for d, g, n, *_ in differences.summary(rows)}
+  for dtype in ("float32", "bfloat16"):
+    # The embedding of the time, one block, the head; 27 tensors, three of them constants.
+    assert counts[dtype, "layer"] == 3
+    assert counts[dtype, "gradient"] == counts[dtype, "parameter"] == 24
+    assert counts[dtype, "loss"] == counts[dtype, "trajectory"] == counts[dtype, "output"] == 1
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 1.01, lambda x: np.full_like(x, np.nan)])
+def test_one_wrong_array_does_not_hold(played, tmp_path, wrong):
+  bad = "gradient/blocks.0.attn.qkv.weight"
+  played(lambda key, x: wrong(x) if key == bad else x)
+  played.settings = settings(tmp_path)
+  rows, about = equivalence.compare(played.settings)
+  failed = [row for row in rows if not row.holds and row.dtype == "float32"]
+  assert [f"{row.group}/{row.name}" for row in failed] == [bad]
+  lines = {tuple(line[:2]): line for line in differences.summary(rows)}
+  assert lines["float32", "gradient"][-1] == "NO"
+  assert lines["float32", "gradient"][5] == "blocks.0.attn.qkv.weight"
+  page = differences.page("title", rows, about)
+  assert "Difference by layer" in page
+  assert "blocks.0.attn.qkv.weight" in page
+
+
+def test_sides_that_do_not_compute_the_same_are_refused(played, tmp_path):
+  played(lambda key, x: x)
+  played.settings = settings(tmp_path, trajectory=0, steps=0)
+  with pytest.raises(InputError, match=r"gradient/.*on one of them only"):
+    equivalence.compare(settings(tmp_path, trajectory=0))
+
+
+def test_an_interpreter_without_pytorch_is_told(tmp_path, capfd):
+  case = settings(tmp_path)
+  with pytest.raises(InputError, match="interpreter with torch"):
+    equivalence.compare(equivalence.dataclasses.replace(case, torch_python=sys.executable))
+  assert "torch" in capfd.readouterr().err
+  with pytest.raises(InputError, match="models/lightningdit"):
+    equivalence.compare(equivalence.dataclasses.replace(case, reference=Path("/nowhere")))
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(not CHECKOUT, reason="LIGHTNINGDIT names no checkout of the reference")
+@pytest.mark.parametrize(
+  "changes", [{}, {"model": "lpips", "checkpoint": "", "image_size": 64, "batch_size": 1}]
+)
+def test_the_reference_itself(tmp_path, changes):
+  given = settings(tmp_path, **changes)
+  rows, about = equivalence.compare(
+    equivalence.dataclasses.replace(given, reference=Path(CHECKOUT))
+  )
+  assert all(row.holds for row in rows), differences.summary(rows)
+  json.dumps(about)

@@ -1,0 +1,283 @@
+"""launch.convert: every file of formats/, both ways; what is refused leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import FrozenConfigDict
+from safetensors.numpy import load_file, save_file
+
+from configs import quickstart
+from launch import released, trained, weights
+from launch.convert import convert, inspect
+from launch.train import train
+from lightningdit_jax import training
+from lightningdit_jax.latents import LatentStore
+from tests import cases
+from tests.reference import procedural
+from vavae_jax import functional
+from vavae_jax.errors import InputError
+from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.torch_writer import write_torch_file
+
+FORMATS = cases.FOLDER / "formats"
+LIGHTNINGDIT = {
+  "lightningdit_bare_state_dict": "",
+  "lightningdit_ema_module_prefix": "ema",
+  "lightningdit_train_checkpoint": "ema",
+}
+INPUTS = {"latent": (2, 8, 4, 4), "image": (1, 3, 16, 16), "z": (1, 8, 4, 4)}
+# Constants whose last bit a processor's cosine decides.
+TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
+
+
+def stored(name: str, part: str) -> dict:
+  content = read_content(FORMATS / f"{name}.pt")
+  tensors = content[part] if part else content
+  return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def given(name: str) -> jnp.ndarray:
+  return jnp.asarray(cases.nhwc(procedural.normal(name, INPUTS[name])))
+
+
+def assert_same(a: dict, b: dict) -> None:
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    assert value.dtype == b[name].dtype
+    if name in TABLES:
+      np.testing.assert_allclose(b[name], value, rtol=0, atol=2**-24)
+    else:
+      np.testing.assert_array_equal(b[name], value, err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize(
+  ("name", "part"),
+  [
+    *((name, part) for name, part in LIGHTNINGDIT.items()),
+    ("lightningdit_train_checkpoint", "model"),
+  ],
+)
+def test_a_converted_lightningdit_is_the_references_and_goes_back(name, part, tmp_path):
+  convert(str(FORMATS / f"{name}.pt"), tmp_path / "run", part=part)
+  model = trained.load(tmp_path / "run", "diffusion")
+  config = FrozenConfigDict(model.config.to_dict() | {"dtype": "float32"})
+  graph = functional.graph_of(training.build_model(config))
+  velocity = nnx.merge(graph, model.params)(
+    given("latent"), jnp.array([0.25, 0.75]), jnp.array([1, 5])
+  )
+  with np.load(FORMATS / "outputs.npz") as outputs:
+    cases.assert_near(velocity, cases.nhwc(outputs[f"{name}/{part}"]), 1e-5)
+  for end in ("pt", "safetensors"):
+    convert(str(tmp_path / "run"), tmp_path / f"back.{end}")
+    assert_same(stored(name, part), read_state_dict(tmp_path / f"back.{end}"))
+
+
+def test_a_converted_tokenizer_is_the_references_and_goes_back(tmp_path):
+  done = convert(str(FORMATS / "vavae_lightning.ckpt"), tmp_path / "run")
+  assert done.aside == {
+    "epoch": 1,
+    "global_step": 1,
+    "loss.logvar": 1,
+    "loss.perceptual_loss": 7,
+    "linear_proj": 1,
+    "foundation_model": 2,
+  }
+  model = trained.autoencoder(trained.load(tmp_path / "run", "tokenizer"))
+  posterior = model.encode(given("image"))
+  with np.load(FORMATS / "outputs.npz") as outputs:
+    mean = outputs["encoder"][:, :8]
+    cases.assert_near(posterior.mean, cases.nhwc(mean), 1e-5)
+    cases.assert_near(model.decode(given("z")), cases.nhwc(outputs["decoder"]), 1e-5)
+  convert(str(tmp_path / "run"), tmp_path / "back.ckpt")
+  state_dict = read_state_dict(FORMATS / "vavae_lightning.ckpt")
+  own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+  assert_same(
+    {name: x for name, x in state_dict.items() if name.startswith(own)},
+    read_state_dict(tmp_path / "back.ckpt"),
+  )
+
+
+def test_the_published_statistics_are_a_store_to_sample_with_and_go_back(tmp_path):
+  convert(str(FORMATS / "latents" / "latents_stats.pt"), tmp_path / "store")
+  store, whole = LatentStore(tmp_path / "store"), LatentStore(FORMATS / "latents")
+  assert len(store) == 0
+  np.testing.assert_array_equal(store.mean, whole.mean)
+  np.testing.assert_array_equal(store.std, whole.std)
+  back = tmp_path / "latents_stats.pt"
+  convert(str(tmp_path / "store" / "latents_stats.safetensors"), back)
+  assert_same(read_state_dict(FORMATS / "latents" / "latents_stats.pt"), read_state_dict(back))
+  config = quickstart.diffusion(tiny=True)
+  config.latents.path = str(tmp_path / "store")
+  with pytest.raises(InputError, match="the statistics of latents and no latents"):
+    train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [("hostile_pickle.pt", r"asks for posix\.system"), ("truncated.pt", "is truncated")],
+)
+def test_bad_files_leave_nothing(name, message, tmp_path):
+  for dest in ("run", "file.safetensors"):
+    with pytest.raises(InputError, match=message):
+      convert(str(FORMATS / name), tmp_path / dest)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"final_layer.linear.bias": None}, "missing: final_layer.linear.bias"),
+    ({"more.weight": np.zeros(3, np.float32)}, "unknown: more.weight"),
+    ({"t_embedder.mlp.2.bias": np.zeros(3, np.float32)}, "of another shape: t_embedder.mlp.2.bias"),
+    ({"t_embedder.mlp.2.bias": np.full(32, np.nan, np.float32)}, "not finite: t_embedder.mlp.2"),
+  ],
+)
+def test_what_does_not_fit_is_listed_and_nothing_written(change, message, tmp_path):
+  tensors = {**stored("lightningdit_bare_state_dict", ""), **change}
+  source = tmp_path / "source.safetensors"
+  save_file({name: x for name, x in tensors.items() if x is not None}, source)
+  for dest in ("run", "file.pt"):
+    with pytest.raises(InputError, match=re.escape(message)):
+      convert(str(source), tmp_path / dest)
+  assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_is_there_is_not_written_over(tmp_path):
+  (tmp_path / "there.pt").write_text("mine")
+  with pytest.raises(InputError, match="is there already"):
+    convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "there.pt")
+  assert (tmp_path / "there.pt").read_text() == "mine"
+
+
+def test_a_converted_workdir_begins_a_training_and_does_not_go_on(tmp_path, pipeline):
+  convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "run")
+  config = quickstart.diffusion(tiny=True)
+  config.latents.path = str(pipeline / "latents")
+  (tmp_path / "run" / "config.json").unlink()
+  with pytest.raises(InputError, match=r"--config\.init_from="):
+    train(config, tmp_path / "run")
+
+
+def test_weights_with_what_only_this_project_has_are_not_exported(pipeline, tmp_path):
+  with pytest.raises(InputError, match=r"config\.model\.patch_size=16; the reference knows only 1"):
+    convert(str(pipeline / "tokenizer"), tmp_path / "file.pt")
+
+
+def test_any_average_of_a_training_here_is_exported(pipeline, tmp_path):
+  for decay, name in ((0.0, "raw.pt"), (0.5, "ema.pt")):
+    convert(str(pipeline / "diffusion"), tmp_path / name, ema=decay)
+    again = weights.recognise(read_content(tmp_path / name))
+    expected = trained.load(pipeline / "diffusion", "diffusion", ema=decay).params
+    state = nnx.to_pure_dict(nnx.state(again.module))
+    np.testing.assert_array_equal(
+      state["final_layer"]["linear"]["kernel"], expected["final_layer"]["linear"]["kernel"]
+    )
+  raw, ema = (read_state_dict(tmp_path / name) for name in ("raw.pt", "ema.pt"))
+  assert not np.array_equal(raw["final_layer.linear.weight"], ema["final_layer.linear.weight"])
+
+
+def to_diffusers(state_dict: dict, levels: int) -> dict:
+  """Latent diffusion's names -> diffusers', attention as matrices."""
+  renamed = {}
+  for name, value in state_dict.items():
+    new = re.sub(r"^encoder\.down\.", "encoder.down_blocks.", name)
+    new = re.sub(
+      r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", new
+    )
+    new = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", new)
+    new = re.sub(r"\.(down|up)sample\.", r".\1samplers.0.", new).replace(".block.", ".resnets.")
+    new = new.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+    if "mid.attn_1" in new:
+      new = new.replace("mid.attn_1", "mid_block.attentions.0").replace(".norm.", ".group_norm.")
+      new = re.sub(r"\.([qkv])\.", r".to_\1.", new).replace("proj_out", "to_out.0")
+      value = value[:, :, 0, 0] if value.ndim == 4 else value
+    renamed[new] = value
+  return renamed
+
+
+def test_an_sd_vae_of_diffusers_is_read(tmp_path):
+  tensors = {
+    name: x
+    for name, x in read_state_dict(FORMATS / "vavae_lightning.ckpt").items()
+    if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    and not re.search(r"(down|up)\.\d\.attn", name)  # the SD-VAE's attention is in the middle alone
+  }
+  save_file(to_diffusers(tensors, levels=3), tmp_path / "vae.safetensors")
+  done = convert(str(tmp_path / "vae.safetensors"), tmp_path / "back.safetensors")
+  assert done.what == f"{weights.SD_VAE} f4d8"
+  assert_same(tensors, load_file(tmp_path / "back.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "mae_vits16"])
+def test_teachers_are_recognised(name):
+  _, tensors, _ = cases.load(name)
+  assert weights.recognise({"model": tensors}).name == name
+
+
+def test_lpips_comes_from_two_files(tmp_path):
+  _, tensors, _ = cases.load("lpips")
+  heads = {name: x for name, x in tensors.items() if name.startswith("lin")}
+  rest = {name: x for name, x in tensors.items() if name not in heads}
+  write_torch_file(tmp_path / "vgg.pth", rest)
+  write_torch_file(tmp_path / "heads.pth", heads)
+  with pytest.raises(InputError, match=r"missing: lin0\.model\.1\.weight.* as --heads"):
+    convert(str(tmp_path / "vgg.pth"), tmp_path / "lpips.safetensors")
+  done = convert(
+    str(tmp_path / "vgg.pth"), tmp_path / "lpips.safetensors", heads=str(tmp_path / "heads.pth")
+  )
+  assert done.what == "LPIPS"
+  assert_same(tensors, load_file(tmp_path / "lpips.safetensors"))
+
+
+def test_npz_is_read_and_one_that_swells_is_refused(tmp_path):
+  tensors = stored("lightningdit_bare_state_dict", "")
+  np.savez(tmp_path / "weights.npz", **tensors)
+  convert(str(tmp_path / "weights.npz"), tmp_path / "back.pt")
+  assert_same(tensors, read_state_dict(tmp_path / "back.pt"))
+  np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(10**7, np.float32))
+  with pytest.raises(InputError, match="would unpack to 38 MiB"):
+    read_content(tmp_path / "bomb.npz")
+  np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
+  with pytest.raises(InputError, match="damaged or no npz file"):
+    read_content(tmp_path / "objects.npz")
+
+
+def test_names_that_lead_out_of_the_folder_write_nothing(tmp_path):
+  """A zip's member names are keys, never paths."""
+  data = io.BytesIO()
+  np.save(data, np.zeros(2, np.float32))
+  with zipfile.ZipFile(tmp_path / "evil.npz", "w") as archive:
+    archive.writestr("../../outside.npy", data.getvalue())
+  with pytest.raises(InputError, match="No model is known"):
+    convert(str(tmp_path / "evil.npz"), tmp_path / "run")
+  assert [path.name for path in tmp_path.iterdir()] == ["evil.npz"]
+
+
+def test_unknown_sources_are_told(monkeypatch):
+  with pytest.raises(InputError, match="one of vavae-f16d32-dinov2"):
+    released.find("vavae-f16d32")
+  with pytest.raises(InputError, match="not of the form"):
+    released.find("hf:hustvl/file.pt")
+
+  def offline(repository, file):
+    raise released.LocalEntryNotFoundError(f"no {file}. Check.")
+
+  monkeypatch.setattr(released.huggingface_hub, "hf_hub_download", offline)
+  with pytest.raises(
+    InputError, match=r"fetch latents_stats\.pt of hustvl/vavae-\S+ on the Hugging"
+  ):
+    released.find("latents-stats")
+
+
+def test_inspection_lists_tensors_and_values(capsys):
+  inspect(str(FORMATS / "lightningdit_train_checkpoint.pt"))
+  told = capsys.readouterr().out
+  for words in ("model.blocks.0.attn.qkv.weight", "96x32", "config.model.model_type", "27 tensors"):
+    assert words in told
