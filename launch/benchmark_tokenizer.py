@@ -76,6 +76,20 @@ def networks_of(config: FrozenConfigDict) -> dict[str, Any]:
   return networks
 
 
+class _Passes(NamedTuple):
+  """One forward pass of everything, with the ways back through its parts."""
+
+  nll: jax.Array
+  vf: jax.Array
+  gan: jax.Array
+  recon: jax.Array
+  pull_nll: Callable[..., Any]
+  pull_vf: Callable[..., Any]
+  pull_gan: Callable[..., Any]
+  pull_decoder: Callable[..., Any]
+  pull_encoder: Callable[..., Any]
+
+
 def reference_order(
   config: FrozenConfigDict,
   phase: Phase,
@@ -102,47 +116,67 @@ def reference_order(
     network = nnx.merge(judge_graph, params, state.discriminator_statistics)
     return network(picture, train=True), nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-  def parts(params: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-    model = nnx.merge(graph, params["autoencoder"])
-    posterior = model.encode(image)
-    z = posterior.sample(noise)
-    recon = model.decode(z)
+  def encode(params: Any) -> tuple[jax.Array, jax.Array]:
+    posterior = nnx.merge(graph, params).encode(image)
+    return posterior.sample(noise), jnp.mean(posterior.kl())
+
+  def nll_of(recon: jax.Array) -> jax.Array:
     distance = networks["perceptual"].distance(there, networks["perceptual"].features(recon))
     distance *= config.loss.perceptual_weight
-    pair = update.project(params["projection"], z, features, config.teacher.reverse_proj)
-    values = {
-      "nll": losses.reconstruction(image, recon, distance) * image[0].size,
-      "kl": jnp.mean(posterior.kl()),
-      "vf": config.loss.cos_weight * losses.marginal_cosine(*pair, column["cos_margin"])
-      + config.loss.distmat_weight
-      * losses.marginal_distance_matrix(*pair, column["distmat_margin"]),
-      "gan": losses.generator(judge(state.discriminator, recon)[0]),
-    }
-    return values, recon
+    return losses.reconstruction(image, recon, distance) * image[0].size
 
-  def backward(loss_of: Callable[[Any], jax.Array]) -> Any:
-    params = jax.lax.optimization_barrier(state.params) if recompute else state.params
-    loss, pull = jax.vjp(loss_of, params)
-    return pull(jax.lax.optimization_barrier(jnp.ones_like(loss)))[0]
+  def vf_of(projection: Any, z: jax.Array) -> jax.Array:
+    pair = update.project(projection, z, features, config.teacher.reverse_proj)
+    near = losses.marginal_cosine(*pair, column["cos_margin"])
+    alike = losses.marginal_distance_matrix(*pair, column["distmat_margin"])
+    return config.loss.cos_weight * near + config.loss.distmat_weight * alike
 
-  def last_grad(name: str, side: str) -> jax.Array:
-    grads = backward(lambda params: parts(params)[0][name])
-    return grads["autoencoder"][side]["conv_out"]["kernel"]
+  def forward(params: Any) -> _Passes:
+    (z, _), pull_encoder = jax.vjp(encode, params["autoencoder"])
+    recon, pull_decoder = jax.vjp(
+      lambda params, z: nnx.merge(graph, params).decode(z), params["autoencoder"], z
+    )
+    nll, pull_nll = jax.vjp(nll_of, recon)
+    vf, pull_vf = jax.vjp(vf_of, params["projection"], z)
+    gan, pull_gan = jax.vjp(lambda r: losses.generator(judge(state.discriminator, r)[0]), recon)
+    return _Passes(nll, vf, gan, recon, pull_nll, pull_vf, pull_gan, pull_decoder, pull_encoder)
 
+  once = forward(state.params)
+
+  def passes() -> _Passes:
+    return forward(jax.lax.optimization_barrier(state.params)) if recompute else once
+
+  def one(loss: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.ones_like(loss))
+
+  def last(grads: Any, side: str) -> jax.Array:
+    return grads[side]["conv_out"]["kernel"]
+
+  zero = jnp.zeros(())
+  p = passes()
+  nll_at_decoder = last(p.pull_decoder(*p.pull_nll(one(p.nll)))[0], "decoder")
+  p = passes()
+  gan_at_decoder = last(p.pull_decoder(*p.pull_gan(one(p.gan)))[0], "decoder")
+  p = passes()
+  nll_at_z = p.pull_decoder(*p.pull_nll(one(p.nll)))[1]
+  nll_at_encoder = last(p.pull_encoder((nll_at_z, zero))[0], "encoder")
+  p = passes()
+  vf_at_encoder = last(p.pull_encoder((p.pull_vf(one(p.vf))[1], zero))[0], "encoder")
   gan_weight = config.loss.disc_weight * losses.adaptive_weight(
-    last_grad("nll", "decoder"), last_grad("gan", "decoder"), losses.MAX_GAN_WEIGHT
+    nll_at_decoder, gan_at_decoder, losses.MAX_GAN_WEIGHT
   )
   vf_weight = config.stages.vf_weight[phase.stage] * losses.adaptive_weight(
-    last_grad("nll", "encoder"), last_grad("vf", "encoder"), losses.MAX_ALIGNMENT_WEIGHT
+    nll_at_encoder, vf_at_encoder, losses.MAX_ALIGNMENT_WEIGHT
   )
-  weights = {"nll": 1.0, "kl": config.loss.kl_weight, "vf": vf_weight, "gan": gan_weight}
 
-  def total(params: Any) -> jax.Array:
-    values, _ = parts(params)
-    return sum((weight * values[name] for name, weight in weights.items()), start=jnp.zeros(()))
-
-  grads = backward(total)
-  recon = jax.lax.optimization_barrier(parts(state.params)[1])
+  p = passes()
+  by_recon = p.pull_nll(one(p.nll))[0] + gan_weight * p.pull_gan(one(p.gan))[0]
+  by_decoder, z_cotangent = p.pull_decoder(by_recon)
+  by_projection, by_z = p.pull_vf(vf_weight * one(p.vf))
+  (by_encoder,) = p.pull_encoder((z_cotangent + by_z, zero + config.loss.kl_weight))
+  autoencoder = jax.tree.map(jnp.add, by_decoder, by_encoder)
+  grads = {"autoencoder": autoencoder, "projection": by_projection}
+  recon = jax.lax.optimization_barrier(passes().recon)
 
   def judged(params: Any) -> tuple[jax.Array, Any]:
     real, statistics = judge(params, image)
