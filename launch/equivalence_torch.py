@@ -14,6 +14,7 @@ import importlib.util
 import json
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from benchmark_torch import load_reference
 from torch import nn
 
 Arrays = dict[str, torch.Tensor]
+Named = Iterator[tuple[str, torch.Tensor]]
 # Imported by the reference for what is not needed here: downloads, progress bars, pictures.
 UNNEEDED = ("requests", "tqdm", "torchvision", "torchvision.transforms", "torchvision.models")
 TEACHERS = {
@@ -114,15 +116,15 @@ def randomise(model: nn.Module, seed: int) -> None:
       parameter.abs_()
 
 
-def lightningdit(job: dict[str, Any], given: Arrays) -> Arrays:
+def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
   """Forward, the reference's loss, its gradients, steps of AdamW, a trajectory."""
   model = load(load_reference(job["checkout"])(**job["arguments"]), job)
-  out: Arrays = {}
+  found: Arrays = {}
   latent, noise, t, label = (given[name] for name in ("latent", "noise", "t", "label"))
-  with torch.no_grad():
-    with watched(model, job["watch"], out), precision(job):
-      output = model(latent, t, label)
-    out["output"] = output.float()
+  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
+    output = model(latent, t, label)
+  yield from found.items()
+  yield "output", output
   stand_in("torchdiffeq", odeint=None)
   from transport import Sampler, create_transport
 
@@ -139,11 +141,11 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Arrays:
     optimizer.zero_grad()
     loss.backward()
     if step == 0:
-      out |= {f"gradient/{name}": p.grad.clone() for name, p in parameters.items()}
+      yield from ((f"gradient/{name}", p.grad) for name, p in parameters.items())
     optimizer.step()
-    out[f"loss/{step}"] = loss.detach()
+    yield f"loss/{step}", loss
   if job["steps"]:
-    out |= {f"parameter/{name}": p.detach().clone() for name, p in parameters.items()}
+    yield from ((f"parameter/{name}", p) for name, p in parameters.items())
   if job["trajectory"] and sys.modules["torchdiffeq"].odeint is not None:
     sampler = Sampler(transport).sample_ode(
       sampling_method="euler", num_steps=job["trajectory"], timestep_shift=0.3
@@ -151,11 +153,10 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Arrays:
     load(model, job)
     with torch.no_grad(), precision(job):
       end = sampler(noise, model, y=label)[-1]
-    out[f"trajectory/{job['trajectory'] - 1}"] = end.float()
-  return out
+    yield f"trajectory/{job['trajectory'] - 1}", end
 
 
-def autoencoder(job: dict[str, Any], given: Arrays) -> Arrays:
+def autoencoder(job: dict[str, Any], given: Arrays) -> Named:
   """Moments of a picture's posterior, and the picture of its mean."""
   for name in UNNEEDED:
     stand_in(name, tqdm=None, transforms=None)
@@ -163,15 +164,15 @@ def autoencoder(job: dict[str, Any], given: Arrays) -> Arrays:
   from tokenizer.autoencoder import AutoencoderKL
 
   model = load(AutoencoderKL(**job["arguments"]), job)
-  out: Arrays = {}
-  with torch.no_grad(), watched(model, job["watch"], out), precision(job):
+  found: Arrays = {}
+  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
     posterior = model.encode(given["image"])
     decoded = model.decode(given["z"])
-  out |= {"mean": posterior.mean, "logvar": posterior.logvar, "output": decoded}
-  return {name: x.float() for name, x in out.items()}
+  yield from found.items()
+  yield from (("mean", posterior.mean), ("logvar", posterior.logvar), ("output", decoded))
 
 
-def teacher(job: dict[str, Any], given: Arrays) -> Arrays:
+def teacher(job: dict[str, Any], given: Arrays) -> Named:
   """The features as the reference's aux_foundation_model takes them from timm's model."""
   import timm
 
@@ -180,14 +181,14 @@ def teacher(job: dict[str, Any], given: Arrays) -> Arrays:
   rows, columns = image.shape[2] // 16, image.shape[3] // 16
   if "14" in job["name"]:
     image = nn.functional.interpolate(image, (14 * rows, 14 * columns), mode="bilinear")
-  out: Arrays = {}
-  with torch.no_grad(), watched(model, job["watch"], out), precision(job):
+  found: Arrays = {}
+  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
     tokens = model.forward_features(image)[:, model.num_prefix_tokens :]
-  out["output"] = tokens.float().unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-  return out
+  yield from found.items()
+  yield "output", tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
 
-def lpips(job: dict[str, Any], given: Arrays) -> Arrays:
+def lpips(job: dict[str, Any], given: Arrays) -> Named:
   """The distance of two pictures and its gradient by the second."""
   for name in UNNEEDED:
     stand_in(name, tqdm=None, models=types.SimpleNamespace(vgg16=vgg16))
@@ -197,11 +198,12 @@ def lpips(job: dict[str, Any], given: Arrays) -> Arrays:
   LPIPS.load_from_pretrained = lambda self: None
   model = load(LPIPS(), job)
   other = given["other"].requires_grad_()
-  out: Arrays = {}
-  with watched(model, job["watch"], out):
+  found: Arrays = {}
+  with watched(model, job["watch"], found):
     distance = model(given["image"], other)
   distance.sum().backward()
-  return out | {"output": distance.detach().flatten(), "gradient/other": other.grad}
+  yield from found.items()
+  yield from (("output", distance.flatten()), ("gradient/other", other.grad))
 
 
 def precision(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -219,9 +221,11 @@ def main() -> None:
   job = json.loads(sys.stdin.readline())
   with np.load(job["inputs"]) as arrays:
     given = {name: torch.tensor(array) for name, array in arrays.items()}
-  out = MODELS[job["model"]](job, given)
-  with Path(job["outputs"]).open("wb") as file:
-    np.savez(file, **{name: x.numpy() for name, x in out.items()})
+  # An array at a time, since a model's gradients and parameters would fill the memory.
+  with zipfile.ZipFile(job["outputs"], "w") as archive:
+    for name, tensor in MODELS[job["model"]](job, given):
+      with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, tensor.detach().float().numpy())
   print(json.dumps({"torch": torch.__version__}), flush=True)
 
 

@@ -52,7 +52,7 @@ def mutated(content: bytes, draw: np.random.Generator) -> bytes:
   return bytes(data)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1_000, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_mutated_files_are_read_or_refused(count, tmp_path):
   draw = np.random.default_rng(count)
   files = sources(tmp_path)

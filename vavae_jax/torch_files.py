@@ -14,6 +14,7 @@ Source: the two layouts as torch.save writes them (torch/serialization.py, PyTor
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -89,7 +90,10 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
       content = _read_zip(file) if is_zip else _read_legacy(file)
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
-  except _DAMAGE as error:
+  except (*_DAMAGE, OSError) as error:
+    # A damaged archive may point to before its start; what else the system says is the disk's.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+      raise
     raise InputError(
       f"{path} is truncated, damaged or not a PyTorch weight file ({error}): fetch it again."
     ) from error
