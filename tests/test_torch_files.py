@@ -13,6 +13,7 @@ import pytest
 from tests import cases
 from vavae_jax.errors import InputError
 from vavae_jax.torch_files import read_torch_file
+from vavae_jax.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
 LAYOUTS = ("torch_zip.pt", "torch_legacy.pt")
@@ -218,3 +219,66 @@ def test_what_is_no_state_dict_is_named(tmp_path):
   (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
   with pytest.raises(InputError, match="not a PyTorch weight file"):
     read_torch_file(tmp_path / "plain.pkl")
+
+
+def written() -> dict:
+  """A dictionary of dictionaries, as training checkpoints are."""
+  return {"state_dict": expected(), "ema": {"transposed": expected()["transposed"]}, "empty": {}}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+  write_torch_file(tmp_path / "file.pt", written())
+  content = read_torch_file(tmp_path / "file.pt")
+  assert content.keys() == written().keys()
+  for part, tensors in written().items():
+    assert content[part].keys() == tensors.keys()
+    for name, array in tensors.items():
+      np.testing.assert_array_equal(content[part][name], array, err_msg=name, strict=True)
+
+
+def test_the_same_tensors_make_the_same_bytes_at_aligned_places(tmp_path):
+  for name in ("a.pt", "b.pt"):
+    write_torch_file(tmp_path / name, written())
+  assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+  with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+    for info in archive.infolist():
+      assert info.compress_type == zipfile.ZIP_STORED
+      data = info.header_offset + 30 + len(info.filename) + len(info.extra)
+      assert data % 64 == 0, info.filename
+
+
+def test_what_pytorch_has_no_dtype_for_is_refused_and_leaves_nothing(tmp_path):
+  with pytest.raises(InputError, match="no tensor of dtype uint32"):
+    write_torch_file(tmp_path / "file.pt", {"x": np.zeros(2, np.uint32)})
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("mmap", [False, True])
+def test_pytorch_reads_what_is_written(tmp_path, mmap):
+  import torch
+
+  write_torch_file(tmp_path / "file.pt", written())
+  content = torch.load(tmp_path / "file.pt", weights_only=True, mmap=mmap)
+  for name, array in expected().items():
+    tensor = content["state_dict"][name]
+    assert tuple(tensor.shape) == array.shape, name
+    assert str(tensor.dtype).removeprefix("torch.") == str(array.dtype), name
+    if array.dtype == ml_dtypes.bfloat16:
+      tensor, array = tensor.float(), array.astype(np.float32)
+    np.testing.assert_array_equal(tensor.numpy(), array, err_msg=name)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ours_reads_what_pytorch_does(layout):
+  import torch
+
+  theirs = torch.load(FORMATS / layout, weights_only=True)
+  ours = read_torch_file(FORMATS / layout)
+  for name in expected():
+    tensor = theirs[name].detach()
+    array = ours[name]
+    if array.dtype == ml_dtypes.bfloat16:
+      tensor, array = tensor.float(), array.astype(np.float32)
+    np.testing.assert_array_equal(array, tensor.numpy(), err_msg=name)
