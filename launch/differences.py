@@ -38,7 +38,9 @@ class Row:
     dtype: that matrices multiply in.
     max_abs: the largest difference.
     relative: that in units of the reference's largest number.
+    rms: the norm of all differences in units of the norm of the reference's array.
     tolerance: what `relative` may be.
+    kinked: of a gradient, `rms` is judged instead; see `equivalence.Case`.
   """
 
   group: str
@@ -46,16 +48,19 @@ class Row:
   dtype: str
   max_abs: float
   relative: float
+  rms: float
   tolerance: float
+  kinked: bool = False
 
   @property
   def holds(self) -> bool:
     """Whether it is near enough; a NaN is not."""
-    return self.relative <= self.tolerance
+    judged = self.rms if self.kinked and self.group == "gradient" else self.relative
+    return judged <= self.tolerance
 
 
 def summary(rows: list[Row]) -> list[list[str]]:
-  """A line for each group and dtype, with its worst array."""
+  """A line for each dtype and group: how many arrays, and of the worst how far it is, its name."""
   lines = []
   for dtype, group in dict.fromkeys((row.dtype, row.group) for row in rows):
     of_group = [row for row in rows if (row.dtype, row.group) == (dtype, group)]
@@ -63,11 +68,10 @@ def summary(rows: list[Row]) -> list[list[str]]:
     worst = max(of_group, key=lambda row: np.nan_to_num(row.relative, nan=np.inf))
     lines.append(
       [
-        dtype,
-        group,
+        f"{dtype} {group}",
         str(len(of_group)),
-        f"{worst.max_abs:.1e}",
         f"{worst.relative:.1e}",
+        f"{worst.rms:.1e}",
         worst.name,
         f"{worst.tolerance:.0e}",
         "yes" if all(row.holds for row in of_group) else "NO",
@@ -76,7 +80,7 @@ def summary(rows: list[Row]) -> list[list[str]]:
   return lines
 
 
-HEADER = ("dtype", "what", "arrays", "worst abs", "worst rel", "where", "tolerance", "holds")
+HEADER = ("what", "n", "relative", "rms", "where", "limit", "holds")
 
 
 def page(title: str, rows: list[Row], about: Mapping[str, Any]) -> str:
@@ -89,7 +93,8 @@ def page(title: str, rows: list[Row], about: Mapping[str, Any]) -> str:
   curve = Curve("Difference by layer", "largest relative", layers, log_y=True, x_label="layer")
   chart = line_chart(curve)
   every = [
-    [row.dtype, row.group, row.name, f"{row.max_abs:.3e}", f"{row.relative:.3e}"] for row in rows
+    [row.dtype, row.group, row.name, *(f"{x:.3e}" for x in (row.max_abs, row.relative, row.rms))]
+    for row in rows
   ]
   told = "".join(f"<li>{escape(k)}: {escape(str(v))}</li>" for k, v in about.items())
   return (
@@ -99,7 +104,8 @@ def page(title: str, rows: list[Row], about: Mapping[str, Any]) -> str:
     f"<h1>{escape(title)}</h1><ul>{told}</ul><section>{chart}</section>"
     f"<section><h2>Summary</h2>{_table(HEADER, summary(rows))}</section>"
     f"<section><h2>Every array</h2>"
-    f"{_table(('dtype', 'what', 'name', 'abs', 'rel'), every)}</section></main></body></html>"
+    f"{_table(('dtype', 'what', 'name', 'abs', 'relative', 'rms'), every)}"
+    "</section></main></body></html>"
   )
 
 

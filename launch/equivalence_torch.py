@@ -10,6 +10,8 @@ timm); of modules that these import and do not need, empty ones stand in.
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import sys
@@ -26,8 +28,9 @@ from torch import nn
 
 Arrays = dict[str, torch.Tensor]
 Named = Iterator[tuple[str, torch.Tensor]]
-# Imported by the reference for what is not needed here: downloads, progress bars, pictures.
-UNNEEDED = ("requests", "tqdm", "torchvision", "torchvision.transforms", "torchvision.models")
+# Imported for what is not needed here: downloads, progress bars, pictures, other models' operators.
+UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq")
+ABSENT = [name for name in UNNEEDED if importlib.util.find_spec(name) is None]
 TEACHERS = {
   "dinov2_vits14": "vit_small_patch14_dinov2",
   "dinov2_vitb14": "vit_base_patch14_dinov2",
@@ -43,16 +46,37 @@ TEACHERS = {
 }
 
 
-def stand_in(name: str, **contents: Any) -> None:
-  """An empty module where there is none of this name."""
-  if name in sys.modules or importlib.util.find_spec(name.partition(".")[0]):
-    return
-  module = types.ModuleType(name)
-  module.__dict__.update(contents)
-  sys.modules[name] = module
-  parent, _, child = name.rpartition(".")
-  if parent:
-    setattr(sys.modules[parent], child, module)
+class Empty(type):
+  """A class without content; what is asked of it is its own name."""
+
+  def __getattr__(cls, name: str) -> str:
+    if name.startswith("__"):
+      raise AttributeError(name)
+    return name
+
+
+class StandIn(types.ModuleType):
+  """A module in which every name is an empty class."""
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("__"):
+      raise AttributeError(name)
+    return Empty(name, (), {})
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Finds the modules of `ABSENT`, and whatever is in them."""
+
+  def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+    if fullname.partition(".")[0] not in ABSENT:
+      return None
+    return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+  def create_module(self, spec: Any) -> types.ModuleType:
+    return StandIn(spec.name)
+
+  def exec_module(self, module: types.ModuleType) -> None:
+    pass
 
 
 @contextlib.contextmanager
@@ -125,7 +149,6 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
     output = model(latent, t, label)
   yield from found.items()
   yield "output", output
-  stand_in("torchdiffeq", odeint=None)
   from transport import Sampler, create_transport
 
   transport = create_transport(use_cosine_loss=True, use_lognorm=True)
@@ -146,7 +169,7 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
     yield f"loss/{step}", loss
   if job["steps"]:
     yield from ((f"parameter/{name}", p) for name, p in parameters.items())
-  if job["trajectory"] and sys.modules["torchdiffeq"].odeint is not None:
+  if job["trajectory"] and "torchdiffeq" not in ABSENT:
     sampler = Sampler(transport).sample_ode(
       sampling_method="euler", num_steps=job["trajectory"], timestep_shift=0.3
     )
@@ -158,8 +181,6 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
 
 def autoencoder(job: dict[str, Any], given: Arrays) -> Named:
   """Moments of a picture's posterior, and the picture of its mean."""
-  for name in UNNEEDED:
-    stand_in(name, tqdm=None, transforms=None)
   sys.path.insert(0, job["checkout"])
   from tokenizer.autoencoder import AutoencoderKL
 
@@ -190,8 +211,9 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
 
 def lpips(job: dict[str, Any], given: Arrays) -> Named:
   """The distance of two pictures and its gradient by the second."""
-  for name in UNNEEDED:
-    stand_in(name, tqdm=None, models=types.SimpleNamespace(vgg16=vgg16))
+  import torchvision.models
+
+  torchvision.models.vgg16 = vgg16
   sys.path.insert(0, job["checkout"])
   from models.lpips import LPIPS
 
@@ -218,6 +240,7 @@ MODELS = {f.__name__: f for f in (lightningdit, autoencoder, teacher, lpips)}
 
 def main() -> None:
   """The script."""
+  sys.meta_path.append(StandIns())
   job = json.loads(sys.stdin.readline())
   with np.load(job["inputs"]) as arrays:
     given = {name: torch.tensor(array) for name, array in arrays.items()}
