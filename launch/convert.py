@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from vavae_jax import functional
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file
-from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.state_dicts import SUFFIXES, read_content, read_state_dict
 from vavae_jax.torch_weights import StateDict
 from vavae_jax.torch_writer import write_torch_file
 
@@ -58,13 +58,14 @@ _ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
 
 
 class Converted(NamedTuple):
-  """What was written, for the summary."""
+  """What was written, for the summary; `arguments` are the architecture that the tensors told."""
 
   what: str
   tensors: StateDict
   aside: Mapping[str, int]
   path: Path
   sha256: str
+  arguments: Mapping[str, Any]
 
 
 def convert(
@@ -98,25 +99,35 @@ def convert(
   Raises:
     InputError: nothing is written.
   """
-  to = to or _SUFFIXES.get(dest.suffix, "folder")
+  to = _form_of(dest, to)
+  if to != "folder":
+    _check_free(dest)
   path = released.find(source)
   if path.is_dir():
+    _refuse(f"{path} is a workdir", part=part, heads=heads, latents=latents, tokenizer=tokenizer)
+    task = read_config(path).get("task")
+    if task not in trained.TASKS:
+      raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
     if to == "folder":
       raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
-    _check_free(dest)
-    what, tensors = _export(path, step, ema)
+    what, tensors = _export(path, task, step, ema)
     _write_file(dest, tensors, to)
-    return Converted(what, tensors, {}, dest, _sha256(dest))
+    return Converted(what, tensors, {}, dest, _sha256(dest), {})
+  _refuse(f"{path} is a file", step=step, ema=ema)
   console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
   found = weights.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
   what = " ".join(filter(None, (found.kind, found.name)))
   console.say(f"recognised: {what}, of {found.part}")
+  if heads and found.kind != weights.LPIPS:
+    raise InputError(f"--heads is for VGG16, and {path} is {what}.")
+  if found.kind != "LightningDiT" or to != "folder":
+    _refuse("no workdir of a LightningDiT is made", latents=latents, tokenizer=tokenizer)
   if found.kind == STATISTICS_KIND and to == "folder":
     dest, to = dest / STATISTICS, "safetensors"
   if to != "folder":
     _check_free(dest)
     _write_file(dest, found.tensors, to)
-    return Converted(what, found.tensors, found.aside, dest, _sha256(dest))
+    return Converted(what, found.tensors, found.aside, dest, _sha256(dest), found.arguments)
   if found.kind not in _TASKS:
     raise InputError(f"{what} has no workdir; end DEST in .safetensors or .pt.")
   _check_free(dest)
@@ -126,7 +137,7 @@ def convert(
     params = {"autoencoder": params}
   save_weights(dest, params, config.to_dict())
   sha256 = trained.load(dest, config.task).sha256
-  return Converted(what, found.tensors, found.aside, dest, sha256)
+  return Converted(what, found.tensors, found.aside, dest, sha256, found.arguments)
 
 
 def _workdir_config(
@@ -134,7 +145,8 @@ def _workdir_config(
 ) -> ConfigDict:
   """The published configuration with the architecture that the weights have."""
   task = _TASKS[found.kind]
-  module = released.RELEASED[source].config if source in released.RELEASED else ""
+  module = released.config_of(source)
+  console.say(f"configuration: {module or f'configs.base.{task}'}, with the file's architecture")
   config = importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
   config.model.update(found.arguments)
   config.optimizer.ema_decays = ()  # what is there is all there is
@@ -147,9 +159,24 @@ def _workdir_config(
   return config
 
 
-def _export(workdir: Path, step: int | None, ema: float | None) -> tuple[str, StateDict]:
+def _form_of(dest: Path, to: str) -> str:
+  """What to write, by the ending of DEST and --to, which must agree."""
+  by_ending = _SUFFIXES.get(dest.suffix, "folder")
+  if dest.suffix in SUFFIXES and dest.suffix not in _SUFFIXES:
+    raise InputError(f"{dest.suffix} files are read, not written; end DEST in .safetensors or .pt.")
+  if to and dest.suffix and to != by_ending:
+    raise InputError(f"--to={to} and {dest} contradict each other; leave --to away.")
+  return to or by_ending
+
+
+def _refuse(why: str, **options: Any) -> None:
+  for name, value in options.items():
+    if value not in ("", None):
+      raise InputError(f"--{name}={value} means nothing here: {why}.")
+
+
+def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tuple[str, StateDict]:
   """(what it is, the reference's state dict) of a training."""
-  task = read_config(workdir)["task"]
   model = trained.load(workdir, task, step, ema)
   if task == "diffusion":
     graph = functional.graph_of(lightningdit_jax.training.build_model(model.config))
@@ -166,7 +193,7 @@ def _export(workdir: Path, step: int | None, ema: float | None) -> tuple[str, St
 
 
 def _check_free(dest: Path) -> None:
-  if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+  if dest.is_file() or (dest.is_dir() and (dest.suffix in _SUFFIXES or any(dest.iterdir()))):
     raise InputError(f"{dest} is there already; give another DEST, or move it away.")
 
 
@@ -196,7 +223,7 @@ def inspect(source: str) -> None:
     (name, "x".join(map(str, value.shape)) or "scalar", str(value.dtype))
     if isinstance(value, np.ndarray)
     else (name, "", _shown(value))
-    for name, value in configuration.flat({str(k): v for k, v in content.items()})
+    for name, value in _listed(content)
   ]
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
   try:
@@ -207,7 +234,18 @@ def inspect(source: str) -> None:
     console.say(str(error))
 
 
+def _listed(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+  """Names and values of a file and of the dictionaries in it; what is deeper is only told to be."""
+  for key, value in content.items():
+    if isinstance(value, Mapping):
+      yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+    else:
+      yield str(key), value
+
+
 def _shown(value: Any) -> str:
+  if isinstance(value, Mapping | list | tuple):
+    return f"{type(value).__name__} of {len(value)}"
   text = " ".join(repr(value).split())
   return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -236,9 +274,11 @@ def main(argv: list[str]) -> None:
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
   done = convert(argv[1], Path(argv[2]), **given)
   _say_aside(done.aside)
+  architecture = ", ".join(f"{name} {value}" for name, value in done.arguments.items())
   rows = [
     ("what", done.what),
     ("tensors", _describe(done.tensors)),
+    *([("architecture", architecture)] if architecture else []),
     ("where", str(done.path)),
     ("sha256", done.sha256),
   ]

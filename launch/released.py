@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 
 from vavae_jax.errors import InputError
@@ -38,6 +38,14 @@ RELEASED = {
 }
 
 
+def config_of(source: str) -> str:
+  """The module of the configuration of a released file, by short name or file name; "" if none."""
+  for name, released in RELEASED.items():
+    if source == name or Path(source).name == Path(released.file).name:
+      return released.config
+  return ""
+
+
 def find(source: str) -> Path:
   """The file that a person means, fetched if it is on the hub and not yet in its cache.
 
@@ -66,7 +74,7 @@ def find(source: str) -> Path:
   hub_logging.set_verbosity_error()  # it tells every retry
   try:
     return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
-  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+  except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
     reason = str(error).strip().partition("\n")[0].partition(". ")[0]
     raise InputError(
       f"{source} could not be fetched ({reason}). Where there is no network, fetch {file} of "

@@ -16,12 +16,13 @@ from lightningdit_jax import convert as dit
 from lightningdit_jax.model import PRESETS
 from vavae_jax import convert as vae
 from vavae_jax.errors import InputError
+from vavae_jax.perceptual import LEFT_ASIDE
 from vavae_jax.teachers import recognition, teacher_from_torch
 from vavae_jax.torch_weights import StateDict
 
 # Parts under which checkpoints keep weights; the first that is there is taken, so the average
 # before the weights themselves, as published numbers are of averages.
-PARTS = ("ema", "state_dict", "model")
+PARTS = ("ema", "model_ema", "state_dict", "model")
 ITSELF = "the file itself"
 
 
@@ -32,7 +33,8 @@ class Weights(NamedTuple):
     kind: one of the names in `_KINDS`, such as "LightningDiT".
     name: what is known more exactly, such as "dinov2_vitl14"; "" if nothing.
     part: one of `PARTS` or `ITSELF`.
-    tensors: PyTorch name -> array, without prefixes; all of the model's and no other.
+    tensors: PyTorch name -> array, without prefixes; all of the model's and no other. Teachers'
+      files are kept whole, with heads and text towers that publishers ship with them.
     aside: what else is in the file -> how many tensors or values.
     arguments: the constructor's, where tensors tell them.
     module: ours with these weights; None for statistics.
@@ -65,6 +67,8 @@ def recognise(
       non-finite tensors, which are listed.
   """
   part, tensors, aside = _choose(content, part)
+  if twice := sorted(tensors.keys() & (more or {}).keys()):
+    raise InputError(f"Both files have {twice[0]}; give only one that has it.")
   tensors |= more or {}
   for kind, (is_it, read) in _KINDS.items():
     if is_it(tensors):
@@ -87,15 +91,17 @@ def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Coun
   others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
   if others:
     raise InputError(f"Among the weights there is more than tensors: {', '.join(others[:8])}.")
-  aside = Counter({str(k): _count(v) for k, v in content.items() if part not in (ITSELF, k)})
+  aside = Counter(
+    {
+      str(name): len(value) if isinstance(value, Mapping) else 1
+      for name, value in content.items()
+      if part not in (ITSELF, name)
+    }
+  )
   tensors = {str(name): value for name, value in whole.items()}
   if tensors and all(name.startswith("module.") for name in tensors):
     tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
   return part, tensors, aside
-
-
-def _count(value: Any) -> int:
-  return sum(map(_count, value.values())) if isinstance(value, Mapping) else 1
 
 
 def _group(name: str) -> str:
@@ -108,7 +114,7 @@ _Read = tuple[StateDict, str, dict[str, Any], Any]
 
 def _read_statistics(tensors: StateDict) -> _Read:
   mean, std = (np.asarray(tensors[name], np.float32) for name in ("mean", "std"))
-  if mean.shape != std.shape or mean.size != max(mean.shape, default=0):
+  if not mean.size or mean.shape != std.shape or mean.size != max(mean.shape, default=0):
     raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
   if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
     raise InputError("The statistics are not finite, or a deviation is not above 0.")
@@ -140,8 +146,9 @@ def _read_diffusers(tensors: StateDict) -> _Read:
 
 
 def _read_lpips(tensors: StateDict) -> _Read:
+  own = {name: x for name, x in tensors.items() if not name.startswith(LEFT_ASIDE)}
   try:
-    return tensors, "", {}, vae.lpips_from_torch(tensors)
+    return own, "", {}, vae.lpips_from_torch(own)
   except InputError as error:
     raise InputError(
       f"{error} LPIPS is VGG16 and heads: give the one as SOURCE, the other as --heads."
@@ -158,12 +165,13 @@ def _has(*names: str) -> Callable[[StateDict], bool]:
 
 
 SD_VAE = "tokenizer (diffusers)"
+LPIPS = "LPIPS"
 # Kind -> (whether the tensors are of it, how they are read).
 _KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read]]] = {
   "latent statistics": (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
   "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
   "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
   SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
-  "LPIPS": (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
+  LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
   "teacher": (lambda tensors: bool(recognition.recognise(tensors)), _read_teacher),
 }

@@ -80,8 +80,15 @@ def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       **{name: hidden_size // size[-1] for name, size in shapes.items() if "q_norm" in name},
       **{name: hidden_size // size[1] for name, size in shapes.items() if "freqs_cos" in name},
     }
+    if not heads and hidden_size not in known:
+      raise InputError(
+        "The number of heads is not told: the file has neither feat_rope.freqs_cos nor q_norm, "
+        f"and no published size is {hidden_size} wide."
+      )
     num_heads = next(iter(heads.values())) if heads else known[hidden_size]
     cells = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else 16 // patch_size
+    if min(hidden_size, in_channels, patch_size, rows, inner, cells, num_heads) < 1:
+      raise ValueError("a size that is not above 0")
   except (LookupError, ValueError, ZeroDivisionError) as error:
     raise InputError(
       f"The tensors are not those of a LightningDiT: {error!r} is missing or of another shape."

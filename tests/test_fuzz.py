@@ -76,6 +76,23 @@ def test_mutated_files_are_read_or_refused(count, tmp_path):
   assert refused > count // 2
 
 
+def test_mutated_models_are_refused_or_right(tmp_path):
+  """Names and shapes of a real model, whose architecture is then told by what is wrong."""
+  draw = np.random.default_rng(0)
+  content = (FORMATS / "lightningdit_bare_state_dict.pt").read_bytes()
+  start = content.index(b"pos_embed")
+  for i in range(60):
+    data = bytearray(content)
+    place = start + int(draw.integers(6_000))  # in the pickle that names the tensors
+    data[place] = int(draw.integers(256))
+    path = tmp_path / "weights.pt"
+    path.write_bytes(data)
+    try:
+      convert(str(path), tmp_path / f"{i}.safetensors")
+    except InputError:
+      assert not (tmp_path / f"{i}.safetensors").exists()
+
+
 def test_absurd_shapes_are_refused(tmp_path):
   header = b'{"a":{"dtype":"F32","shape":[1000000000000,1000000000000],"data_offsets":[0,4]}}'
   path = tmp_path / "absurd.safetensors"

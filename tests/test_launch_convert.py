@@ -279,5 +279,74 @@ def test_unknown_sources_are_told(monkeypatch):
 def test_inspection_lists_tensors_and_values(capsys):
   inspect(str(FORMATS / "lightningdit_train_checkpoint.pt"))
   told = capsys.readouterr().out
-  for words in ("model.blocks.0.attn.qkv.weight", "96x32", "config.model.model_type", "27 tensors"):
+  for words in ("model.blocks.0.attn.qkv.weight", "96x32", "dict of 1", "27 tensors"):
     assert words in told
+
+
+@pytest.mark.parametrize(
+  ("dest", "options", "message"),
+  [
+    ("x.pt", {"ema": 0.0}, "--ema=0.0 means nothing here"),
+    ("x.pt", {"latents": "data"}, "--latents=data means nothing here"),
+    ("x.pt", {"heads": str(FORMATS / "torch_zip.pt")}, "more than tensors"),
+    ("x.npz", {}, "are read, not written"),
+    ("x.pt", {"to": "safetensors"}, "contradict each other"),
+    ("run", {"part": "ema"}, "no part 'ema'"),
+  ],
+)
+def test_what_a_person_asks_for_is_never_passed_over(dest, options, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / dest, **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_released_file_has_its_configuration_by_any_name():
+  file = "lightningdit-xl-imagenet256-800ep.pt"
+  for source in (
+    "lightningdit-xl-800ep",
+    f"data/{file}",
+    f"hf:hustvl/lightningdit-xl-imagenet256-800ep/{file}",
+  ):
+    assert released.config_of(source) == "configs.lightningdit_xl_800ep"
+  assert released.config_of("data/mine.pt") == ""
+
+
+def test_a_folder_that_is_no_workdir_is_told(tmp_path):
+  (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+  with pytest.raises(InputError, match="not a workdir of this project; give a file"):
+    convert(str(tmp_path), tmp_path / "file.pt")
+
+
+def test_a_second_file_may_not_replace_tensors(tmp_path):
+  _, tensors, _ = cases.load("lpips")
+  write_torch_file(tmp_path / "both.pth", tensors)
+  heads = {name: x for name, x in tensors.items() if name.startswith("lin")}
+  write_torch_file(tmp_path / "heads.pth", heads)
+  with pytest.raises(InputError, match=r"Both files have lin0\.model\.1\.weight"):
+    convert(
+      str(tmp_path / "both.pth"), tmp_path / "x.safetensors", heads=str(tmp_path / "heads.pth")
+    )
+
+
+def test_an_average_is_taken_before_the_weights():
+  tensors = stored("lightningdit_bare_state_dict", "")
+  for name in ("ema", "model_ema"):
+    found = weights.recognise({"model": tensors, name: tensors, "epoch": 3})
+    assert found.part == name
+    assert found.aside == {"model": 27, "epoch": 1}
+
+
+def test_numbers_that_are_no_weights_are_listed():
+  tensors = stored("lightningdit_bare_state_dict", "")
+  for dtype in (np.int8, np.complex64):
+    changed = tensors | {"final_layer.linear.bias": np.zeros(8, dtype)}
+    with pytest.raises(InputError, match=r"not of floating-point numbers: final_layer\.linear"):
+      weights.recognise(changed)
+
+
+def test_names_of_tensors_are_shown_as_they_are(tmp_path, capsys):
+  write_torch_file(tmp_path / "x.pt", {"[/foo]\x1b[2J": np.zeros(2, np.float32)})
+  inspect(str(tmp_path / "x.pt"))
+  told = capsys.readouterr().out
+  assert "[/foo]" in told
+  assert "\x1b" not in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 import zipfile
+from collections import OrderedDict
 
 import ml_dtypes
 import numpy as np
@@ -173,8 +174,9 @@ def test_attributes_of_known_names_cannot_be_set(tmp_path):
   # BUILD with (None, {name: value}) sets attributes of the object below it on the stack.
   state = fragment((None, {"__doc__": "altered"}))
   for name in ("torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict"):
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="a dictionary is needed"):
       read_torch_file(write(tmp_path / "bad.pt", b"c" + name.encode() + b"\n" + state + b"b"))
+  assert OrderedDict.__doc__ != "altered"
 
 
 def test_compressed_archive_is_refused(tmp_path):
@@ -282,3 +284,39 @@ def test_ours_reads_what_pytorch_does(layout):
     if array.dtype == ml_dtypes.bfloat16:
       tensor, array = tensor.float(), array.astype(np.float32)
     np.testing.assert_array_equal(array, tensor.numpy(), err_msg=name)
+
+
+def with_tensor(tmp_path, shape: tuple[int, ...], stride: tuple[int, ...]):
+  """A file whose one tensor, of one stored element, has this shape and these strides."""
+  write_torch_file(tmp_path / "one.pt", {"x": np.zeros((1, 1), np.float32)})
+  with zipfile.ZipFile(tmp_path / "one.pt") as archive:
+    entries = {info.filename: archive.read(info) for info in archive.infolist()}
+
+  def pair(numbers):
+    words = (pickle.LONG1 + b"\x08" + n.to_bytes(8, "little") for n in numbers)
+    return pickle.MARK + b"".join(words) + pickle.TUPLE
+
+  program = entries["archive/data.pkl"]
+  assert program.count(pair((1, 1))) == 2
+  for numbers in (shape, stride):
+    program = program.replace(pair((1, 1)), pair(numbers), 1)
+  entries["archive/data.pkl"] = program
+  with zipfile.ZipFile(tmp_path / "changed.pt", "w") as archive:
+    for name, data in entries.items():
+      archive.writestr(name, data)
+  return tmp_path / "changed.pt"
+
+
+def test_a_tensor_that_repeats_one_number_without_end_is_refused(tmp_path):
+  path = with_tensor(tmp_path, (10**6, 10**6), (0, 0))
+  with pytest.raises(InputError, match="repeats a storage of 4 bytes"):
+    read_torch_file(path)
+  assert read_torch_file(with_tensor(tmp_path, (2, 3), (0, 0)))["x"].shape == (2, 3)
+
+
+def test_a_pickle_cannot_set_attributes_of_a_dictionary(tmp_path):
+  """PyTorch sets a state dict's `_metadata` in this way, which is left out."""
+  made = b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
+  state = fragment({"items": 1})
+  content = read_torch_file(write(tmp_path / "file.pt", made + state + b"b"))
+  assert dict(content.items()) == {}

@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 # What a tokenizer's training checkpoint holds beside the tokenizer: LPIPS and the discriminator,
-# the teacher, and the projection onto the teacher's features.
-TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.")
+# the teacher, the projection onto the teacher's features, and latent diffusion's average.
+TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 COUNTER = "num_batches_tracked"
 
 

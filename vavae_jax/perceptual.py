@@ -41,7 +41,7 @@ _SMALLEST = 2 ** (len(_SLICES) - 1)
 _EPSILON = 1e-10
 
 # What the files hold that is not used: torchvision's classifier, a second name of lpips' heads.
-_LEFT_ASIDE = ("classifier.", "lins.")
+LEFT_ASIDE = ("classifier.", "lins.")
 _IN_CHECKPOINT = "loss.perceptual_loss."
 _WANTED = (
   "LPIPS needs two files: torchvision's VGG16 of ImageNet, vgg16-397923af.pth "
@@ -189,7 +189,7 @@ def lpips_from_torch(
       for name, value in state_dict.items()
       if name.startswith(_IN_CHECKPOINT)
     } or state_dict
-    own = {name: value for name, value in own.items() if not name.startswith(_LEFT_ASIDE)}
+    own = {name: value for name, value in own.items() if not name.startswith(LEFT_ASIDE)}
     if twice := sorted(weights.keys() & own.keys()):
       raise InputError(f"More than one of the files has {twice[0]}; give only one that has it.")
     weights |= own

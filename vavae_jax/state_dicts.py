@@ -71,7 +71,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
   if path.suffix == ".safetensors":
     try:
       return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
       raise InputError(f"{path} is damaged or no safetensors file ({error}).") from error
   if path.suffix == ".npz":
     return _read_npz(path)

@@ -24,7 +24,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +45,8 @@ DTYPES = {
   "ComplexFloatStorage": np.dtype(np.complex64),
   "ComplexDoubleStorage": np.dtype(np.complex128),
 }
+# Elements that a tensor may have beyond those stored, by strides of zero.
+_MAX_EXPANDED = 2**20
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -124,6 +126,15 @@ class _Unpickler(pickle._Unpickler):
     self._fetch = fetch
     self.storages: dict[str, _Storage] = {}
 
+  # PyTorch sets a dictionary's `_metadata` so, which nobody needs; a stranger could set `items`.
+  def load_build(self) -> None:
+    self.stack.pop()  # type: ignore[attr-defined]
+
+  dispatch: ClassVar[dict[int, Any]] = {
+    **pickle._Unpickler.dispatch,
+    pickle.BUILD[0]: load_build,
+  }
+
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in DTYPES:
       return name
@@ -170,6 +181,11 @@ class _Unpickler(pickle._Unpickler):
         f"a tensor of shape {shape}, stride {stride}, offset {offset} makes no sense"
       )
     dtype, data = storage
+    if math.prod(shape) > max(len(data) // dtype.itemsize, _MAX_EXPANDED):
+      raise InputError(
+        f"a tensor of shape {shape} repeats a storage of {len(data)} bytes: no weights do, and a "
+        "copy of it may fill all memory"
+      )
     if math.prod(shape):
       # In Python's unbounded integers: the same sum in 64 bits could wrap around to a small one.
       end = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -127,6 +128,7 @@ def _check(
   shapes = expected | {name: value.shape for name, value in fixed.items()}
   found = {name: np.shape(value) for name, value in state_dict.items()}
   present = [name for name in shapes if found.get(name) == shapes[name]]
+  real = [name for name in present if _is_floating(state_dict[name])]
   problems = {
     "unknown": [name for name in found if name not in shapes],
     "missing": [name for name in expected if name not in found],
@@ -135,11 +137,12 @@ def _check(
       for name in shapes
       if name in found and name not in present
     ],
-    "not finite": [n for n in present if not np.isfinite(_float32(state_dict[n])).all()],
+    "not of floating-point numbers": [n for n in present if n not in real],
+    "not finite": [n for n in real if not np.isfinite(_float32(state_dict[n])).all()],
     # As loose as bfloat16, in which some files are stored; another grid is off by far more.
     "of another value than the architecture fixes": [
       name
-      for name in present
+      for name in real
       if name in fixed and not np.allclose(_float32(state_dict[name]), fixed[name], atol=5e-3)
     ],
   }
@@ -149,6 +152,11 @@ def _check(
       f"The state dict does not fit this model. {'; '.join(lists)}. Give the weights themselves "
       "(not the checkpoint around them), and the arguments that the model was trained with."
     )
+
+
+def _is_floating(value: Any) -> bool:
+  dtype = np.asarray(value).dtype
+  return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
 
 def _float32(value: Any) -> np.ndarray:

@@ -101,9 +101,12 @@ def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
 
 def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Writes the configuration into a workdir; raises InputError where that is not possible."""
+  path = Path(workdir) / "config.json"
   if jax.process_index() == 0:
     try:
-      write_json(Path(workdir) / "config.json", config.to_dict())
+      told = json.loads(json.dumps(config.to_dict()))
+      if not path.is_file() or json.loads(path.read_text()) != told:
+        write_json(path, told)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
 

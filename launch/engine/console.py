@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from vavae_jax.errors import InputError
 
@@ -120,18 +121,23 @@ def clock(seconds: float) -> str:
 def say(text: str) -> None:
   """Prints in the first process."""
   if jax.process_index() == 0:
-    console.print(text, markup=False)
+    console.print(printable(text), markup=False)
 
 
 def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
   """Prints a table in the first process."""
   if jax.process_index() == 0:
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=Text(title), title_justify="left")
     for name in header:
       grid.add_column(name)
     for row in rows:
-      grid.add_row(*row)
+      grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid)
+
+
+def printable(text: str) -> str:
+  """The text without what would steer a terminal; names in files come from strangers."""
+  return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _interrupt(number: int, _frame: object) -> None:
@@ -191,7 +197,7 @@ def run_command(
       signal.signal(signal.SIGTERM, _interrupt)
       main(argv)
     except (InputError, *UNUSABLE_PATH) as error:
-      print(f"error: {error}", file=sys.stderr)
+      print(printable(f"error: {error}"), file=sys.stderr)
       sys.exit(2)
     except OSError as error:
       if error.errno not in DISK_FULL:
