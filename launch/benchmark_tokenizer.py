@@ -109,8 +109,8 @@ def reference_order(
   passed = itertools.count(1)
 
   def unmerged(x: Any) -> Any:
-    mark = state.step >= -next(passed)  # always true, which only we know
-    return jax.lax.optimization_barrier((x, mark))[0]
+    always = state.step >= -next(passed)  # which only we know
+    return jax.tree.map(lambda x: jnp.where(always, x, 0.0), x)
 
   image = images.to_float(batch["image"])
   column = {name: config.stages[name][phase.stage] for name in ("cos_margin", "distmat_margin")}
