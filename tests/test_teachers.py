@@ -128,7 +128,7 @@ def test_checkpoints_are_opened(wrapper):
   [
     (FORMATS / "torch_zip.pt", r"torch_zip\.pt holds more than tensors: .*nested"),
     (FORMATS / "truncated.pt", "truncated"),
-    ("weights.npz", r"weights\.npz: a file of weights ends in one of \.pt, .*\.safetensors"),
+    ("weights.onnx", r"weights\.onnx: a file of weights ends in one of \.pt, .*\.safetensors"),
     ("absent.safetensors", r"no file .*absent\.safetensors"),
   ],
 )
