@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import zipfile
 
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def test_what_is_there_is_not_written_over(tmp_path):
   assert (tmp_path / "there.pt").read_text() == "mine"
 
 
-def test_a_converted_workdir_begins_a_training_and_does_not_go_on(tmp_path, pipeline):
+def test_a_converted_workdir_is_no_training_that_could_go_on(tmp_path, pipeline):
   convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "run")
   config = quickstart.diffusion(tiny=True)
   config.latents.path = str(pipeline / "latents")
@@ -350,3 +351,11 @@ def test_names_of_tensors_are_shown_as_they_are(tmp_path, capsys):
   told = capsys.readouterr().out
   assert "[/foo]" in told
   assert "\x1b" not in told
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(InputError, match="free some space"):
+    convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "run")
+  assert not list(tmp_path.iterdir())

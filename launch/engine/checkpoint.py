@@ -150,8 +150,18 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
     workdir: a folder that does not exist, or is empty.
     params: pytree of arrays, as a task's state has them.
     config: plain nested dict.
+
+  Raises:
+    InputError: the disk has no room for them.
   """
   workdir = Path(workdir).absolute()
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  if (free := shutil.disk_usage(workdir.parent).free) < size:
+    raise InputError(
+      f"{workdir.parent} has {free / 2**30:.2f} GiB free, but {size / 2**30:.2f} GiB are needed; "
+      "free some space, or choose another folder."
+    )
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
