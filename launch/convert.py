@@ -44,12 +44,12 @@ from vavae_jax import functional
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file
-from vavae_jax.state_dicts import SUFFIXES, read_content, read_state_dict
+from vavae_jax.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.torch_weights import StateDict
 from vavae_jax.torch_writer import write_torch_file
 
 FORMS = ("folder", "safetensors", "pt")
-_SUFFIXES = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt", ".ckpt": "pt", ".bin": "pt"}
+_SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
 STATISTICS_KIND = "latent statistics"
 # Which training a model's workdir is one of.
 _TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", weights.SD_VAE: "tokenizer"}

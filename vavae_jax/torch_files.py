@@ -126,9 +126,9 @@ class _Unpickler(pickle._Unpickler):
     self._fetch = fetch
     self.storages: dict[str, _Storage] = {}
 
-  # PyTorch sets a dictionary's `_metadata` so, which nobody needs; a stranger could set `items`.
   def load_build(self) -> None:
-    self.stack.pop()  # type: ignore[attr-defined]
+    """Sets no attribute: PyTorch sets a state dict's `_metadata`, a stranger could set `items`."""
+    self.stack.pop()  # type: ignore[attr-defined]  # typeshed leaves the stack out
 
   dispatch: ClassVar[dict[int, Any]] = {
     **pickle._Unpickler.dispatch,
