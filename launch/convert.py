@@ -12,11 +12,11 @@ r"""Converts weights: published files to what the commands here take, and ours t
 SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/REPO/FILE on the Hugging
 Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir of a training here.
 What it is, is found out: LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
-diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads. DEST is a folder (a
-workdir for launch.encode, sample and evaluate; the latents' folder for statistics), or a file, by
-whose ending the format is chosen, with the names that the reference loads with strict=True. Pickles
-are read without running them and without PyTorch. All or nothing: tensors that are unknown,
-missing, misshapen or not finite are listed, and nothing is written.
+diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, FID's Inception. DEST
+is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for statistics),
+or a file, by whose ending the format is chosen, with the names that the reference loads with
+strict=True. Pickles are read without running them and without PyTorch. All or nothing: tensors that
+are unknown, missing, misshapen or not finite are listed, and nothing is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 import configs.base
 import lightningdit_jax.convert
@@ -43,7 +43,7 @@ from lightningdit_jax.latents import STATISTICS
 from vavae_jax import functional
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file
+from vavae_jax.files import atomic_path
 from vavae_jax.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.torch_weights import StateDict
 from vavae_jax.torch_writer import write_torch_file
@@ -204,8 +204,9 @@ def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
   if to == "pt":
     write_torch_file(dest, tensors)
     return
-  with atomic_file(dest) as file:
-    file.write(save({name: np.ascontiguousarray(x) for name, x in tensors.items()}))
+  with atomic_path(dest) as temporary:
+    # As they lie in memory, where ascontiguousarray would give a scalar an axis.
+    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, temporary)
 
 
 def _sha256(path: Path) -> str:

@@ -40,7 +40,7 @@ class Row:
     relative: that in units of the reference's largest number.
     rms: the norm of all differences in units of the norm of the reference's array.
     tolerance: what `relative` may be.
-    kinked: of a gradient, `rms` is judged instead; see `equivalence.Case`.
+    kinked: of gradients and what follows, `rms` is judged; see `equivalence_cases.Case`.
   """
 
   group: str
@@ -55,7 +55,8 @@ class Row:
   @property
   def holds(self) -> bool:
     """Whether it is near enough; a NaN is not."""
-    judged = self.rms if self.kinked and self.group == "gradient" else self.relative
+    as_a_whole = self.kinked and self.group in ("gradient", "parameter")
+    judged = self.rms if as_a_whole else self.relative
     return judged <= self.tolerance
 
 

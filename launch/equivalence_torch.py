@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,8 +30,7 @@ from torch import nn
 Arrays = dict[str, torch.Tensor]
 Named = Iterator[tuple[str, torch.Tensor]]
 # Imported for what is not needed here: downloads, progress bars, pictures, other models' operators.
-UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq")
-ABSENT = [name for name in UNNEEDED if importlib.util.find_spec(name) is None]
+UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq", "scipy")
 TEACHERS = {
   "dinov2_vits14": "vit_small_patch14_dinov2",
   "dinov2_vitb14": "vit_base_patch14_dinov2",
@@ -43,16 +43,34 @@ TEACHERS = {
   "mae_vitb16": "vit_base_patch16_224",
   "mae_vitl16": "vit_large_patch16_224",
   "mae_vith14": "vit_huge_patch14_224",
+  "clip_vitb16": "vit_base_patch16_clip_quickgelu_224",
+  "clip_vitl14": "vit_large_patch14_clip_quickgelu_224",
+  "sam_vitb16": "samvit_base_patch16",
+  "sam_vitl16": "samvit_large_patch16",
 }
 
 
-class Empty(type):
-  """A class without content; what is asked of it is its own name."""
+def loads(name: str) -> bool:
+  """Whether a module is there and works: torchvision without its operators raises RuntimeError."""
+  try:
+    importlib.import_module(name)
+  except (ImportError, RuntimeError):
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+      del sys.modules[module]
+    return False
+  return True
 
-  def __getattr__(cls, name: str) -> str:
+
+ABSENT = [name for name in UNNEEDED if not loads(name)]
+
+
+class Empty(type):
+  """A class without content; what is asked of it is another."""
+
+  def __getattr__(cls, name: str) -> Any:
     if name.startswith("__"):
       raise AttributeError(name)
-    return name
+    return Empty(name, (), {})
 
 
 class StandIn(types.ModuleType):
@@ -129,14 +147,14 @@ def randomise(model: nn.Module, seed: int) -> None:
   """Normal weights that keep the scale of activations; none stays zero, which would hide much."""
   generator = torch.Generator().manual_seed(seed)
   for name, parameter in model.named_parameters():
-    if name == "pos_embed" and not parameter.requires_grad:
-      continue  # a constant
+    if (name == "pos_embed" and not parameter.requires_grad) or name.endswith("logvar"):
+      continue  # constants
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.ndim > 1:
       parameter.copy_(noise * parameter[0].numel() ** -0.5)
     else:
       parameter.copy_(0.1 * noise + (1.0 if name.endswith(("weight", "gamma")) else 0.0))
-    if name.startswith("lin"):  # LPIPS' heads are not negative
+    if ".model.1." in name and "lin" in name:  # LPIPS' heads are not negative
       parameter.abs_()
 
 
@@ -197,16 +215,130 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
   """The features as the reference's aux_foundation_model takes them from timm's model."""
   import timm
 
-  model = load(timm.create_model(TEACHERS[job["name"]], num_classes=0, dynamic_img_size=True), job)
+  # SAM's takes any size without being asked.
+  any_size = {} if job["name"].startswith("sam") else {"dynamic_img_size": True}
+  model = load(timm.create_model(TEACHERS[job["name"]], num_classes=0, **any_size), job)
   image = given["image"]
   rows, columns = image.shape[2] // 16, image.shape[3] // 16
   if "14" in job["name"]:
     image = nn.functional.interpolate(image, (14 * rows, 14 * columns), mode="bilinear")
   found: Arrays = {}
   with torch.no_grad(), watched(model, job["watch"], found), precision(job):
-    tokens = model.forward_features(image)[:, model.num_prefix_tokens :]
+    features = model.forward_features(image)
+  if features.ndim == 4:  # SAM's, whose blocks have grids with channels last
+    yield from ((name, x.permute(0, 3, 1, 2)) for name, x in found.items())
+    yield "output", features
+    return
   yield from found.items()
+  tokens = features[:, model.num_prefix_tokens :]
   yield "output", tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+
+
+def tokenizer_training(job: dict[str, Any], given: Arrays) -> Named:
+  """Steps of the reference's own training_step: what it logs, gradients, what becomes of it all."""
+  model = load(_lightning_module(job), job).train()
+  model.loss.perceptual_loss.eval()  # without dropout
+  optimizers, _ = model.configure_optimizers()
+  logged: dict[str, torch.Tensor] = {}
+  model.optimizers = lambda: optimizers
+  model.manual_backward = lambda loss: loss.backward()
+  model.log = lambda *_, **__: None
+  model.log_dict = lambda found, **_: logged.update(found)
+  trained = {
+    name: p for name, p in model.named_parameters() if name.startswith(TRAINED_BY_OPTIMIZERS)
+  }
+  for step in range(job["steps"]):
+    model.global_step = 2 * step  # Lightning counts the steps of both optimizers
+    noise = given[f"noise_{step}"]
+    with mock.patch.object(torch, "randn", lambda *_, noise=noise, **__: noise):
+      model.training_step({"image": given[f"image_{step}"].permute(0, 2, 3, 1)}, step)
+    for key, value in logged.items():
+      name = key.removeprefix("train/")
+      if name not in ("logvar", "rec_loss", "disc_factor"):  # ours logs their parts, or not
+        yield f"loss/{step}_{name}", value
+    if step == 0:
+      yield from ((f"gradient/{name}", p.grad) for name, p in trained.items())
+  yield from ((f"parameter/{name}", p) for name, p in trained.items())
+  for name, buffer in model.named_buffers():
+    if "running_" in name:
+      yield f"parameter/{name}", buffer
+
+
+TRAINED_BY_OPTIMIZERS = (
+  "encoder.",
+  "decoder.",
+  "quant_conv.",
+  "post_quant_conv.",
+  "linear_proj.",
+  "loss.discriminator.",
+)
+
+
+def _lightning_module(job: dict[str, Any]) -> nn.Module:
+  """The reference's AutoencoderKL of `vavae/`, whose files nothing is fetched for."""
+  import timm
+  import torchvision.models
+
+  create = timm.create_model
+  timm.create_model = lambda name, pretrained, **kwargs: create(
+    name.rpartition("/")[2].partition(".")[0], **kwargs
+  )
+  torchvision.models.vgg16 = vgg16
+  lightning: Any = types.ModuleType("pytorch_lightning")
+  lightning.LightningModule = nn.Module
+  sys.modules["pytorch_lightning"] = lightning
+  sys.path[:0] = [f"{job['checkout']}/vavae", job["taming"]]
+  from taming.modules.losses.lpips import LPIPS
+
+  LPIPS.load_from_pretrained = lambda self: None
+  from ldm.models.autoencoder import AutoencoderKL
+
+  loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": job["loss"]}
+  model = AutoencoderKL(job["ddconfig"], loss, job["embed_dim"], use_vf="dinov2", reverse_proj=True)
+  model.learning_rate = job["learning_rate"]
+  return model
+
+
+def inception(job: dict[str, Any], given: Arrays) -> Named:
+  """torch-fidelity's network on its own input and on that of the checkout's pytorch-fid."""
+  from torch_fidelity import feature_extractor_inceptionv3
+
+  sys.path.insert(0, job["checkout"])
+  from tools.calculate_fid import InceptionV3
+
+  extractor = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+  names = ["2048", "logits_unbiased"]
+  with mock.patch.object(extractor, "load_state_dict"), mock.patch.object(torch, "load"):
+    model = extractor("inception", names, feature_extractor_weights_path="none")
+  model = load(model, job)
+  image = given["image"].to(torch.uint8)
+  spatial: list[torch.Tensor] = []
+  handle = model.Mixed_6d.branch1x1.register_forward_hook(lambda *call: spatial.append(call[2]))
+  found: Arrays = {}
+  with torch.no_grad(), watched(model, job["watch"], found):
+    pool3, logits = model(image)
+  handle.remove()
+  yield from found.items()
+  yield from (("output/adm pool3", pool3), ("output/adm logits_unbiased", logits))
+  yield "output/adm spatial", spatial[0][:, :7]
+  prepared: list[torch.Tensor] = []
+  pytorch_fid = types.SimpleNamespace(
+    resize_input=True,
+    normalize_input=True,
+    blocks=[prepared.append],
+    output_blocks=(),
+    last_needed_block=0,
+  )
+  InceptionV3.forward(pytorch_fid, image / 255)
+  with (
+    torch.no_grad(),
+    mock.patch.object(
+      feature_extractor_inceptionv3,
+      "interpolate_bilinear_2d_like_tensorflow1x",
+      return_value=prepared[0] * 128 + 128,
+    ),
+  ):
+    yield "output/pytorch-fid pool3", model(image)[0]
 
 
 def lpips(job: dict[str, Any], given: Arrays) -> Named:
@@ -235,7 +367,9 @@ def precision(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
   return contextlib.nullcontext()
 
 
-MODELS = {f.__name__: f for f in (lightningdit, autoencoder, teacher, lpips)}
+MODELS = {
+  f.__name__: f for f in (lightningdit, autoencoder, tokenizer_training, teacher, lpips, inception)
+}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ than that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from lightningdit_jax import convert as dit
 from lightningdit_jax.model import PRESETS
 from vavae_jax import convert as vae
 from vavae_jax.errors import InputError
+from vavae_jax.metrics import inception
 from vavae_jax.perceptual import LEFT_ASIDE
 from vavae_jax.teachers import recognition, teacher_from_torch
 from vavae_jax.torch_weights import StateDict
@@ -72,8 +73,8 @@ def recognise(
   tensors |= more or {}
   for kind, (is_it, read) in _KINDS.items():
     if is_it(tensors):
-      own, name, arguments, module = read(tensors)
-      aside += Counter(_group(key) for key in tensors if key not in own and kind != SD_VAE)
+      own, name, arguments, module, left = read(tensors)
+      aside += Counter(map(_group, left))
       return Weights(kind, name, part, own, dict(aside), arguments, module)
   shown = ", ".join(sorted(tensors)[:6]) or "no tensor"
   raise InputError(
@@ -109,7 +110,14 @@ def _group(name: str) -> str:
   return ".".join(name.split(".")[: 2 if name.startswith("loss.") else 1])
 
 
-_Read = tuple[StateDict, str, dict[str, Any], Any]
+class _Read(NamedTuple):
+  """What a kind's reader gives: as in `Weights`, and the names of what it left aside."""
+
+  tensors: StateDict
+  name: str
+  arguments: dict[str, Any]
+  module: Any
+  left: Iterable[str] = ()
 
 
 def _read_statistics(tensors: StateDict) -> _Read:
@@ -118,12 +126,12 @@ def _read_statistics(tensors: StateDict) -> _Read:
     raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
   if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
     raise InputError("The statistics are not finite, or a deviation is not above 0.")
-  return tensors, "", {}, None
+  return _Read(tensors, "", {}, None)
 
 
 def _read_lightningdit(tensors: StateDict) -> _Read:
   arguments = dit.arguments_of(tensors)
-  return tensors, _preset(arguments), arguments, dit.from_torch(tensors, **arguments)
+  return _Read(tensors, _preset(arguments), arguments, dit.from_torch(tensors, **arguments))
 
 
 def _preset(arguments: Mapping[str, Any]) -> str:
@@ -136,9 +144,9 @@ def _preset(arguments: Mapping[str, Any]) -> str:
 def _read_autoencoder(tensors: StateDict) -> _Read:
   arguments = vae.autoencoder_arguments(tensors)
   module = vae.autoencoder_from_torch(tensors, **arguments)
-  own = {k: v for k, v in tensors.items() if not k.startswith(vae.TRAINING_ONLY)}
+  own, left = _split(tensors, vae.TRAINING_ONLY)
   factor = 2 ** (len(arguments["ch_mult"]) - 1)
-  return own, f"f{factor}d{arguments['embed_dim']}", arguments, module
+  return _Read(own, f"f{factor}d{arguments['embed_dim']}", arguments, module, left)
 
 
 def _read_diffusers(tensors: StateDict) -> _Read:
@@ -146,9 +154,9 @@ def _read_diffusers(tensors: StateDict) -> _Read:
 
 
 def _read_lpips(tensors: StateDict) -> _Read:
-  own = {name: x for name, x in tensors.items() if not name.startswith(LEFT_ASIDE)}
+  own, left = _split(tensors, LEFT_ASIDE)
   try:
-    return own, "", {}, vae.lpips_from_torch(own)
+    return _Read(own, "", {}, vae.lpips_from_torch(own), left)
   except InputError as error:
     raise InputError(
       f"{error} LPIPS is VGG16 and heads: give the one as SOURCE, the other as --heads."
@@ -157,7 +165,17 @@ def _read_lpips(tensors: StateDict) -> _Read:
 
 def _read_teacher(tensors: StateDict) -> _Read:
   name = recognition.recognise(tensors)
-  return tensors, name, {}, teacher_from_torch(name, tensors)
+  return _Read(tensors, name, {}, teacher_from_torch(name, tensors))
+
+
+def _read_inception(tensors: StateDict) -> _Read:
+  return _Read(tensors, "", {}, inception.from_torch(tensors))
+
+
+def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, list[str]]:
+  """(what is the model's, names of what is not, by the beginnings of these)."""
+  left = [name for name in tensors if name.startswith(others)]
+  return {name: x for name, x in tensors.items() if name not in left}, left
 
 
 def _has(*names: str) -> Callable[[StateDict], bool]:
@@ -173,5 +191,6 @@ _KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read
   "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
   SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
   LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
+  "FID's Inception": (_has("Mixed_7c.branch_pool.conv.weight"), _read_inception),
   "teacher": (lambda tensors: bool(recognition.recognise(tensors)), _read_teacher),
 }

@@ -12,6 +12,7 @@ from ml_collections import FrozenConfigDict
 from safetensors.numpy import save_file
 
 from configs import base
+from launch.convert import convert
 from launch.initial import initial_weights
 from lightningdit_jax import finetune, training
 from lightningdit_jax.convert import from_torch
@@ -100,6 +101,17 @@ def test_a_file_of_the_reference_is_a_beginning(tmp_path):
   (average,) = adopted.ema.values()
   jax.tree.map(np.testing.assert_array_equal, average, adopted.params)
   assert adopted.params["y_embedder"]["embedding"].shape == (5, 48)
+
+
+def test_a_converted_workdir_is_a_beginning(tmp_path):
+  done = convert(
+    str(cases.FOLDER / "formats" / "lightningdit_train_checkpoint.pt"), tmp_path / "run"
+  )
+  config = reference_config(tmp_path / "run", **done.arguments)
+  state = jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))
+  adopted = initial_weights(config)(state)
+  expected = nnx.to_pure_dict(nnx.state(from_torch(done.tensors, **done.arguments)))
+  jax.tree.map(np.testing.assert_array_equal, adopted.params, expected)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,16 @@ def test_teachers_are_recognised(name):
   assert weights.recognise({"model": tensors}).name == name
 
 
+def test_fids_inception_goes_there_and_back(tmp_path):
+  """Its counters are integers, which the network does not need and the file keeps."""
+  _, tensors, _ = cases.load("inception_fid")
+  write_torch_file(tmp_path / "pt_inception.pth", tensors)
+  done = convert(str(tmp_path / "pt_inception.pth"), tmp_path / "inception.safetensors")
+  assert done.what == "FID's Inception"
+  convert(str(tmp_path / "inception.safetensors"), tmp_path / "back.pth")
+  assert_same(tensors, read_state_dict(tmp_path / "back.pth"))
+
+
 def test_lpips_comes_from_two_files(tmp_path):
   _, tensors, _ = cases.load("lpips")
   heads = {name: x for name, x in tensors.items() if name.startswith("lin")}

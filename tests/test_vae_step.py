@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import base
+from launch.equivalence_cases import LOGGED, first_gradients, training_names, training_state
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import training, update
-from vavae_jax.continuation import from_state_dict
-from vavae_jax.convert import (
-  autoencoder_to_torch,
-  discriminator_from_torch,
-  discriminator_to_torch,
-)
+from vavae_jax import update
 from vavae_jax.perceptual import lpips_from_torch
 from vavae_jax.stages import Phase
 
 SETTINGS = ("gan_on", "gan_off", "no_margin_fixed_weight", "project_teacher", "pp_style")
 LPIPS = "loss.perceptual_loss."
 DISCRIMINATOR = "loss.discriminator."
-# Ours by the reference's: `rec_loss` is the sum of two parts.
-METRICS = {
-  "total_loss": "loss",
-  "kl_loss": "kl",
-  "nll_loss": "nll",
-  "d_weight": "disc_weight",
-  "g_loss": "g_loss",
-  "vf_loss": "vf",
-  "vf_weight": "vf_weight",
-  "disc_loss": "d_loss",
-  "logits_real": "logits_real",
-  "logits_fake": "logits_fake",
-}
-
-
 # What LPIPS sees is moved by little more than float32 rounds. The case lies where two inputs of a
 # max pool of its VGG16 are 2e-7 apart, so that rounding decides which of them has the gradient:
 # weights differ by 1e-4 and gradients by 7e-4 between the two sides, on PyTorch as here. This seed
@@ -103,22 +81,7 @@ def two_steps(request, lpips):
   shapes = spec["cases"].get(f"state_dict_shapes_{name}", spec["cases"]["state_dict_shapes"])
   config, phase = configuration(spec, name)
   weights = procedural.state_dict({k: v for k, v in shapes.items() if not k.startswith(LPIPS)})
-  judge = discriminator_from_torch(
-    {k.removeprefix(DISCRIMINATOR): v for k, v in weights.items() if k.startswith(DISCRIMINATOR)}
-  )
-  own = {k: v for k, v in weights.items() if not k.startswith(("loss.", "foundation_model."))}
-  params = from_state_dict(own, config.model)
-  judge_params, statistics = map(nnx.to_pure_dict, nnx.split(judge, nnx.Param, nnx.BatchStat)[1:])
-  optimizer = training.make_optimizer(config.optimizer)
-  state = update.State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    ema={},
-    optimizer=optimizer.init(params),
-    discriminator=judge_params,
-    discriminator_statistics=statistics,
-    discriminator_optimizer=optimizer.init(judge_params),
-  )
+  state = training_state(config, weights)
   graph, lpips_weights = nnx.split(lpips)
 
   @jax.jit
@@ -142,45 +105,29 @@ def two_steps(request, lpips):
   return name, config, expected, metrics, states
 
 
-def torch_names(config, params, discriminator, statistics):
-  """Arrays of our trees under the reference's names."""
-  graph = nnx.graphdef(nnx.eval_shape(lambda: update.build_autoencoder(config)(nnx.Rngs(0))))
-  judge = nnx.graphdef(nnx.eval_shape(lambda: update.build_discriminator(config)(nnx.Rngs(0))))
-  named = autoencoder_to_torch(nnx.merge(graph, params["autoencoder"]))
-  named["linear_proj.weight"] = np.asarray(params["projection"]["kernel"]).T[:, :, None, None]
-  merged = discriminator_to_torch(nnx.merge(judge, discriminator, statistics))
-  return named | {DISCRIMINATOR + name: value for name, value in merged.items()}
-
-
-def first_moments(state):
-  """Adam's after one step: (1 - b1) times the gradient."""
-  return [optax.tree.get(x, "mu") for x in (state.optimizer, state.discriminator_optimizer)]
-
-
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_and_weights(two_steps, step):
   _, _, expected, metrics, _ = two_steps
   found = metrics[step]
-  for theirs, ours in METRICS.items():
+  for theirs, ours in LOGGED.items():
     value = expected[f"step{step}/{theirs}"]
     # The second step is behind one of Adam, which makes signs of small gradients.
     tolerance = 1e-5 if step == 0 else 1e-4
     assert float(found[ours]) == pytest.approx(float(value), rel=tolerance, abs=1e-6), theirs
+  # The reference's `rec_loss` is the sum of two parts of ours.
   rec = float(found["l1"]) + float(found["perceptual"])
   assert rec == pytest.approx(float(expected[f"step{step}/rec_loss"]), rel=1e-5)
 
 
 def test_gradients(two_steps):
   _, config, expected, _, states = two_steps
-  mu, judge_mu = first_moments(states[1])
-  named = torch_names(config, mu, judge_mu, states[0].discriminator_statistics)
+  named = first_gradients(config, states[1], states[0].discriminator_statistics)
   seen = 0
   for key, value in expected.items():
     kind, _, name = key.partition("/")
     if kind not in ("grad", "grad_disc"):
       continue
-    ours = named[name if kind == "grad" else DISCRIMINATOR + name] / (1 - config.optimizer.b1)
-    cases.assert_near(ours, value, 1e-4)
+    cases.assert_near(named[name if kind == "grad" else DISCRIMINATOR + name], value, 1e-4)
     seen += 1
   assert seen == 6
 
@@ -188,7 +135,7 @@ def test_gradients(two_steps):
 def test_parameters_and_statistics_after_two_steps(two_steps):
   _, config, expected, _, states = two_steps
   after = states[2]
-  named = torch_names(config, after.params, after.discriminator, after.discriminator_statistics)
+  named = training_names(config, after.params, after.discriminator, after.discriminator_statistics)
   seen = 0
   for key, value in expected.items():
     if key.startswith("after/"):

@@ -11,26 +11,39 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-  """A binary file that takes the name `path` only when the block has ended without an error.
+def atomic_path(path: Path) -> Iterator[Path]:
+  """A temporary name for a file that takes its own when the block has ended without an error.
 
   Args:
     path: the final name; its folder is made. What stood there stays until the new file is whole.
 
   Yields:
-    The open file.
+    The name to write to.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
   try:
-    with temporary.open("wb") as file:
-      yield file
-      file.flush()
+    yield temporary
+    with temporary.open("rb+") as file:
       os.fsync(file.fileno())
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+  """A binary file that takes the name `path` only when the block has ended without an error.
+
+  Args:
+    path: as for `atomic_path`.
+
+  Yields:
+    The open file.
+  """
+  with atomic_path(path) as temporary, temporary.open("wb") as file:
+    yield file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,362 @@
+"""The Inception network of FID, and the two ways in which pictures are prepared for it.
+
+It is the classifier that TensorFlow released on 2015-12-05 (1008 outputs), whose features FID,
+sFID, the inception score, precision and recall have been computed from ever since; ImageNet
+classifiers of the same name have other weights and other pooling. Both pytorch-fid and
+torch-fidelity publish it as PyTorch weights, the same file under two names.
+
+Notable: averages at the border are over what is there (TensorFlow's), the last block takes a
+maximum where the one before averages (as the released graph does), and sFID's channels are those of
+the 1x1 branch of `Mixed_6d`, which the graph calls mixed_6/conv. Everything is float32 in full
+precision on every device, since a FID must not depend on what it was computed on.
+
+Source: Szegedy et al. 2015, arXiv 1512.00567; Heusel et al. 2017, arXiv 1706.08500; tensor names of
+pytorch-fid 0.3.0's pt_inception-2015-12-05-6726825d.pth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vavae_jax import torch_weights
+from vavae_jax.errors import InputError
+
+SIZE = 299
+NUM_FEATURES = 2048
+NUM_CLASSES = 1008
+SPATIAL_CHANNELS = 7
+_NORM_EPSILON = 1e-3
+_TORCH_NAMES = {
+  "norm.": "bn.",
+  "conv_1a.": "Conv2d_1a_3x3.",
+  "conv_2a.": "Conv2d_2a_3x3.",
+  "conv_2b.": "Conv2d_2b_3x3.",
+  "conv_3b.": "Conv2d_3b_1x1.",
+  "conv_4a.": "Conv2d_4a_3x3.",
+  "mixed_": "Mixed_",
+}
+
+
+def adm_input(image_BHWC: jax.Array) -> jax.Array:
+  """Pictures as ADM's evaluation, and so the paper's numbers, prepare them.
+
+  TensorFlow 1's bilinear resize, in which output pixel i lies at i * H / 299 without the half
+  pixel's shift, so that pictures move by up to half a pixel; then (x - 128) / 128.
+
+  Args:
+    image_BHWC: [B,H,W,3], uint8.
+
+  Returns:
+    The network's input [B,299,299,3], float32 in [-1,1).
+
+  Raises:
+    InputError: the pictures have another shape or dtype.
+  """
+  return (_resize(_checked(image_BHWC), lambda i, scale: i * scale) - 128) / 128
+
+
+def pytorch_fid_input(image_BHWC: jax.Array) -> jax.Array:
+  """Pictures as pytorch-fid prepares them: a bilinear resize by half-pixel centres, then [-1,1].
+
+  Args:
+    image_BHWC: [B,H,W,3], uint8.
+
+  Returns:
+    The network's input [B,299,299,3], float32 in [-1,1].
+
+  Raises:
+    InputError: the pictures have another shape or dtype.
+  """
+  unit_BHWC = _checked(image_BHWC) / 255
+  half = np.float32(0.5)
+  return 2 * _resize(unit_BHWC, lambda i, scale: np.maximum((i + half) * scale - half, 0)) - 1
+
+
+PROTOCOLS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "adm": adm_input,
+  "pytorch-fid": pytorch_fid_input,
+}
+
+
+def _checked(image_BHWC: jax.Array) -> jax.Array:
+  if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3 or image_BHWC.dtype != jnp.uint8:
+    raise InputError(
+      f"The pictures are {image_BHWC.dtype} of shape {image_BHWC.shape}; uint8 [B,H,W,3] is needed."
+    )
+  return image_BHWC.astype(jnp.float32)
+
+
+def _resize(
+  image_BHWC: jax.Array, position_of: Callable[[np.ndarray, np.float32], np.ndarray]
+) -> jax.Array:
+  """Bilinear to 299 x 299, never averaged over more pixels than two by two, as both tools do.
+
+  Args:
+    image_BHWC: [B,H,W,C], float.
+    position_of: (output pixels, input pixels per output pixel) -> where they lie in the input.
+
+  Returns:
+    [B,299,299,C].
+  """
+  for axis in (1, 2):
+    size = image_BHWC.shape[axis]
+    position = position_of(np.arange(SIZE, dtype=np.float32), np.float32(size / SIZE))
+    low = np.minimum(position.astype(np.int32), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    weight = np.expand_dims(position - low, [i for i in range(4) if i != axis])
+    at_low, at_high = (jnp.take(image_BHWC, index, axis) for index in (low, high))
+    image_BHWC = at_low + (at_high - at_low) * weight
+  return image_BHWC
+
+
+class InceptionV3(nnx.Module):
+  """The network; nothing in it is trained here."""
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    """Makes the network with random weights."""
+    make = _Maker(rngs)
+    self.conv_1a = make(3, 32, (3, 3), stride=2)
+    self.conv_2a = make(32, 32, (3, 3), padding="VALID")
+    self.conv_2b = make(32, 64, (3, 3))
+    self.conv_3b = make(64, 80, (1, 1))
+    self.conv_4a = make(80, 192, (3, 3), padding="VALID")
+    self.mixed_5b = _Block35(192, 32, make)
+    self.mixed_5c = _Block35(256, 64, make)
+    self.mixed_5d = _Block35(288, 64, make)
+    self.mixed_6a = _To17(288, make)
+    self.mixed_6b = _Block17(128, make)
+    self.mixed_6c = _Block17(160, make)
+    self.mixed_6d = _Block17(160, make)
+    self.mixed_6e = _Block17(192, make)
+    self.mixed_7a = _To8(make)
+    self.mixed_7b = _Block8(1280, _average, make)
+    self.mixed_7c = _Block8(2048, _maximum, make)
+    self.fc = nnx.Linear(NUM_FEATURES, NUM_CLASSES, precision="highest", rngs=rngs)
+
+  def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
+    """All that the metrics are computed from; under jit, what is unused is free.
+
+    Args:
+      x_BHWC: the input [B,299,299,3] that one of `PROTOCOLS` makes.
+
+    Returns:
+      "pool3" [B,2048], of FID, precision and recall; "spatial" [B,7,17,17], channels first as sFID
+      flattens them to 2,023 numbers; "logits_unbiased" [B,1008], of the inception score (softmax);
+      "logits" [B,1008]; on the way "block1" [B,35,35,192] and "block2" [B,17,17,768].
+
+    Raises:
+      InputError: the input has another shape.
+    """
+    if x_BHWC.ndim != 4 or x_BHWC.shape[1:] != (SIZE, SIZE, 3):
+      raise InputError(f"The input has shape {x_BHWC.shape}; [B,{SIZE},{SIZE},3] is needed.")
+    x_BhwD = self.conv_2b(self.conv_2a(self.conv_1a(x_BHWC)))
+    block1_BhwD = _shrink(self.conv_4a(self.conv_3b(_shrink(x_BhwD))))
+    x_BhwD = self.mixed_5d(self.mixed_5c(self.mixed_5b(block1_BhwD)))
+    x_BhwD = self.mixed_6c(self.mixed_6b(self.mixed_6a(x_BhwD)))
+    spatial_BhwD = self.mixed_6d.branch1x1(x_BhwD)[..., :SPATIAL_CHANNELS]
+    block2_BhwD = self.mixed_6e(self.mixed_6d(x_BhwD))
+    x_BhwD = self.mixed_7c(self.mixed_7b(self.mixed_7a(block2_BhwD)))
+    pool3_BD = jnp.mean(x_BhwD, axis=(1, 2))
+    return {
+      "pool3": pool3_BD,
+      "spatial": jnp.moveaxis(spatial_BhwD, -1, 1),
+      "logits_unbiased": jnp.dot(pool3_BD, self.fc.kernel[...], precision="highest"),
+      "logits": self.fc(pool3_BD),
+      "block1": block1_BhwD,
+      "block2": block2_BhwD,
+    }
+
+
+class _ConvNorm(nnx.Module):
+  """A convolution, BatchNorm by its stored statistics, relu."""
+
+  def __init__(self, conv: nnx.Conv, rngs: nnx.Rngs):
+    self.conv = conv
+    self.norm = nnx.BatchNorm(
+      conv.out_features,
+      use_running_average=True,
+      epsilon=_NORM_EPSILON,
+      rngs=rngs,
+    )
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    return jax.nn.relu(self.norm(self.conv(x_BhwD)))
+
+
+class _Maker:
+  """Makes convolutions; those with a stride never pad."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.rngs = rngs
+
+  def __call__(
+    self,
+    width: int,
+    channels: int,
+    size: tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: Literal["SAME", "VALID"] = "SAME",
+  ) -> _ConvNorm:
+    conv = nnx.Conv(
+      width,
+      channels,
+      size,
+      stride,
+      padding="VALID" if stride > 1 else padding,
+      use_bias=False,
+      precision="highest",
+      rngs=self.rngs,
+    )
+    return _ConvNorm(conv, self.rngs)
+
+
+class _Block35(nnx.Module):
+  """On the grid of 35 x 35: convolutions of 1, 5, twice 3, and an average."""
+
+  def __init__(self, width: int, pool_channels: int, make: _Maker):
+    self.branch1x1 = make(width, 64, (1, 1))
+    self.branch5x5_1 = make(width, 48, (1, 1))
+    self.branch5x5_2 = make(48, 64, (5, 5))
+    self.branch3x3dbl_1 = make(width, 64, (1, 1))
+    self.branch3x3dbl_2 = make(64, 96, (3, 3))
+    self.branch3x3dbl_3 = make(96, 96, (3, 3))
+    self.branch_pool = make(width, pool_channels, (1, 1))
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    branches = (
+      self.branch1x1(x_BhwD),
+      self.branch5x5_2(self.branch5x5_1(x_BhwD)),
+      self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD))),
+      self.branch_pool(_average(x_BhwD)),
+    )
+    return jnp.concatenate(branches, axis=-1)
+
+
+class _To17(nnx.Module):
+  """35 x 35 -> 17 x 17."""
+
+  def __init__(self, width: int, make: _Maker):
+    self.branch3x3 = make(width, 384, (3, 3), stride=2)
+    self.branch3x3dbl_1 = make(width, 64, (1, 1))
+    self.branch3x3dbl_2 = make(64, 96, (3, 3))
+    self.branch3x3dbl_3 = make(96, 96, (3, 3), stride=2)
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    twice_BhwD = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD)))
+    return jnp.concatenate((self.branch3x3(x_BhwD), twice_BhwD, _shrink(x_BhwD)), axis=-1)
+
+
+class _Block17(nnx.Module):
+  """On the grid of 17 x 17: convolutions of 7, each as a row and a column, once and twice."""
+
+  def __init__(self, inner: int, make: _Maker):
+    self.branch1x1 = make(768, 192, (1, 1))
+    self.branch7x7_1 = make(768, inner, (1, 1))
+    self.branch7x7_2 = make(inner, inner, (1, 7))
+    self.branch7x7_3 = make(inner, 192, (7, 1))
+    self.branch7x7dbl_1 = make(768, inner, (1, 1))
+    self.branch7x7dbl_2 = make(inner, inner, (7, 1))
+    self.branch7x7dbl_3 = make(inner, inner, (1, 7))
+    self.branch7x7dbl_4 = make(inner, inner, (7, 1))
+    self.branch7x7dbl_5 = make(inner, 192, (1, 7))
+    self.branch_pool = make(768, 192, (1, 1))
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    twice_BhwD = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x_BhwD)))
+    branches = (
+      self.branch1x1(x_BhwD),
+      self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x_BhwD))),
+      self.branch7x7dbl_5(self.branch7x7dbl_4(twice_BhwD)),
+      self.branch_pool(_average(x_BhwD)),
+    )
+    return jnp.concatenate(branches, axis=-1)
+
+
+class _To8(nnx.Module):
+  """17 x 17 -> 8 x 8."""
+
+  def __init__(self, make: _Maker):
+    self.branch3x3_1 = make(768, 192, (1, 1))
+    self.branch3x3_2 = make(192, 320, (3, 3), stride=2)
+    self.branch7x7x3_1 = make(768, 192, (1, 1))
+    self.branch7x7x3_2 = make(192, 192, (1, 7))
+    self.branch7x7x3_3 = make(192, 192, (7, 1))
+    self.branch7x7x3_4 = make(192, 192, (3, 3), stride=2)
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    seven_BhwD = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x_BhwD)))
+    branches = (
+      self.branch3x3_2(self.branch3x3_1(x_BhwD)),
+      self.branch7x7x3_4(seven_BhwD),
+      _shrink(x_BhwD),
+    )
+    return jnp.concatenate(branches, axis=-1)
+
+
+class _Block8(nnx.Module):
+  """On the grid of 8 x 8: convolutions of 3 as a row beside a column, and an average or maximum."""
+
+  def __init__(self, width: int, pool: Callable[[jax.Array], jax.Array], make: _Maker):
+    self.pool = pool
+    self.branch1x1 = make(width, 320, (1, 1))
+    self.branch3x3_1 = make(width, 384, (1, 1))
+    self.branch3x3_2a = make(384, 384, (1, 3))
+    self.branch3x3_2b = make(384, 384, (3, 1))
+    self.branch3x3dbl_1 = make(width, 448, (1, 1))
+    self.branch3x3dbl_2 = make(448, 384, (3, 3))
+    self.branch3x3dbl_3a = make(384, 384, (1, 3))
+    self.branch3x3dbl_3b = make(384, 384, (3, 1))
+    self.branch_pool = make(width, 192, (1, 1))
+
+  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    once_BhwD = self.branch3x3_1(x_BhwD)
+    twice_BhwD = self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD))
+    branches = (
+      self.branch1x1(x_BhwD),
+      self.branch3x3_2a(once_BhwD),
+      self.branch3x3_2b(once_BhwD),
+      self.branch3x3dbl_3a(twice_BhwD),
+      self.branch3x3dbl_3b(twice_BhwD),
+      self.branch_pool(self.pool(x_BhwD)),
+    )
+    return jnp.concatenate(branches, axis=-1)
+
+
+def _average(x_BhwD: jax.Array) -> jax.Array:
+  """Of each 3 x 3 neighbourhood, as much of it as there is."""
+  return nnx.avg_pool(x_BhwD, (3, 3), padding="SAME", count_include_pad=False)
+
+
+def _maximum(x_BhwD: jax.Array) -> jax.Array:
+  """Of each 3 x 3 neighbourhood."""
+  return nnx.max_pool(x_BhwD, (3, 3), padding="SAME")
+
+
+def _shrink(x_BhwD: jax.Array) -> jax.Array:
+  """The maximum of every second 3 x 3 neighbourhood."""
+  return nnx.max_pool(x_BhwD, (3, 3), (2, 2))
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
+  """The network with the weights that pytorch-fid and torch-fidelity publish.
+
+  Args:
+    state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: it only counts.
+
+  Returns:
+    The module, its weights and statistics float32.
+
+  Raises:
+    InputError: unknown, missing, misshapen or non-finite tensors, listed, as those of torchvision's
+      classifier would be.
+  """
+  own = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+  model = nnx.eval_shape(lambda: InceptionV3(rngs=nnx.Rngs(0)))
+  return torch_weights.load(model, own, renamed=_TORCH_NAMES)
