@@ -25,6 +25,9 @@ def _training() -> ConfigDict:
       "max_skipped_steps": 10,  # one after the other; one more ends the training
       "dtype": "float32",  # of matmuls and convolutions; all else is float32
       "mesh": {"data": -1, "fsdp": 1},
+      # What loads batches ahead of the devices: threads, in this process or in worker processes,
+      # of which slow decoding needs as many as there are cores. Neither changes what is loaded.
+      "loader": {"threads": 4, "workers": 0},
     }
   )
 
@@ -42,7 +45,11 @@ def tokenizer() -> ConfigDict:
     {
       "source": "folder:data/imagenet/train",
       "image_size": 256,
-      "crop": "random",  # or "center", one for every picture, which `teacher.cache` needs
+      "crop": "random",  # or "center" (ADM's), which `teacher.cache` needs; or "resize"
+      "flip": False,  # mirror every other picture
+      # Pictures that cannot be read are named, and a neighbour stands for each, up to this many in
+      # a process; 0: the first one ends the training.
+      "max_corrupt": 0,
       "valid_source": "",  # pictures to look at while training; "": held-out ones
       "held_out": 0.0,  # share of the source kept for evaluation, chosen by the seed below
       "split_seed": 0,
@@ -150,7 +157,10 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
   config.dtype = "bfloat16"
   config.latents = ConfigDict(
     {
+      # A folder that launch.encode wrote or as published; a tar of one, or a folder with the parts
+      # of such a tar; or a URL of these, such as gs://BUCKET/latents.
       "path": "data/latents",
+      "cache": "",  # where copies of tars and buckets go; "": ~/.cache/vavae_jax/latents
       "sha256": "",  # which latents they must be; training notes it
       "latent_norm": True,
       "latent_multiplier": 1.0,

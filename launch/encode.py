@@ -1,34 +1,58 @@
-r"""Encodes pictures to a latent store, which LightningDiT trains on.
+r"""Encodes pictures to a latent store, which LightningDiT trains on, or checks a store.
 
   python -m launch.encode --workdir=RUNS/tokenizer --output=DATA/latents
+  python -m launch.encode --check=DATA/latents
 
 The pictures are those that the tokenizer was trained on (--source takes others, --held_out the ones
 that training left out). Each is stored as one posterior sample of itself and one of its mirror
-image; the noise is a function of seed and index. Shards are written whole, in the published layout,
-so a run that was stopped goes on with the first missing one when started again.
+image; the noise is a function of seed and index. With --moments the posteriors themselves are
+stored, and training draws anew in each epoch. Shards are written whole, in the published layout, so
+a run that was stopped goes on with the first missing one when started again. Several processes
+(launch/engine/processes.py) share the shards; the output must be a folder that all of them see.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import FrozenConfigDict
 
-from launch import trained
-from launch.engine import console, mesh
-from lightningdit_jax import latents
-from vavae_jax import images
+from launch import check_latents, trained
+from launch.engine import console, mesh, processes
+from lightningdit_jax import latents, shards
+from vavae_jax import images, sources
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
 BEGUN = "encoding.json"
+DTYPES = ("float32", "bfloat16")
+
+
+class _Piece(NamedTuple):
+  """A batch's worth of one shard: which records, and whether they are its last."""
+
+  shard: int
+  ends: bool
+  indices: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  """The pictures of a piece that can be read, and the messages about those that cannot."""
+
+  piece: _Piece
+  image: np.ndarray
+  index: np.ndarray
+  label: np.ndarray
+  skipped: list[str]
 
 
 def encode(
@@ -40,6 +64,10 @@ def encode(
   batch_size: int = 64,
   shard_size: int = 10_000,
   seed: int = 0,
+  dtype: str = "float32",
+  moments: bool = False,
+  max_corrupt: int = 0,
+  threads: int = 4,
 ) -> latents.LatentStore:
   """Writes the latent store of a source, or what is missing of it.
 
@@ -48,20 +76,27 @@ def encode(
     output: the store's folder.
     source: as in `config.data.source`; "" is the tokenizer's own.
     held_out: encode the held-out share instead of the training share.
-    batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
+    batch_size: pictures at once of each process, over its devices; rounded up to a multiple of
+      their number.
     shard_size: records a shard.
     seed: of the posterior's noise.
+    dtype: of what is stored, one of `DTYPES`.
+    moments: store the posterior's mean and deviation instead of a sample.
+    max_corrupt: how many pictures that cannot be read are left out, in each process; one more is an
+      error.
+    threads: that decode pictures.
 
   Returns:
     The finished store.
 
   Raises:
-    InputError: nothing to encode, or `output` was begun with other settings.
+    InputError: nothing to encode, too many pictures that cannot be read, or `output` was begun with
+      other settings.
   """
   data = tokenizer.config.data
   spec = source or data.source
-  pictures = images.open_source(spec)
-  train, rest = images.split(len(pictures), data.held_out, data.split_seed)
+  pictures = sources.open_source(spec)
+  train, rest = sources.split(len(pictures), data.held_out, data.split_seed)
   indices = rest if held_out else train
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
@@ -77,40 +112,85 @@ def encode(
     "class_names": list(pictures.class_names),
     "shard_size": shard_size,
     "seed": seed,
+    "dtype": dtype,
+    "moments": moments,
     "records": len(indices),
   }
-  devices = mesh.make_mesh()
-  batch_size = mesh.round_up(batch_size, devices)
   _claim(output, manifest)
-  run = _encoder(tokenizer, devices, seed)
-  starts = range(0, len(indices), shard_size)
-  with console.Bar("encode", len(indices)) as bar:
-    for number, start in enumerate(starts):
-      shard = indices[start : start + shard_size]
-      path = output / f"latents_rank00_shard{number:03d}.safetensors"
-      if not path.exists():
-        parts = []
-        for i in range(0, len(shard), batch_size):
-          parts.append(_encode_batch(run, pictures, shard[i : i + batch_size], data, batch_size))
-          bar.update(start + i + len(parts[-1][2]))
-        latents.write_shard(path, *(np.concatenate(column) for column in zip(*parts, strict=True)))
-      bar.update(start + len(shard))
-  latents.finish_store(output, manifest, seed)
+  count = -(-len(indices) // shard_size)
+  paths = [output / shards.shard_name(number, count) for number in range(count)]
+  mine = range(jax.process_index(), count, jax.process_count())
+  todo = [number for number in mine if not paths[number].exists()]
+  for number in todo:  # left by a run that was killed
+    for partial in output.glob(f".{paths[number].name}.*.partial"):
+      partial.unlink()
+  devices = mesh.local_mesh()
+  batch_size = mesh.round_up(batch_size, devices)
+  pieces = [
+    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
+    for number in todo
+    for shard in [indices[number * shard_size : (number + 1) * shard_size]]
+    for start in range(0, len(shard), batch_size)
+  ]
+  load = functools.partial(_load, pictures, data.image_size)
+  run = _encoder(tokenizer, devices, seed=seed, dtype=dtype, moments=moments, size=batch_size)
+  done = sum(min(shard_size, len(indices) - n * shard_size) for n in mine if n not in todo)
+  total = done + sum(len(piece.indices) for piece in pieces)
+  parts: list[dict[str, np.ndarray]] = []
+  labels: list[np.ndarray] = []
+  skipped: list[str] = []
+  lost = 0
+  with console.Bar("encode", total, done) as bar:
+    for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
+      for message in batch.skipped:
+        lost += 1
+        console.say(f"left out ({lost} of at most {max_corrupt}): {message}")
+      if lost > max_corrupt:
+        raise InputError(
+          f"{lost} pictures cannot be read, and --max_corrupt allows {max_corrupt}; the last: "
+          f"{batch.skipped[-1]}"
+        )
+      parts.append(jax.device_get(encoded))
+      labels.append(batch.label)
+      skipped += batch.skipped
+      done += len(batch.piece.indices)
+      bar.update(done)
+      if batch.piece.ends:
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        shards.write_shard(paths[batch.piece.shard], columns, np.concatenate(labels), skipped)
+        parts, labels, skipped = [], [], []
+  processes.wait_for_all("latents are encoded")
+  if jax.process_index() == 0:
+    latents.finish_store(output, manifest, seed)
+  processes.wait_for_all("the store is finished")
   return latents.LatentStore(output)
 
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
+  """Notes in the folder what is encoded, or finds that it is the same; by the first process."""
   path = output / BEGUN
-  if path.is_file():
-    begun = json.loads(path.read_text())
-    if differing := [k for k in manifest if _identity(begun.get(k)) != _identity(manifest[k])]:
+  if jax.process_index() == 0:
+    if path.is_file():
+      _check_same(output, json.loads(path.read_text()), manifest)
+    elif any(output.glob("*.safetensors")):
       raise InputError(
-        f"{output} holds latents that were begun with another {', '.join(differing)}; give a new "
-        "folder, or the settings it was begun with, or delete it."
+        f"{output} holds latents that launch.encode did not write; give another one."
       )
-  if not path.is_file() and any(output.glob("*.safetensors")):
-    raise InputError(f"{output} holds latents that launch.encode did not write; give another one.")
-  write_json(path, manifest)
+    write_json(path, manifest)
+  processes.wait_for_all("the folder is claimed")
+  if not path.is_file():
+    raise InputError(
+      f"Process {jax.process_index()} does not see {path}, which the first one wrote: --output "
+      "must be on a disk that all processes share."
+    )
+
+
+def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -> None:
+  if differing := [k for k in manifest if _identity(begun.get(k)) != _identity(manifest[k])]:
+    raise InputError(
+      f"{output} holds latents that were begun with another {', '.join(differing)}; give a new "
+      "folder, or the settings it was begun with, or delete it."
+    )
 
 
 def _identity(noted: Any) -> Any:
@@ -118,13 +198,68 @@ def _identity(noted: Any) -> Any:
   return noted.get("sha256") if isinstance(noted, dict) else noted
 
 
-def _encoder(tokenizer: trained.Trained, devices: jax.sharding.Mesh, seed: int) -> Any:
-  """(indices, uint8 batch) -> samples of the pictures and of their mirror images."""
+def _loaded(
+  load: Callable[[_Piece], _Batch], pieces: list[_Piece], threads: int
+) -> Iterator[_Batch]:
+  """The pieces in their order, each loaded ahead by a thread."""
+  data = grain.MapDataset.range(len(pieces)).map(lambda i: load(pieces[int(i)]))
+  yield from data.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
+
+
+def _load(pictures: sources.Source, size: int, piece: _Piece) -> _Batch:
+  crops, kept, labels, skipped = [], [], [], []
+  for index in piece.indices:
+    try:
+      picture, label = pictures.picture(int(index))
+    except sources.Unreadable as error:
+      skipped.append(str(error))
+      continue
+    crops.append(images.center_crop(picture, size))
+    kept.append(index)
+    labels.append(label)
+  image = np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)
+  return _Batch(piece, image, np.array(kept, np.int32), np.array(labels, np.int64), skipped)
+
+
+_Encoded = dict[str, jax.Array]
+
+
+def _one_late(
+  batches: Iterator[_Batch], run: Callable[[_Batch], _Encoded]
+) -> Iterator[tuple[_Batch, _Encoded]]:
+  """Each batch when the next one is under way on the devices."""
+  waiting: list[tuple[_Batch, _Encoded]] = []
+  for batch in batches:
+    waiting.append((batch, run(batch)))
+    if len(waiting) > 1:
+      yield waiting.pop(0)
+  yield from waiting
+
+
+def _encoder(
+  tokenizer: trained.Trained,
+  devices: jax.sharding.Mesh,
+  *,
+  seed: int,
+  dtype: str,
+  moments: bool,
+  size: int,
+) -> Callable[[_Batch], _Encoded]:
+  """What is stored of a batch, by the names of `shards.SAMPLES` or `shards.POSTERIORS`."""
+  # Of several processes each has its own mesh, and the parameters on it.
+  params = jax.device_put(
+    jax.tree.map(lambda x: x.addressable_data(0), tokenizer.params), mesh.replicated(devices)
+  )
 
   @jax.jit
-  def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  def run(params: Any, batch: dict[str, jax.Array]) -> _Encoded:
     model = trained.autoencoder(tokenizer, params)
     picture = images.to_float(batch["image"])
+    posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
+    if moments:
+      plain, mirror = posteriors
+      columns = (plain.mean, plain.std, mirror.mean, mirror.std)
+      return {n: x.astype(dtype) for n, x in zip(shards.POSTERIORS, columns, strict=True)}
     key = jax.random.key(seed)
 
     def noise(flip: int, shape: tuple[int, ...]) -> jax.Array:
@@ -133,40 +268,33 @@ def _encoder(tokenizer: trained.Trained, devices: jax.sharding.Mesh, seed: int) 
 
       return jax.vmap(one)(batch["index"])
 
-    plain, mirror = model.encode(picture), model.encode(picture[:, :, ::-1])
-    return (
-      plain.sample(noise(0, plain.mean.shape)),
-      mirror.sample(noise(1, mirror.mean.shape)),
-    )
+    return {
+      name: posterior.sample(noise(flip, posterior.mean.shape)).astype(dtype)
+      for flip, (name, posterior) in enumerate(zip(shards.SAMPLES, posteriors, strict=True))
+    }
 
-  def on_devices(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+  def on_devices(batch: _Batch) -> _Encoded:
+    """The batch is filled up by repeating, so that one shape compiles and devices divide it."""
+    count = len(batch.index)
+    filled = np.resize(np.arange(max(count, 1)), size)
+    image = batch.image if count else np.zeros((1, *batch.image.shape[1:]), np.uint8)
+    index = batch.index if count else np.zeros(1, np.int32)
+    given = {"image": image[filled], "index": index[filled]}
     with jax.set_mesh(devices):
-      return jax.device_get(run(tokenizer.params, mesh.to_global(batch, devices)))
+      encoded = run(params, mesh.to_global(given, devices))
+    return {name: x[:count] for name, x in encoded.items()}
 
   return on_devices
-
-
-def _encode_batch(
-  run: Callable[[dict[str, np.ndarray]], list[np.ndarray]],
-  pictures: images.Source,
-  indices: np.ndarray,
-  data: FrozenConfigDict,
-  batch_size: int,
-) -> tuple[np.ndarray, ...]:
-  """The last batch is filled up by repeating, so that one shape compiles and devices divide it."""
-  filled = np.resize(indices, batch_size)
-  batch = {
-    "image": images.load_crops(pictures, filled, data.image_size),
-    "index": filled.astype(np.int32),
-  }
-  plain, mirror = run(batch)
-  labels = np.array([pictures[int(i)]["label"] for i in indices])
-  return plain[: len(indices)], mirror[: len(indices)], labels
 
 
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
+  if FLAGS.check:
+    check_latents.check(Path(FLAGS.check))
+    return
+  if not (FLAGS.workdir and FLAGS.output):
+    raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
   store = encode(
     trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step),
     Path(FLAGS.output),
@@ -175,15 +303,23 @@ def main(argv: list[str]) -> None:
     batch_size=FLAGS.batch_size,
     shard_size=FLAGS.shard_size,
     seed=FLAGS.seed,
+    dtype=FLAGS.dtype,
+    moments=FLAGS.moments,
+    max_corrupt=FLAGS.max_corrupt,
+    threads=FLAGS.threads,
   )
   height, width, channels = store.shape
+  drift = np.abs(store.mean - store.manifest["exact_mean"]) / store.std
   console.table(
     "Latent store",
     ("what", "value"),
     [
       ("records", str(len(store))),
-      ("shape", f"{height} x {width}, {channels} channels"),
-      ("mean std of a channel", f"{float(jnp.mean(store.std)):.3f}"),
+      ("left out", str(len(store.manifest["skipped"]))),
+      ("shape", f"{height} x {width}, {channels} channels, {FLAGS.dtype}"),
+      ("holds", "posteriors" if store.has_posteriors else "one sample of each posterior"),
+      ("mean std of a channel", f"{float(np.mean(store.std)):.3f}"),
+      ("mean of 10,000 off that of all by", f"{drift.max():.4f} std at most"),
       ("folder", str(store.path)),
     ],
   )
@@ -192,12 +328,17 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The tokenizer's workdir.", required=True)
-  flags.DEFINE_string("output", None, "The latent store's folder.", required=True)
+  flags.DEFINE_string("workdir", "", "The tokenizer's workdir.")
+  flags.DEFINE_string("output", "", "The latent store's folder.")
+  flags.DEFINE_string("check", "", "Verify this store instead of making one.")
   flags.DEFINE_string("source", "", "Other pictures, such as folder:DIR.")
   flags.DEFINE_bool("held_out", False, "Encode the pictures that training left out.")
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
-  flags.DEFINE_integer("batch_size", 64, "Pictures at once, over all devices.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 64, "Pictures at once, of each process.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Of the posterior's noise.")
+  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of what is stored; bfloat16 halves it.")
+  flags.DEFINE_bool("moments", False, "Store posteriors, of which training draws in each epoch.")
+  flags.DEFINE_integer("max_corrupt", 0, "Unreadable pictures left out; 0: the first is an error.")
+  flags.DEFINE_integer("threads", 4, "That decode pictures.", lower_bound=1)
   console.run_command(main)

@@ -26,7 +26,7 @@ from launch import trained
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.sample_files import contact_sheet, read_samples
-from vavae_jax import images
+from vavae_jax import images, sources
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
 from vavae_jax.metrics import distribution, pixels
@@ -77,8 +77,8 @@ def reconstruction(tokenizer: trained.Trained, output: Path) -> dict[str, Any]:
 def held_out_pictures(tokenizer: trained.Trained) -> np.ndarray:
   """uint8 [N, H, W, 3]: what a tokenizer's training left out, or all where it left none."""
   data = tokenizer.config.data
-  source = images.open_source(data.source)
-  train, held_out = images.split(len(source), data.held_out, data.split_seed)
+  source = sources.open_source(data.source)
+  train, held_out = sources.split(len(source), data.held_out, data.split_seed)
   return images.load_crops(source, held_out if len(held_out) else train, data.image_size)
 
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     result = reconstruction(trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step), output)
   elif what == "generation" and FLAGS.samples and FLAGS.reference:
     samples, _ = read_samples(Path(FLAGS.samples))
-    source = images.open_source(FLAGS.reference)
+    source = sources.open_source(FLAGS.reference)
     size = FLAGS.image_size or samples.shape[1]
     pictures = images.load_crops(source, np.arange(len(source)), size)
     result = generation(samples, feature_moments(pictures, "reference"), output)

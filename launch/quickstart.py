@@ -37,7 +37,7 @@ from launch.sample import sample_set
 from launch.sample_files import read_samples
 from launch.train import train
 from lightningdit_jax import latents
-from vavae_jax import images
+from vavae_jax import images, sources
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
@@ -136,8 +136,8 @@ def _check(config: FrozenConfigDict) -> None:
 
 def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
   data = tokenizer.config.data
-  source = images.open_source(data.source)
-  train_indices, _ = images.split(len(source), data.held_out, data.split_seed)
+  source = sources.open_source(data.source)
+  train_indices, _ = sources.split(len(source), data.held_out, data.split_seed)
   return images.load_crops(source, train_indices, data.image_size)
 
 

@@ -107,7 +107,7 @@ def make_sampler(
     `settings.batch_size`, the last one filled up. Takes other parameters as third argument.
   """
   config = diffusion.config
-  store = lightningdit_jax.training.open_store(config.latents.path)
+  store = trained.open_latents(config)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
   @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,9 +16,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.training
 import vavae_jax.training
-from launch.engine import mesh
+from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.engine.checkpoint import read_config, restore_item
+from lightningdit_jax import fetching
 from lightningdit_jax.latents import LatentStore
 from vavae_jax import functional, images
 from vavae_jax.autoencoder import Autoencoder
@@ -142,9 +144,24 @@ def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
   return tokenizer
 
 
+def open_latents(config: FrozenConfigDict) -> LatentStore:
+  """The latents of a diffusion configuration; a bar shows how far a copy is, where one is made."""
+  path, cache = config.latents.path, config.latents.cache
+  with contextlib.ExitStack() as stack:
+    bars: list[console.Bar] = []
+
+    def show(_: str, done: int, total: int) -> None:
+      if not bars:
+        bars.append(stack.enter_context(console.Bar("copy latents (MiB)", total >> 20)))
+      bars[0].update(done >> 20)
+
+    fetching.local_folder(path, cache, show)
+  return lightningdit_jax.training.open_store(path, cache)
+
+
 def check_latents(config: FrozenConfigDict) -> LatentStore:
   """The latents of a diffusion configuration; InputError if it names others by `latents.sha256`."""
-  store = lightningdit_jax.training.open_store(config.latents.path)
+  store = open_latents(config)
   if config.latents.sha256 not in ("", store.sha256):
     raise InputError(
       f"The model was trained on other latents than those that {store.path} holds now: what it "

@@ -1,27 +1,30 @@
-"""The latent store: safetensors shards of posterior samples, their statistics, normalisation.
+"""The latent store: posterior samples of pictures, their statistics, normalisation.
 
-The published layout: `latents`, `latents_flip` [n, Z, h, w] float32 and `labels` [n] int64 a shard,
-statistics [1, Z, 1, 1] beside them. NCHW ends here: what comes out is [h, w, Z]. This file alone
-normalises and denormalises.
+Its files, in the published layout, are those of `shards.py`, with the statistics of the channels
+[1, Z, 1, 1] beside them. NCHW ends here: what comes out is [h, w, Z]. This file alone normalises
+and denormalises.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from lightningdit_jax import shards
+from lightningdit_jax.shards import Shard
+from vavae_jax import order
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_json
+from vavae_jax.files import atomic_path, write_json
 from vavae_jax.torch_files import read_torch_file
 
 MANIFEST = "manifest.json"
@@ -29,6 +32,7 @@ STATISTICS = "latents_stats.safetensors"
 PUBLISHED_STATISTICS = "latents_stats.pt"
 _STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
 STATISTICS_SAMPLES = 10_000
+_NOISE = 3  # which of a record's random numbers; see order.py
 
 
 class LatentStore:
@@ -43,20 +47,18 @@ class LatentStore:
         statistics are missing.
     """
     self.path = Path(path)
-    self._files = _shards(self.path)
+    self._files = [str(file) for file in shard_files(self.path)]
     if not self._files and not any((self.path / name).is_file() for name in _STATISTICS_FILES):
       raise InputError(f"{path} holds no latent shards; make them with python -m launch.encode.")
-    shapes, counts = [], []
-    for file in self._files:
-      shard = _open(file)
-      shapes.append(tuple(shard.get_slice("latents").get_shape()[1:]))
-      counts.append(_count(file))
-    if len(set(shapes)) > 1:
-      raise InputError(f"The shards of {path} disagree on the latents' shape: {set(shapes)}.")
-    self._starts = np.cumsum([0, *counts])
-    self.mean, self.std = self._statistics(shapes[0][0] if shapes else None)
+    opened = [_open(file, os.getpid()) for file in self._files]
+    shapes = {shard.shape for shard in opened}
+    if len(shapes) > 1 or len({shard.has_posteriors for shard in opened}) > 1:
+      raise InputError(f"The shards of {path} disagree on the latents' shape or kind: {shapes}.")
+    self._starts = np.cumsum([0, *map(len, opened)])
+    self.has_posteriors = bool(opened) and opened[0].has_posteriors
+    self.mean, self.std = self._statistics(opened[0].shape[0] if opened else None)
     # Of statistics alone, which sampling needs, without cells: none is stored.
-    channels, height, width = shapes[0] if shapes else (len(self.mean), 0, 0)
+    channels, height, width = opened[0].shape if opened else (len(self.mean), 0, 0)
     self.shape = (height, width, channels)
     if self.manifest.get("records", len(self)) != len(self):
       raise InputError(
@@ -68,7 +70,7 @@ class LatentStore:
     return int(self._starts[-1])
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """One record as encoded, not flipped and not normalised.
+    """One record as encoded, not flipped and not normalised; of posteriors, their mean.
 
     Args:
       index: in [0, len).
@@ -80,19 +82,58 @@ class LatentStore:
 
   def record(self, index: int, *, flip: bool) -> dict[str, Any]:
     """Like `store[index]`, of the mirrored picture if `flip`."""
-    if not 0 <= index < len(self):
-      raise IndexError(f"record {index} of a store of {len(self)}")
-    place = bisect.bisect_right(self._starts, index) - 1
-    shard, row = _open(self._files[place]), index - int(self._starts[place])
-    name = "latents_flip" if flip else "latents"
-    latent_Zhw = shard.get_slice(name)[row : row + 1][0]
-    label = int(shard.get_slice("labels")[row : row + 1][0])
-    return {"latent": np.ascontiguousarray(latent_Zhw.transpose(1, 2, 0)), "label": label}
+    latent = np.empty((1, *self.shape), np.float32)
+    self.read(np.array([index]), np.array([flip]), out=latent)
+    return {"latent": latent[0], "label": int(self.labels_of(np.array([index]))[0])}
+
+  def read(
+    self,
+    records: np.ndarray,
+    flips: np.ndarray,
+    *,
+    out: np.ndarray,
+    mean: Any = 0.0,
+    scale: Any = 1.0,
+    noise: Any = None,
+  ) -> None:
+    """Fills a batch, (latent - mean) * scale, with one pass over each record.
+
+    Args:
+      records: int [B].
+      flips: bool [B], whether the mirrored picture's.
+      out: float32 [B, h, w, Z].
+      mean: of each channel, [Z].
+      scale: of each channel, [Z].
+      noise: place in the batch -> standard normal [Z, h, w], of stores that have posteriors; their
+        means if None.
+    """
+    outside = (records < 0) | (records >= len(self))
+    if outside.any():
+      raise IndexError(f"record {records[outside][0]} of a store of {len(self)}")
+    names = ("mean", "mean_flip") if self.has_posteriors else shards.SAMPLES
+    for place, (shard, row) in enumerate(self._places(records)):
+      flip = int(flips[place])
+      latent_Zhw = shard.tensors[names[flip]][row]
+      if noise is not None:
+        latent_Zhw = latent_Zhw + shard.tensors[("std", "std_flip")[flip]][row] * noise(place)
+      np.subtract(latent_Zhw.transpose(1, 2, 0), mean, out=out[place], dtype=np.float32)
+    out *= scale
+
+  def labels_of(self, records: np.ndarray) -> np.ndarray:
+    """int64 [B]."""
+    return np.array([shard.labels[row] for shard, row in self._places(records)], np.int64)
+
+  def _places(self, records: np.ndarray) -> list[tuple[Shard, int]]:
+    process = os.getpid()
+    found = np.searchsorted(self._starts, records, "right") - 1
+    rows = records - self._starts[found]
+    places = zip(found.tolist(), rows.tolist(), strict=True)
+    return [(_open(self._files[shard], process), row) for shard, row in places]
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
     """All labels, int64 [len]."""
-    labels = [_open(f).get_tensor("labels") for f in self._files]
+    labels = [_open(file, os.getpid()).labels.astype(np.int64) for file in self._files]
     return np.concatenate([np.empty(0, np.int64), *labels])
 
   @functools.cached_property
@@ -139,21 +180,16 @@ class LatentStore:
     return mean, std
 
 
-def _shards(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
+  """The shards of a store's folder, in the order of their records."""
   return sorted(file for file in path.glob("*.safetensors") if file.name != STATISTICS)
 
 
-@functools.lru_cache(maxsize=4096)
-def _open(path: Path) -> Any:
-  """A kept handle: opening a shard for each record is seven times slower."""
-  try:
-    shard = safe_open(path, framework="numpy")
-    missing = {"latents", "latents_flip", "labels"} - set(shard.keys())
-  except (SafetensorError, OSError) as error:
-    raise InputError(f"The latent shard {path} cannot be read ({error}); encode again.") from error
-  if missing:
-    raise InputError(f"The latent shard {path} lacks {sorted(missing)}.")
-  return shard
+@functools.lru_cache(maxsize=65_536)
+def _open(path: str, process: int) -> Shard:
+  """Kept open, in each process for itself: opening one for each record is seven times slower."""
+  del process
+  return Shard(Path(path))
 
 
 def normalise(latent: Any, mean: Any, std: Any, multiplier: float = 1.0) -> Any:
@@ -176,26 +212,6 @@ def statistics(store: LatentStore, *, latent_norm: bool) -> tuple[np.ndarray, np
   return np.zeros_like(store.mean), np.ones_like(store.std)
 
 
-def write_shard(
-  path: Path, latents_BhwZ: np.ndarray, flipped_BhwZ: np.ndarray, labels_B: np.ndarray
-) -> None:
-  """Writes one shard, whole or not at all.
-
-  Args:
-    path: its name, `latents_rank00_shard000.safetensors` for the first.
-    latents_BhwZ: float32 posterior samples.
-    flipped_BhwZ: those of the mirrored pictures.
-    labels_B: int.
-  """
-  tensors: dict[str, np.ndarray] = {
-    "latents": np.ascontiguousarray(latents_BhwZ.transpose(0, 3, 1, 2), np.float32),
-    "latents_flip": np.ascontiguousarray(flipped_BhwZ.transpose(0, 3, 1, 2), np.float32),
-    "labels": np.asarray(labels_B, np.int64),
-  }
-  with atomic_file(path) as file:
-    file.write(save(tensors))
-
-
 def finish_store(path: Path, manifest: dict[str, Any], seed: int) -> None:
   """Writes the statistics and then the manifest of a folder whose shards are complete.
 
@@ -204,78 +220,98 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int) -> None:
     manifest: what to note beside the counts.
     seed: chooses the 10,000 records of the statistics.
   """
-  files = _shards(Path(path))
-  mean, std = channel_statistics(files, seed)
+  opened = [Shard(file) for file in shard_files(Path(path))]
+  mean, std = channel_statistics(opened, seed)
   stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
-  with atomic_file(Path(path) / STATISTICS) as file:
-    file.write(save(stored))
-  counts = {file.name: _count(file) for file in files}
-  write_json(Path(path) / MANIFEST, {**manifest, "records": sum(counts.values()), "shards": counts})
+  with atomic_path(Path(path) / STATISTICS) as temporary:
+    save_file(stored, temporary)
+  notes = [shard.note for shard in opened if shard.note]
+  exact = shards.merge(note.moments for note in notes)
+  listed = {
+    shard.path.name: {"records": len(shard), "sha256": shard.note.sha256}
+    for shard in opened
+    if shard.note
+  }
+  told = {
+    "records": sum(map(len, opened)),
+    "skipped": [name for note in notes for name in note.skipped],
+    "exact_mean": exact.mean.tolist(),
+    "exact_std": exact.std.tolist(),
+    "shards": listed,
+  }
+  write_json(Path(path) / MANIFEST, manifest | told)
 
 
-def channel_statistics(files: Sequence[Path], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(opened: Sequence[Shard], seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Mean and unbiased standard deviation of each channel over 10,000 random unflipped latents.
 
+  Of posteriors one sample each is drawn.
+
   Args:
-    files: the shards, in order.
+    opened: the shards, in order.
     seed: of the choice; with fewer latents all are taken.
 
   Returns:
     (mean, std), float32 [Z].
   """
-  starts = np.cumsum([0, *(_count(file) for file in files)])
-  chosen = np.random.default_rng(seed).permutation(starts[-1])[:STATISTICS_SAMPLES]
+  starts = np.cumsum([0, *map(len, opened)])
+  draw = np.random.default_rng(seed)
+  chosen = draw.permutation(starts[-1])[:STATISTICS_SAMPLES]
   rows = []
-  for file, start, end in zip(files, starts, starts[1:], strict=False):
+  for shard, start, end in zip(opened, starts, starts[1:], strict=False):
     inside = np.sort(chosen[(chosen >= start) & (chosen < end)]) - start
-    rows.append(_open(file).get_tensor("latents")[inside].astype(np.float64))
+    if shard.has_posteriors:
+      mean, std = (shard.tensors[name][inside].astype(np.float64) for name in ("mean", "std"))
+      rows.append(mean + std * draw.standard_normal(mean.shape))
+    else:
+      rows.append(shard.tensors["latents"][inside].astype(np.float64))
   values = np.concatenate(rows)
   mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3), ddof=1)
   return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _count(file: Path) -> int:
-  return _open(file).get_slice("labels").get_shape()[0]
-
-
 def training_batches(
   store: LatentStore,
+  share: order.Share,
   *,
-  batch_size: int,
   seed: int,
   mean: np.ndarray,
   std: np.ndarray,
   multiplier: float,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> grain.IterDataset:
   """Endless shuffled batches of normalised latents, each record flipped or not by a seeded coin.
 
   Args:
-    store: the latents.
-    batch_size: of this process.
-    seed: of order and flips.
+    store: the latents; of posteriors each epoch draws a sample anew.
+    share: which part of the batches.
+    seed: of order, flips and noise.
     mean: what to subtract, [Z].
     std: what to divide by, [Z].
     multiplier: what to multiply by.
-    process_index: which share of the records is this process's.
-    process_count: number of shares.
 
   Returns:
     A grain dataset of {"latent": float32 [B, h, w, Z], "label": int32 [B]}.
   """
+  places = order.Order(len(store), seed)
+  height, width, channels = store.shape
+  scale = (multiplier / std).astype(np.float32)
 
-  def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    record = store.record(int(index), flip=bool(rng.integers(2)))
-    latent = normalise(record["latent"], mean, std, multiplier).astype(np.float32)
-    return {"latent": latent, "label": np.int32(record["label"])}
+  def load(positions: np.ndarray) -> dict[str, np.ndarray]:
+    records, epochs = places.records(positions)
 
-  return (
-    grain.MapDataset.range(len(store))[process_index::process_count]
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(load)
-    .batch(batch_size, drop_remainder=True)  # of an endless set; else one of 1 overflows
-    .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-  )
+    def noise(place: int) -> np.ndarray:
+      rng = np.random.default_rng((seed, _NOISE, int(epochs[place]), int(records[place])))
+      return rng.standard_normal((channels, height, width), np.float32)
+
+    latent = np.empty((len(records), *store.shape), np.float32)
+    store.read(
+      records,
+      places.coins(records, epochs),
+      out=latent,
+      mean=mean,
+      scale=scale,
+      noise=noise if store.has_posteriors else None,
+    )
+    return {"latent": latent, "label": store.labels_of(records).astype(np.int32)}
+
+  return order.batches(share, load)

@@ -18,10 +18,10 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import latents, sampling, transport
+from lightningdit_jax import fetching, latents, sampling, transport
 from lightningdit_jax.checks import check_sampling, check_transport
 from lightningdit_jax.model import LightningDiT, TimestepEmbedder, check_names
-from vavae_jax import functional
+from vavae_jax import functional, order
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import (
   averaged,
@@ -71,9 +71,9 @@ def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> Lightni
 
 
 @functools.lru_cache
-def open_store(path: str) -> latents.LatentStore:
-  """The latent store of a configuration, opened once."""
-  return latents.LatentStore(path)
+def open_store(path: str, cache: str) -> latents.LatentStore:
+  """The latent store of a configuration, opened once; arguments as of `fetching.local_folder`."""
+  return latents.LatentStore(fetching.local_folder(path, cache))
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -83,7 +83,8 @@ def check(config: FrozenConfigDict) -> None:
     InputError: model, latents, labels or sampling settings do not fit.
   """
   check_model(config)
-  store = open_store(config.latents.path)
+  order.check(config.loader)
+  store = open_store(config.latents.path, config.latents.cache)
   _check_store(config, store)
   if len(store) < config.batch_size:
     raise InputError(
@@ -91,7 +92,7 @@ def check(config: FrozenConfigDict) -> None:
       "config.batch_size."
     )
   if config.latents.valid_path:
-    _check_store(config, open_store(config.latents.valid_path))
+    _check_store(config, open_store(config.latents.valid_path, config.latents.cache))
 
 
 def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
@@ -283,20 +284,18 @@ def losses(
 
 
 def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int
+  config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:
   """This process's endless batches of normalised latents."""
-  store = open_store(config.latents.path)
+  store = open_store(config.latents.path, config.latents.cache)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
   return latents.training_batches(
     store,
-    batch_size=config.batch_size // process_count,
+    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
     seed=config.seed,
     mean=mean,
     std=std,
     multiplier=config.latents.latent_multiplier,
-    process_index=process_index,
-    process_count=process_count,
   )
 
 
@@ -389,10 +388,10 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
     A function of the state: {"mse": mean over all, "mse_t0.06": of the time 0.06, ...}, and
     "cosine" likewise where the velocity is predicted.
   """
-  store = open_store(config.latents.valid_path)
+  store = open_store(config.latents.valid_path, config.latents.cache)
   # Normalised as training does it.
   mean, std = latents.statistics(
-    open_store(config.latents.path), latent_norm=config.latents.latent_norm
+    open_store(config.latents.path, config.latents.cache), latent_norm=config.latents.latent_norm
   )
   count = min(config.latents.valid_samples, len(store))
   size = min(config.batch_size // config.accumulate_steps, count)

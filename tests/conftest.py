@@ -14,6 +14,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import fcntl
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,33 @@ def command(environment: dict[str, str]) -> Command:
       timeout=600,
       check=False,
     )
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def two_processes(environment: dict[str, str]) -> Callable[..., None]:
+  """`two_processes("launch.train", "--workdir=...")` runs a module as a job of two processes."""
+
+  def run(*words: str) -> None:
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      address = f"localhost:{free.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    running = [
+      subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        env=environment | job | {"JAX_PROCESS_ID": str(i)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      for i in range(2)
+    ]
+    for process in running:
+      output, _ = process.communicate(timeout=600)
+      assert process.returncode == 0, output
 
   return run
 

@@ -26,14 +26,10 @@ def like(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
 
-def data():
-  return iter(toy_task.train_data(SETTINGS, 0, 1))
-
-
-def save(workdir, *states, batches=None, keep=2):
+def save(workdir, *states, keep=2):
   checkpoints = Checkpoints(workdir, keep=keep)
   for state in states:
-    checkpoints.save(state, batches or data(), SETTINGS.to_dict())
+    checkpoints.save(state, SETTINGS.to_dict())
   checkpoints.close()
 
 
@@ -45,27 +41,16 @@ def assert_same(a, b):
 def test_restored_state_is_the_saved_one(tmp_path, ema):
   state = make_state(ema=ema)
   save(tmp_path, state)
-  restored = Checkpoints(tmp_path).restore(1, like(state), data())
+  restored = Checkpoints(tmp_path).restore(1, like(state))
   assert set(restored.ema) == ({"0.8"} if ema else set())
   assert_same(restored, state)
-
-
-def test_data_go_on_where_they_were(tmp_path):
-  batches = data()
-  for _ in range(5):
-    next(batches)
-  save(tmp_path, make_state(), batches=batches)
-  expected = next(batches)
-  restored = data()
-  Checkpoints(tmp_path).restore(1, like(make_state()), restored)
-  assert_same(next(restored), expected)
 
 
 def test_a_checkpoint_is_of_its_step_though_the_next_one_reuses_the_memory(tmp_path):
   state = make_state(size=2**20)
   expected = np.array(state.params["w"])
   checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(state, data(), SETTINGS.to_dict())
+  checkpoints.save(state, SETTINGS.to_dict())
   overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
   for _ in range(3):
     state = overwrite(state)

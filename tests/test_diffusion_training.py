@@ -197,7 +197,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
   assert len(times) == training.VALIDATION_TIMES
   assert told["mse"] == pytest.approx(np.mean([told[key] for key in times]))
   # A fresh model predicts zero: what is left is the target itself, at every time.
-  store = training.open_store(config.latents.path)
+  store = training.open_store(config.latents.path, config.latents.cache)
   latent = np.stack([(store[i]["latent"] - store.mean) / store.std for i in range(11)])
   noise = sampling.noise_of(training.VALIDATION_SEED, jnp.arange(11), latent.shape[1:])
   assert told["mse"] == pytest.approx(float(np.mean((latent - noise) ** 2)), rel=1e-5)

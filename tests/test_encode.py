@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from launch import check_latents
 from launch.encode import encode
-from lightningdit_jax import latents
+from lightningdit_jax import latents, shards
+from tests.conftest import ROOT
+from vavae_jax import sources
 from vavae_jax.errors import InputError
+from vavae_jax.order import Share
 
 SHARDS = [f"latents_rank00_shard{i:03d}.safetensors" for i in range(4)]
 
@@ -35,7 +45,7 @@ class Stop(Exception):
 @pytest.fixture
 def written(monkeypatch):
   """Names of the shards that are written; a shard called `written.stop_at` is not, and ends it."""
-  write_shard = latents.write_shard
+  write_shard = shards.write_shard
 
   class Names(list):
     stop_at = ""
@@ -48,7 +58,7 @@ def written(monkeypatch):
     names.append(path.name)
     write_shard(path, *arrays)
 
-  monkeypatch.setattr(latents, "write_shard", write)
+  monkeypatch.setattr(shards, "write_shard", write)
   return names
 
 
@@ -135,3 +145,122 @@ def test_a_folder_of_foreign_latents_is_refused(tokenizer, tmp_path):
   with pytest.raises(InputError, match=r"launch\.encode did not write"):
     encode(tokenizer, tmp_path)
   assert len(contents(tmp_path)) == 1
+
+
+def size_of(store):
+  return sum(file.stat().st_size for file in latents.shard_files(store.path))
+
+
+def test_bfloat16_halves_a_store(store, tokenizer, tmp_path):
+  half = encode(tokenizer, tmp_path, batch_size=8, shard_size=65, dtype="bfloat16")
+  np.testing.assert_allclose(records(half), records(store), rtol=2**-8, atol=1e-3)
+  assert size_of(half) < 0.6 * size_of(store)
+
+
+def test_posteriors_give_the_samples_and_new_ones_each_epoch(store, tokenizer, tmp_path):
+  posteriors = encode(tokenizer, tmp_path, batch_size=8, shard_size=20, moments=True)
+  assert posteriors.has_posteriors
+  opened = [shards.Shard(file) for file in latents.shard_files(tmp_path)]
+  mean, std = (np.concatenate([s.tensors[n] for s in opened]) for n in ("mean", "std"))
+  samples = np.stack([store[i]["latent"] for i in range(65)]).transpose(0, 3, 1, 2)
+  noise = (samples - mean) / std
+  assert abs(noise.mean()) < 0.05
+  assert abs(noise.std() - 1) < 0.05
+  # Over all samples that could be drawn, without drawing any.
+  exact = np.sqrt(mean.var((0, 2, 3)) + np.square(std).mean((0, 2, 3)))
+  np.testing.assert_allclose(posteriors.manifest["exact_std"], exact, rtol=0.01)
+  share = Share(65)
+  settings = {"seed": 0, "mean": store.mean, "std": store.std, "multiplier": 1.0}
+  iterator = iter(latents.training_batches(posteriors, share, **settings))
+  first, second = next(iterator), next(iterator)
+  again = next(iter(latents.training_batches(posteriors, Share(65, start=1), **settings)))
+  np.testing.assert_array_equal(second["latent"], again["latent"])
+  assert not set(first["latent"][..., 0].ravel()) & set(second["latent"][..., 0].ravel())
+
+
+def test_exact_statistics_are_those_of_all_latents(store):
+  whole = np.stack([store[i]["latent"] for i in range(len(store))]).astype(np.float64)
+  np.testing.assert_allclose(store.manifest["exact_mean"], whole.mean((0, 1, 2)), rtol=1e-12)
+  np.testing.assert_allclose(store.manifest["exact_std"], whole.std((0, 1, 2), ddof=1), rtol=1e-12)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_noted(store, tokenizer, pictures, tmp_path):
+  root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+  source = f"folder:{root}"
+  files = sorted(path for path in root.rglob("*.png"))
+  plain = encode(tokenizer, tmp_path / "all", source=source, shard_size=20)
+  bad = files[sources.split(72, tokenizer.config.data.held_out, 0)[0][21]]
+  bad.write_bytes(b"no picture")
+  with pytest.raises(InputError, match=f"max_corrupt allows 0.*{bad.name}"):
+    encode(tokenizer, tmp_path / "some", source=source, shard_size=20)
+  found = encode(tokenizer, tmp_path / "some", source=source, shard_size=20, max_corrupt=1)
+  assert bad.name in found.manifest["skipped"][0]
+  expected = np.delete(records(plain), [21, 65 + 21], axis=0)
+  np.testing.assert_allclose(records(found), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def words(pipeline):
+  """The command that encodes the pipeline's pictures, a shard for every few of them."""
+  return [
+    *("launch.encode", f"--workdir={pipeline / 'tokenizer'}"),
+    *("--batch_size=4", "--shard_size=4"),
+  ]
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
+  words, command, environment, tmp_path
+):
+  """KILLS sets how often; each takes a start of Python."""
+  done = command(*words, f"--output={tmp_path / 'undisturbed'}")
+  assert done.returncode == 0, done.stderr
+  rng = np.random.default_rng(0)
+  disturbed = tmp_path / "disturbed"
+  kills = 0
+  while kills < int(os.environ.get("KILLS", "3")):
+    process = subprocess.Popen(
+      [sys.executable, "-m", *words, f"--output={disturbed}"], cwd=ROOT, env=environment
+    )
+    before = len(list(disturbed.glob("*.safetensors")))
+    while process.poll() is None and len(list(disturbed.glob("*.safetensors"))) == before:
+      time.sleep(0.002)
+    time.sleep(float(rng.exponential(0.05)))
+    if process.poll() is None:
+      process.send_signal(signal.SIGKILL)
+      kills += 1
+    process.wait()
+    if (disturbed / latents.MANIFEST).exists():  # it was faster than the kill
+      shutil.rmtree(disturbed)
+  # What a kill in the middle of a shard leaves.
+  (disturbed / ".latents_rank00_shard016.safetensors.1.partial").write_bytes(b"half")
+  done = command(*words, f"--output={disturbed}")
+  assert done.returncode == 0, done.stderr
+  assert contents(disturbed) == contents(tmp_path / "undisturbed")
+
+
+def test_the_check_finds_what_is_wrong_and_draws_what_is_right(store, tmp_path, capsys):
+  output = Path(shutil.copytree(store.path, tmp_path / "latents"))
+  check_latents.check(output)
+  assert "is sound" in capsys.readouterr().out
+  assert (tmp_path / "latents_check.png").stat().st_size > 1_000
+  shard = output / SHARDS[1]
+  data = bytearray(shard.read_bytes())
+  data[-9] ^= 0x40  # a number, still finite
+  shard.write_bytes(data)
+  with pytest.raises(InputError, match=f"{SHARDS[1]} does not hold what was written"):
+    check_latents.check(output)
+  tensors = load_file(shard)
+  tensors["labels"][0] = 12
+  tensors["latents"][3, 0, 1, 2] = np.nan
+  save_file(tensors, shard)
+  with pytest.raises(InputError, match=r"1 numbers in latents that are not finite.*label 12"):
+    check_latents.check(output)
+
+
+def test_two_processes_share_the_work_and_write_the_same_store(
+  words, two_processes, command, tmp_path
+):
+  done = command(*words, f"--output={tmp_path / 'one'}")
+  assert done.returncode == 0, done.stderr
+  two_processes(*words, f"--output={tmp_path / 'two'}")
+  assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -10,8 +10,9 @@ from PIL import Image
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import images
+from vavae_jax import images, sources
 from vavae_jax.errors import InputError
+from vavae_jax.order import Share
 
 
 @pytest.fixture
@@ -33,11 +34,13 @@ def test_center_crop_is_the_reference_s_bit_for_bit(key):
   coarse = procedural.uniform(f"photo_{key}", (height // 10 + 1, width // 10 + 1, 3))
   photo = np.repeat(np.repeat((255 * coarse).astype(np.uint8), 10, 0), 10, 1)[:height, :width]
   with np.load(cases.FOLDER / "center_crop.npz") as arrays:
-    np.testing.assert_array_equal(images.center_crop(photo, 64), arrays[f"crop64_{key}"])
+    np.testing.assert_array_equal(
+      images.center_crop(Image.fromarray(photo), 64), arrays[f"crop64_{key}"]
+    )
 
 
 def test_folder_lists_classes_and_files_in_order(folder):
-  source = images.open_source(f"folder:{folder}")
+  source = sources.open_source(f"folder:{folder}")
   assert source.class_names == ["a", "b"]
   assert [source[i]["label"] for i in range(len(source))] == [0, 0, 1, 1]
   assert all(source[i]["image"].shape == (9, 12, 3) for i in range(len(source)))
@@ -46,7 +49,7 @@ def test_folder_lists_classes_and_files_in_order(folder):
 def test_transparency_is_white(tmp_path):
   (tmp_path / "a").mkdir()
   Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a" / "1.png")
-  assert images.open_source(f"folder:{tmp_path}")[0]["image"].min() == 255
+  assert sources.open_source(f"folder:{tmp_path}")[0]["image"].min() == 255
 
 
 def test_pictures_stand_upright(tmp_path):
@@ -54,46 +57,46 @@ def test_pictures_stand_upright(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # to be turned by 90 degrees
   Image.new("RGB", (8, 4)).save(tmp_path / "a" / "1.jpg", exif=exif)
-  assert images.open_source(f"folder:{tmp_path}")[0]["image"].shape == (8, 4, 3)
+  assert sources.open_source(f"folder:{tmp_path}")[0]["image"].shape == (8, 4, 3)
 
 
 def test_an_unreadable_picture_is_named(folder):
   path = folder / "a" / "4.jpg"
   path.write_bytes(path.read_bytes()[:60])
   with pytest.raises(InputError, match=r"4\.jpg"):
-    images.open_source(f"folder:{folder}")[0]
+    sources.open_source(f"folder:{folder}")[0]
 
 
 def test_all_pictures_or_some_of_them_are_tried(folder):
   (folder / "a" / "4.jpg").write_bytes(b"no picture")
-  source = images.open_source(f"folder:{folder}")
+  source = sources.open_source(f"folder:{folder}")
   with pytest.raises(InputError, match=r"4\.jpg"):
-    images.check_readable(source)
-  images.check_readable(source, limit=0)
+    sources.check_readable(source)
+  sources.check_readable(source, limit=0)
 
 
 @pytest.mark.parametrize("spec", ["folder:/nowhere/at/all", "folder:", "photos", "embedded:cats"])
 def test_a_source_that_is_not_there_is_named(spec):
   with pytest.raises(InputError, match=spec.removeprefix("folder:") or "folder"):
-    images.open_source(spec)
+    sources.open_source(spec)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
   with pytest.raises(InputError, match="no pictures"):
-    images.open_source(f"folder:{tmp_path}")
+    sources.open_source(f"folder:{tmp_path}")
 
 
 def test_split_is_seeded_disjoint_and_whole():
-  train, held_out = images.split(1852, 0.1, seed=0)
+  train, held_out = sources.split(1852, 0.1, seed=0)
   assert len(held_out) == 185
   assert sorted([*train, *held_out]) == list(range(1852))
-  np.testing.assert_array_equal(images.split(1852, 0.1, seed=0)[0], train)
-  assert not np.array_equal(images.split(1852, 0.1, seed=1)[0], train)
+  np.testing.assert_array_equal(sources.split(1852, 0.1, seed=0)[0], train)
+  assert not np.array_equal(sources.split(1852, 0.1, seed=1)[0], train)
 
 
 def batches(folder, seed):
-  source = images.open_source(f"folder:{folder}")
-  data = images.training_batches(source, np.arange(4), size=8, batch_size=3, seed=seed)
+  source = sources.open_source(f"folder:{folder}")
+  data = images.training_batches(source, np.arange(4), Share(3), size=8, seed=seed)
   return iter(data)
 
 
@@ -118,7 +121,7 @@ def test_batches_continue_from_their_state(folder):
 def test_random_crops_differ_in_place():
   ramp = np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 3))
   rng = np.random.default_rng(0)
-  crops = [images.random_crop(ramp, 20, rng) for _ in range(8)]
+  crops = [images.random_crop(Image.fromarray(ramp), 20, rng) for _ in range(8)]
   assert all(crop.shape == (20, 20, 3) for crop in crops)
   assert len({int(crop[0, 0, 0]) for crop in crops}) > 3
 

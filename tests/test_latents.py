@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lightningdit_jax import latents
+from lightningdit_jax import latents, shards
 from tests import cases
 from vavae_jax.errors import InputError
+from vavae_jax.order import Share
 
 PUBLISHED = cases.FOLDER / "formats" / "latents"
 
@@ -22,7 +23,8 @@ def store(tmp_path):
   plain, flipped = rng.normal(3, 2, (2, 8, 2, 3, 4)).astype(np.float32)
   for i, part in enumerate((slice(0, 5), slice(5, 8))):
     path = tmp_path / f"latents_rank00_shard{i:03d}.safetensors"
-    latents.write_shard(path, plain[part], flipped[part], np.arange(8)[part])
+    samples = {"latents": plain[part], "latents_flip": flipped[part]}
+    shards.write_shard(path, samples, np.arange(8)[part], [])
   latents.finish_store(tmp_path, {"source": "here"}, seed=0)
   return tmp_path, plain, flipped
 
@@ -65,7 +67,7 @@ def test_without_latent_norm_values_stay(store):
 def batches(path, seed, count=6):
   found = latents.LatentStore(path)
   data = latents.training_batches(
-    found, batch_size=4, seed=seed, mean=found.mean, std=found.std, multiplier=1.0
+    found, Share(4), seed=seed, mean=found.mean, std=found.std, multiplier=1.0
   )
   iterator = iter(data)
   return [next(iterator) for _ in range(count)], iterator
@@ -107,7 +109,8 @@ def test_damage_is_named(store, damage):
     shard.write_bytes(shard.read_bytes()[:-9])
   else:
     shape = (2, 3, 3, 4) if damage == "shapes" else (2, 2, 3, 5)
-    latents.write_shard(shard, np.zeros(shape), np.zeros(shape), np.zeros(2))
+    samples = {name: np.zeros(shape, np.float32) for name in shards.SAMPLES}
+    shards.write_shard(shard, samples, np.zeros(2), [])
   latents._open.cache_clear()
   with pytest.raises(InputError, match=str(path)):
     latents.LatentStore(path)

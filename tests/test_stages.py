@@ -10,7 +10,7 @@ from configs import quickstart
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
-from vavae_jax import frozen, images, training
+from vavae_jax import frozen, sources, training
 
 BATCH = 4
 
@@ -23,8 +23,8 @@ def config(pictures, num_steps):
   config.model.update(ch=8, norm_groups=4)
   config.discriminator.update(ndf=4, n_layers=2)
   config.loss.disc_weight = 0.0
-  source = images.open_source(config.data.source)
-  epochs = 2 * BATCH / len(images.split(len(source), config.data.held_out, 0)[0])
+  source = sources.open_source(config.data.source)
+  epochs = 2 * BATCH / len(sources.split(len(source), config.data.held_out, 0)[0])
   config.stages.update(
     epochs=(epochs,) * 3,
     vf_weight=(0.5, 0.1, 0.1),

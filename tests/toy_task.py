@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.engine import console, loop
+from vavae_jax import order
 
 
 @flax.struct.dataclass
@@ -102,24 +103,23 @@ def train_step(
 
 
 def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int, seconds: float = 0.0
+  config: FrozenConfigDict,
+  process_index: int,
+  process_count: int,
+  start: int,
+  seconds: float = 0.0,
 ) -> grain.IterDataset:
   """Random vectors, each batch after a wait."""
-  del process_index, process_count
+  places = order.Order(7, config.seed)
 
-  def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    time.sleep(seconds / config.batch_size)
-    return {"x": rng.normal(size=3).astype(np.float32) + index}
+  def load(positions: np.ndarray) -> dict[str, np.ndarray]:
+    time.sleep(seconds)
+    pairs = zip(*places.records(positions), strict=True)
+    rows = [places.rng(record, epoch).normal(size=3) + record for record, epoch in pairs]
+    return {"x": np.stack(rows).astype(np.float32)}
 
-  return (
-    grain.MapDataset.range(7)
-    .seed(config.seed)
-    .shuffle()
-    .repeat()
-    .random_map(load)
-    .batch(config.batch_size)
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-  )
+  share = order.Share(config.batch_size, process_index, process_count, start, threads=1)
+  return order.batches(share, load)
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:

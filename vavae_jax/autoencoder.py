@@ -53,7 +53,12 @@ class Posterior:
 
   def sample(self, noise_BhwZ: jax.Array) -> jax.Array:
     """The latent that standard normal noise picks: mean + std * noise."""
-    return self.mean + jnp.exp(0.5 * self.logvar) * noise_BhwZ
+    return self.mean + self.std * noise_BhwZ
+
+  @property
+  def std(self) -> jax.Array:
+    """Standard deviations, like `mean`."""
+    return jnp.exp(0.5 * self.logvar)
 
   def mode(self) -> jax.Array:
     """The most likely latent."""

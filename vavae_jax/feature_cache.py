@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import frozen, images
+from vavae_jax import frozen, images, sources
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
 
-def open_cache(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> np.ndarray:
+def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> np.ndarray:
   """The features of a configuration, memory-mapped, read-only; arguments as `build`'s.
 
   Raises:
@@ -44,7 +44,7 @@ def open_cache(config: FrozenConfigDict, source: images.Source, indices: np.ndar
 
 def build(
   config: FrozenConfigDict,
-  source: images.Source,
+  source: sources.Source,
   indices: np.ndarray,
   progress: Callable[[int], None],
   batch_size: int = 64,
@@ -116,13 +116,15 @@ def _check_space(folder: Path, needed: int) -> None:
     )
 
 
-def _path(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> Path:
+def _path(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
   origin = json.dumps(_origin(config, source, indices), sort_keys=True)
   digest = hashlib.sha256(origin.encode()).hexdigest()
   return Path(config.teacher.cache) / f"{config.teacher.name}-{digest[:16]}.npy"
 
 
-def _origin(config: FrozenConfigDict, source: images.Source, indices: np.ndarray) -> dict[str, Any]:
+def _origin(
+  config: FrozenConfigDict, source: sources.Source, indices: np.ndarray
+) -> dict[str, Any]:
   """All that features depend on."""
   teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize")}
   weights = config.teacher.weights

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import feature_cache, frozen, functional, images, losses, stages
+from vavae_jax import feature_cache, frozen, functional, images, losses, order, sources, stages
 from vavae_jax.errors import InputError
 from vavae_jax.metrics import pixels
 from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas
@@ -34,8 +34,13 @@ TRAINED_PARTS = ("all", "decoder")
 
 
 @functools.lru_cache
-def _source(spec: str) -> images.Source:
-  return images.open_source(spec)
+def _open(spec: str, limit: int) -> sources.Source:
+  source = sources.open_source(spec)
+  return sources.Tolerant(source, limit) if limit else source
+
+
+def _source(config: FrozenConfigDict, spec: str) -> sources.Source:
+  return _open(spec, config.data.max_corrupt)
 
 
 def resolve(config: FrozenConfigDict) -> FrozenConfigDict:
@@ -62,11 +67,12 @@ def check(config: FrozenConfigDict) -> None:
   if config.loss.disc_weight > 0 or config.loss.disc_idle:
     picture = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
+  order.check(config.loader)
   frozen.check(config, factor)
   source, train = training_pictures(config)
-  images.check_readable(source)
+  sources.check_readable(source)
   if config.data.valid_source:
-    images.check_readable(_source(config.data.valid_source))
+    sources.check_readable(_source(config, config.data.valid_source))
   if len(train) < config.batch_size:
     raise InputError(
       f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
@@ -82,11 +88,13 @@ def _check_losses(config: FrozenConfigDict) -> None:
   ):
     if value not in choices:
       raise InputError(f"config.{key} is {value!r}; choose one of {', '.join(choices)}.")
-  if config.teacher.cache and config.data.crop == "random":
+  if config.teacher.cache and (config.data.crop != "center" or config.data.flip):
     raise InputError(
       "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
-      'to "center", or the cache to "".'
+      'to "center" and config.data.flip to False, or the cache to "".'
     )
+  if config.data.max_corrupt < 0:
+    raise InputError(f"config.data.max_corrupt is {config.data.max_corrupt}; 0 allows none.")
   if config.train == "decoder" and not config.init_from:
     raise InputError(
       'config.train is "decoder", which trains on latents of config.init_from; name the weights.'
@@ -169,31 +177,31 @@ def train_step(
 
 
 def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int
+  config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:
   """This process's endless batches of crops."""
   source, train = training_pictures(config)
-  mine = slice(process_index, None, process_count)
   features = None
   if frozen.uses_teacher(config) and config.teacher.cache:
-    features = feature_cache.open_cache(config, source, train)[mine]
+    features = feature_cache.open_cache(config, source, train)
   return images.training_batches(
     source,
-    train[mine],
+    train,
+    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
     size=config.data.image_size,
-    batch_size=config.batch_size // process_count,
     seed=config.seed,
     crop=config.data.crop,
+    flip=config.data.flip,
     features=features,
   )
 
 
-def training_pictures(config: FrozenConfigDict) -> tuple[images.Source, np.ndarray]:
+def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
   """The source of a configuration, and the indices of its pictures that are trained on."""
   if not 0 <= config.data.held_out < 1:
     raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
-  source = _source(config.data.source)
-  train, _ = images.split(len(source), config.data.held_out, config.data.split_seed)
+  source = _source(config, config.data.source)
+  train, _ = sources.split(len(source), config.data.held_out, config.data.split_seed)
   return source, train
 
 
@@ -238,11 +246,11 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
 
 
 def _evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
-  source = _source(config.data.valid_source or config.data.source)
+  source = _source(config, config.data.valid_source or config.data.source)
   if config.data.valid_source:
     # Spread over the source, whose records are sorted by class.
     chosen = np.unique(np.linspace(0, len(source) - 1, EVALUATION_IMAGES).astype(int))
   else:
-    train, held_out = images.split(len(source), config.data.held_out, config.data.split_seed)
+    train, held_out = sources.split(len(source), config.data.held_out, config.data.split_seed)
     chosen = (held_out if len(held_out) else train)[:EVALUATION_IMAGES]
   return images.load_crops(source, chosen, config.data.image_size)

@@ -1,8 +1,8 @@
-"""Checkpoints {params, ema, training state, data iterator, config}, each whole or not at all.
+"""Checkpoints {params, ema, training state, config}, each whole or not at all.
 
 The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
-and sampling restore one without the rest. A killed save leaves a temporary folder that orbax
-ignores; a saved step is never overwritten.
+and sampling restore one without the rest. Where the data goes on is told by the step. A killed save
+leaves a temporary folder that orbax ignores; a saved step is never overwritten.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -67,37 +66,33 @@ class Checkpoints:
         "or lower config.keep_checkpoints."
       )
 
-  def save(self, state: Any, data: Any, config: dict) -> None:
+  def save(self, state: Any, config: dict) -> None:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
 
     Args:
       state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
-      data: the grain iterator.
       config: plain nested dict.
     """
     step = int(state.step)
     if self._manager.latest_step() == step:
       return
     items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    items["data"] = grain.checkpoint.CheckpointSave(data)
     items["config"] = ocp.args.JsonSave(config)
     if not self._manager.save(step, args=ocp.args.Composite(**items)):
       raise RuntimeError(f"The checkpoint of step {step} was not written to {self.folder}.")
 
-  def restore(self, step: int, state: Any, data: Any) -> Any:
-    """Reads a checkpoint; `data` is set to its saved position in place.
+  def restore(self, step: int, state: Any) -> Any:
+    """Reads a checkpoint.
 
     Args:
       step: which one.
       state: the state as `jax.ShapeDtypeStruct` with shardings: what to make of the files, on
         however many devices there are now.
-      data: a new grain iterator over the same data.
 
     Returns:
       The state as arrays.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
-    items["data"] = grain.checkpoint.CheckpointRestore(data)
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     return dataclasses.replace(restored["training"], params=restored["params"], ema=ema)

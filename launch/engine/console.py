@@ -23,6 +23,7 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from launch.engine import processes
 from vavae_jax.errors import InputError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -195,6 +196,7 @@ def run_command(
         unexpected = argv[arguments + 1]
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
+      processes.start()
       main(argv)
     except (InputError, *UNUSABLE_PATH) as error:
       print(printable(f"error: {error}"), file=sys.stderr)

@@ -30,6 +30,7 @@ from ml_collections import FrozenConfigDict
 from launch.engine import console, hardware, mesh
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.configuration import check_workdir, claim_workdir
+from launch.engine.prefetch import Prefetched
 from launch.engine.writers import Writer, read_metrics
 from vavae_jax.errors import InputError
 
@@ -77,9 +78,12 @@ class Task(Protocol):
     """One update, pure and jittable; metrics are scalars and have "loss"."""
 
   def train_data(
-    self, config: FrozenConfigDict, process_index: int, process_count: int
+    self, config: FrozenConfigDict, process_index: int, process_count: int, start: int
   ) -> grain.IterDataset:
-    """Endless batches of this process: pytrees of host arrays [B / process_count, ...]."""
+    """Endless batches of this process after the first `start`: pytrees of host arrays
+    [B / process_count, ...]. A batch is a function of its number, so that a run resumes, on any
+    number of processes, by its step.
+    """
 
   def evaluators(self, config: FrozenConfigDict) -> dict[str, Evaluator]:
     """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`; they run at
@@ -130,12 +134,11 @@ def run(
   claim_workdir(workdir, config)
 
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
-  data = task.train_data(config, jax.process_index(), jax.process_count())
-  batches = iter(data)
+  data = task.train_data(config, jax.process_index(), jax.process_count(), start)
   with jax.set_mesh(devices):
     if start:
       like = jax.tree.map(_with_sharding, abstract, shardings)
-      state = checkpoints.restore(start, like, batches)
+      state = checkpoints.restore(start, like)
     else:
       state = jit_init(init, shardings)(key_init)
       if adopt:
@@ -159,14 +162,18 @@ def run(
     peak = hardware.peak_flops(devices)
     log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
     compiled = set()
-    with _Signals() as signals, console.Bar(name, config.num_steps, start) as bar:
+    with (
+      _Signals() as signals,
+      console.Bar(name, config.num_steps, start) as bar,
+      Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
+    ):
       try:
         for evaluator in missing:
           _evaluate(writer, start, evaluator, evaluators[evaluator][1], state)
         log.restart()
         for step in range(start + 1, config.num_steps + 1):
           waiting = time.monotonic()
-          batch = mesh.to_global(next(batches), devices)
+          batch = next(batches)
           log.waited += time.monotonic() - waiting
           phase = task.phase(config, step)
           key = jax.random.fold_in(key_steps, step)
@@ -181,7 +188,7 @@ def run(
           if step % config.save_every_steps == 0 or last or signals.received:
             log.flush(bar)
             with log.paused():
-              checkpoints.save(state, batches, config.to_dict())
+              checkpoints.save(state, config.to_dict())
           if signals.received:
             raise console.Interrupted(signals.received)
           for evaluator in _due(evaluators, step, config.num_steps):

@@ -45,6 +45,12 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   return jax.make_mesh((sizes["data"], sizes["fsdp"]), BATCH_AXES, (AxisType.Auto,) * 2)
 
 
+def local_mesh() -> Mesh:
+  """The mesh over this process's devices alone, for work that processes do apart."""
+  devices = jax.local_devices()
+  return jax.make_mesh((len(devices), 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=devices)
+
+
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
   """A sharding for each array of a state: the largest axis that "fsdp" divides, else replicated.
 

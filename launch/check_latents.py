@@ -1,0 +1,120 @@
+"""Verifies that a latent store holds what it says: `launch.encode --check=STORE`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from launch.engine import console
+from lightningdit_jax import latents
+from lightningdit_jax.shards import LABELS, Shard
+from vavae_jax.errors import InputError
+from vavae_jax.files import atomic_path
+
+SHOWN_RECORDS = 2_000
+BINS = 120
+
+
+def check(path: Path) -> None:
+  """Reads every shard, prints a summary, draws a picture beside the store.
+
+  Args:
+    path: the store's folder.
+
+  Raises:
+    InputError: something is wrong; all of it is listed.
+  """
+  files = latents.shard_files(path)
+  if not files:
+    raise InputError(f"{path} holds no latent shards.")
+  problems = []
+  with console.Bar("check", len(files)) as bar:
+    for done, file in enumerate(files, 1):
+      try:
+        problems += [f"{file.name} {problem}" for problem in _problems(Shard(file))]
+      except InputError as error:
+        problems.append(str(error))
+      bar.update(done)
+  try:
+    store = latents.LatentStore(path)
+  except InputError as error:
+    raise InputError("; ".join([*problems, str(error)])) from error
+  problems += _disagreements(store)
+  if problems:
+    raise InputError(
+      f"{path} is not sound: {'; '.join(problems[:20])}"
+      f"{' and more' if len(problems) > 20 else ''}. Delete the shards that are named and run the "
+      "same python -m launch.encode again."
+    )
+  labels, counts = np.unique(store.labels, return_counts=True)
+  picture = path.with_name(f"{path.name}_check.png")
+  values = _draw(store, picture)
+  rows = [
+    ("records", f"{len(store):,} in {len(files)} shards"),
+    ("left out", str(len(store.manifest.get("skipped", ())))),
+    ("latents", f"{store.shape[0]} x {store.shape[1]}, {store.shape[2]} channels"),
+    ("labels", f"{labels[0]} to {labels[-1]}, {counts.min():,} to {counts.max():,} records each"),
+    (
+      "normalised",
+      f"mean {values.mean():.4f}, std {values.std():.4f}, |x| <= {abs(values).max():.1f}",
+    ),
+    ("checksums", "all agree" if "shards" in store.manifest else "none noted"),
+    ("picture", str(picture)),
+  ]
+  console.table(f"{path} is sound", ("what", "value"), rows)
+
+
+def _problems(shard: Shard) -> Iterator[str]:
+  """What is wrong with one shard."""
+  for name, tensor in shard.tensors.items():
+    if name == LABELS:
+      continue
+    pieces = (tensor[i : i + 256] for i in range(0, len(tensor), 256))
+    bad = sum(int((~np.isfinite(piece.astype(np.float32))).sum()) for piece in pieces)
+    if bad:
+      yield f"has {bad} numbers in {name} that are not finite"
+  if len(shard) and int(shard.labels.min()) < 0:
+    yield f"has a label {int(shard.labels.min())}"
+  if shard.note and shard.note.sha256 != shard.compute_sha256():
+    yield "does not hold what was written: its checksum differs"
+
+
+def _disagreements(store: latents.LatentStore) -> Iterator[str]:
+  """Between the manifest and the shards."""
+  noted = store.manifest.get("shards", {})
+  found = {file.name: Shard(file) for file in latents.shard_files(store.path)}
+  if noted:
+    yield from (f"{name} is missing" for name in noted if name not in found)
+    yield from (f"{name} is not in the manifest" for name in found if name not in noted)
+  for name, shard in found.items():
+    entry = noted.get(name)
+    if entry and entry["records"] != len(shard):
+      yield f"{name} has {len(shard)} records, not {entry['records']}"
+    elif entry and (not shard.note or entry["sha256"] != shard.note.sha256):
+      yield f"{name} is not the shard that the manifest names"
+    classes = len(store.manifest.get("class_names", ()))
+    if classes and int(shard.labels.max(initial=0)) >= classes:
+      yield f"{name} has label {int(shard.labels.max())} of {classes} classes"
+
+
+def _draw(store: latents.LatentStore, path: Path) -> np.ndarray:
+  """Draws what normalised latents and labels look like; returns the latents."""
+  chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), SHOWN_RECORDS)).astype(int))
+  values = np.empty((len(chosen), *store.shape), np.float32)
+  store.read(chosen, np.zeros(len(chosen), bool), out=values, mean=store.mean, scale=1 / store.std)
+  figure = Figure(figsize=(11, 3.6), layout="constrained")
+  left, middle, right = figure.subplots(1, 3)
+  edges = np.linspace(-5, 5, BINS)
+  left.hist(values.ravel(), edges, density=True, color="tab:blue")
+  left.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color="black", linewidth=0.8)
+  left.set(title="normalised latents (line: standard normal)", yscale="log", ylim=(1e-5, 1))
+  middle.bar(np.arange(len(store.std)), store.std, color="tab:blue")
+  middle.set(title="standard deviation of each channel", xlabel="channel")
+  right.bar(*np.unique(store.labels, return_counts=True), width=1.0, color="tab:blue")
+  right.set(title="records of each label", xlabel="label")
+  with atomic_path(path) as temporary:
+    figure.savefig(temporary, format="png", dpi=110)
+  return values

@@ -1,0 +1,51 @@
+"""Batches put onto the devices by a thread, ahead of the steps that take them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+AHEAD = 2
+
+
+class Prefetched:
+  """`with Prefetched(data, put) as batches: next(batches)`; what fails in the thread is raised."""
+
+  def __init__(self, data: Iterable[Any], put: Callable[[Any], Any]):
+    """Args:
+    data: endless.
+    put: of a batch, starts its way to the devices.
+    """
+    self._data, self._put = data, put
+    self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
+    self._stopped = threading.Event()
+    self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+
+  def __enter__(self) -> Prefetched:
+    self._thread.start()
+    return self
+
+  def _work(self) -> None:
+    try:
+      for batch in self._data:
+        if self._stopped.is_set():
+          return
+        self._ready.put((self._put(batch), None))
+    except BaseException as error:
+      self._ready.put((None, error))
+
+  def __next__(self) -> Any:
+    batch, error = self._ready.get()
+    if error is not None:
+      raise error
+    return batch
+
+  def __exit__(self, *_: object) -> None:
+    self._stopped.set()
+    while self._thread.is_alive():
+      try:  # room for what it may be waiting to put
+        self._ready.get(timeout=0.05)
+      except queue.Empty:
+        continue

@@ -1,0 +1,42 @@
+"""Several processes of one job: how they find each other, and waiting for all of them."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+from vavae_jax.errors import InputError
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start() -> None:
+  """Joins the processes of a job, where the environment says that there are several.
+
+  JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell it on
+  any machines; of TPU pods jax finds it out.
+
+  Raises:
+    InputError: some of the variables are missing, or are no numbers.
+  """
+  given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+  if not given:
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+      jax.distributed.initialize()
+    return
+  if missing := [name for name in _VARIABLES if name not in given]:
+    raise InputError(
+      f"{', '.join(given)} is set, but {', '.join(missing)} is not; set all or none."
+    )
+  address, count, index = (given[name] for name in _VARIABLES)
+  if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
+    raise InputError(f"JAX_PROCESS_ID {index!r} is not in 0..JAX_NUM_PROCESSES - 1 ({count!r}).")
+  jax.distributed.initialize(address, int(count), int(index))
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when all processes have come here; `what` is said where one does not."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

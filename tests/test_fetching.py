@@ -1,0 +1,131 @@
+"""Latents in a bucket or in a tar, split and packed, are copied once and are then a store."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+
+from lightningdit_jax import fetching
+from lightningdit_jax.latents import LatentStore
+from tests import cases
+from vavae_jax.errors import InputError
+
+PUBLISHED = cases.FOLDER / "formats" / "latents"
+FILES = sorted(PUBLISHED.iterdir())
+
+
+def tar(mode="w:gz", files=FILES):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode=mode) as archive:
+    for file in files:
+      archive.add(file, f"imagenet_train_256/{file.name}")
+    evil = tarfile.TarInfo("../../evil.safetensors")
+    evil.type, evil.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    archive.addfile(evil)
+  return buffer.getvalue()
+
+
+def split_into(folder, data, parts=3):
+  """As `split` does."""
+  folder.mkdir()
+  size = len(data) // parts + 1
+  for i in range(parts):
+    (folder / f"split_a{'abc'[i]}").write_bytes(data[i * size : (i + 1) * size])
+  return str(folder)
+
+
+def assert_published(folder):
+  found, expected = LatentStore(folder), LatentStore(PUBLISHED)
+  assert len(found) == len(expected)
+  for i in range(len(found)):
+    np.testing.assert_array_equal(found[i]["latent"], expected[i]["latent"])
+
+
+def test_a_folder_of_shards_stays_where_it_is(tmp_path):
+  assert fetching.local_folder(str(PUBLISHED), str(tmp_path / "cache")) == PUBLISHED
+  assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+def test_a_split_tar_is_a_store(mode, tmp_path):
+  path = split_into(tmp_path / "splits", tar(mode))
+  told = []
+  folder = fetching.local_folder(path, str(tmp_path / "cache"), lambda *x: told.append(x))
+  assert_published(folder)
+  assert told[-1][1] == told[-1][2] == len(tar(mode))
+  assert not list(tmp_path.rglob("evil*"))
+  before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+  assert fetching.local_folder(path, str(tmp_path / "cache")) == folder
+  assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_one_tar_is_a_store(tmp_path):
+  (tmp_path / "latents.tar.gz").write_bytes(tar())
+  folder = fetching.local_folder(str(tmp_path / "latents.tar.gz"), str(tmp_path / "cache"))
+  assert_published(folder)
+
+
+@pytest.fixture
+def bucket():
+  """A bucket in memory."""
+  system = fsspec.filesystem("memory")
+  yield system
+  system.rm("/", recursive=True)
+
+
+def test_a_bucket_of_shards_and_one_of_parts_are_stores(bucket, tmp_path):
+  for file in FILES:
+    bucket.pipe(f"/shards/{file.name}", file.read_bytes())
+  assert_published(fetching.local_folder("memory://shards", str(tmp_path / "cache")))
+  data = tar()
+  for i in range(2):
+    bucket.pipe(f"/splits/split_a{'ab'[i]}", data[i * 900 : 900 if i == 0 else None])
+  assert_published(fetching.local_folder("memory://splits", str(tmp_path / "cache")))
+
+
+def test_a_copy_that_was_cut_off_goes_on(bucket, tmp_path, monkeypatch):
+  for file in FILES:
+    bucket.pipe(f"/shards/{file.name}", file.read_bytes())
+  copied = []
+  copy = fetching._copy
+
+  def copy_one(source, target, *rest):
+    if copied:
+      raise OSError("the network is gone")
+    copied.append(target)
+    copy(source, target, *rest)
+
+  monkeypatch.setattr(fetching, "_copy", copy_one)
+  with pytest.raises(InputError, match="the network is gone"):
+    fetching.local_folder("memory://shards", str(tmp_path / "cache"))
+  monkeypatch.undo()
+  before = copied[0].stat().st_mtime_ns
+  assert_published(fetching.local_folder("memory://shards", str(tmp_path / "cache")))
+  assert copied[0].stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda root: split_into(root / "x", tar()[:-400]), "could not be copied|is no tar"),
+    (lambda root: split_into(root / "x", b"no tar" * 300), "is no tar"),
+    (lambda root: split_into(root / "x", tar(files=())), "holds no latent shards"),
+    (lambda root: "memory://nothing", "could not be copied"),
+    (lambda root: "nonsense://nothing", "could not be copied"),
+  ],
+)
+def test_what_holds_no_latents_is_named(make, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    fetching.local_folder(make(tmp_path), str(tmp_path / "cache"))
+
+
+def test_a_small_disk_is_named_before_anything_is_copied(tmp_path, monkeypatch):
+  path = split_into(tmp_path / "splits", tar())
+  usage = type("Usage", (), {"free": 10})
+  monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: usage)
+  with pytest.raises(InputError, match=r"config\.latents\.cache"):
+    fetching.local_folder(path, str(tmp_path / "cache"))

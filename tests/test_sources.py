@@ -1,0 +1,389 @@
+"""Image sources: every kind gives the same pictures; odd formats; what is bad is named."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import skimage.data
+from PIL import Image
+
+from launch.prepare import prepare
+from tests.reference import procedural
+from vavae_jax import images, sources
+from vavae_jax.errors import InputError
+from vavae_jax.order import Share
+from vavae_jax.sources import base
+
+CLASSES = ["cat", "dog"]
+
+
+def encoded(name: str, kind: str = "PNG", size: tuple[int, int] = (9, 12)) -> bytes:
+  picture = Image.fromarray((255 * procedural.uniform(name, (*size, 3))).astype(np.uint8))
+  buffer = io.BytesIO()
+  picture.save(buffer, kind)
+  return buffer.getvalue()
+
+
+# Names as in a data set; the same picture bytes for every kind of source.
+FILES = {
+  f"{name}/{i}.{kind.lower()}": encoded(f"{name}{i}", kind)
+  for name in CLASSES
+  for i, kind in enumerate(("PNG", "JPEG", "WEBP", "BMP"))
+}
+
+
+def make_folder(root):
+  for name, data in FILES.items():
+    path = root / "set" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+  (root / "set" / "dog" / "notes.txt").write_text("no picture")
+  return f"folder:{root / 'set'}"
+
+
+def make_zip(root, compression=zipfile.ZIP_STORED):
+  with zipfile.ZipFile(root / "set.zip", "w", compression) as archive:
+    for name, data in reversed(FILES.items()):
+      archive.writestr(f"set/{name}", data)
+    archive.writestr("__MACOSX/set/cat/._0.png", b"no picture")
+  return f"zip:{root / 'set.zip'}"
+
+
+def add(archive, name, data):
+  info = tarfile.TarInfo(name)
+  info.size = len(data)
+  archive.addfile(info, io.BytesIO(data))
+
+
+def make_tar(root):
+  with tarfile.open(root / "set.tar", "w") as archive:
+    for name, data in reversed(FILES.items()):
+      add(archive, f"./set/{name}", data)
+    link = tarfile.TarInfo("set/cat/9.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    archive.addfile(link)
+  return f"tar:{root / 'set.tar'}"
+
+
+def class_tar(name):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w") as archive:
+    for file, data in FILES.items():
+      if file.startswith(name):
+        add(archive, f"{name}_{file.rpartition('/')[2]}", data)
+  return buffer.getvalue()
+
+
+def make_tar_of_tars(root):
+  """As ILSVRC2012_img_train.tar is."""
+  with tarfile.open(root / "all.tar", "w") as archive:
+    for name in CLASSES:
+      add(archive, f"{name}.tar", class_tar(name))
+  return f"tar:{root / 'all.tar'}"
+
+
+def make_tars(root):
+  for name in CLASSES:
+    (root / f"{name}.tar").write_bytes(class_tar(name))
+  return f"tar:{root / '*.tar'}"
+
+
+def make_webdataset(root):
+  names = list(FILES)
+  for shard in range(2):
+    with tarfile.open(root / f"{shard:05d}.tar", "w") as archive:
+      for i in range(shard, len(names), 2):
+        add(archive, f"{i:04d}.{names[i].rpartition('.')[2]}", FILES[names[i]])
+        add(archive, f"{i:04d}.cls", str(CLASSES.index(names[i].partition("/")[0])).encode())
+  return f"tar:{root / '*.tar'}"
+
+
+def make_parquet(root):
+  rows = [
+    {"image": {"bytes": data, "path": name}, "label": CLASSES.index(name.partition("/")[0])}
+    for name, data in FILES.items()
+  ]
+  feature = {"label": {"names": CLASSES, "_type": "ClassLabel"}}
+  noted = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
+  for part in range(2):
+    table = pa.Table.from_pylist(rows[part * 4 : part * 4 + 4]).replace_schema_metadata(noted)
+    pq.write_table(table, root / f"train-{part:05d}-of-00002.parquet", row_group_size=3)
+  return f"hf:{root}"
+
+
+def make_records(root):
+  make_folder(root)
+  prepare(f"folder:{root / 'set'}", root / "records", shard_size=3)
+  return f"arrayrecord:{root / 'records'}"
+
+
+MAKERS = {
+  "folder": make_folder,
+  "zip": make_zip,
+  "deflated zip": functools.partial(make_zip, compression=zipfile.ZIP_DEFLATED),
+  "tar": make_tar,
+  "tar of tars": make_tar_of_tars,
+  "tars": make_tars,
+  "webdataset": make_webdataset,
+  "parquet": make_parquet,
+  "records": make_records,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_kind_gives_the_same_pictures_and_labels(kind, tmp_path):
+  source = sources.open_source(MAKERS[kind](tmp_path))
+  assert len(source) == len(FILES)
+  labels = [source[i]["label"] for i in range(len(source))]
+  if kind == "webdataset":
+    assert source.class_names == ["0", "1"]
+    labels = sorted(labels)  # its order is that of the numbers
+  else:
+    assert source.class_names == CLASSES
+  assert labels == [0] * 4 + [1] * 4
+  there = {source.encoded(i)[0] for i in range(len(source))}
+  assert there == set(FILES.values())
+  for i in range(len(source)):
+    expected = np.asarray(Image.open(io.BytesIO(source.encoded(i)[0])).convert("RGB"))
+    np.testing.assert_array_equal(source[i]["image"], expected)
+  again = pickle.loads(pickle.dumps(source))  # as worker processes get it
+  assert again.encoded(3) == source.encoded(3)
+  assert again.identity() == source.identity()
+
+
+def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch, command):
+  """Made in another process, since TensorFlow's absence is only known in a fresh one."""
+  made = command("tests.make_tfds", tmp_path)
+  assert made.returncode == 0, made.stderr
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  source = sources.open_source("tfds:tiny/train")
+  assert source.class_names == CLASSES
+  found = {source.encoded(i)[0]: source.encoded(i)[1] for i in range(len(source))}
+  assert found == {data: CLASSES.index(name.partition("/")[0]) for name, data in FILES.items()}
+  with pytest.raises(InputError, match=r"tfds:tiny/nothing cannot be opened"):
+    sources.open_source("tfds:tiny/nothing")
+  with pytest.raises(InputError, match="names no split"):
+    sources.open_source("tfds:tiny")
+
+
+def grey_16():
+  return Image.fromarray(np.array([[0, 256, 65_535]], np.uint16)), [[0], [1], [255]]
+
+
+def red_half_clear():
+  return Image.new("RGBA", (1, 1), (255, 0, 0, 128)), [[255, 127, 127]]
+
+
+def palette_clear():
+  picture = Image.new("P", (1, 1), 0)
+  picture.putpalette([10, 20, 30])
+  picture.info["transparency"] = 0
+  return picture, [[255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+  ("make", "kind"), [(grey_16, "PNG"), (grey_16, "TIFF"), (red_half_clear, "PNG"),
+                     (palette_clear, "PNG"), (red_half_clear, "WEBP")]
+)  # fmt: skip
+def test_odd_pixels_are_seen_as_a_person_would(make, kind):
+  picture, expected = make()
+  buffer = io.BytesIO()
+  options = {"transparency": 0} if picture.mode == "P" else {}
+  picture.save(buffer, kind, **options, **({"lossless": True} if kind == "WEBP" else {}))
+  found = np.asarray(base.decode(buffer.getvalue(), "x")).astype(int)
+  np.testing.assert_allclose(found[0], np.broadcast_to(expected, found[0].shape), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_picture_counts(kind):
+  frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+  buffer = io.BytesIO()
+  frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+  red = np.asarray(base.decode(buffer.getvalue(), "x"))[0, 0]
+  assert red[0] > 200
+  assert red[2] < 60
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "1", "LA", "P"])
+def test_other_modes_become_rgb(mode):
+  picture = Image.fromarray(skimage.data.astronaut()).convert(mode)
+  kind = "JPEG" if mode == "CMYK" else "PNG"
+  buffer = io.BytesIO()
+  picture.save(buffer, kind)
+  found = base.decode(buffer.getvalue(), "x")
+  assert found.mode == "RGB"
+  grey = np.asarray(Image.fromarray(skimage.data.astronaut()).convert("L"), float)
+  # The same picture, not its negative.
+  assert np.corrcoef(np.asarray(found, float).mean(-1).ravel(), grey.ravel())[0, 1] > (
+    0.4 if mode == "1" else 0.8
+  )
+
+
+def floats():
+  buffer = io.BytesIO()
+  Image.fromarray(np.zeros((2, 2), np.float32)).save(buffer, "TIFF")
+  return buffer.getvalue()
+
+
+def huge():
+  """A PNG of a gigapixel in a few bytes."""
+  head = struct.pack(">IIBBBBB", 2**15, 2**15, 8, 2, 0, 0, 0)
+  data = encoded("x")
+  return data[:16] + head + data[16 + len(head) :]
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", encoded("x", "JPEG")[:300], floats(), huge()])
+def test_what_is_no_picture_is_named(data):
+  with pytest.raises(sources.Unreadable, match=r"The picture here/1\.png cannot be read"):
+    base.decode(data, "here/1.png")
+
+
+def test_unreadable_pictures_have_their_neighbours_up_to_a_limit(tmp_path, capsys):
+  root = tmp_path / "set"
+  spec = make_folder(tmp_path)
+  (root / "cat" / "1.jpeg").write_bytes(b"no picture")
+  tolerant = sources.Tolerant(sources.open_source(spec), limit=1)
+  assert tolerant.picture(1)[0].tobytes() == tolerant.picture(2)[0].tobytes()
+  assert "skipped (1 of at most 1)" in capsys.readouterr().err
+  tolerant.picture(1)
+  assert capsys.readouterr().err == ""  # it is said once
+  (root / "dog" / "3.webp").write_bytes(b"no picture")
+  (root / "dog" / "2.webp").write_bytes(b"no picture")
+  with pytest.raises(InputError, match=r"2 pictures cannot be read, more than .*max_corrupt = 1"):
+    [tolerant.picture(i) for i in range(len(tolerant))]
+
+
+def test_pictures_without_folders_are_of_one_class(tmp_path):
+  (tmp_path / "a.png").write_bytes(encoded("a"))
+  source = sources.open_source(f"folder:{tmp_path}")
+  assert (source.class_names, source[0]["label"]) == (["all"], 0)
+  (tmp_path / "cat").mkdir()
+  (tmp_path / "cat" / "b.png").write_bytes(encoded("b"))
+  with pytest.raises(InputError, match=r"class folders, such as cat, and pictures beside them"):
+    sources.open_source(f"folder:{tmp_path}")
+
+
+def encrypted(root):
+  spec = make_zip(root)
+  path = root / "set.zip"
+  data = bytearray(path.read_bytes())
+  place = data.index(b"PK\x01\x02")
+  while place >= 0:
+    data[place + 8] |= 1
+    place = data.find(b"PK\x01\x02", place + 1)
+  path.write_bytes(data)
+  return spec
+
+
+def cut(root):
+  spec = make_zip(root)
+  path = root / "set.zip"
+  path.write_bytes(path.read_bytes()[:-30])
+  return spec
+
+
+def packed_tar(root):
+  make_tar(root)
+  with tarfile.open(root / "packed.tar", "w:gz") as archive:
+    archive.add(root / "set.tar", "set.tar")
+  return f"tar:{root / 'packed.tar'}"
+
+
+def empty_zip(root):
+  zipfile.ZipFile(root / "empty.zip", "w").close()
+  return f"zip:{root / 'empty.zip'}"
+
+
+def no_columns(root):
+  pq.write_table(pa.table({"text": ["a"]}), root / "x.parquet")
+  return f"hf:{root}"
+
+
+def lost_shard(root):
+  spec = make_records(root)
+  next((root / "records").glob("*.array_record")).unlink()
+  return spec
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (encrypted, "is encrypted"),
+    (cut, "is damaged or no zip file"),
+    (packed_tar, "no plain tar file"),
+    (empty_zip, "no pictures are in it"),
+    (lambda root: f"zip:{root}/nothing.zip", "There is no file"),
+    (no_columns, r"has the columns text; needed are image and label"),
+    (lambda root: f"hf:{root}", "has no parquet files"),
+    (lost_shard, "was not copied whole"),
+    (lambda root: f"arrayrecord:{root}", r"has no dataset\.json"),
+  ],
+)
+def test_sources_that_cannot_be_read_are_named(make, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    sources.open_source(make(tmp_path))
+
+
+def test_a_zip_that_lies_about_places_and_sizes_is_named(tmp_path):
+  source = sources.open_source(make_zip(tmp_path, zipfile.ZIP_DEFLATED))
+  source._start[0] += 7
+  with pytest.raises(sources.Unreadable, match="is not where the archive says"):
+    source.encoded(0)
+  source._size[1] += 1
+  with pytest.raises(sources.Unreadable, match="not of the size it says"):
+    source.encoded(1)
+  source._stored[2] = 2**50
+  with pytest.raises(sources.Unreadable, match="would have"):
+    source.encoded(2)
+
+
+def test_preparing_goes_on_where_it_was_and_leaves_out_what_is_bad(tmp_path, monkeypatch):
+  root = tmp_path / "set"
+  spec = make_folder(tmp_path)
+  (root / "dog" / "1.jpeg").write_bytes(b"no picture")
+  with pytest.raises(InputError, match="max_corrupt allows"):
+    prepare(spec, tmp_path / "out", shard_size=3)
+  before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+  found = prepare(spec, tmp_path / "out", shard_size=3, max_corrupt=1)
+  after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+  assert before.items() <= after.items()  # the first shard was not made again
+  assert len(found) == len(FILES) - 1
+  description = json.loads((tmp_path / "out" / "dataset.json").read_text())
+  assert "1.jpeg" in description["skipped"][0]
+  (root / "cat" / "more.png").write_bytes(encoded("more"))
+  with pytest.raises(InputError, match="begun with another identity"):
+    prepare(spec, tmp_path / "out", shard_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_by_threads_and_by_worker_processes(workers, tmp_path):
+  source = sources.open_source(make_zip(tmp_path))
+  share = Share(6, threads=1 + workers, workers=workers)
+  data = images.training_batches(source, np.arange(8), share, size=8, seed=1, flip=True)
+  iterator = iter(data)
+  found = [next(iterator) for _ in range(4)]
+  plain = iter(
+    images.training_batches(source, np.arange(8), Share(6, threads=1), size=8, seed=1, flip=True)
+  )
+  for batch in found:
+    expected = next(plain)
+    np.testing.assert_array_equal(batch["image"], expected["image"])
+    np.testing.assert_array_equal(batch["label"], expected["label"])
+
+
+def test_the_evaluation_s_crop_is_torchvisions():
+  """Sizes from torchvision 0.24: Resize(256) of 500x375 is 341x256, CenterCrop takes from 42."""
+  picture = Image.fromarray((255 * procedural.uniform("crop", (375, 500, 3))).astype(np.uint8))
+  resized = picture.resize((341, 256), Image.Resampling.BILINEAR)
+  expected = np.asarray(resized)[:, 42 : 42 + 256]
+  np.testing.assert_array_equal(images.resize_crop(picture, 256), expected)
