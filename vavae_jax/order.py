@@ -18,7 +18,7 @@ from absl import flags
 from vavae_jax.errors import InputError
 
 # Batches in memory of each process, beside those that are on their way to the devices.
-_BUFFERED = 4
+BUFFERED = 4
 
 
 class Order:
@@ -114,12 +114,12 @@ def batches(
   data = grain.MapDataset.range(share.start, 2**62).map(
     lambda batch: load(share.positions(int(batch)))
   )
-  options = grain.ReadOptions(num_threads=share.threads, prefetch_buffer_size=_BUFFERED)
+  options = grain.ReadOptions(num_threads=share.threads, prefetch_buffer_size=BUFFERED)
   iterated = data.to_iter_dataset(options)
   if not share.workers:
     return iterated
   if not flags.FLAGS.is_parsed():  # grain asks for some of its own where it starts processes
     flags.FLAGS.mark_as_parsed()
   return iterated.mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=share.workers, per_worker_buffer_size=_BUFFERED)
+    grain.MultiprocessingOptions(num_workers=share.workers, per_worker_buffer_size=BUFFERED)
   )
