@@ -36,6 +36,8 @@ COMMANDS = (
   "benchmark_tokenizer",
   "convert",
   "equivalence",
+  "prepare",
+  "benchmark_data",
 )
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 

@@ -12,7 +12,7 @@ from configs import base
 from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 
-PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md", "docs/data.md")
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
 
