@@ -41,6 +41,7 @@ TORCH_SCRIPT = Path(__file__).with_name("benchmark_data_torch.py")
 BATCH = 256
 SHARD = 5_000
 SHAPE = (16, 16, 32)
+PICTURE_BATCH = 32
 PICTURES = 256
 WAYS = tuple((kind, number) for kind in ("threads", "workers") for number in (1, 2, 4))
 # Name -> takes a number of batches, gives the seconds that they took.
@@ -66,18 +67,18 @@ def make_store(folder: Path, count: int) -> latents.LatentStore:
 def latent_works(store: latents.LatentStore, loaders: list[subprocess.Popen[str]]) -> Works:
   """Ways of loading latents."""
 
-  def share(kind: str, number: int) -> order.Share:
-    return order.Share(BATCH, **({"threads": 1} | {kind: number}))
-
   def ours(way: order.Share) -> Iterator[Any]:
     mean, std = store.mean, store.std
     data = latents.training_batches(store, way, seed=0, mean=mean, std=std, multiplier=1.0)
     return iter(data)
 
   works: Works = {
-    f"ours, {number} {kind}": _timed(ours(share(kind, number))) for kind, number in WAYS
+    f"ours, {number} {kind}": _timed(
+      functools.partial(ours, _share(BATCH, kind, number)), 2 * number
+    )
+    for kind, number in WAYS
   }
-  works["reference's way in NumPy, 1 thread"] = _timed(_reopening(store))
+  works["reference's way in NumPy, 1 thread"] = _timed(functools.partial(_reopening, store))
   for loader in loaders:
     works["reference in PyTorch, 2 workers"] = functools.partial(_ask, loader)
   return works
@@ -142,32 +143,34 @@ def picture_works() -> Works:
   """Ways of loading pictures."""
   source = Photographs()
 
-  def ours(kind: str, number: int) -> Iterator[Any]:
-    share = order.Share(BATCH, **({"threads": 1} | {kind: number}))
+  def ours(share: order.Share) -> Iterator[Any]:
     indices = np.arange(PICTURES)
     return iter(images.training_batches(source, indices, share, size=256, seed=0, crop="center"))
 
-  works: Works = {"bare Pillow, 1 thread": _timed(_bare(source))}
-  works |= {f"ours, {number} {kind}": _timed(ours(kind, number)) for kind, number in WAYS}
+  works: Works = {"bare Pillow, 1 thread": _timed(functools.partial(_bare, source))}
+  for kind, number in WAYS:
+    begin = functools.partial(ours, _share(PICTURE_BATCH, kind, number))
+    works[f"ours, {number} {kind}"] = _timed(begin, number)
   return works
 
 
 def _bare(source: Photographs) -> Iterator[Any]:
   """ADM's crop by nothing but Pillow; of these pictures no box halving is due."""
-  for start in itertools.count(0, BATCH):
+  for start in itertools.count(0, PICTURE_BATCH):
     batch = []
-    for index in range(start, start + BATCH):
+    for index in range(start, start + PICTURE_BATCH):
       picture = Image.open(io.BytesIO(source.encoded(index)[0])).convert("RGB")
       picture = picture.resize((341, 256), Image.Resampling.BICUBIC).crop((42, 0, 298, 256))
       batch.append(np.asarray(picture))
     yield np.stack(batch)
 
 
-def _timed(batches: Iterator[Any]) -> Callable[[int], float]:
-  """Seconds for a number of batches, once those that were loaded ahead are gone."""
+def _timed(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
+  """Seconds for a number of batches, after some; begun anew each time, so that none lie ready."""
 
   def run(count: int) -> float:
-    for _ in range(order.BUFFERED + 4):
+    batches = begin()
+    for _ in range(warmup):
       next(batches)
     began = time.perf_counter()
     for _ in range(count):
@@ -177,13 +180,17 @@ def _timed(batches: Iterator[Any]) -> Callable[[int], float]:
   return run
 
 
-def measure(works: Works, batches: int, rounds: int) -> dict[str, float]:
+def _share(batch_size: int, kind: str, number: int) -> order.Share:
+  return order.Share(batch_size, **({"threads": 1} | {kind: number}))
+
+
+def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[str, float]:
   """Records a second of each way: the median of rounds in which all take turns."""
   seconds: dict[str, list[float]] = {name: [] for name in works}
   for _ in console.tracked(range(rounds), "rounds"):
     for name, work in works.items():
       seconds[name].append(work(batches))
-  return {name: batches * BATCH / float(np.median(x)) for name, x in seconds.items()}
+  return {name: batches * batch_size / float(np.median(x)) for name, x in seconds.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -198,10 +205,12 @@ def main(argv: list[str]) -> None:
       loaders = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
       ]
-    results["latents"] = measure(latent_works(store, loaders), FLAGS.batches, FLAGS.rounds)
+    results["latents"] = measure(latent_works(store, loaders), FLAGS.batches, FLAGS.rounds, BATCH)
     for loader in loaders:
       loader.terminate()
-  results["pictures"] = measure(picture_works(), max(FLAGS.batches // 20, 1), FLAGS.rounds)
+  results["pictures"] = measure(
+    picture_works(), max(FLAGS.batches // 4, 1), FLAGS.rounds, PICTURE_BATCH
+  )
   base = {"latents": "reference's way in NumPy, 1 thread", "pictures": "bare Pillow, 1 thread"}
   for what, rates in results.items():
     rows = [(n, f"{rate:,.0f}", f"{rate / rates[base[what]]:.2f}") for n, rate in rates.items()]
@@ -217,7 +226,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
   flags.DEFINE_integer("records", 20_000, "Of the store.", lower_bound=SHARD)
-  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures 1 in 20.", lower_bound=1)
+  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures a quarter.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "All ways take turns.", lower_bound=1)
   flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
   console.run_command(main)

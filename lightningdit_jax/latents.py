@@ -32,6 +32,8 @@ STATISTICS = "latents_stats.safetensors"
 PUBLISHED_STATISTICS = "latents_stats.pt"
 _STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
 STATISTICS_SAMPLES = 10_000
+# Records that are normalised and transposed together: as many as the processor's cache holds.
+_CHUNK = 16
 _NOISE = 3  # which of a record's random numbers; see order.py
 
 
@@ -96,12 +98,12 @@ class LatentStore:
     scale: Any = 1.0,
     noise: Any = None,
   ) -> None:
-    """Fills a batch, (latent - mean) * scale, with one pass over each record.
+    """Fills a batch with (latent - mean) * scale.
 
     Args:
       records: int [B].
       flips: bool [B], whether the mirrored picture's.
-      out: float32 [B, h, w, Z].
+      out: float32 [B, h, w, Z], contiguous.
       mean: of each channel, [Z].
       scale: of each channel, [Z].
       noise: place in the batch -> standard normal [Z, h, w], of stores that have posteriors; their
@@ -111,13 +113,23 @@ class LatentStore:
     if outside.any():
       raise IndexError(f"record {records[outside][0]} of a store of {len(self)}")
     names = ("mean", "mean_flip") if self.has_posteriors else shards.SAMPLES
-    for place, (shard, row) in enumerate(self._places(records)):
-      flip = int(flips[place])
-      latent_Zhw = shard.tensors[names[flip]][row]
-      if noise is not None:
-        latent_Zhw = latent_Zhw + shard.tensors[("std", "std_flip")[flip]][row] * noise(place)
-      np.subtract(latent_Zhw.transpose(1, 2, 0), mean, out=out[place], dtype=np.float32)
-    out *= scale
+    height, width, channels = self.shape
+    chunk_BZN = np.empty((_CHUNK, channels, height * width), np.float32)
+    mean_Z1, scale_Z1 = (np.asarray(x, np.float32).reshape(-1, 1) for x in (mean, scale))
+    out_BND = out.reshape(len(records), height * width, channels)
+    places = self._places(records)
+    for begin in range(0, len(places), _CHUNK):
+      some = places[begin : begin + _CHUNK]
+      x_BZN = chunk_BZN[: len(some)]
+      for i, (shard, row) in enumerate(some):
+        flip = int(flips[begin + i])
+        x_BZN[i] = shard.tensors[names[flip]][row].reshape(channels, -1)
+        if noise is not None:
+          std_Zhw = shard.tensors[("std", "std_flip")[flip]][row]
+          x_BZN[i] += (std_Zhw * noise(begin + i)).reshape(channels, -1)
+      x_BZN -= mean_Z1
+      x_BZN *= scale_Z1
+      out_BND[begin : begin + _CHUNK] = x_BZN.transpose(0, 2, 1)
 
   def labels_of(self, records: np.ndarray) -> np.ndarray:
     """int64 [B]."""

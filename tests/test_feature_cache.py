@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import FrozenConfigDict
 
 from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import feature_cache, frozen, images, training
@@ -35,7 +36,8 @@ def test_features_go_with_their_pictures(cached):
   done = []
   feature_cache.build(config, *training.training_pictures(config), done.append, batch_size=5)
   assert done[-1] == len(training.training_pictures(config)[1])
-  batches = [next(iter(training.train_data(config, process, 2))) for process in (0, 1)]
+  config = FrozenConfigDict(config.to_dict() | {"batch_size": 6})
+  batches = [next(iter(training.train_data(config, process, 2, 0))) for process in (0, 1)]
   for batch in batches:
     expected = jax.jit(lambda image: tiny(images.to_float(image)))(batch["image"])
     np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
@@ -50,8 +52,7 @@ def test_changed_pictures_have_other_features(cached):
   config, _ = cached
   source, indices = training.training_pictures(config)
   before = feature_cache.build(config, source, indices, lambda done: None)
-  path, _ = source._records[0]
-  os.utime(path, ns=(1, 1))
+  os.utime(source.name(0), ns=(1, 1))
   assert feature_cache.build(config, source, indices, lambda done: None) != before
 
 
