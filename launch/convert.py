@@ -14,9 +14,10 @@ Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir
 What it is, is found out: LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
 diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, FID's Inception. DEST
 is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for statistics),
-or a file, by whose ending the format is chosen, with the names that the reference loads with
-strict=True. Pickles are read without running them and without PyTorch. All or nothing: tensors that
-are unknown, missing, misshapen or not finite are listed, and nothing is written.
+or a file, by whose ending the format is chosen; LightningDiT and tokenizers then have the names
+that the reference loads with strict=True, all others those they came with. A workdir is float32.
+Pickles are read without running them and without PyTorch. All or nothing: tensors that are unknown,
+missing, misshapen or not finite are listed, and nothing is written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 import configs.base
 import lightningdit_jax.convert
@@ -43,7 +43,7 @@ from lightningdit_jax.latents import STATISTICS
 from vavae_jax import functional
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path
+from vavae_jax.files import write_safetensors
 from vavae_jax.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.torch_weights import StateDict
 from vavae_jax.torch_writer import write_torch_file
@@ -162,7 +162,7 @@ def _workdir_config(
 def _form_of(dest: Path, to: str) -> str:
   """What to write, by the ending of DEST and --to, which must agree."""
   by_ending = _SUFFIXES.get(dest.suffix, "folder")
-  if dest.suffix in SUFFIXES and dest.suffix not in _SUFFIXES:
+  if dest.suffix.lower() in SUFFIXES and dest.suffix not in _SUFFIXES:
     raise InputError(f"{dest.suffix} files are read, not written; end DEST in .safetensors or .pt.")
   if to and dest.suffix and to != by_ending:
     raise InputError(f"--to={to} and {dest} contradict each other; leave --to away.")
@@ -204,9 +204,7 @@ def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
   if to == "pt":
     write_torch_file(dest, tensors)
     return
-  with atomic_path(dest) as temporary:
-    # As they lie in memory, where ascontiguousarray would give a scalar an axis.
-    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, temporary)
+  write_safetensors(dest, tensors)
 
 
 def _sha256(path: Path) -> str:
@@ -247,6 +245,8 @@ def _listed(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 def _shown(value: Any) -> str:
   if isinstance(value, Mapping | list | tuple):
     return f"{type(value).__name__} of {len(value)}"
+  if isinstance(value, int) and value.bit_length() > 64:
+    return f"an integer of {value.bit_length()} bits"
   text = " ".join(repr(value).split())
   return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -266,13 +266,14 @@ def _say_aside(aside: Mapping[str, int]) -> None:
 
 def main(argv: list[str]) -> None:
   """The command."""
+  names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
+  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
   if FLAGS.inspect and len(argv) == 2:
+    _refuse("--inspect lists all that is in a file", **given)
     inspect(argv[1])
     return
   if FLAGS.inspect or len(argv) != 3:
     raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
-  names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
-  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
   done = convert(argv[1], Path(argv[2]), **given)
   _say_aside(done.aside)
   architecture = ", ".join(f"{name} {value}" for name, value in done.arguments.items())

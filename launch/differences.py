@@ -58,9 +58,12 @@ class Row:
   @property
   def holds(self) -> bool:
     """Whether it is near enough; a NaN is not."""
-    as_a_whole = self.kinked and self.group in KINKED_GROUPS
-    judged = self.rms if as_a_whole else self.relative
-    return judged <= self.tolerance
+    return self.judged <= self.tolerance
+
+  @property
+  def judged(self) -> float:
+    """`relative`, or what stands for it where there are kinks."""
+    return self.rms if self.kinked and self.group in KINKED_GROUPS else self.relative
 
 
 def summary(rows: list[Row]) -> list[list[str]]:
@@ -69,7 +72,7 @@ def summary(rows: list[Row]) -> list[list[str]]:
   for dtype, group in dict.fromkeys((row.dtype, row.group) for row in rows):
     of_group = [row for row in rows if (row.dtype, row.group) == (dtype, group)]
     # A NaN is the worst.
-    worst = max(of_group, key=lambda row: np.nan_to_num(row.relative, nan=np.inf))
+    worst = max(of_group, key=lambda row: np.nan_to_num(row.judged / row.tolerance, nan=np.inf))
     lines.append(
       [
         f"{dtype} {group}",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,15 @@ from launch.differences import (
   summary,
 )
 from launch.engine import console
-from launch.equivalence_cases import MODELS, TRAINED, Arrays, Case, Settings, make_case
+from launch.equivalence_cases import (
+  MODELS,
+  TRAINED,
+  Arrays,
+  Case,
+  Settings,
+  check_weights,
+  make_case,
+)
 from launch.weights import recognise
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file, write_json
@@ -67,6 +76,11 @@ def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
       "of hustvl/LightningDiT."
     )
   case = make_case(settings)
+  if not set(case.dtypes) & set(settings.dtypes):
+    raise InputError(
+      f"{settings.model} is compared in {', '.join(case.dtypes)}, not in "
+      f"{', '.join(settings.dtypes)}; leave --dtypes away."
+    )
   rows: list[Row] = []
   about: dict[str, str] = {}
   with tempfile.TemporaryDirectory() as folder:
@@ -77,8 +91,9 @@ def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
       write_torch_file(paths["weights.pt"], read_state_dict(settings.checkpoint))
     elif settings.checkpoint:
       found = recognise(read_content(settings.checkpoint))
+      check_weights(settings, found)
       write_torch_file(paths["weights.pt"], found.tensors)
-      about["weights"] = f"{settings.checkpoint}: {found.kind} {found.name}"
+      about["weights"] = f"{settings.checkpoint}: {found.kind} {found.name}".strip()
     for dtype in (dtype for dtype in case.dtypes if dtype in settings.dtypes):
       job = case.job | {
         "checkout": str(settings.reference.absolute()),
@@ -110,9 +125,9 @@ def _run_torch(python: str, job: dict[str, Any]) -> dict[str, str]:
     raise InputError(f"--torch_python is {python}, which does not start: {error}.") from error
   if done.returncode:
     raise InputError(
-      "The reference in PyTorch has ended (its message is above); give --torch_python an "
-      "interpreter with torch, einops, numpy, pillow; for teachers and training also timm, for "
-      "fid_inception torch-fidelity (pip install --no-deps torch-fidelity)."
+      "The reference in PyTorch has ended; its message is above. If it lacks a module: "
+      "--torch_python must be an interpreter with torch, einops, numpy, pillow; for teachers and "
+      "training also timm, for fid_inception torch-fidelity (pip install --no-deps)."
     )
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -145,6 +160,13 @@ def _rows(ours: Arrays, theirs: Mapping[str, np.ndarray], dtype: str, case: Case
   return rows
 
 
+def _told(row: Row) -> dict[str, Any]:
+  """For JSON, which has no NaN."""
+  fields = dataclasses.asdict(row) | {"holds": row.holds}
+  odd = {k: str(v) for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+  return fields | odd
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -153,16 +175,19 @@ def main(argv: list[str]) -> None:
   settings = Settings(**given | {"reference": Path(FLAGS.reference), "dtypes": FLAGS.dtypes})
   rows, other = compare(settings)
   lines = summary(rows)
-  title = f"{settings.model} beside the reference"
+  title = f"{other.get('weights', settings.model)} beside the reference"
   console.table(title, HEADER, lines)
-  about = {**circumstances(), **other, "batch_size": settings.batch_size}
+  console.say(f"in place of other modules: {other['replaced']}")
+  chosen = {name: getattr(settings, name) for name in ("batch_size", "image_size", "seed")}
+  about = {**circumstances(), **other, **chosen}
   if FLAGS.output:
     path = Path(FLAGS.output)
-    told = [dataclasses.asdict(row) | {"holds": row.holds} for row in rows]
-    write_json(path.with_suffix(".json"), {**about, "model": settings.model, "rows": told})
-    with atomic_file(path.with_suffix(".html")) as file:
+    written = [path.with_name(f"{path.name}.{ending}") for ending in ("json", "html")]
+    told = [_told(row) for row in rows]
+    write_json(written[0], {**about, "model": settings.model, "rows": told})
+    with atomic_file(written[1]) as file:
       file.write(page(title, rows, about).encode())
-    console.say(f"written to {path.with_suffix('.json')} and {path.with_suffix('.html')}")
+    console.say(f"written to {written[0]} and {written[1]}")
   if not all(row.holds for row in rows):
     console.say("not equivalent: a tolerance does not hold")
     sys.exit(1)

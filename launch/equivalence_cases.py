@@ -19,7 +19,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 import lightningdit_jax.convert
-from launch.weights import recognise
+from launch.weights import Weights, recognise
 from lightningdit_jax import sampling, training
 from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
 from vavae_jax import autoencoder, functional, images, perceptual, update
@@ -241,9 +241,10 @@ def tokenizer_training_case(settings: Settings) -> Case:
     raise InputError(
       f"--image_size is {settings.image_size}; the reference trains tokenizers at 256 pixels alone."
     )
-  if not settings.taming:
+  if not (Path(settings.taming) / "taming" / "modules" / "losses" / "lpips.py").is_file():
     raise InputError(
-      "Give --taming, a checkout of CompVis/taming-transformers: the reference's losses need it."
+      f"--taming is {settings.taming!r}, which has no taming/modules/losses/lpips.py; give a "
+      "checkout of CompVis/taming-transformers, which the reference's losses need."
     )
   config = configs.base.tokenizer()
   config.model.update(autoencoder.preset(TRAINED[settings.model]))
@@ -450,6 +451,22 @@ def _pictures(settings: Settings) -> Arrays:
   draw = np.random.default_rng(settings.seed)
   shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
   return {name: np.tanh(draw.standard_normal(shape, np.float32)) for name in ("image", "other")}
+
+
+def check_weights(settings: Settings, found: Weights) -> None:
+  """Raises InputError unless weights are of the kind that `settings.model` names."""
+  what = f"{found.kind} {found.name}".strip()
+  wanted = {
+    **dict.fromkeys(PRESETS, "LightningDiT"),  # of any size, which the tensors tell
+    **{name: f"tokenizer {name.removeprefix('mar_')}" for name in AUTOENCODERS},
+    **{name: f"teacher {name}" for name in TEACHERS},
+    "lpips": "LPIPS",
+    "fid_inception": "FID's Inception",
+  }[settings.model]
+  if wanted not in (what, found.kind):
+    raise InputError(
+      f"{settings.checkpoint} is a {what}, and --model={settings.model} needs a {wanted}."
+    )
 
 
 def make_case(settings: Settings) -> Case:

@@ -62,6 +62,11 @@ def loads(name: str) -> bool:
 
 
 ABSENT = [name for name in UNNEEDED if not loads(name)]
+REPLACED = [
+  *(f"{name} (empty)" for name in ABSENT),
+  "pytorch_lightning (its module is PyTorch's)",
+  "fairscale, timm's two layers (of LightningDiT) and torchvision's VGG16 (written anew)",
+]
 
 
 class Empty(type):
@@ -138,7 +143,12 @@ def load(model: nn.Module, job: dict[str, Any]) -> nn.Module:
   if not weights.exists():
     randomise(model, job["seed"])
     torch.save(model.state_dict(), weights)
-  model.load_state_dict(torch.load(weights, weights_only=True), strict=True)
+  tensors = torch.load(weights, weights_only=True)
+  # What publishers leave in or out of their files, and the reference's models do not or do have.
+  tensors.pop("mask_token", None)
+  own = model.state_dict()
+  constants = {name: own[name] for name in own if "scaling_layer." in name}
+  model.load_state_dict(constants | tensors, strict=True)
   return model.eval()
 
 
@@ -156,6 +166,11 @@ def randomise(model: nn.Module, seed: int) -> None:
       parameter.copy_(0.1 * noise + (1.0 if name.endswith(("weight", "gamma")) else 0.0))
     if ".model.1." in name and "lin" in name:  # LPIPS' heads are not negative
       parameter.abs_()
+  for name, buffer in model.named_buffers():
+    if name.endswith("running_mean"):
+      buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    elif name.endswith("running_var"):
+      buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
@@ -383,7 +398,7 @@ def main() -> None:
     for name, tensor in MODELS[job["model"]](job, given):
       with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, tensor.detach().float().numpy())
-  print(json.dumps({"torch": torch.__version__}), flush=True)
+  print(json.dumps({"torch": torch.__version__, "replaced": ", ".join(REPLACED)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from typing import Any
 import grain
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lightningdit_jax import shards
 from lightningdit_jax.shards import Shard
 from vavae_jax import order
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path, write_json
+from vavae_jax.files import write_json, write_safetensors
 from vavae_jax.torch_files import read_torch_file
 
 MANIFEST = "manifest.json"
@@ -235,8 +235,7 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int) -> None:
   opened = [Shard(file) for file in shard_files(Path(path))]
   mean, std = channel_statistics(opened, seed)
   stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
-  with atomic_path(Path(path) / STATISTICS) as temporary:
-    save_file(stored, temporary)
+  write_safetensors(Path(path) / STATISTICS, stored)
   notes = [shard.note for shard in opened if shard.note]
   exact = shards.merge(note.moments for note in notes)
   listed = {

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path
+from vavae_jax.files import write_safetensors
 
 SAMPLES = ("latents", "latents_flip")
 POSTERIORS = ("mean", "std", "mean_flip", "std_flip")
@@ -184,8 +183,7 @@ def write_shard(
     "m2": moments.m2.tolist(),
     "skipped": list(skipped),
   }
-  with atomic_path(path) as temporary:
-    save_file(tensors, temporary, {_NOTE: json.dumps(note)})
+  write_safetensors(path, tensors, {_NOTE: json.dumps(note)})
 
 
 def shard_name(number: int, count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from launch import differences, equivalence
 from tests import cases
 from vavae_jax.errors import InputError
 
+TOKENIZER = str(cases.FOLDER / "formats" / "vavae_lightning.ckpt")
 TINY = str(cases.FOLDER / "formats" / "lightningdit_bare_state_dict.pt")
 CHECKOUT = os.environ.get("LIGHTNINGDIT", "")
 
@@ -55,7 +57,7 @@ def played(monkeypatch, computed):
       arrays = {k: np.asarray(x, np.float32) for k, x in ours.items()}
       named = {f"{k}/name" if k.startswith("layer/") else k: x for k, x in arrays.items()}
       np.savez(job["outputs"], **{k: change(k, x) for k, x in named.items()})
-      return {"torch": "0"}
+      return {"torch": "0", "replaced": "nothing"}
 
     monkeypatch.setattr(equivalence, "_run_torch", answer)
     monkeypatch.setattr(equivalence, "make_case", remembered)
@@ -90,6 +92,43 @@ def test_one_wrong_array_does_not_hold(played, tmp_path, wrong):
   page = differences.page("title", rows, about)
   assert "Difference by layer" in page
   assert "blocks.0.attn.qkv.weight" in page
+
+
+def test_what_would_compare_nothing_is_refused(tmp_path):
+  with pytest.raises(InputError, match="lpips is compared in float32, not in bfloat16"):
+    equivalence.compare(
+      settings(tmp_path, model="lpips", checkpoint="", dtypes=("bfloat16",), image_size=32)
+    )
+
+
+@pytest.mark.parametrize(
+  ("model", "checkpoint", "message"),
+  [
+    ("f16d32", TINY, "is a LightningDiT, and --model=f16d32 needs a tokenizer f16d32"),
+    ("LightningDiT-B/1", TOKENIZER, "is a tokenizer f.*, and --model=LightningDiT-B/1 needs a"),
+    ("dinov2_vits14", TINY, "needs a teacher dinov2_vits14"),
+  ],
+)
+def test_weights_of_another_model_are_refused(model, checkpoint, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    equivalence.compare(settings(tmp_path, model=model, checkpoint=checkpoint, image_size=32))
+
+
+def test_training_needs_the_other_checkout(tmp_path):
+  with pytest.raises(InputError, match="CompVis/taming-transformers"):
+    equivalence.compare(settings(tmp_path, model="f16d32_training", checkpoint="", taming="/no"))
+
+
+def test_a_kinked_row_is_shown_by_what_it_is_judged_by():
+  rows = [
+    differences.Row("gradient", "innocent", "float32", 1.0, 0.5, 1e-3, 5e-3, kinked=True),
+    differences.Row("gradient", "guilty", "float32", 1.0, 0.1, 2e-2, 5e-3, kinked=True),
+  ]
+  (line,) = differences.summary(rows)
+  assert line[4] == "guilty"
+  assert line[-1] == "NO"
+  told = equivalence._told(dataclasses.replace(rows[0], rms=np.nan))
+  assert json.dumps(told, allow_nan=False)
 
 
 def test_sides_that_do_not_compute_the_same_are_refused(played, tmp_path):

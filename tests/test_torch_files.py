@@ -320,3 +320,31 @@ def test_a_pickle_cannot_set_attributes_of_a_dictionary(tmp_path):
   state = fragment({"items": 1})
   content = read_torch_file(write(tmp_path / "file.pt", made + state + b"b"))
   assert dict(content.items()) == {}
+
+
+NEST = b"K\x01\x85" + b"2\x86" * 40  # a tuple of itself twice, forty levels deep
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ"
+
+
+@pytest.mark.parametrize(
+  "program",
+  [
+    b"}" + NEST + b"K\x01s",
+    b"}(" + NEST + b"K\x01u",
+    b"(" + NEST + b"K\x01d",
+    b"\x80\x04\x8f(" + NEST + b"\x90",
+    b"ccollections\nOrderedDict\n((" + NEST + b"K\x01ttR",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + NEST + NEST + b"\x89}tR",
+    b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + NEST + b"X\x03\0\0\0cpuK\x06tQ",
+    b"(X\x07\0\0\0storage" + NEST + b"X\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ",
+  ],
+)
+def test_a_few_bytes_that_would_take_for_ever_are_refused(program, tmp_path):
+  """Hashing or printing what doubles with each byte takes hours and all memory."""
+  path = tmp_path / "weights.pt"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("x/data.pkl", program + b".")
+    archive.writestr("x/data/0", bytes(24))
+  with pytest.raises(InputError) as caught:
+    read_torch_file(path)
+  assert len(str(caught.value)) < 2_000

@@ -32,7 +32,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads the weights of a .pt, .pth, .bin, .ckpt, .safetensors or .npz file.
 
   Args:
-    path: of the file. A checkpoint that keeps its weights under "state_dict" or "model" is opened.
+    path: of the file. A checkpoint that keeps its weights under "state_dict", "model" or "ema"
+      is opened at the first of these.
 
   Returns:
     PyTorch name -> array of the shape and dtype it is stored with.

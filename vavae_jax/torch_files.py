@@ -19,10 +19,11 @@ import io
 import math
 import os
 import pickle
+import reprlib
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -130,17 +131,38 @@ class _Unpickler(pickle._Unpickler):
     """Sets no attribute: PyTorch sets a state dict's `_metadata`, a stranger could set `items`."""
     self.stack.pop()  # type: ignore[attr-defined]  # typeshed leaves the stack out
 
+  def load_dict(self) -> None:
+    """Keys are plain: one that holds itself twice over takes for ever to hash."""
+    items = self.pop_mark()  # type: ignore[attr-defined]
+    self.append(_checked(zip(items[::2], items[1::2], strict=True)))  # type: ignore[attr-defined]
+
+  def load_setitem(self) -> None:
+    """As `load_dict`."""
+    value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+    self.stack[-1].update(_checked([(key, value)]))  # type: ignore[attr-defined]
+
+  def load_setitems(self) -> None:
+    """As `load_dict`."""
+    items = self.pop_mark()  # type: ignore[attr-defined]
+    pairs = zip(items[::2], items[1::2], strict=True)
+    self.stack[-1].update(_checked(pairs))  # type: ignore[attr-defined]
+
   dispatch: ClassVar[dict[int, Any]] = {
     **pickle._Unpickler.dispatch,
     pickle.BUILD[0]: load_build,
+    pickle.DICT[0]: load_dict,
+    pickle.SETITEM[0]: load_setitem,
+    pickle.SETITEMS[0]: load_setitems,
   }
+  for _set in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):  # no weights have any
+    del dispatch[_set[0]]
 
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in DTYPES:
       return name
     # Bound methods: a pickle can set attributes on a function that it is given, not on these.
     known: dict[tuple[str, str], Any] = {
-      ("collections", "OrderedDict"): OrderedDict,
+      ("collections", "OrderedDict"): self._ordered,
       ("torch._utils", "_rebuild_tensor"): self._tensor,
       ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
       ("torch._utils", "_rebuild_parameter"): self._parameter,
@@ -155,8 +177,11 @@ class _Unpickler(pickle._Unpickler):
   def persistent_load(self, pid: Any) -> _Storage:
     # The older layout has one field more, for a view into another storage, long out of use.
     tag, kind, key, _, count, *view = pid
-    if tag != "storage" or kind not in DTYPES or view not in ([], [None]) or count < 0:
-      raise InputError(f"storage {pid} is not understood: save it again with PyTorch 1.6 or later")
+    plain = isinstance(kind, str) and isinstance(key, str) and isinstance(count, int)
+    if not plain or tag != "storage" or kind not in DTYPES or view not in ([], [None]) or count < 0:
+      raise InputError(
+        f"storage {reprlib.repr(pid)} is not understood: save it again with PyTorch 1.6 or later"
+      )
     dtype = DTYPES[kind]
     size = count * dtype.itemsize
     if key not in self.storages:
@@ -177,9 +202,8 @@ class _Unpickler(pickle._Unpickler):
       or len(shape) != len(stride)
       or not all(isinstance(n, int) and n >= 0 for n in numbers)
     ):
-      raise InputError(
-        f"a tensor of shape {shape}, stride {stride}, offset {offset} makes no sense"
-      )
+      told = ", ".join(map(reprlib.repr, (shape, stride, offset)))
+      raise InputError(f"a tensor of shape, stride, offset {told} makes no sense")
     dtype, data = storage
     if math.prod(shape) > max(len(data) // dtype.itemsize, _MAX_EXPANDED):
       raise InputError(
@@ -203,6 +227,19 @@ class _Unpickler(pickle._Unpickler):
 
   def _parameter(self, data: Any, *_: Any) -> Any:
     return data
+
+  def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
+    return OrderedDict(_checked(pairs))
+
+
+def _checked(pairs: Iterable[Any]) -> dict[Any, Any]:
+  """A dictionary of plain keys."""
+  found = {}
+  for key, value in pairs:
+    if not isinstance(key, str | int | float | bool | None):
+      raise InputError(f"a dictionary has a {type(key).__name__} as a key: no weight file has")
+    found[key] = value
+  return found
 
 
 def _read_zip(file: IO[bytes]) -> Any:
@@ -240,7 +277,8 @@ def _read_legacy(file: io.BufferedReader) -> Any:
   protocol = _Unpickler(file, allocate).load()
   system = _Unpickler(file, allocate).load()
   if protocol != _LEGACY_PROTOCOL or not system["little_endian"]:
-    raise InputError(f"protocol {protocol} on {system}: save it again with PyTorch 1.6 or later")
+    told = reprlib.repr((protocol, system))
+    raise InputError(f"protocol and system {told}: save it again with PyTorch 1.6 or later")
   unpickler = _Unpickler(file, allocate)
   content = unpickler.load()
 

@@ -130,7 +130,7 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
   if jax.process_index() == 0:
     grid = Table(title=Text(title), title_justify="left")
     for name in header:
-      grid.add_column(name)
+      grid.add_column(name, overflow="fold")
     for row in rows:
       grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid)

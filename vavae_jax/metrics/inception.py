@@ -357,6 +357,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
     InputError: unknown, missing, misshapen or non-finite tensors, listed, as those of torchvision's
       classifier would be.
   """
-  own = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+  norms = [name.removesuffix("weight") for name in state_dict if name.endswith(".bn.weight")]
+  counters = {f"{norm}num_batches_tracked" for norm in norms}
+  own = {k: v for k, v in state_dict.items() if k not in counters or np.ndim(v)}
   model = nnx.eval_shape(lambda: InceptionV3(rngs=nnx.Rngs(0)))
   return torch_weights.load(model, own, renamed=_TORCH_NAMES)
