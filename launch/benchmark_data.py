@@ -138,6 +138,10 @@ class Photographs(EncodedSource):
     """As `Source` says."""
     return "photographs"
 
+  def listing(self) -> str:
+    """As `Source` says."""
+    return "photographs"
+
 
 def picture_works() -> Works:
   """Ways of loading pictures."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from launch.engine import console
 from lightningdit_jax import latents
-from lightningdit_jax.shards import LABELS, Shard
+from lightningdit_jax.shards import LABELS, Moments, Shard
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_path
 
@@ -27,6 +27,7 @@ def check(path: Path) -> None:
   Raises:
     InputError: something is wrong; all of it is listed.
   """
+  path = path.resolve()
   files = latents.shard_files(path)
   if not files:
     raise InputError(f"{path} holds no latent shards.")
@@ -80,6 +81,13 @@ def _problems(shard: Shard) -> Iterator[str]:
     yield f"has a label {int(shard.labels.min())}"
   if shard.note and shard.note.sha256 != shard.compute_sha256():
     yield "does not hold what was written: its checksum differs"
+  elif shard.note and not _alike(shard.note.moments, shard.compute_moments()):
+    yield "has other means and deviations than it notes"
+
+
+def _alike(noted: Moments, found: Moments) -> bool:
+  pairs = ((noted.count, found.count), (noted.mean, found.mean), (noted.m2, found.m2))
+  return all(np.allclose(a, b, rtol=1e-6) for a, b in pairs)
 
 
 def _disagreements(store: latents.LatentStore) -> Iterator[str]:

@@ -46,13 +46,13 @@ class _Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  """The pictures of a piece that can be read, and the messages about those that cannot."""
+  """The pictures of a piece that can be read, and names and messages of those that cannot."""
 
   piece: _Piece
   image: np.ndarray
   index: np.ndarray
   label: np.ndarray
-  skipped: list[str]
+  skipped: dict[str, str]
 
 
 def encode(
@@ -96,8 +96,13 @@ def encode(
   data = tokenizer.config.data
   spec = source or data.source
   pictures = sources.open_source(spec)
-  train, rest = sources.split(len(pictures), data.held_out, data.split_seed)
-  indices = rest if held_out else train
+  if source in ("", data.source):
+    train, rest = sources.split(len(pictures), data.held_out, data.split_seed)
+    indices = rest if held_out else train
+  elif held_out:
+    raise InputError(f"Training left out none of {source}; --held_out is of {data.source}.")
+  else:
+    indices = np.arange(len(pictures))
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
   manifest = {
@@ -107,6 +112,7 @@ def encode(
       "sha256": tokenizer.sha256,
     },
     "source": spec,
+    "listing": pictures.listing(),
     "held_out": held_out,
     "image_size": data.image_size,
     "class_names": list(pictures.class_names),
@@ -139,17 +145,15 @@ def encode(
   parts: list[dict[str, np.ndarray]] = []
   labels: list[np.ndarray] = []
   skipped: list[str] = []
-  lost = 0
+  written = [shards.Shard(paths[number]) for number in mine if number not in todo]
+  lost = sum(len(shard.note.skipped) for shard in written if shard.note)
+  _check_lost(lost, max_corrupt, output)
   with console.Bar("encode", total, done) as bar:
     for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
-      for message in batch.skipped:
+      for name, message in batch.skipped.items():
         lost += 1
         console.say(f"left out ({lost} of at most {max_corrupt}): {message}")
-      if lost > max_corrupt:
-        raise InputError(
-          f"{lost} pictures cannot be read, and --max_corrupt allows {max_corrupt}; the last: "
-          f"{batch.skipped[-1]}"
-        )
+        _check_lost(lost, max_corrupt, name)
       parts.append(jax.device_get(encoded))
       labels.append(batch.label)
       skipped += batch.skipped
@@ -161,9 +165,16 @@ def encode(
         parts, labels, skipped = [], [], []
   processes.wait_for_all("latents are encoded")
   if jax.process_index() == 0:
-    latents.finish_store(output, manifest, seed)
+    latents.finish_store(output, manifest, seed, paths)
   processes.wait_for_all("the store is finished")
   return latents.LatentStore(output)
+
+
+def _check_lost(lost: int, allowed: int, last: Any) -> None:
+  if lost > allowed:
+    raise InputError(
+      f"{lost} pictures cannot be read, and --max_corrupt allows {allowed}; the last: {last}"
+    )
 
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
@@ -183,6 +194,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
       f"Process {jax.process_index()} does not see {path}, which the first one wrote: --output "
       "must be on a disk that all processes share."
     )
+  _check_same(output, json.loads(path.read_text()), manifest)
 
 
 def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -207,12 +219,13 @@ def _loaded(
 
 
 def _load(pictures: sources.Source, size: int, piece: _Piece) -> _Batch:
-  crops, kept, labels, skipped = [], [], [], []
+  crops, kept, labels = [], [], []
+  skipped: dict[str, str] = {}
   for index in piece.indices:
     try:
       picture, label = pictures.picture(int(index))
     except sources.Unreadable as error:
-      skipped.append(str(error))
+      skipped[pictures.name(int(index))] = str(error)
       continue
     crops.append(images.center_crop(picture, size))
     kept.append(index)
@@ -336,7 +349,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
   flags.DEFINE_integer("batch_size", 64, "Pictures at once, of each process.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Of the posterior's noise.")
+  flags.DEFINE_integer("seed", 0, "Of the posterior's noise.", lower_bound=0)
   flags.DEFINE_enum("dtype", "float32", DTYPES, "Of what is stored; bfloat16 halves it.")
   flags.DEFINE_bool("moments", False, "Store posteriors, of which training draws in each epoch.")
   flags.DEFINE_integer("max_corrupt", 0, "Unreadable pictures left out; 0: the first is an error.")

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+import vavae_jax.training
 from launch import trained
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
@@ -76,10 +77,7 @@ def reconstruction(tokenizer: trained.Trained, output: Path) -> dict[str, Any]:
 
 def held_out_pictures(tokenizer: trained.Trained) -> np.ndarray:
   """uint8 [N, H, W, 3]: what a tokenizer's training left out, or all where it left none."""
-  data = tokenizer.config.data
-  source = sources.open_source(data.source)
-  train, held_out = sources.split(len(source), data.held_out, data.split_seed)
-  return images.load_crops(source, held_out if len(held_out) else train, data.image_size)
+  return vavae_jax.training.load_crops(tokenizer.config.data, held_out=True)
 
 
 def generation(

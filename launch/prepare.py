@@ -84,7 +84,7 @@ def _claim(output: Path, begun: dict[str, Any]) -> None:
       raise InputError(
         f"{output} was begun with another {', '.join(differing)}; give a new folder, or delete it."
       )
-  elif output.is_dir() and any(output.iterdir()):
+  elif output.is_dir() and any(not file.name.startswith(".") for file in output.iterdir()):
     raise InputError(f"{output} is not empty; give a new folder.")
   else:
     write_json(path, begun)

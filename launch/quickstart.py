@@ -37,7 +37,6 @@ from launch.sample import sample_set
 from launch.sample_files import read_samples
 from launch.train import train
 from lightningdit_jax import latents
-from vavae_jax import images, sources
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
@@ -135,10 +134,7 @@ def _check(config: FrozenConfigDict) -> None:
 
 
 def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
-  data = tokenizer.config.data
-  source = sources.open_source(data.source)
-  train_indices, _ = sources.split(len(source), data.held_out, data.split_seed)
-  return images.load_crops(source, train_indices, data.image_size)
+  return vavae_jax.training.load_crops(tokenizer.config.data, held_out=False)
 
 
 def _evaluate(tokenizer: trained.Trained, pictures: np.ndarray, workdir: Path) -> dict[str, float]:

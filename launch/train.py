@@ -28,7 +28,7 @@ from launch.engine import configuration, console, loop, mesh
 from launch.initial import initial_weights
 from launch.sample import make_sampler
 from launch.sample_files import contact_sheet
-from vavae_jax import feature_cache, images, sources
+from vavae_jax import feature_cache
 from vavae_jax.errors import InputError
 from vavae_jax.frozen import uses_teacher
 from vavae_jax.optimizer import averaged
@@ -126,13 +126,11 @@ def _distance(
   if config.evaluate_samples < 2:
     raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")
   data = tokenizer.config.data
-  source = sources.open_source(data.source)
 
   @functools.cache
   def reference() -> Any:
-    chosen, _ = sources.split(len(source), data.held_out, data.split_seed)
-    chosen = np.random.default_rng(0).permutation(chosen)[:REFERENCE_PICTURES]
-    return evaluate.feature_moments(images.load_crops(source, chosen, data.image_size), "reference")
+    crops = vavae_jax.training.load_crops(data, held_out=False, limit=REFERENCE_PICTURES)
+    return evaluate.feature_moments(crops, "reference")
 
   def distance(pictures: np.ndarray) -> dict[str, float]:
     moments = evaluate.feature_moments(pictures[: config.evaluate_samples], "samples")

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gzip
 import hashlib
 import io
+import json
+import re
 import shutil
 import tarfile
 import zlib
@@ -28,7 +31,7 @@ from vavae_jax.files import atomic_path, write_json
 # (what is done, bytes of it, bytes in all)
 Progress = Callable[[str, int, int], None]
 _FILES = (MANIFEST, STATISTICS, PUBLISHED_STATISTICS)
-_COMPLETE = "complete.json"
+_BEGUN, _COMPLETE = "copied.json", "complete.json"
 _PIECE = 2**22
 DEFAULT_CACHE = "~/.cache/vavae_jax/latents"
 
@@ -52,32 +55,59 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
     folder = Path(path)
     if not folder.is_dir() or _has_shards(folder) or not _parts(sorted(map(str, folder.iterdir()))):
       return folder
+    path = str(folder.resolve())
+  elif "://" not in path:
+    path = str(Path(path).resolve())
   home = Path(cache or DEFAULT_CACHE).expanduser()
   folder = home / hashlib.sha256(path.encode()).hexdigest()[:16]
   with _locked(home / f"{folder.name}.lock"):
-    if not (folder / _COMPLETE).is_file():
-      try:
-        _fill(path, folder, progress or (lambda *_: None))
-      except InputError:
-        raise
-      except (OSError, ValueError, ImportError, zlib.error, EOFError) as error:
-        raise InputError(
-          f"{path} could not be copied to {folder} ({error}). What is there stays, and the same "
-          "command goes on from it."
-        ) from error
+    try:
+      entries = _entries(path)
+      if not _is_copy_of(folder, entries):
+        _fill(path, entries, folder, progress or (lambda *_: None))
+    except InputError:
+      raise
+    except (OSError, ValueError, ImportError, zlib.error, EOFError) as error:
+      raise InputError(
+        f"{path} could not be copied to {folder} ({error}). What is there stays, and the same "
+        "command goes on from it."
+      ) from error
   return folder
 
 
-def _fill(path: str, folder: Path, progress: Progress) -> None:
+def _entries(path: str) -> dict[str, list[Any]]:
+  """Name -> [size, what changes when the file does], of what a path stands for."""
   system, root = fsspec.core.url_to_fs(path)
-  entries = [system.info(root)] if _is_archive(path) else system.ls(root, detail=True)
-  sizes = {str(entry["name"]): int(entry["size"] or 0) for entry in entries}
+  found = [system.info(root)] if _is_archive(path) else system.ls(root, detail=True)
+  marks = ("mtime", "etag", "ETag", "updated", "created")
+  return {
+    str(entry["name"]): [
+      int(entry["size"] or 0),
+      next((str(entry[mark]) for mark in marks if entry.get(mark)), ""),
+    ]
+    for entry in found
+  }
+
+
+def _is_copy_of(folder: Path, entries: dict[str, list[Any]]) -> bool:
+  """Whether a copy is whole, and of these; one of others is deleted."""
+  begun = folder / _BEGUN
+  if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text()) != entries):
+    shutil.rmtree(folder)
+  return (folder / _COMPLETE).is_file()
+
+
+def _fill(path: str, entries: dict[str, list[Any]], folder: Path, progress: Progress) -> None:
+  system, _ = fsspec.core.url_to_fs(path)
+  sizes = {name: size for name, (size, _) in entries.items()}
   shards = [name for name in sizes if _wanted(name)]
   parts = sorted(sizes) if _is_archive(path) else _parts(sorted(sizes))
+  _check_gap(path, parts)
   if not shards and not parts:
     raise InputError(f"{path} holds no latent shards and no parts of a tar.")
   total = sum(sizes[name] for name in shards or parts)
   folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / _BEGUN, entries)
   there = sum(file.stat().st_size for file in folder.iterdir())
   if (free := shutil.disk_usage(folder).free) < total - there:
     raise InputError(
@@ -104,20 +134,53 @@ def _told(progress: Progress, path: str, before: int, total: int, done: int) -> 
 
 def _unpack(stream: io.RawIOBase, folder: Path, path: str) -> None:
   """Shards and statistics out of a tar that is read from its beginning to its end."""
-  found = 0
+  found: set[str] = set()
+  buffered = io.BufferedReader(stream, _PIECE)
+  packed = buffered.peek(2)[:2] == b"\x1f\x8b"
+  whole: Any = gzip.GzipFile(fileobj=buffered) if packed else buffered
   try:
-    with tarfile.open(fileobj=stream, mode="r|*") as archive:
+    with tarfile.open(fileobj=whole, mode="r|", tarinfo=_Header) as archive:
       for info in archive:
         if not info.isreg() or not _wanted(info.name):
           continue  # links and paths in it lead nowhere: only the last part of a name counts
+        if (name := _last(info.name)) in found:
+          raise InputError(f"{path} has {name} in several folders; give one set of latents.")
         source = archive.extractfile(info)
         if source is not None:
-          _copy(source, folder / _last(info.name), info.size, lambda _: None)
-          found += 1
+          _copy(source, folder / name, info.size, lambda _: None)
+          found.add(name)
+    while whole.read(_PIECE):  # to the checksum behind all
+      pass
   except tarfile.TarError as error:
     raise InputError(f"{path} is no tar, or parts of it are missing ({error}).") from error
   if not found:
     raise InputError(f"The tar {path} holds no latent shards.")
+
+
+class _Header(tarfile.TarInfo):
+  """A member's header; one that is damaged or missing is not the end of the archive."""
+
+  @classmethod
+  def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+    """The next one."""
+    try:
+      return super().fromtarfile(archive)
+    except tarfile.HeaderError as error:
+      if type(error).__name__ == "EOFHeaderError":  # two empty blocks, as it should end
+        raise
+      raise tarfile.ReadError(str(error)) from error
+
+
+def _check_gap(path: str, parts: list[str]) -> None:
+  """Raises InputError unless the parts' suffixes follow each other."""
+  ends = [match[0] for part in parts if (match := re.search(r"([a-z]+|\d+)$", _last(part)))]
+  if len(parts) < 2 or len(ends) < len(parts):
+    return
+  digits = [[ord(c) - ord("0" if c.isdigit() else "a") for c in end] for end in ends]
+  base = 10 if ends[0].isdigit() else 26
+  numbers = [functools.reduce(lambda n, digit: n * base + digit, row, 0) for row in digits]
+  if numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+    raise InputError(f"Parts of {path} are missing; there are: {', '.join(map(_last, parts))}.")
 
 
 def _copy(source: IO[bytes], target: Path, size: int, progress: Callable[[int], None]) -> None:
@@ -167,7 +230,9 @@ def _is_archive(path: str) -> bool:
 
 def _parts(names: list[str]) -> list[str]:
   """Those that are parts of a split tar, in order."""
-  return [n for n in names if _last(n).startswith("split_") or ".part" in _last(n)]
+  return [
+    name for name in names if re.search(r"^split_\w+$|\.part[-_]?(\d+|[a-z]{2})$", _last(name))
+  ]
 
 
 def _wanted(name: str) -> bool:

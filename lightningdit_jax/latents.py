@@ -62,11 +62,22 @@ class LatentStore:
     # Of statistics alone, which sampling needs, without cells: none is stored.
     channels, height, width = opened[0].shape if opened else (len(self.mean), 0, 0)
     self.shape = (height, width, channels)
+    self._check_manifest(opened)
+
+  def _check_manifest(self, opened: Sequence[Shard]) -> None:
+    """Raises InputError unless the shards are those that were written."""
     if self.manifest.get("records", len(self)) != len(self):
       raise InputError(
-        f"{path} has {len(self)} of the {self.manifest['records']} latents that its {MANIFEST} "
-        "names: it was not copied whole. Copy it again, or encode again."
+        f"{self.path} has {len(self)} of the {self.manifest['records']} latents that its "
+        f"{MANIFEST} names: it was not copied whole. Copy it again, or encode again."
       )
+    for shard in opened:
+      noted = self.manifest.get("shards", {}).get(shard.path.name, {}) if self.manifest else None
+      if isinstance(noted, dict) and noted.get("sha256") != (shard.note and shard.note.sha256):
+        raise InputError(
+          f"{shard.path} is not the shard that {MANIFEST} names: it is of another store. Copy the "
+          "store again, or encode again."
+        )
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -160,7 +171,13 @@ class LatentStore:
   def manifest(self) -> dict[str, Any]:
     """What `launch.encode` noted; empty for a published store."""
     path = self.path / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+      manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+      raise InputError(f"{path} is damaged ({error}); copy or encode the store again.") from error
+    if not isinstance(manifest, dict):
+      raise InputError(f"{path} is no manifest; copy or encode the store again.")
+    return manifest
 
   def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS
@@ -224,15 +241,22 @@ def statistics(store: LatentStore, *, latent_norm: bool) -> tuple[np.ndarray, np
   return np.zeros_like(store.mean), np.ones_like(store.std)
 
 
-def finish_store(path: Path, manifest: dict[str, Any], seed: int) -> None:
+def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequence[Path]) -> None:
   """Writes the statistics and then the manifest of a folder whose shards are complete.
 
   Args:
     path: the folder.
     manifest: what to note beside the counts.
     seed: chooses the 10,000 records of the statistics.
+    files: its shards, in order.
+
+  Raises:
+    InputError: the folder has other shards, or not all of them.
   """
-  opened = [Shard(file) for file in shard_files(Path(path))]
+  if differing := sorted({*files} ^ {*shard_files(path)}):
+    odd = ", ".join(file.name for file in differing[:5])
+    raise InputError(f"{path} should hold the shards of one encoding, but not so: {odd}.")
+  opened = [Shard(file) for file in files]
   mean, std = channel_statistics(opened, seed)
   stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
   write_safetensors(Path(path) / STATISTICS, stored)

@@ -54,6 +54,8 @@ class Moments:
   def merged(self, other: Moments) -> Moments:
     """Of both together (Chan, Golub and LeVeque 1983)."""
     count = self.count + other.count
+    if not count:
+      return self
     difference = other.mean - self.mean
     mean = self.mean + difference * (other.count / count)
     m2 = self.m2 + other.m2 + np.square(difference) * (self.count * other.count / count)
@@ -104,7 +106,7 @@ class Shard:
     try:
       self.tensors, metadata = _map(self.path)
       self.note = _parse_note(metadata.get(_NOTE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
       raise InputError(
         f"The latent shard {path} cannot be read ({error}); encode again."
       ) from error
@@ -211,7 +213,8 @@ def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
 def _moments(tensors: Mapping[str, np.ndarray]) -> Moments:
   """In pieces, since float64 takes twice the room."""
   name = POSTERIORS[0] if POSTERIORS[0] in tensors else SAMPLES[0]
-  pieces = []
+  channels = tensors[name].shape[1]
+  pieces = [Moments(0, np.zeros(channels), np.zeros(channels))]
   for begin in range(0, len(tensors[name]), 1024):
     rows = slice(begin, begin + 1024)
     variance = None

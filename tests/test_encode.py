@@ -20,7 +20,6 @@ from launch import check_latents
 from launch.encode import encode
 from lightningdit_jax import latents, shards
 from tests.conftest import ROOT
-from vavae_jax import sources
 from vavae_jax.errors import InputError
 from vavae_jax.order import Share
 
@@ -88,6 +87,56 @@ def test_another_seed_gives_other_samples_of_the_same_posteriors(store, tokenize
   difference = records(other) - records(store)
   assert np.abs(difference).mean() > 0.1
   assert abs(difference.mean()) < 0.05
+
+
+def test_another_source_is_encoded_whole(tokenizer, pictures, tmp_path):
+  root = shutil.copytree(pictures, tmp_path / "pictures")
+  other = encode(tokenizer, tmp_path / "store", source=f"folder:{root}", batch_size=8)
+  assert len(other) == 72
+  with pytest.raises(InputError, match="--held_out is of"):
+    encode(tokenizer, tmp_path / "held_out", source=f"folder:{root}", held_out=True)
+
+
+def test_pictures_that_moved_in_the_listing_are_refused(tokenizer, pictures, tmp_path, written):
+  root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+  settings = {"source": f"folder:{root}", "shard_size": 20, "batch_size": 8}
+  written.stop_at = SHARDS[2]
+  with pytest.raises(Stop):
+    encode(tokenizer, tmp_path / "store", **settings)
+  first = min(root.rglob("*.png"))
+  first.rename(first.with_name("zzz.png"))
+  with pytest.raises(InputError, match="begun with another listing"):
+    encode(tokenizer, tmp_path / "store", **settings)
+
+
+def test_a_shard_without_a_readable_picture_is_empty(tokenizer, pictures, tmp_path):
+  root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+  max(root.rglob("*.png")).write_bytes(b"no picture")
+  found = encode(
+    tokenizer, tmp_path / "store", source=f"folder:{root}", shard_size=71, max_corrupt=1
+  )
+  assert len(found) == 71
+  check_latents.check(tmp_path / "store")
+
+
+@pytest.mark.parametrize("stray", ["lost", "foreign"])
+def test_a_store_is_finished_of_its_own_shards_alone(store, stray, tmp_path):
+  output = Path(shutil.copytree(store.path, tmp_path / "latents"))
+  files = latents.shard_files(output)
+  if stray == "lost":
+    files[1].unlink()
+  else:
+    shutil.copy(files[0], output / "other.safetensors")
+  with pytest.raises(InputError, match="should hold the shards of one encoding"):
+    latents.finish_store(output, {}, 0, files)
+
+
+def test_a_shard_of_another_store_is_refused(store, tokenizer, tmp_path):
+  other = encode(tokenizer, tmp_path / "other", batch_size=8, shard_size=20, seed=1)
+  output = Path(shutil.copytree(store.path, tmp_path / "latents"))
+  shutil.copy(other.path / SHARDS[1], output / SHARDS[1])
+  with pytest.raises(InputError, match=f"{SHARDS[1]} is not the shard that manifest"):
+    latents.LatentStore(output)
 
 
 def test_held_out_pictures_are_others(store, tokenizer, tmp_path):
@@ -189,13 +238,16 @@ def test_pictures_that_cannot_be_read_are_left_out_and_noted(store, tokenizer, p
   source = f"folder:{root}"
   files = sorted(path for path in root.rglob("*.png"))
   plain = encode(tokenizer, tmp_path / "all", source=source, shard_size=20)
-  bad = files[sources.split(72, tokenizer.config.data.held_out, 0)[0][21]]
+  bad = files[21]
   bad.write_bytes(b"no picture")
   with pytest.raises(InputError, match=f"max_corrupt allows 0.*{bad.name}"):
     encode(tokenizer, tmp_path / "some", source=source, shard_size=20)
   found = encode(tokenizer, tmp_path / "some", source=source, shard_size=20, max_corrupt=1)
   assert bad.name in found.manifest["skipped"][0]
-  expected = np.delete(records(plain), [21, 65 + 21], axis=0)
+  next((tmp_path / "some").glob("*shard003*")).unlink()
+  with pytest.raises(InputError, match="max_corrupt allows 0"):
+    encode(tokenizer, tmp_path / "some", source=source, shard_size=20)
+  expected = np.delete(records(plain), [21, 72 + 21], axis=0)
   np.testing.assert_allclose(records(found), expected, rtol=0, atol=1e-4)
 
 
@@ -208,9 +260,7 @@ def words(pipeline):
   ]
 
 
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
-  words, command, environment, tmp_path
-):
+def test_killed_at_random_moments_it_ends_the_same(words, command, environment, tmp_path):
   """KILLS sets how often; each takes a start of Python."""
   done = command(*words, f"--output={tmp_path / 'undisturbed'}")
   assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 
 import fsspec
@@ -67,6 +68,39 @@ def test_one_tar_is_a_store(tmp_path):
   (tmp_path / "latents.tar.gz").write_bytes(tar())
   folder = fetching.local_folder(str(tmp_path / "latents.tar.gz"), str(tmp_path / "cache"))
   assert_published(folder)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+def test_a_missing_part_is_told(mode, lost, tmp_path):
+  path = split_into(tmp_path / "splits", tar(mode))
+  (tmp_path / "splits" / f"split_a{'abc'[lost]}").unlink()
+  with pytest.raises(InputError, match=r"is no tar|could not be copied|are missing"):
+    fetching.local_folder(path, str(tmp_path / "cache"))
+
+
+def test_a_flipped_byte_in_a_packed_tar_is_told(tmp_path):
+  data = bytearray(tar())
+  data[-6] ^= 1  # of the checksum
+  (tmp_path / "latents.tar.gz").write_bytes(data)
+  with pytest.raises(InputError, match="could not be copied"):
+    fetching.local_folder(str(tmp_path / "latents.tar.gz"), str(tmp_path / "cache"))
+
+
+def test_another_file_at_the_same_place_is_copied_anew(tmp_path):
+  path = tmp_path / "latents.tar"
+  path.write_bytes(tar("w"))
+  folder = fetching.local_folder(str(path), str(tmp_path / "cache"))
+  (folder / "left_over").touch()
+  path.write_bytes(tar("w", FILES[::-1]))
+  os.utime(path, ns=(1, 1))
+  assert fetching.local_folder(str(path), str(tmp_path / "cache")) == folder
+  assert not (folder / "left_over").exists()
+
+
+def test_an_encoding_that_was_killed_is_no_split_tar(tmp_path):
+  (tmp_path / ".latents_rank00_shard000.safetensors.12.partial").touch()
+  assert fetching.local_folder(str(tmp_path), str(tmp_path / "cache")) == tmp_path
 
 
 @pytest.fixture

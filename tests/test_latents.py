@@ -25,7 +25,7 @@ def store(tmp_path):
     path = tmp_path / f"latents_rank00_shard{i:03d}.safetensors"
     samples = {"latents": plain[part], "latents_flip": flipped[part]}
     shards.write_shard(path, samples, np.arange(8)[part], [])
-  latents.finish_store(tmp_path, {"source": "here"}, seed=0)
+  latents.finish_store(tmp_path, {"source": "here"}, 0, latents.shard_files(tmp_path))
   return tmp_path, plain, flipped
 
 

@@ -242,9 +242,14 @@ def huge():
   return data[:16] + head + data[16 + len(head) :]
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded("x", "JPEG")[:300], floats(), huge()])
+LINE = encoded("line", size=(1, 65_000))  # whose crop would be of 16 million columns
+
+
+@pytest.mark.parametrize(
+  "data", [b"", b"no picture", encoded("x", "JPEG")[:300], floats(), huge(), LINE]
+)
 def test_what_is_no_picture_is_named(data):
-  with pytest.raises(sources.Unreadable, match=r"The picture here/1\.png cannot be read"):
+  with pytest.raises(sources.Unreadable, match=r"The picture here/1\.png (cannot|is of no format)"):
     base.decode(data, "here/1.png")
 
 
@@ -261,6 +266,31 @@ def test_unreadable_pictures_have_their_neighbours_up_to_a_limit(tmp_path, capsy
   (root / "dog" / "2.webp").write_bytes(b"no picture")
   with pytest.raises(InputError, match=r"2 pictures cannot be read, more than .*max_corrupt = 1"):
     [tolerant.picture(i) for i in range(len(tolerant))]
+
+
+def test_no_picture_from_elsewhere_stands_for_one(tmp_path):
+  """Of the held-out ones, for instance."""
+  spec = make_folder(tmp_path)
+  (tmp_path / "set" / "cat" / "1.jpeg").write_bytes(b"no picture")
+  tolerant = sources.Tolerant(sources.open_source(spec), 1, np.array([0, 1, 5]))
+  assert tolerant.picture(1)[0].tobytes() == tolerant.picture(5)[0].tobytes()
+
+
+def test_damaged_records_are_tolerated_too(tmp_path):
+  spec = make_records(tmp_path)
+  shard = min((tmp_path / "records").glob("*.array_record"))
+  data = bytearray(shard.read_bytes())
+  data[200] ^= 0xFF
+  shard.write_bytes(data)
+  tolerant = sources.Tolerant(sources.open_source(spec), len(FILES))
+  [tolerant.picture(i) for i in range(len(tolerant))]
+  assert tolerant.bad
+
+
+def test_a_pattern_takes_some_of_the_records(tmp_path):
+  make_records(tmp_path)
+  source = sources.open_source(f"arrayrecord:{tmp_path}/records/pictures-00001-*")
+  assert len(source) == 3
 
 
 def test_pictures_without_folders_are_of_one_class(tmp_path):
@@ -309,6 +339,26 @@ def no_columns(root):
   return f"hf:{root}"
 
 
+def two_pictures_a_record(root):
+  make_webdataset(root)
+  with tarfile.open(root / "00000.tar", "a") as archive:
+    add(archive, "0000.mask.png", encoded("mask"))
+  return f"tar:{root / '*.tar'}"
+
+
+def two_splits(root):
+  make_parquet(root)
+  (root / "train-00000-of-00002.parquet").rename(root / "test-00000-of-00001.parquet")
+  return f"hf:{root}"
+
+
+def no_labels(root):
+  rows = [{"image": {"bytes": encoded("x"), "path": ""}, "label": -1}]
+  pq.write_table(pa.Table.from_pylist(rows), root / "x.parquet")
+  sources.open_source(f"hf:{root}").picture(0)
+  return ""
+
+
 def lost_shard(root):
   spec = make_records(root)
   next((root / "records").glob("*.array_record")).unlink()
@@ -326,12 +376,24 @@ def lost_shard(root):
     (no_columns, r"has the columns text; needed are image and label"),
     (lambda root: f"hf:{root}", "has no parquet files"),
     (lost_shard, "was not copied whole"),
+    (two_pictures_a_record, "has several pictures"),
+    (two_splits, "has the splits test, train"),
+    (no_labels, "has the label -1"),
     (lambda root: f"arrayrecord:{root}", r"has no dataset\.json"),
   ],
 )
 def test_sources_that_cannot_be_read_are_named(make, message, tmp_path):
   with pytest.raises(InputError, match=message):
     sources.open_source(make(tmp_path))
+
+
+def test_a_zip_with_the_separators_of_windows_has_its_classes(tmp_path):
+  with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+    for name, data in FILES.items():
+      info = zipfile.ZipInfo("x")
+      info.filename = name.replace("/", "\\")
+      archive.writestr(info, data)
+  assert sources.open_source(f"zip:{tmp_path / 'set.zip'}").class_names == CLASSES
 
 
 def test_a_zip_that_lies_about_places_and_sizes_is_named(tmp_path):

@@ -27,8 +27,25 @@ from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
 
-def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> np.ndarray:
-  """The features of a configuration, memory-mapped, read-only; arguments as `build`'s.
+class Features:
+  """A file of features, mapped by each process for itself: pickling it takes its path alone."""
+
+  def __init__(self, path: Path):
+    self._path = path
+
+  def __getitem__(self, records: np.ndarray) -> np.ndarray:
+    """float16 [len(records), h, w, F]."""
+    return _mapped(self._path, os.getpid())[records]
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped(path: Path, process: int) -> np.ndarray:
+  del process
+  return np.load(path, mmap_mode="r")
+
+
+def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Features:
+  """The features of a configuration; arguments as `build`'s.
 
   Raises:
     InputError: they have not been made, of these pictures and weights.
@@ -39,7 +56,7 @@ def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.nda
       f"There are no features of these pictures and weights in {path}; start launch.train on one "
       "process first, which makes them, or leave config.teacher.cache empty."
     )
-  return np.load(path, mmap_mode="r")
+  return Features(path)
 
 
 def build(

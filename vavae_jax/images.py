@@ -6,6 +6,7 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import grain
 import jax
@@ -15,6 +16,12 @@ from PIL import Image
 
 from vavae_jax import order
 from vavae_jax.sources import Source
+
+
+class Rows(Protocol):
+  """An array [N, ...], or what gives its rows."""
+
+  def __getitem__(self, records: np.ndarray) -> np.ndarray: ...
 
 
 def center_crop(picture: Image.Image, size: int) -> np.ndarray:
@@ -96,7 +103,7 @@ def training_batches(
   seed: int,
   crop: str = "random",
   flip: bool = False,
-  features: np.ndarray | None = None,
+  features: Rows | None = None,
 ) -> grain.IterDataset:
   """Endless shuffled batches of crops, the same for the same seed.
 
@@ -108,7 +115,7 @@ def training_batches(
     seed: of order, crops and flips.
     crop: one of `CROPS`.
     flip: mirror each picture or not, by a seeded coin.
-    features: [len(indices), h, w, F], a teacher's of the pictures, to go with them.
+    features: a teacher's of the pictures, to go with them.
 
   Returns:
     A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, with "features"

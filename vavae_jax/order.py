@@ -114,7 +114,9 @@ def batches(
   data = grain.MapDataset.range(share.start, 2**62).map(
     lambda batch: load(share.positions(int(batch)))
   )
-  options = grain.ReadOptions(num_threads=share.threads, prefetch_buffer_size=BUFFERED)
+  options = grain.ReadOptions(
+    num_threads=share.threads, prefetch_buffer_size=max(BUFFERED, share.threads)
+  )
   iterated = data.to_iter_dataset(options)
   if not share.workers:
     return iterated

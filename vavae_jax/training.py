@@ -33,14 +33,32 @@ PICTURE_IMAGES = 8
 TRAINED_PARTS = ("all", "decoder")
 
 
-@functools.lru_cache
-def _open(spec: str, limit: int) -> sources.Source:
-  source = sources.open_source(spec)
-  return sources.Tolerant(source, limit) if limit else source
+_open = functools.lru_cache(sources.open_source)
 
 
-def _source(config: FrozenConfigDict, spec: str) -> sources.Source:
-  return _open(spec, config.data.max_corrupt)
+def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) -> sources.Source:
+  """A source with as much tolerance as `config.data` has; `among` as of `sources.Tolerant`."""
+  source = _open(spec)
+  return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
+
+
+def load_crops(data: FrozenConfigDict, held_out: bool, limit: int | None = None) -> np.ndarray:
+  """Centre crops of pictures that a tokenizer was trained on, or of those it was not.
+
+  Args:
+    data: its `config.data`.
+    held_out: those that training left out; where it left none, those it had.
+    limit: take a random choice of so many; None: all.
+
+  Returns:
+    uint8 [N, size, size, 3].
+  """
+  train, rest = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
+  chosen = rest if held_out and len(rest) else train
+  if limit is not None:
+    chosen = np.random.default_rng(0).permutation(chosen)[:limit]
+  source = _source(data, data.source, np.sort(chosen))
+  return images.load_crops(source, chosen, data.image_size)
 
 
 def resolve(config: FrozenConfigDict) -> FrozenConfigDict:
@@ -72,7 +90,7 @@ def check(config: FrozenConfigDict) -> None:
   source, train = training_pictures(config)
   sources.check_readable(source)
   if config.data.valid_source:
-    sources.check_readable(_source(config, config.data.valid_source))
+    sources.check_readable(_source(config.data, config.data.valid_source))
   if len(train) < config.batch_size:
     raise InputError(
       f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
@@ -200,9 +218,14 @@ def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndar
   """The source of a configuration, and the indices of its pictures that are trained on."""
   if not 0 <= config.data.held_out < 1:
     raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
-  source = _source(config, config.data.source)
-  train, _ = sources.split(len(source), config.data.held_out, config.data.split_seed)
-  return source, train
+  return _training_pictures(config.data)
+
+
+@functools.lru_cache
+def _training_pictures(data: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
+  """Once, so that a picture that cannot be read is named once."""
+  train, _ = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
+  return _source(data, data.source, train), train
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
@@ -246,11 +269,12 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
 
 
 def _evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
-  source = _source(config, config.data.valid_source or config.data.source)
+  source = _open(config.data.valid_source or config.data.source)
   if config.data.valid_source:
     # Spread over the source, whose records are sorted by class.
     chosen = np.unique(np.linspace(0, len(source) - 1, EVALUATION_IMAGES).astype(int))
   else:
     train, held_out = sources.split(len(source), config.data.held_out, config.data.split_seed)
     chosen = (held_out if len(held_out) else train)[:EVALUATION_IMAGES]
-  return images.load_crops(source, chosen, config.data.image_size)
+  tolerant = _source(config.data, config.data.valid_source or config.data.source, chosen)
+  return images.load_crops(tolerant, chosen, config.data.image_size)

@@ -35,6 +35,10 @@ MAY_CHANGE = (
   "latents.valid_path",
   "latents.valid_samples",
   "sample.batch_size",
+  "loader.threads",
+  "loader.workers",
+  "data.max_corrupt",
+  "latents.cache",
   "mesh.data",
   "mesh.fsdp",
   # Where things are; that the latents are the same ones is checked by what they are.

@@ -200,14 +200,16 @@ def run_command(
       main(argv)
     except (InputError, *UNUSABLE_PATH) as error:
       print(printable(f"error: {error}"), file=sys.stderr)
+      processes.abandon(2)
       sys.exit(2)
     except OSError as error:
       if error.errno not in DISK_FULL:
-        raise
+        raise  # with a traceback
       # Files are written whole or not at all, so what is there is good to go on from.
       print(
         f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr
       )
+      processes.abandon(2)
       sys.exit(2)
     except KeyboardInterrupt:
       print(f"stopped; resume with: {resume_command()}", file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from vavae_jax.errors import InputError
-from vavae_jax.sources.base import EXTENSIONS, EncodedSource, Unreadable, classes_of
+from vavae_jax.sources.base import EXTENSIONS, EncodedSource, Unreadable, classes_of, listing_of
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths of name and extra
 _DEFLATED = 8
@@ -95,6 +95,10 @@ class Archive(EncodedSource):
       digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self._names)
+
 
 @functools.lru_cache(maxsize=4096)
 def _open(path: str, process: int) -> int:
@@ -114,8 +118,11 @@ def open_zip(pattern: str) -> Archive:
     except (zipfile.BadZipFile, OSError) as error:
       raise InputError(f"{file} is damaged or no zip file ({error}).") from error
     for info in infos:
-      if not _is_picture(info.filename):
+      name = info.filename.replace("\\", "/")  # as some programs of Windows write
+      if not _is_picture(name):
         continue
+      if max(info.header_offset, info.compress_size, info.file_size) > file.stat().st_size * 1100:
+        raise InputError(f"{info.filename} of {file} is beyond all bounds: the archive is damaged.")
       if info.flag_bits & 1:
         raise InputError(f"{info.filename} of {file} is encrypted; give an archive without.")
       if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -124,7 +131,7 @@ def open_zip(pattern: str) -> Archive:
           "read here; store or deflate it."
         )
       place = (info.header_offset, info.compress_size, info.file_size, info.compress_type)
-      members.append(_Member(info.filename, number, *place))
+      members.append(_Member(name, number, *place))
   return _labelled(files, members, _below_common([member.name for member in members]))
 
 
@@ -137,14 +144,17 @@ def open_tar(pattern: str) -> Archive:
   files = _files(pattern)
   members: list[_Member] = []
   labelled: list[str] = []
+  keys: list[tuple[int, str]] = []
   classes: dict[tuple[int, str], int] = {}
   for number, file in enumerate(files):
     try:
       with file.open("rb") as opened:
         for stem, name, start, size, label in _tar_members(opened, 0, file.stem):
+          key = number, f"{stem}/{_key(name)}"
           if label is not None:
-            classes[number, _key(name)] = label
+            classes[key] = label
             continue
+          keys.append(key)
           members.append(_Member(name, number, start, size, size, -1))
           labelled.append(name if "/" in name else f"{stem}/{name}")
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
@@ -154,7 +164,9 @@ def open_tar(pattern: str) -> Archive:
       ) from error
   if not classes:
     return _labelled(files, members, _below_common(labelled))
-  keys = [(member.file, _key(member.name)) for member in members]
+  if len(set(keys)) < len(keys):
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise InputError(f"{pattern}: the record {twice[1]} has several pictures; which one is meant?")
   if lacking := [key for key in keys if key not in classes]:
     raise InputError(f"{pattern}: {lacking[0][1]} has no .cls file, and others have.")
   labels = np.array([classes[key] for key in keys], np.int32)
@@ -191,7 +203,7 @@ def _tar_members(
 def _class_number(file: IO[bytes], info: tarfile.TarInfo, name: str) -> int:
   file.seek(info.offset_data)
   text = file.read(min(info.size, 20)).strip()
-  if not text.isdigit() or int(text) > 2**30:
+  if not text.isdigit() or int(text) > 10**6:
     raise ValueError(f"{name} holds no class's number")
   return int(text)
 
@@ -206,7 +218,8 @@ def _labelled(files: list[Path], members: list[_Member], names: list[str]) -> Ar
 
 
 def _files(pattern: str) -> list[Path]:
-  files = [Path(name) for name in sorted(glob.glob(pattern)) if os.path.isfile(name)]
+  found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+  files = [Path(name) for name in found if os.path.isfile(name)]
   if not files:
     raise InputError(f"There is no file {pattern}.")
   return files

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vavae_jax.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Of the longer side to the shorter: a few bytes may claim a line of which a crop fills all memory.
+_MAX_ASPECT = 50
 # The class of pictures that lie in no class folder.
 NO_CLASS = "all"
 
@@ -40,6 +45,9 @@ class Source(Protocol):
 
   def identity(self) -> str:
     """Two sources with the same one have the same pictures in the same order."""
+
+  def listing(self) -> str:
+    """Of a copy elsewhere it is the same; it changes where records come, go or change places."""
 
 
 class EncodedSource:
@@ -80,8 +88,14 @@ def decode(data: bytes, name: str) -> Image.Image:
     Unreadable: it is damaged, huge, or no picture.
   """
   try:
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+      if max(picture.size) > _MAX_ASPECT * min(picture.size):
+        raise ValueError(f"it is {picture.width} x {picture.height}; no crop of that makes sense")
       return _as_rgb(picture)
+  except UnidentifiedImageError as error:
+    raise Unreadable(
+      f"The picture {name} is of no format that is known by its bytes; remove or replace it."
+    ) from error
   except Exception as error:  # decoders raise whatever a damaged file leads them to
     raise Unreadable(
       f"The picture {name} cannot be read ({error}); remove or replace it."
@@ -97,7 +111,8 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     levels = np.asarray(picture).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65_535:
       raise ValueError(f"its grey levels go from {levels.min()} to {levels.max()}")
-    return Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
+    shift = 0 if picture.mode == "I" and levels.max() < 256 else 8
+    return Image.fromarray((levels >> shift).astype(np.uint8)).convert("RGB")
   if picture.mode == "F":
     raise ValueError("its pixels are floats, whose white nobody can know; save it with 8 bits")
   if picture.has_transparency_data:
@@ -105,6 +120,11 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
   return picture.convert("RGB")
+
+
+def listing_of(names: Iterable[str]) -> str:
+  """A hash of names in their order."""
+  return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:

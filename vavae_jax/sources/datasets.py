@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vavae_jax.errors import InputError
-from vavae_jax.sources.base import NO_CLASS, EncodedSource
+from vavae_jax.sources.base import NO_CLASS, EncodedSource, Unreadable, listing_of
 
 
 class TensorFlowDatasets(EncodedSource):
@@ -62,7 +62,10 @@ class TensorFlowDatasets(EncodedSource):
 
   def encoded(self, index: int) -> tuple[bytes, int]:
     """As `Source` says."""
-    record = self._records[index]
+    try:
+      record = self._records[index]
+    except (RuntimeError, ValueError) as error:
+      raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
     return record["image"], int(record["label"]) if self._has_label else 0
 
   def name(self, index: int) -> str:
@@ -72,6 +75,10 @@ class TensorFlowDatasets(EncodedSource):
   def identity(self) -> str:
     """A hash of name, version, split and size."""
     return hashlib.sha256(self._identity.encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return self.identity()
 
 
 class HuggingFace(EncodedSource):
@@ -118,14 +125,20 @@ class HuggingFace(EncodedSource):
   def _names_of(self, schema: Any, label: list[str]) -> list[str]:
     if not label:
       return [NO_CLASS]
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = noted.get("info", {}).get("features", {}).get(label[0], {})
-    if "names" in feature:
-      return list(feature["names"])
-    count = 1 + max(
-      max(_group(self._files[file], group, (label[0],))[label[0]]) for file, group in self._groups
+    try:
+      noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+      names = [str(name) for name in noted["info"]["features"][label[0]]["names"]]
+    except (ValueError, LookupError, TypeError):
+      names = []  # not every set names its classes
+    if names:
+      return names
+    columns = (
+      _group(self._files[file], group, (label[0],))[label[0]] for file, group in self._groups
     )
-    return [str(i) for i in range(count)]
+    largest = max((x for column in columns for x in column if isinstance(x, int)), default=0)
+    if largest > 10**6:
+      raise InputError(f"hf:{self._files[0]} has a label {largest}, which is no class's number.")
+    return [str(i) for i in range(largest + 1)]
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -134,13 +147,22 @@ class HuggingFace(EncodedSource):
     """As `Source` says."""
     place = int(np.searchsorted(self._starts, index, "right")) - 1
     file, group = self._groups[place]
-    rows = _group(self._files[file], group, tuple(self._columns))
+    try:
+      rows = _group(self._files[file], group, tuple(self._columns))
+    except (OSError, ValueError) as error:
+      raise Unreadable(f"The rows of {self.name(index)} are damaged ({error}).") from error
     row = index - int(self._starts[place])
     image = rows[self._columns[0]][row]
     data = image["bytes"] if isinstance(image, dict) else image
     if not isinstance(data, bytes):
-      raise InputError(f"{self.name(index)} is no picture's file, but {type(data).__name__}.")
-    return data, int(rows[self._columns[1]][row]) if len(self._columns) > 1 else 0
+      raise Unreadable(f"{self.name(index)} is no picture's file, but {type(data).__name__}.")
+    label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0
+    if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+      raise InputError(
+        f"{self.name(index)} has the label {label!r} of {len(self.class_names)} classes: it is of "
+        "a split without labels, or of another set."
+      )
+    return data, label
 
   def name(self, index: int) -> str:
     """The files and the record's number."""
@@ -150,6 +172,10 @@ class HuggingFace(EncodedSource):
     """A hash of the files' names and sizes."""
     told = [(file, os.path.getsize(file)) for file in self._files]
     return hashlib.sha256(repr(told).encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(f"{Path(file).name} {os.path.getsize(file)}" for file in self._files)
 
 
 @functools.lru_cache(maxsize=8)
@@ -165,6 +191,12 @@ def _parquet_files(path: str) -> list[str]:
     found = sorted(map(str, Path(path).rglob("*.parquet")))
   else:
     found = sorted(file for file in glob.glob(path) if os.path.isfile(file))
+  splits = {Path(file).name.partition("-")[0] for file in found if "-of-" in Path(file).name}
+  if len(splits) > 1:
+    raise InputError(
+      f"hf:{path} has the splits {', '.join(sorted(splits))}; choose one, such as "
+      f"hf:{Path(found[0]).parent}/{min(splits)}-*.parquet."
+    )
   if found:
     return found
   if os.path.isdir(path) or path.count("/") not in (1, 2) or path.startswith((".", "/")):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vavae_jax.assets import load_emoji
 from vavae_jax.errors import InputError
-from vavae_jax.sources.base import EXTENSIONS, EncodedSource, classes_of
+from vavae_jax.sources.base import EXTENSIONS, EncodedSource, classes_of, listing_of
 
 
 class Embedded:
@@ -50,6 +50,10 @@ class Embedded:
   def identity(self) -> str:
     """A hash of the pixels."""
     return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self.names)
 
 
 class Folder(EncodedSource):
@@ -94,6 +98,10 @@ class Folder(EncodedSource):
       status = os.stat(f"{self._root}/{name}")
       digest.update(f"{self._root}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self._names)
 
 
 def _pictures_under(root: str, inside: str = "") -> list[str]:

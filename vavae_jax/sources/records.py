@@ -6,6 +6,7 @@ Beside the files `dataset.json` has class names and counts.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ from array_record.python import array_record_module
 
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_path
-from vavae_jax.sources.base import EncodedSource
+from vavae_jax.sources.base import EncodedSource, Unreadable
 
 DESCRIPTION = "dataset.json"
 _LABEL = struct.Struct("<i")
@@ -33,11 +34,14 @@ class Records(EncodedSource):
 
   def __init__(self, folder: str):
     """Args:
-      folder: that `launch.prepare` wrote.
+      folder: that `launch.prepare` wrote; or a pattern of files in it.
 
     Raises:
       InputError: it is not whole.
     """
+    chosen = "*"
+    if not Path(folder).is_dir():  # a pattern of files in it
+      folder, chosen = os.path.split(folder)
     self._folder = folder
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
@@ -50,6 +54,7 @@ class Records(EncodedSource):
       shards = {str(name): int(count) for name, count in self._description["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise InputError(f"{path} is damaged ({error}); prepare the data again.") from error
+    shards = {name: count for name, count in shards.items() if fnmatch.fnmatch(name, chosen)}
     for name, count in shards.items():
       if Path(name).name != name or not (Path(folder) / name).is_file():
         raise InputError(f"{folder} lacks {name}: it was not copied whole.")
@@ -66,7 +71,10 @@ class Records(EncodedSource):
     """As `Source` says."""
     shard = int(np.searchsorted(self._starts, index, "right")) - 1
     reader = _reader(f"{self._folder}/{self._shards[shard]}", os.getpid())
-    (record,) = reader.read([index - int(self._starts[shard])])
+    try:
+      (record,) = reader.read([index - int(self._starts[shard])])
+    except (RuntimeError, ValueError) as error:
+      raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
     return record[_LABEL.size :], _LABEL.unpack(record[: _LABEL.size])[0]
 
   def name(self, index: int) -> str:
@@ -76,6 +84,10 @@ class Records(EncodedSource):
   def identity(self) -> str:
     """A hash of the description."""
     return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return self.identity()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,12 +15,15 @@ from vavae_jax.sources.base import Source, Unreadable
 class Tolerant:
   """A source in which the next readable picture stands for one that is not."""
 
-  def __init__(self, source: Source, limit: int):
+  def __init__(self, source: Source, limit: int, among: np.ndarray | None = None):
     """Args:
     source: the pictures.
     limit: how many may be unreadable, in one process; one more is an error.
+    among: ascending indices of those that are asked for, so that no other stands for one; all if
+      None.
     """
     self._source, self._limit = source, limit
+    self._among = np.arange(len(source)) if among is None else among
     self.class_names = source.class_names
     self.bad: dict[int, str] = {}
 
@@ -33,8 +36,9 @@ class Tolerant:
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
     """As `Source` says, of this record or of the next readable one."""
-    for step in range(len(self)):
-      candidate = (index + step) % len(self)
+    place = int(np.searchsorted(self._among, index))
+    for step in range(len(self._among)):
+      candidate = int(self._among[(place + step) % len(self._among)])
       if candidate in self.bad:
         continue
       try:
@@ -66,3 +70,7 @@ class Tolerant:
   def identity(self) -> str:
     """As `Source` says."""
     return self._source.identity()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return self._source.listing()
