@@ -25,6 +25,7 @@ from tests.reference import procedural
 from vavae_jax import functional
 from vavae_jax.errors import InputError
 from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.teachers import recognition
 from vavae_jax.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
@@ -217,9 +218,40 @@ def test_an_sd_vae_of_diffusers_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "mae_vits16"])
-def test_teachers_are_recognised(name):
+def test_teachers_are_recognised_and_go_there_and_back(name, tmp_path):
   _, tensors, _ = cases.load(name)
-  assert weights.recognise({"model": tensors}).name == name
+  write_torch_file(tmp_path / "model.pth", {"model": tensors})
+  done = convert(str(tmp_path / "model.pth"), tmp_path / "model.safetensors")
+  assert done.what == f"teacher {name}"
+  convert(str(tmp_path / "model.safetensors"), tmp_path / "back.pth")
+  assert_same(tensors, read_state_dict(tmp_path / "back.pth"))
+
+
+@pytest.mark.parametrize(
+  ("name", "shapes"),
+  [
+    ("clip_vitb16", {"visual.conv1.weight": (768, 3, 16, 16), "visual.ln_pre.bias": (768,)}),
+    ("clip_vitl14", {"patch_embed.proj.weight": (1024, 3, 14, 14), "norm_pre.bias": (1024,)}),
+    (
+      "sam_vitb16",
+      {
+        "image_encoder.patch_embed.proj.weight": (768, 3, 16, 16),
+        "image_encoder.blocks.0.attn.rel_pos_h": (27, 64),
+      },
+    ),
+    (
+      "sam_vitl16",
+      {
+        "vision_encoder.patch_embed.projection.weight": (1024, 3, 16, 16),
+        "vision_encoder.layers.0.attn.rel_pos_h": (27, 64),
+      },
+    ),
+    ("", {"visual.conv1.weight": (640, 3, 16, 16), "visual.ln_pre.bias": (640,)}),
+  ],
+)
+def test_large_teachers_are_known_by_names_and_shapes(name, shapes):
+  tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+  assert recognition.recognise(tensors) == name
 
 
 def test_fids_inception_goes_there_and_back(tmp_path):
