@@ -227,7 +227,8 @@ def inspect(source: str) -> None:
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
   try:
     found = weights.recognise(content)
-    console.say(f"{found.kind} {found.name}, of {found.part}; {_describe(found.tensors)}")
+    what = f"{found.kind} {found.name}".strip()
+    console.say(f"{what}, of {found.part}; {_describe(found.tensors)}")
     _say_aside(found.aside)
   except InputError as error:
     console.say(str(error))
