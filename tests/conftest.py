@@ -43,6 +43,15 @@ CLOCK = {
 }
 
 
+# Files of few but long tests: begun first, so that no core waits for them at the end.
+LONG = ("test_quickstart.py", "test_processes.py", "test_stages.py", "test_mesh.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Pytest's hook."""
+  items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def repeatable_metrics(workdir: Path) -> list[dict]:
   """The lines of a run's metrics without what a clock measured: two equal runs have the same."""
   told = [

@@ -11,4 +11,5 @@ cd "$root"
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
 # The tests compare with float32 numbers of a CPU, and make devices of their own.
-exec env JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec env JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+  --no-loadscope-reorder "$@"
