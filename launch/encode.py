@@ -127,8 +127,9 @@ def encode(
   paths = [output / shards.shard_name(number, count) for number in range(count)]
   mine = range(jax.process_index(), count, jax.process_count())
   todo = [number for number in mine if not paths[number].exists()]
-  for number in todo:  # left by a run that was killed
-    for partial in output.glob(f".{paths[number].name}.*.partial"):
+  first = (BEGUN, latents.STATISTICS, latents.MANIFEST) if jax.process_index() == 0 else ()
+  for name in (*(paths[number].name for number in todo), *first):  # left by a run that was killed
+    for partial in output.glob(f".{name}.*.partial"):
       partial.unlink()
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
@@ -154,7 +155,8 @@ def encode(
         lost += 1
         console.say(f"left out ({lost} of at most {max_corrupt}): {message}")
         _check_lost(lost, max_corrupt, name)
-      parts.append(jax.device_get(encoded))
+      kept = len(batch.index)  # what follows only fills up
+      parts.append({name: x[:kept] for name, x in jax.device_get(encoded).items()})
       labels.append(batch.label)
       skipped += batch.skipped
       done += len(batch.piece.indices)
@@ -294,8 +296,7 @@ def _encoder(
     index = batch.index if count else np.zeros(1, np.int32)
     given = {"image": image[filled], "index": index[filled]}
     with jax.set_mesh(devices):
-      encoded = run(params, mesh.to_global(given, devices))
-    return {name: x[:count] for name, x in encoded.items()}
+      return run(params, mesh.to_global(given, devices))
 
   return on_devices
 

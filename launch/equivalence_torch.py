@@ -265,8 +265,9 @@ def tokenizer_training(job: dict[str, Any], given: Arrays) -> Named:
   for step in range(job["steps"]):
     model.global_step = 2 * step  # Lightning counts the steps of both optimizers
     noise = given[f"noise_{step}"]
+    image = given[f"image_{step}"].float() / 127.5 - 1
     with mock.patch.object(torch, "randn", lambda *_, noise=noise, **__: noise):
-      model.training_step({"image": given[f"image_{step}"].permute(0, 2, 3, 1)}, step)
+      model.training_step({"image": image.permute(0, 2, 3, 1)}, step)
     for key, value in logged.items():
       name = key.removeprefix("train/")
       if name not in ("logvar", "rec_loss", "disc_factor"):  # ours logs their parts, or not

@@ -77,7 +77,7 @@ def reconstruction(tokenizer: trained.Trained, output: Path) -> dict[str, Any]:
 
 def held_out_pictures(tokenizer: trained.Trained) -> np.ndarray:
   """uint8 [N, H, W, 3]: what a tokenizer's training left out, or all where it left none."""
-  return vavae_jax.training.load_crops(tokenizer.config.data, held_out=True)
+  return vavae_jax.training.load_share(tokenizer.config.data, held_out=True)
 
 
 def generation(

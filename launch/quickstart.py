@@ -134,7 +134,7 @@ def _check(config: FrozenConfigDict) -> None:
 
 
 def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
-  return vavae_jax.training.load_crops(tokenizer.config.data, held_out=False)
+  return vavae_jax.training.load_share(tokenizer.config.data, held_out=False)
 
 
 def _evaluate(tokenizer: trained.Trained, pictures: np.ndarray, workdir: Path) -> dict[str, float]:

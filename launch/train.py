@@ -129,7 +129,7 @@ def _distance(
 
   @functools.cache
   def reference() -> Any:
-    crops = vavae_jax.training.load_crops(data, held_out=False, limit=REFERENCE_PICTURES)
+    crops = vavae_jax.training.load_share(data, held_out=False, limit=REFERENCE_PICTURES)
     return evaluate.feature_moments(crops, "reference")
 
   def distance(pictures: np.ndarray) -> dict[str, float]:

@@ -71,9 +71,11 @@ class LatentStore:
         f"{self.path} has {len(self)} of the {self.manifest['records']} latents that its "
         f"{MANIFEST} names: it was not copied whole. Copy it again, or encode again."
       )
-    for shard in opened:
-      noted = self.manifest.get("shards", {}).get(shard.path.name, {}) if self.manifest else None
-      if isinstance(noted, dict) and noted.get("sha256") != (shard.note and shard.note.sha256):
+    listed = self.manifest.get("shards", {})
+    for shard in opened if listed else ():
+      noted = listed.get(shard.path.name)
+      sha256 = noted["sha256"] if isinstance(noted, dict) else None  # older ones have counts alone
+      if sha256 != (shard.note.sha256 if shard.note else None):
         raise InputError(
           f"{shard.path} is not the shard that {MANIFEST} names: it is of another store. Copy the "
           "store again, or encode again."

@@ -42,7 +42,7 @@ def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) 
   return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
 
 
-def load_crops(data: FrozenConfigDict, held_out: bool, limit: int | None = None) -> np.ndarray:
+def load_share(data: FrozenConfigDict, held_out: bool, limit: int | None = None) -> np.ndarray:
   """Centre crops of pictures that a tokenizer was trained on, or of those it was not.
 
   Args:

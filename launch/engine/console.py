@@ -204,7 +204,7 @@ def run_command(
       sys.exit(2)
     except OSError as error:
       if error.errno not in DISK_FULL:
-        raise  # with a traceback
+        raise
       # Files are written whole or not at all, so what is there is good to go on from.
       print(
         f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr

@@ -33,6 +33,7 @@ class Prefetched:
         if self._stopped.is_set():
           return
         self._ready.put((self._put(batch), None))
+      raise RuntimeError("The data of a training ended; they should be endless.")
     except BaseException as error:
       self._ready.put((None, error))
 

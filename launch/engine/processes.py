@@ -19,7 +19,7 @@ def start() -> None:
   """Joins the processes of a job, where the environment says that there are several.
 
   JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell it on
-  any machines; of TPU pods jax finds it out.
+  any machines; where TPU_WORKER_HOSTNAMES lists several, jax finds the rest out.
 
   Raises:
     InputError: some of the variables are missing, or are no numbers.

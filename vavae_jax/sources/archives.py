@@ -14,6 +14,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -164,9 +165,9 @@ def open_tar(pattern: str) -> Archive:
       ) from error
   if not classes:
     return _labelled(files, members, _below_common(labelled))
-  if len(set(keys)) < len(keys):
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise InputError(f"{pattern}: the record {twice[1]} has several pictures; which one is meant?")
+  ((_, record), pictures), *_ = Counter(keys).most_common(1)
+  if pictures > 1:
+    raise InputError(f"{pattern}: the record {record} has several pictures; which one is meant?")
   if lacking := [key for key in keys if key not in classes]:
     raise InputError(f"{pattern}: {lacking[0][1]} has no .cls file, and others have.")
   labels = np.array([classes[key] for key in keys], np.int32)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vavae_jax.assets import load_emoji
 from vavae_jax.errors import InputError
-from vavae_jax.sources.base import EXTENSIONS, EncodedSource, classes_of, listing_of
+from vavae_jax.sources.base import EXTENSIONS, EncodedSource, Unreadable, classes_of, listing_of
 
 
 class Embedded:
@@ -85,7 +85,7 @@ class Folder(EncodedSource):
     try:
       return Path(self.name(index)).read_bytes(), int(self._labels[index])
     except OSError as error:
-      raise InputError(f"The picture {self.name(index)} cannot be read ({error}).") from error
+      raise Unreadable(f"The picture {self.name(index)} cannot be read ({error}).") from error
 
   def name(self, index: int) -> str:
     """The file's path."""

@@ -40,7 +40,7 @@ class Records(EncodedSource):
       InputError: it is not whole.
     """
     chosen = "*"
-    if not Path(folder).is_dir():  # a pattern of files in it
+    if any(c in folder for c in "*?["):
       folder, chosen = os.path.split(folder)
     self._folder = folder
     path = Path(folder) / DESCRIPTION
@@ -55,6 +55,8 @@ class Records(EncodedSource):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise InputError(f"{path} is damaged ({error}); prepare the data again.") from error
     shards = {name: count for name, count in shards.items() if fnmatch.fnmatch(name, chosen)}
+    if not shards:
+      raise InputError(f"{folder} has no records in files called {chosen}.")
     for name, count in shards.items():
       if Path(name).name != name or not (Path(folder) / name).is_file():
         raise InputError(f"{folder} lacks {name}: it was not copied whole.")

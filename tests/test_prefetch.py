@@ -1,0 +1,35 @@
+"""Batches ahead of the steps: in order, errors where the step waits, and an end to it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+
+from launch.engine.prefetch import AHEAD, Prefetched
+
+
+def test_batches_come_in_order_and_a_few_ahead():
+  put = []
+  with Prefetched(itertools.count(), lambda x: put.append(x) or 2 * x) as batches:
+    assert [next(batches) for _ in range(5)] == [0, 2, 4, 6, 8]
+  # Those taken, those in line, one in hand, and what leaving made room for.
+  assert len(put) <= 5 + 2 * (AHEAD + 1)
+  assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def failing():
+  yield 1
+  raise ValueError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+  ("data", "error", "message"),
+  [(failing(), ValueError, "the disk is gone"), ([1], RuntimeError, "should be endless")],
+)
+def test_what_ends_the_data_is_raised_where_a_step_waits(data, error, message):
+  with Prefetched(data, lambda x: x) as batches:
+    assert next(batches) == 1
+    with pytest.raises(error, match=message):
+      next(batches)
