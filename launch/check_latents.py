@@ -48,7 +48,7 @@ def check(path: Path) -> None:
       bar.update(done)
   if problems:
     raise InputError(
-      f"{path} is not sound: {'; '.join(problems[:20])}"
+      f"{path} is not sound: {'; '.join(x.rstrip('.') for x in problems[:20])}"
       f"{' and more' if len(problems) > 20 else ''}. Delete the shards that are named and run the "
       "same python -m launch.encode again."
     )

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 
+import numpy as np
 import pytest
 
-from vavae_jax.files import atomic_file, write_json
+from vavae_jax.files import allow_open_files, atomic_file, write_json, write_safetensors
+from vavae_jax.sources.records import write_records
+
+
+@pytest.fixture
+def limited():
+  """Limits this process until the test has ended."""
+  before = {}
+
+  def limit(kind, soft):
+    before[kind] = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[kind][1]))
+
+  yield limit
+  for kind, limits in before.items():
+    resource.setrlimit(kind, limits)
 
 
 def test_a_file_appears_when_it_is_whole_in_a_folder_of_its_own(tmp_path):
@@ -32,6 +50,32 @@ def test_what_stood_there_survives_an_error(tmp_path):
     fail()
   assert path.read_bytes() == b"old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+NOISE = np.random.default_rng(0).bytes(2**20)
+
+
+@pytest.mark.parametrize(
+  "write",
+  [
+    lambda path: write_json(path, NOISE.hex()),
+    lambda path: write_safetensors(path, {"x": np.frombuffer(NOISE, np.uint8)}),
+    lambda path: write_records(path, [(NOISE, 0)]),
+  ],
+)
+def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):
+  limited(resource.RLIMIT_FSIZE, 2**16)
+  with pytest.raises(OSError) as raised:
+    write(tmp_path / "big")
+  assert raised.value.errno == errno.EFBIG
+  assert not list(tmp_path.iterdir())
+
+
+def test_as_many_files_stay_open_as_the_system_allows(limited):
+  limited(resource.RLIMIT_NOFILE, 256)
+  allow_open_files()
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  assert soft == min(hard, 2**20) > 256
 
 
 def test_json_has_no_nan(tmp_path):

@@ -176,6 +176,13 @@ def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch, 
     sources.open_source("tfds:tiny")
 
 
+def test_a_transparent_level_of_16_bits_is_white():
+  picture = Image.fromarray(np.array([[0, 700, 25_600]], np.uint16))
+  buffer = io.BytesIO()
+  picture.save(buffer, "PNG", transparency=700)
+  assert np.asarray(base.decode(buffer.getvalue(), "clear"))[0, :, 0].tolist() == [0, 255, 100]
+
+
 def grey_16():
   return Image.fromarray(np.array([[0, 256, 65_535]], np.uint16)), [[0], [1], [255]]
 

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +15,9 @@ from typing import IO, Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+# No room on the device, in a quota, or in the size that a file may have.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -64,13 +69,32 @@ def write_safetensors(
   """Writes arrays, atomically; OSError where the disk is full, as of any other file."""
   # As they lie in memory, where ascontiguousarray would give a scalar an axis.
   contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-  with atomic_path(path) as temporary:
-    try:
-      save_file(contiguous, temporary, metadata)
-    except SafetensorError as error:
-      if "os error 28" not in str(error) and "No space left" not in str(error):
-        raise
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+  with atomic_path(path) as temporary, full_disk_as_oserror(path):
+    save_file(contiguous, temporary, metadata)
+
+
+@contextlib.contextmanager
+def full_disk_as_oserror(path: Path) -> Iterator[None]:
+  """Raises OSError where a library tells a full disk by an error of its own."""
+  try:
+    yield
+  except (SafetensorError, RuntimeError) as error:
+    for number in DISK_FULL:
+      if os.strerror(number) in str(error) or f"os error {number}" in str(error):
+        raise OSError(number, os.strerror(number), str(path)) from error
+    raise
+
+
+def allow_open_files() -> None:
+  """Lets this process and those it starts keep as many files open as the system allows it.
+
+  Shards and archives stay open; many systems grant 1,024 files unless one asks for more.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = 10_240 if sys.platform == "darwin" else 2**20  # macOS says "infinity" and refuses it
+  wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def write_json(path: Path, value: Any) -> None:

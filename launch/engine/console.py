@@ -6,7 +6,6 @@ command that resumes.
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -25,10 +24,10 @@ from rich.text import Text
 
 from launch.engine import processes
 from vavae_jax.errors import InputError
+from vavae_jax.files import DISK_FULL, allow_open_files
 
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A path that a person gave and that cannot be written or read; other system errors may be ours.
 UNUSABLE_PATH = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
@@ -196,6 +195,7 @@ def run_command(
         unexpected = argv[arguments + 1]
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
+      allow_open_files()
       processes.start()
       main(argv)
     except (InputError, *UNUSABLE_PATH) as error:

@@ -108,7 +108,10 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     return picture
   picture = ImageOps.exif_transpose(picture)
   if picture.mode.startswith("I"):  # 16 bits, grey; convert() would cut them off at 255
-    levels = np.asarray(picture).astype(np.int64)
+    levels = np.array(picture, np.int64)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+      levels[levels == clear] = 65_535
     if levels.min() < 0 or levels.max() > 65_535:
       raise ValueError(f"its grey levels go from {levels.min()} to {levels.max()}")
     shift = 0 if picture.mode == "I" and levels.max() < 256 else 8

@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path
+from vavae_jax.files import atomic_path, full_disk_as_oserror
 from vavae_jax.sources.base import EncodedSource, Unreadable
 
 DESCRIPTION = "dataset.json"
@@ -92,7 +92,7 @@ class Records(EncodedSource):
     return self.identity()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=None)
 def _reader(path: str, process: int) -> Any:
   del process
   try:
@@ -103,7 +103,7 @@ def _reader(path: str, process: int) -> Any:
 
 def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> None:
   """Writes one file of (picture's file, label), whole or not at all."""
-  with atomic_path(path) as temporary:
+  with atomic_path(path) as temporary, full_disk_as_oserror(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for data, label in records:
       writer.write(_LABEL.pack(label) + data)
