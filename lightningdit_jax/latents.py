@@ -216,7 +216,7 @@ def shard_files(path: Path) -> list[Path]:
   return sorted(file for file in path.glob("*.safetensors") if file.name != STATISTICS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _open(path: str, process: int) -> Shard:
   """Kept open, in each process for itself: opening one for each record is seven times slower."""
   del process

@@ -65,7 +65,7 @@ NOISE = np.random.default_rng(0).bytes(2**20)
 )
 def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):
   limited(resource.RLIMIT_FSIZE, 2**16)
-  with pytest.raises(OSError) as raised:
+  with pytest.raises(OSError, match="File too large") as raised:
     write(tmp_path / "big")
   assert raised.value.errno == errno.EFBIG
   assert not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ class Archive(EncodedSource):
     return listing_of(self._names)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _open(path: str, process: int) -> int:
   """A descriptor of this process, which reads by position, so that threads share it."""
   del process

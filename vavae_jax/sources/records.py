@@ -92,7 +92,7 @@ class Records(EncodedSource):
     return self.identity()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reader(path: str, process: int) -> Any:
   del process
   try:
