@@ -16,8 +16,9 @@ pytorch-fid 0.3.0's pt_inception-2015-12-05-6726825d.pth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,10 +123,10 @@ class InceptionV3(nnx.Module):
     """Makes the network with random weights."""
     make = _Maker(rngs)
     self.conv_1a = make(3, 32, (3, 3), stride=2)
-    self.conv_2a = make(32, 32, (3, 3), padding="VALID")
+    self.conv_2a = make(32, 32, (3, 3), padded=False)
     self.conv_2b = make(32, 64, (3, 3))
     self.conv_3b = make(64, 80, (1, 1))
-    self.conv_4a = make(80, 192, (3, 3), padding="VALID")
+    self.conv_4a = make(80, 192, (3, 3), padded=False)
     self.mixed_5b = _Block35(192, 32, make)
     self.mixed_5c = _Block35(256, 64, make)
     self.mixed_5d = _Block35(288, 64, make)
@@ -174,7 +175,11 @@ class InceptionV3(nnx.Module):
 
 
 class _ConvNorm(nnx.Module):
-  """A convolution, BatchNorm by its stored statistics, relu."""
+  """A convolution, BatchNorm by its stored statistics, relu.
+
+  Notable: where nothing is padded, a row and a column of zeros are, and what they add is cut off;
+  and one pixel is a matrix product. Two and three times faster by XLA on a CPU.
+  """
 
   def __init__(self, conv: nnx.Conv, rngs: nnx.Rngs):
     self.conv = conv
@@ -186,7 +191,14 @@ class _ConvNorm(nnx.Module):
     )
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    return jax.nn.relu(self.norm(self.conv(x_BhwD)))
+    if self.conv.kernel_size == (1, 1):
+      x_BhwD = jnp.dot(x_BhwD, self.conv.kernel[0, 0], precision="highest")
+    elif self.conv.padding == "SAME":
+      x_BhwD = self.conv(x_BhwD)
+    else:
+      height, width = ((size - 3) // self.conv.strides + 1 for size in x_BhwD.shape[1:3])
+      x_BhwD = self.conv(x_BhwD)[:, :height, :width]
+    return jax.nn.relu(self.norm(x_BhwD))
 
 
 class _Maker:
@@ -202,14 +214,14 @@ class _Maker:
     size: tuple[int, int],
     *,
     stride: int = 1,
-    padding: Literal["SAME", "VALID"] = "SAME",
+    padded: bool = True,
   ) -> _ConvNorm:
     conv = nnx.Conv(
       width,
       channels,
       size,
       stride,
-      padding="VALID" if stride > 1 else padding,
+      padding="SAME" if padded and stride == 1 else ((0, 1), (0, 1)),
       use_bias=False,
       precision="highest",
       rngs=self.rngs,
@@ -331,17 +343,35 @@ class _Block8(nnx.Module):
 
 def _average(x_BhwD: jax.Array) -> jax.Array:
   """Of each 3 x 3 neighbourhood, as much of it as there is."""
-  return nnx.avg_pool(x_BhwD, (3, 3), padding="SAME", count_include_pad=False)
+  counts = _by_threes(jnp.ones((1, *x_BhwD.shape[1:3], 1)), jnp.add, 0)
+  return _by_threes(x_BhwD, jnp.add, 0) / counts
 
 
 def _maximum(x_BhwD: jax.Array) -> jax.Array:
   """Of each 3 x 3 neighbourhood."""
-  return nnx.max_pool(x_BhwD, (3, 3), padding="SAME")
+  return _by_threes(x_BhwD, jnp.maximum, -jnp.inf)
 
 
 def _shrink(x_BhwD: jax.Array) -> jax.Array:
-  """The maximum of every second 3 x 3 neighbourhood."""
-  return nnx.max_pool(x_BhwD, (3, 3), (2, 2))
+  """The maximum of every second 3 x 3 neighbourhood that is whole."""
+  for axis in (1, 2):
+    size = x_BhwD.shape[axis]
+    thirds = (jax.lax.slice_in_dim(x_BhwD, i, size - 2 + i, 2, axis) for i in range(3))
+    x_BhwD = functools.reduce(jnp.maximum, thirds)
+  return x_BhwD
+
+
+def _by_threes(
+  x_BhwD: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array], beyond: float
+) -> jax.Array:
+  """Rows and then columns with their two neighbours; XLA's windows take a CPU ten times as long."""
+  for axis in (1, 2):
+    size = x_BhwD.shape[axis]
+    widths = [(int(i == axis), int(i == axis)) for i in range(4)]
+    padded = jnp.pad(x_BhwD, widths, constant_values=beyond)
+    thirds = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3))
+    x_BhwD = functools.reduce(combine, thirds)
+  return x_BhwD
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
