@@ -14,10 +14,8 @@ does not fit is reported as such.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -33,6 +31,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 from launch.engine import configuration, console, hardware, loop, mesh
+from launch.engine.circumstances import circumstances
 from lightningdit_jax import training
 from lightningdit_jax.model import ATTENTIONS
 from vavae_jax.errors import InputError
@@ -248,26 +247,6 @@ def benchmark(
     "config": config.to_dict(),
     "rows": rows,
   }
-
-
-def circumstances() -> dict[str, str]:
-  """What a measurement has to be told with."""
-  return {
-    "command": shlex.join(sys.argv),
-    "commit": _commit(),
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "jax": jax.__version__,
-  }
-
-
-def _commit() -> str:
-  """The commit of this checkout; "unknown" for an installed package."""
-  words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-  try:
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
 
 
 def main(argv: list[str]) -> None:

@@ -29,8 +29,8 @@ from absl import flags
 from PIL import Image
 from safetensors import safe_open
 
-from launch.benchmark import circumstances
 from launch.engine import console
+from launch.engine.circumstances import circumstances
 from lightningdit_jax import latents, shards
 from vavae_jax import images, order
 from vavae_jax.files import write_json

@@ -261,10 +261,7 @@ def _encoder(
   size: int,
 ) -> Callable[[_Batch], _Encoded]:
   """What is stored of a batch, by the names of `shards.SAMPLES` or `shards.POSTERIORS`."""
-  # Of several processes each has its own mesh, and the parameters on it.
-  params = jax.device_put(
-    jax.tree.map(lambda x: x.addressable_data(0), tokenizer.params), mesh.replicated(devices)
-  )
+  params = tokenizer.on(devices).params
 
   @jax.jit
   def run(params: Any, batch: dict[str, jax.Array]) -> _Encoded:

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from launch.benchmark import circumstances
 from launch.differences import (
   BFLOAT16_TOLERANCE,
   HEADER,
@@ -40,6 +39,7 @@ from launch.differences import (
   summary,
 )
 from launch.engine import console
+from launch.engine.circumstances import circumstances
 from launch.equivalence_cases import (
   MODELS,
   TRAINED,

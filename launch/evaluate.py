@@ -1,183 +1,287 @@
-r"""Measures reconstructions of a tokenizer, or samples against real pictures.
+r"""Evaluates samples, a tokenizer or a latent space, by a protocol that the results name.
 
-  python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --output=RUNS/reconstruction
-  python -m launch.evaluate generation --samples=RUNS/samples.npz --reference=embedded:emoji \
-    --image_size=64 --output=RUNS/generation
+  python -m launch.evaluate generation --samples=RUNS/samples.npz --reference=REFERENCE \
+    --output=RUNS/generation
+  python -m launch.evaluate generation --workdir=RUNS/diffusion --num_samples=50000 \
+    --reference=VIRTUAL_imagenet256_labeled.npz --output=RUNS/generation
+  python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
+    --output=RUNS/reconstruction
+  python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
+  python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
+    --grid=cfg_interval_start=0,0.1 --num_samples=2000 --reference=REFERENCE --output=RUNS/sweep
+  python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
+  python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
 
-reconstruction: PSNR and SSIM of the pictures that training left out (of all, where none were), by
-the posterior's mode, with the worst and the median ones as a picture. generation: the Frechet
-distance in features of EfficientNet-Lite0, FD-EfficientNet. It is not FID and compares with no
-published number. Results go to OUTPUT.json, pictures to OUTPUT.png.
+generation: FID, sFID, inception score, precision and recall of --samples (an npz, a folder, a
+latent store, an image source), or of samples that --workdir's model draws, which are never all in
+memory; against --reference (an npz of ADM's or pytorch-fid's, a folder, a latent store, an image
+source). reconstruction: rFID, PSNR, SSIM, LPIPS. latents: the paper's uniformity figures, channels,
+signal to noise. sweep: a distance over a grid of sampling settings. frontier: reconstruction
+against generation of several tokenizers. statistics: mean and covariance of a reference, once and
+for all.
+
+--protocol=adm is what the paper's numbers are (TensorFlow 1's resize), pytorch-fid the other one in
+use; both need FID's Inception (--inception). efficientnet_lite0, or a teacher's name with
+--inception=its file, is a Frechet distance under its own name, which compares with no FID.
+
+Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html. What was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
+from ml_collections import FrozenConfigDict
 
-import vavae_jax.training
+import configs.base
 from launch import trained
-from launch.engine import console, mesh
-from launch.engine.batches import in_batches
-from launch.sample_files import contact_sheet, read_samples
-from vavae_jax import images, sources
+from launch.engine import console
+from launch.evaluation import generation, reconstruction, space, sweep
+from launch.evaluation.features import PROTOCOLS, Network, load_network
+from launch.evaluation.output import Output
+from launch.evaluation.pictures import FromSource, PictureSet, Sampled, open_pictures, own_pictures
+from launch.sample import SETTINGS, define_settings, given_settings
+from lightningdit_jax import checks, transport
+from lightningdit_jax.latents import LatentStore
+from vavae_jax import images
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_json
-from vavae_jax.metrics import distribution, pixels
-from vavae_jax.teachers import load_teacher
-from vavae_jax.teachers.efficientnet import EfficientNetLite0
+from vavae_jax.files import atomic_file
+from vavae_jax.perceptual import Lpips, load_lpips
 
-BATCH_SIZE = 64
-SHOWN = 8
-FEATURE_NETWORK = "efficientnet_lite0"
-
-
-def reconstruction(tokenizer: trained.Trained, output: Path) -> dict[str, Any]:
-  """PSNR and SSIM of held-out pictures; writes OUTPUT.json and OUTPUT.png.
-
-  Args:
-    tokenizer: from `trained.load`.
-    output: path without suffix.
-
-  Returns:
-    What the JSON holds: {"psnr": mean in dB, "ssim": mean, "pictures": count, ...}.
-  """
-  original = held_out_pictures(tokenizer)
-  rebuilt = trained.reconstruct(tokenizer, original, BATCH_SIZE)
-  psnr, ssim = [], []
-  for start in console.tracked(range(0, len(original), BATCH_SIZE), "evaluate"):
-    batch = slice(start, start + BATCH_SIZE)
-    a, b = (images.to_float(jnp.asarray(x[batch])) for x in (original, rebuilt))
-    psnr.append(pixels.psnr(a, b))
-    ssim.append(pixels.ssim(a, b))
-  psnr_B = np.concatenate(psnr)
-  result = {
-    "psnr": float(psnr_B.mean()),
-    "ssim": float(np.concatenate(ssim).mean()),
-    "pictures": len(original),
-    "tokenizer": {"step": tokenizer.step, "sha256": tokenizer.sha256},
-    "protocol": "centre crop, posterior mode, 8-bit pictures; PSNR and SSIM averaged over pictures",
-  }
-  order = np.argsort(psnr_B)
-  middle = max(len(order) // 2 - SHOWN // 2, 0)
-  chosen = np.concatenate([order[:SHOWN], order[middle : middle + SHOWN]])
-  rows = [
-    x[chosen[i : i + SHOWN]] for i in range(0, len(chosen), SHOWN) for x in (original, rebuilt)
-  ]
-  _write(output, result, contact_sheet(np.concatenate(rows), min(SHOWN, len(original))))
-  return result
+COMMON = ("output",)
+NETWORK = ("protocol", "inception")
+SAMPLER = ("workdir", "step", "ema", "num_samples", "labels", "seed", "tokenizer", *SETTINGS)
+FIGURES = ("precision_recall", "bootstrap", "fid_infinity")
+SOURCE = ("reference", "image_size")
+# Evaluation -> the flags that mean something to it.
+ACCEPTED = {
+  "generation": (*COMMON, *NETWORK, *SAMPLER, *FIGURES, *SOURCE, "samples"),
+  "reconstruction": (
+    *COMMON,
+    *NETWORK,
+    *("workdir", "step", "seed", "source", "crop", "image_size", "limit"),
+    *("posterior", "lpips_vgg", "lpips_heads"),
+  ),
+  "latents": (*COMMON, "latents", "runs", "cells", "seed", "path"),
+  "sweep": (*COMMON, *NETWORK, *SAMPLER, "precision_recall", *SOURCE, "grid"),
+  "frontier": (*COMMON, "point", "x", "y"),
+  "statistics": (*COMMON, *NETWORK, *SOURCE, "tokenizer"),
+}
 
 
-def held_out_pictures(tokenizer: trained.Trained) -> np.ndarray:
-  """uint8 [N, H, W, 3]: what a tokenizer's training left out, or all where it left none."""
-  return vavae_jax.training.load_share(tokenizer.config.data, held_out=True)
+def _check_flags(what: str) -> None:
+  if what not in ACCEPTED:
+    raise InputError(f"What to evaluate is {what!r}; give one of {', '.join(ACCEPTED)}.")
+  own = {name for names in ACCEPTED.values() for name in names}
+  for name in sorted(own - set(ACCEPTED[what])):
+    if FLAGS[name].present:
+      raise InputError(f"--{name} means nothing to {what}; see --help.")
 
 
-def generation(
-  samples_NHWC: np.ndarray, reference: distribution.Moments, output: Path
-) -> dict[str, Any]:
-  """FD-EfficientNet of samples to reference pictures; writes OUTPUT.json and OUTPUT.png.
-
-  Args:
-    samples_NHWC: uint8.
-    reference: feature moments of real pictures.
-    output: path without suffix.
-
-  Returns:
-    What the JSON holds: {"fd_efficientnet": ..., "samples": N, "reference": M, ...}.
-  """
-  result = {
-    "fd_efficientnet": feature_distance(feature_moments(samples_NHWC, "samples"), reference),
-    "samples": len(samples_NHWC),
-    "reference": reference.count,
-    "protocol": "Frechet distance of the 1,280 pooled features of EfficientNet-Lite0 at "
-    f"{samples_NHWC.shape[1]} px; not FID",
-  }
-  _write(output, result, contact_sheet(samples_NHWC[: SHOWN * SHOWN], SHOWN))
-  return result
+def _needed(*names: str) -> None:
+  for name in names:
+    if not FLAGS[name].value:
+      raise InputError(f"Give --{name}: {FLAGS[name].help}")
 
 
-def feature_distance(a: distribution.Moments, b: distribution.Moments) -> float:
-  """Frechet distance of two sets of pictures by their feature moments."""
-  return distribution.frechet_distance(a.mean, a.cov, b.mean, b.cov)
+def _network() -> Network:
+  return load_network(FLAGS.protocol, FLAGS.inception)
 
 
-def feature_moments(pictures_NHWC: np.ndarray, name: str) -> distribution.Moments:
-  """Mean and covariance of the pooled features of EfficientNet-Lite0.
-
-  Args:
-    pictures_NHWC: uint8.
-    name: what they are, for the progress bar.
-
-  Returns:
-    The moments of 1,280 features.
-  """
-  network = cast(EfficientNetLite0, load_teacher(FEATURE_NETWORK))
-  run = jax.jit(lambda image_BHWC: network.endpoints(images.to_float(image_BHWC))["pool"])
-  moments = distribution.Moments()
-  with console.Bar(f"features: {name}", len(pictures_NHWC)) as bar:
-    for features in in_batches(run, pictures_NHWC, BATCH_SIZE, mesh.make_mesh()):
-      moments.update(features)
-      bar.update(moments.count)
-  return moments
+def _reference(network: Network, output: Output, size: int) -> generation.Reference:
+  return generation.open_reference(
+    FLAGS.reference,
+    network,
+    image_size=FLAGS.image_size or size,
+    tokenizer=FLAGS.tokenizer,
+    keep=FLAGS.precision_recall,
+    progress=output.progress,
+  )
 
 
-def _files(output: Path) -> tuple[Path, Path]:
-  """Where numbers and picture go; a dot in the name, as in cfg3.5, is not a suffix."""
-  return output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}.png")
+def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
+  """A function from settings, which may be none, to samples of --workdir's model."""
+  models: dict[float | None, tuple[trained.Trained, trained.Trained]] = {}
+
+  def draw(changes: dict[str, Any]) -> PictureSet:
+    ema = changes.get("ema", FLAGS.ema)
+    if ema not in models:
+      diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step, ema)
+      override = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
+      models[ema] = diffusion, trained.tokenizer_of(diffusion, override)
+    diffusion, tokenizer = models[ema]
+    settings = given_settings(diffusion, **{k: v for k, v in changes.items() if k != "ema"})
+    checks.check_sampling(settings, diffusion.config.model, has_guide=False)
+    return Sampled(
+      diffusion, tokenizer, settings, count=FLAGS.num_samples, labels=FLAGS.labels, seed=FLAGS.seed
+    )
+
+  return draw
 
 
-def _check_output(output: Path) -> None:
-  """Raises InputError before any work if the results would replace a file of another kind."""
-  numbers, picture = _files(output)
-  for path in (numbers, picture):
-    if path.exists() and not (numbers.is_file() and "protocol" in json.loads(numbers.read_text())):
-      raise InputError(f"{path} exists and is no evaluation; give another --output.")
+def _generation(output: Output) -> None:
+  _needed("reference")
+  if bool(FLAGS.samples) == bool(FLAGS.workdir):
+    raise InputError("Give either --samples or --workdir: pictures that are there, or a model.")
+  network = _network()
+  samples = open_pictures(FLAGS.samples, tokenizer=FLAGS.tokenizer) if FLAGS.samples else None
+  drawn = samples or _drawer()({})
+  options = generation.Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
+  generation.evaluate(
+    drawn,
+    _reference(network, output, drawn.size),
+    network,
+    output,
+    options=options,
+    workdir=Path(FLAGS.workdir) if FLAGS.workdir else None,
+  )
 
 
-def _write(output: Path, result: dict[str, Any], picture: np.ndarray) -> None:
-  numbers_path, picture_path = _files(output)
-  with atomic_file(picture_path) as file:
-    Image.fromarray(picture).save(file, "PNG")
-  write_json(numbers_path, result)
+def _reconstruction(output: Output) -> None:
+  _needed("workdir")
+  tokenizer = trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step)
+  data = tokenizer.config.data
+  size = FLAGS.image_size or data.image_size
+  source = FLAGS.source or data.valid_source
+  if source:
+    pictures = FromSource(source, size, crop=FLAGS.crop, limit=FLAGS.limit)
+  else:
+    pictures = own_pictures(tokenizer, held_out=True, size=size, crop=FLAGS.crop, limit=FLAGS.limit)
+  network = None if FLAGS.protocol == "none" else _network()
+  lpips = _lpips(tokenizer.config)
+  reconstruction.evaluate(
+    tokenizer,
+    pictures,
+    network,
+    output,
+    posterior=FLAGS.posterior,
+    seed=FLAGS.seed,
+    lpips=lpips,
+  )
+
+
+def _lpips(config: FrozenConfigDict) -> Lpips | None:
+  """As given, or as the tokenizer was trained with if its files are still there."""
+  if FLAGS.lpips_vgg:
+    return load_lpips(FLAGS.lpips_vgg, FLAGS.lpips_heads)
+  files = (config.perceptual.vgg, config.perceptual.heads)
+  if config.perceptual.network == "lpips" and all(Path(file).is_file() for file in files if file):
+    return load_lpips(*files)
+  return None
+
+
+def _latents(output: Output) -> None:
+  _needed("latents")
+  store = LatentStore(Path(FLAGS.latents))
+  space.evaluate(
+    store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
+  )
+
+
+def _sweep(output: Output) -> None:
+  _needed("workdir", "reference")
+  defaults = configs.base.sample().to_dict() | {"ema": 0.0}
+  grid = sweep.parse_grid(FLAGS.grid, defaults)
+  network, draw = _network(), _drawer()
+  first = draw({name: values[0] for name, values in grid.items()})
+  sweep.sweep(
+    grid,
+    draw,
+    _reference(network, output, first.size),
+    network,
+    output,
+    options=generation.Options(FLAGS.precision_recall),
+  )
+
+
+def _frontier(output: Output) -> None:
+  sweep.frontier(FLAGS.point, output, FLAGS.x, FLAGS.y)
+
+
+def _statistics() -> None:
+  _needed("reference")
+  path = Path(FLAGS.output)
+  if path.suffix != ".npz" or path.exists():
+    raise InputError(f"--output is {path}; give the name of a new file that ends in .npz.")
+  network = _network()
+  pictures = open_pictures(FLAGS.reference, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
+  progress = path.with_suffix(".progress")
+  found = generation.statistics_of(pictures, network, "reference", progress=progress)
+  about = {"network": network.about, "pictures": pictures.about}
+  arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
+  for name, ending in (("pool", ""), ("spatial", "_s")):
+    if name in found.moments:
+      arrays[f"mu{ending}"] = found.moments[name].mean
+      arrays[f"sigma{ending}"] = found.moments[name].cov
+  if jax.process_index() == 0:
+    with atomic_file(path) as file:
+      np.savez(file, **arrays)
+  console.table(
+    "Statistics",
+    ("what", "value"),
+    [("pictures", f"{len(pictures):,}"), ("protocol", network.protocol), ("file", str(path))],
+  )
+
+
+EVALUATIONS = {
+  "generation": _generation,
+  "reconstruction": _reconstruction,
+  "latents": _latents,
+  "sweep": _sweep,
+  "frontier": _frontier,
+}
 
 
 def main(argv: list[str]) -> None:
   """The command."""
-  what, output = argv[1] if len(argv) > 1 else "", Path(FLAGS.output)
-  _check_output(output)
-  if what == "reconstruction" and FLAGS.workdir:
-    result = reconstruction(trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step), output)
-  elif what == "generation" and FLAGS.samples and FLAGS.reference:
-    samples, _ = read_samples(Path(FLAGS.samples))
-    source = sources.open_source(FLAGS.reference)
-    size = FLAGS.image_size or samples.shape[1]
-    pictures = images.load_crops(source, np.arange(len(source)), size)
-    result = generation(samples, feature_moments(pictures, "reference"), output)
+  what = argv[1] if len(argv) > 1 else ""
+  _check_flags(what)
+  if what == "statistics":
+    _statistics()
   else:
-    raise InputError(
-      f"What to evaluate is {what!r}; give reconstruction with --workdir, or generation with "
-      "--samples and --reference."
-    )
-  rows = [(name, f"{value:.4g}") for name, value in result.items() if isinstance(value, float)]
-  files = [(k, str(path)) for k, path in zip(("numbers", "picture"), _files(output), strict=True)]
-  console.table(f"Evaluation: {what}", ("what", "value"), [*rows, *files])
+    EVALUATIONS[what](Output(Path(FLAGS.output), what))
 
 
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "", "The tokenizer's workdir, for reconstruction.")
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
-  flags.DEFINE_string("samples", "", "The npz of launch.sample, for generation.")
-  flags.DEFINE_string("reference", "", "Real pictures, such as folder:DIR, for generation.")
-  flags.DEFINE_integer("image_size", 0, "Crop of the reference; the samples' size if not given.")
   flags.DEFINE_string("output", None, "Path of the results without suffix.", required=True)
+  flags.DEFINE_enum(
+    "protocol", "adm", ("none", *PROTOCOLS), "Network and preparation; none: PSNR and SSIM alone."
+  )
+  flags.DEFINE_string("inception", "", "Weights of the protocol's network.")
+  flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
+  flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
+  flags.DEFINE_integer("image_size", 0, "ADM's crop of folders and sources; 0: as samples are.")
+  flags.DEFINE_boolean("precision_recall", True, "Needs the features of all pictures in memory.")
+  flags.DEFINE_integer("bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.")
+  flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")
+  flags.DEFINE_string("workdir", "", "The tokenizer's, or of the model that draws the samples.")
+  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
+  flags.DEFINE_integer("num_samples", 50_000, "To draw.", lower_bound=2)
+  flags.DEFINE_string("labels", "balanced", 'Or "uniform", as the paper\'s, or numbers as 3,7,7.')
+  flags.DEFINE_integer("seed", 0, "Of noise, labels, choices.")
+  flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where latents do not say.")
+  flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
+  flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
+  flags.DEFINE_integer("limit", 0, "A seeded choice of so many pictures; 0: all.", lower_bound=0)
+  flags.DEFINE_enum("posterior", "sample", reconstruction.POSTERIORS, "sample: the reference's.")
+  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; the training's if not given and there.")
+  flags.DEFINE_string("lpips_heads", "", "Its heads, where they are in another file.")
+  flags.DEFINE_string("latents", "", "A latent store.")
+  flags.DEFINE_integer("runs", 10, "t-SNEs, of which figures are the mean.", lower_bound=1)
+  flags.DEFINE_integer("cells", 10_000, "Of the latents, in each.", lower_bound=space.LEAST)
+  flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Of signal to noise.")
+  flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
+  flags.DEFINE_multi_string("point", [], "NAME:RECONSTRUCTION.json:GENERATION.json of a tokenizer.")
+  flags.DEFINE_string("x", "psnr", "Figure of reconstruction for the frontier.")
+  flags.DEFINE_string("y", "fid", "Figure of generation for the frontier.")
+  define_settings()
   console.run_command(main, arguments=1)

@@ -28,10 +28,14 @@ import configs.base
 import lightningdit_jax.training
 import vavae_jax.training
 from configs import quickstart
-from launch import evaluate, trained
+from launch import trained
 from launch.encode import encode
 from launch.engine import configuration, console, loop
 from launch.engine.writers import curve, read_metrics
+from launch.evaluation import generation, reconstruction
+from launch.evaluation.features import EFFICIENTNET, load_network
+from launch.evaluation.output import Output
+from launch.evaluation.pictures import Npz, own_pictures, take
 from launch.report import Curve, Figure, Report, write_report
 from launch.sample import sample_set
 from launch.sample_files import read_samples
@@ -74,7 +78,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     workdir: everything goes there.
 
   Returns:
-    The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ...}.
+    The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ..., "precision": ..., ...}.
   """
   _check(configuration.resolve(config, quickstart.get_config("pipeline")))
   config.diffusion.latents.path = str((workdir / "latents").absolute())
@@ -93,7 +97,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
   )
   pictures, labels = read_samples(workdir / "samples.npz")
-  results = stages.run("Evaluation", lambda: _evaluate(tokenizer, pictures, workdir))
+  results = stages.run("Evaluation", lambda: _evaluate(tokenizer, workdir))
   stages.run(
     "Report",
     lambda: write_report(
@@ -133,20 +137,26 @@ def _check(config: FrozenConfigDict) -> None:
       raise InputError(f"config.{key} is {config[part][name]}; at least {bound} is needed.")
 
 
-def _training_pictures(tokenizer: trained.Trained) -> np.ndarray:
-  return vavae_jax.training.load_share(tokenizer.config.data, held_out=False)
-
-
-def _evaluate(tokenizer: trained.Trained, pictures: np.ndarray, workdir: Path) -> dict[str, float]:
-  reference = evaluate.feature_moments(_training_pictures(tokenizer), "training")
-  rebuilt = evaluate.reconstruction(tokenizer, workdir / "reconstruction")
-  generated = evaluate.generation(pictures, reference, workdir / "generation")
-  held_out = evaluate.feature_moments(evaluate.held_out_pictures(tokenizer), "held out")
+def _evaluate(tokenizer: trained.Trained, workdir: Path) -> dict[str, float]:
+  held_out = own_pictures(tokenizer, held_out=True)
+  output = Output(workdir / "reconstruction", "reconstruction")
+  rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
+  network = load_network(EFFICIENTNET)
+  training = own_pictures(tokenizer, held_out=False)
+  reference = generation.reference_of(training, network, keep=True)
+  generated = generation.evaluate(
+    Npz(workdir / "samples.npz"),
+    reference,
+    network,
+    Output(workdir / "generation", "generation"),
+    options=generation.Options(),
+    workdir=workdir / "diffusion",
+  )
+  real = generation.statistics_of(held_out, network, "held out").moments["pool"]
   return {
-    "psnr": rebuilt["psnr"],
-    "ssim": rebuilt["ssim"],
-    "fd_efficientnet": generated["fd_efficientnet"],
-    "fd_efficientnet_real": evaluate.feature_distance(held_out, reference),
+    **rebuilt,
+    **generated,
+    "fd_efficientnet_real": reference.gaussian.distance(real.mean, real.cov).distance,
   }
 
 
@@ -163,10 +173,12 @@ def _report(
   class_names = store.manifest["class_names"]
   rows = [pictures[labels == c][:SHOWN_PER_CLASS] for c in range(len(class_names))]
   columns = min(len(row) for row in rows)
-  held_out = evaluate.held_out_pictures(tokenizer)
+  held_out = own_pictures(tokenizer, held_out=True)
   count = len(held_out)
   # Spread over the set, which is sorted by class.
-  held_out = held_out[np.unique(np.linspace(0, count - 1, SHOWN_RECONSTRUCTIONS).astype(int))]
+  spread = np.unique(np.linspace(0, count - 1, SHOWN_RECONSTRUCTIONS).astype(int))
+  originals = take(held_out, spread.tolist())
+  training = own_pictures(tokenizer, held_out=False)
   return Report(
     title="VA-VAE and LightningDiT in JAX: quickstart",
     summary=(
@@ -178,8 +190,8 @@ def _report(
     ),
     class_names=class_names,
     samples=np.stack([row[:columns] for row in rows]),
-    originals=held_out,
-    reconstructions=trained.reconstruct(tokenizer, held_out),
+    originals=originals,
+    reconstructions=trained.reconstruct(tokenizer, originals),
     curves=_curves(workdir),
     latents_2d=_project(store),
     latents_label=store.labels,
@@ -187,7 +199,7 @@ def _report(
       "Each training picture at the place of its latent: the normalised latents of all positions, "
       "brought to the plane by t-SNE (perplexity 30, PCA start)."
     ),
-    latents_thumbnails=_training_pictures(tokenizer),
+    latents_thumbnails=training.read(0, len(training)),
     figures=figures(results, len(pictures), len(store), count),
     caveats=[
       "FD-EfficientNet is the Frechet distance in features of the very network that the tokenizer "
@@ -221,6 +233,20 @@ def figures(results: dict[str, float], samples: int, training: int, held_out: in
       "",
       f"{held_out} held-out against {training} training pictures: what perfect samples would get",
       "lower",
+    ),
+    Figure(
+      "Precision",
+      results["precision"],
+      "",
+      "share of samples among the training pictures, in the same features",
+      "higher",
+    ),
+    Figure(
+      "Recall",
+      results["recall"],
+      "",
+      "share of training pictures among the samples, in the same features",
+      "higher",
     ),
   ]
 

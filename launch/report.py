@@ -1,4 +1,4 @@
-"""The quickstart's report: arrays and numbers in, one self-contained HTML file out.
+"""Reports: arrays and numbers in, one self-contained HTML file out.
 
 Notable: pictures are data URIs and charts are inline SVG, whose text and lines take their
 colours from the style sheet; so the file opens offline, needs no JavaScript, follows the reader's
@@ -8,9 +8,12 @@ written whole or not at all, so an interrupted run never leaves half a report.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,9 +37,17 @@ class Figure:
   better: str = ""
 
 
+class Section(NamedTuple):
+  """A part of a page: its name, a sentence about it, its content as HTML; none if that is empty."""
+
+  name: str
+  caption: str
+  content: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """All that the page shows; a part without pictures, curves or points leaves its section out.
+  """All of the quickstart's page; a part without pictures, curves or points has no section.
 
   Attributes:
     title: of the page.
@@ -75,8 +86,46 @@ class Report:
   latents_thumbnails: np.ndarray | None = None
 
 
+def write_page(
+  path: Path,
+  *,
+  title: str,
+  summary: str,
+  figures: Sequence[Figure],
+  sections: Sequence[Section],
+  hero: str = "",
+) -> None:
+  """Writes a page; an older one at the same path stays whole until the new one is.
+
+  Args:
+    path: the HTML file; its folder is made.
+    title: of the page.
+    summary: one paragraph.
+    figures: of which the first four head the page.
+    sections: in their order.
+    hero: HTML above the title.
+  """
+  shown = [section for section in sections if section.content]
+  links = "".join(f'<a href="#{section.name.lower()}">{section.name}</a>' for section in shown)
+  body = "".join(
+    f'<section id="{name.lower()}"><h2>{name}</h2><p>{escape(caption)}</p>{content}</section>'
+    for name, caption, content in shown
+  )
+  page = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta name="color-scheme" content="light dark">'
+    f"<title>{escape(title)}</title><style>{_STYLE.read_text('utf-8')}</style></head><body>"
+    f"<header>{hero}<h1>{escape(title)}</h1>"
+    f'<p class="summary">{escape(summary)}</p>{_headlines(figures)}<nav>{links}</nav>'
+    f"</header><main>{body}</main></body></html>\n"
+  )
+  with atomic_file(path) as file:
+    file.write(page.encode())
+
+
 def write_report(report: Report, path: Path) -> None:
-  """Writes the page; an older one at the same path stays whole until the new one is.
+  """Writes the quickstart's page; an older one at the same path stays whole until the new one is.
 
   Args:
     report: what to show.
@@ -88,44 +137,37 @@ def write_report(report: Report, path: Path) -> None:
   """
   _check(report)
   sections = [
-    (
+    Section(
       "Samples",
       "New pictures: drawn from noise by the diffusion transformer under guidance, told nothing "
       "but the class, and decoded by the tokenizer.",
       _samples(report),
     ),
-    (
+    Section(
       "Reconstructions",
       "Held-out pictures, seen by no training. Left the original, right what the tokenizer "
       "rebuilds from its latent.",
       _reconstructions(report),
     ),
-    (
-      "Training",
-      "Faint: as logged. Strong: moving average, with its last value above the chart.",
-      "".join(map(line_chart, report.curves)),
-    ),
-    ("Latents", report.latents_caption, _latents(report)),
-    ("Figures", "", _figures(report)),
-    ("Run", f"{_duration(sum(report.timings.values()))} in all.", _run(report)),
+    training_section(report.curves),
+    Section("Latents", report.latents_caption, _latents(report)),
+    Section("Figures", "", figures_table(report.figures, report.caveats)),
+    Section("Run", f"{_duration(sum(report.timings.values()))} in all.", _run(report)),
   ]
-  sections = [section for section in sections if section[2]]
-  links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name, _, _ in sections)
-  body = "".join(
-    f'<section id="{name.lower()}"><h2>{name}</h2><p>{escape(caption)}</p>{content}</section>'
-    for name, caption, content in sections
+  write_page(
+    path,
+    title=report.title,
+    summary=report.summary,
+    figures=report.figures,
+    sections=sections,
+    hero=_hero(report),
   )
-  page = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    '<meta name="color-scheme" content="light dark">'
-    f"<title>{escape(report.title)}</title><style>{_STYLE.read_text('utf-8')}</style></head><body>"
-    f"<header>{_hero(report)}<h1>{escape(report.title)}</h1>"
-    f'<p class="summary">{escape(report.summary)}</p>{_headlines(report)}<nav>{links}</nav>'
-    f"</header><main>{body}</main></body></html>\n"
-  )
-  with atomic_file(path) as file:
-    file.write(page.encode())
+
+
+def training_section(curves: Sequence[Curve]) -> Section:
+  """Charts of a training."""
+  caption = "Faint: as logged. Strong: moving average, with its last value above the chart."
+  return Section("Training", caption, "".join(map(line_chart, curves)))
 
 
 def _check(report: Report) -> None:
@@ -172,29 +214,39 @@ def _hero(report: Report) -> str:
   return f'<div class="hero" role="img" aria-label="Samples of all classes">{tiles}</div>'
 
 
-def _headlines(report: Report) -> str:
+def _headlines(figures: Sequence[Figure]) -> str:
   tiles = "".join(
     f"<div><dt>{escape(figure.name)} {_ARROWS[figure.better]}</dt><dd>{_value(figure)}</dd></div>"
-    for figure in report.figures[:_MAX_HEADLINES]
+    for figure in figures[:_MAX_HEADLINES]
   )
   return f'<dl class="headlines">{tiles}</dl>' if tiles else ""
 
 
 def _samples(report: Report) -> str:
   columns = min(report.samples.shape[1], 10)
+  return picture_rows(dict(zip(report.class_names, report.samples, strict=True)), columns)
+
+
+def picture_rows(rows: Mapping[str, np.ndarray], columns: int) -> str:
+  """Pictures [n,H,W,3] under a name each, `columns` beside each other."""
   return "".join(
     f'<div class="class"><h3>{escape(name)}</h3>'
     f'<div class="tiles" style="--columns:{columns}" role="img" aria-label="{escape(name)}">'
     f"{''.join(map(_picture, images))}</div></div>"
-    for name, images in zip(report.class_names, report.samples, strict=True)
+    for name, images in rows.items()
     if len(images)
   )
 
 
 def _reconstructions(report: Report) -> str:
+  return picture_pairs(report.originals, report.reconstructions, ("original", "reconstruction"))
+
+
+def picture_pairs(left: np.ndarray, right: np.ndarray, names: tuple[str, str]) -> str:
+  """Pictures [n,H,W,3] side by side in pairs; `names` are for who cannot see them."""
   pairs = "".join(
-    f'<div class="pair">{_picture(original, "original")}{_picture(rebuilt, "reconstruction")}</div>'
-    for original, rebuilt in zip(report.originals, report.reconstructions, strict=True)
+    f'<div class="pair">{_picture(a, names[0])}{_picture(b, names[1])}</div>'
+    for a, b in zip(left, right, strict=True)
   )
   return f'<div class="pairs">{pairs}</div>' if pairs else ""
 
@@ -207,18 +259,41 @@ def _latents(report: Report) -> str:
   )
 
 
-def _figures(report: Report) -> str:
+def figures_table(figures: Sequence[Figure], caveats: Sequence[str] = ()) -> str:
+  """The figures with their notes, and what must be known before they are quoted."""
   rows = "".join(
     f"<tr><th>{escape(figure.name)}<small>{escape(figure.note)}</small></th>"
     f"<td>{_value(figure)}</td><td>{escape(figure.better)}</td></tr>"
-    for figure in report.figures
+    for figure in figures
   )
   table = (
     "<table><thead><tr><th>figure</th><th>value</th><th>better</th></tr></thead>"
     f"<tbody>{rows}</tbody></table>"
   )
-  caveats = "".join(f'<p class="caveat">{escape(caveat)}</p>' for caveat in report.caveats)
-  return table + caveats if rows else caveats
+  told = "".join(f'<p class="caveat">{escape(caveat)}</p>' for caveat in caveats)
+  return table + told if rows else told
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A plain table."""
+  head = "".join(f"<th>{escape(name)}</th>" for name in header)
+  body = "".join(
+    "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+  )
+  return (
+    f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+  )
+
+
+def data_uri_of_file(path: Path) -> str:
+  """A PNG file as a picture of the page."""
+  data = base64.b64encode(path.read_bytes()).decode()
+  return f'<img class="plot" src="data:image/png;base64,{data}" alt="{escape(path.stem)}">'
+
+
+def details(name: str, text: str) -> str:
+  """A text that opens by a click."""
+  return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _run(report: Report) -> str:
@@ -234,7 +309,7 @@ def _run(report: Report) -> str:
   )
   return (
     f'<dl class="bars">{bars}</dl>'
-    f"<details><summary>Configuration</summary><pre>{escape(report.config)}</pre></details>"
+    f"{details('Configuration', report.config)}"
     f'<details><summary>Versions</summary><dl class="versions">{versions}</dl></details>'
   )
 

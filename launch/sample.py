@@ -232,14 +232,30 @@ def _check_begun(output: Path, about: Path, noted: dict[str, Any]) -> None:
     )
 
 
+def define_settings() -> None:
+  """Defines a flag for each of `config.sample`."""
+  define: dict[type, Any] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for name, default in configs.base.sample().items():
+    define[type(default)](name, None, SETTINGS[name])
+
+
+def given_settings(diffusion: trained.Trained, **changes: Any) -> FrozenConfigDict:
+  """The model's own `config.sample`, but for the flags that were given, and those `changes`."""
+  settings = diffusion.config.sample.to_dict()
+  settings |= {k: flags.FLAGS[k].value for k in settings if flags.FLAGS[k].value is not None}
+  return FrozenConfigDict(ConfigDict(settings | changes))
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
   diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   guide = trained.load(Path(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
-  settings = diffusion.config.sample.to_dict()
-  settings |= {k: FLAGS[k].value for k in settings if FLAGS[k].value is not None}
   output = Path(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
@@ -250,7 +266,7 @@ def main(argv: list[str]) -> None:
     num_samples=FLAGS.num_samples,
     labels=FLAGS.labels,
     seed=FLAGS.seed,
-    settings=FrozenConfigDict(ConfigDict(settings)),
+    settings=given_settings(diffusion),
     guide=guide,
     png=FLAGS.png,
   )
@@ -281,11 +297,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
   flags.DEFINE_integer("guide_step", None, "Which checkpoint of it; the newest if not given.")
   flags.DEFINE_boolean("png", False, "Also a folder of PNG files.")
-  define: dict[type, Any] = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-  }
-  for name, default in configs.base.sample().items():
-    define[type(default)](name, None, SETTINGS[name])
+  define_settings()
   console.run_command(main)

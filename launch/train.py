@@ -23,14 +23,18 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 import vavae_jax.training
-from launch import evaluate, trained
+from launch import trained
 from launch.engine import configuration, console, loop, mesh
+from launch.evaluation.features import EFFICIENTNET, Network, load_network
+from launch.evaluation.generation import gaussian_of, key_of, statistics_of
+from launch.evaluation.pictures import Array, own_pictures
 from launch.initial import initial_weights
 from launch.sample import make_sampler
 from launch.sample_files import contact_sheet
 from vavae_jax import feature_cache
 from vavae_jax.errors import InputError
 from vavae_jax.frozen import uses_teacher
+from vavae_jax.metrics.distribution import Gaussian
 from vavae_jax.optimizer import averaged
 
 PICTURE_SAMPLES = 36
@@ -125,16 +129,18 @@ def _distance(
   """
   if config.evaluate_samples < 2:
     raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")
-  data = tokenizer.config.data
 
   @functools.cache
-  def reference() -> Any:
-    crops = vavae_jax.training.load_share(data, held_out=False, limit=REFERENCE_PICTURES)
-    return evaluate.feature_moments(crops, "reference")
+  def reference() -> tuple[Network, Gaussian]:
+    network = load_network(EFFICIENTNET)
+    real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
+    return network, gaussian_of(statistics_of(real, network, "reference"))
 
   def distance(pictures: np.ndarray) -> dict[str, float]:
-    moments = evaluate.feature_moments(pictures[: config.evaluate_samples], "samples")
-    return {"fd_efficientnet": evaluate.feature_distance(moments, reference())}
+    network, gaussian = reference()
+    drawn = Array(pictures[: config.evaluate_samples])
+    moments = statistics_of(drawn, network, "samples").moments["pool"]
+    return {key_of(network): gaussian.distance(moments.mean, moments.cov).distance}
 
   return distance
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,13 @@ class Trained:
 
   @functools.cached_property
   def sha256(self) -> str:
-    """Identifies the parameters: a hash of their names and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-      digest.update(jax.tree_util.keystr(path).encode())
-      digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    """Identifies the parameters."""
+    return functional.fingerprint(self.params)
+
+  def on(self, devices: jax.sharding.Mesh) -> Trained:
+    """The same, the parameters on every device of a mesh: of several processes each has its own."""
+    here = jax.tree.map(lambda x: x.addressable_data(0), self.params)
+    return dataclasses.replace(self, params=jax.device_put(here, mesh.replicated(devices)))
 
 
 def load(
@@ -126,10 +126,26 @@ def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
     InputError: unknown, or another one than the latents were made with; or these are not the
       latents that the model was trained on.
   """
-  config = diffusion.config
-  store = check_latents(config)
+  return tokenizer_of_latents(
+    check_latents(diffusion.config), override or diffusion.config.tokenizer
+  )
+
+
+def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
+  """The tokenizer that made a latent store.
+
+  Args:
+    store: the latents.
+    workdir: the tokenizer's; "": as the store says.
+
+  Returns:
+    The trained tokenizer.
+
+  Raises:
+    InputError: unknown, or another one than the latents were made with.
+  """
   noted = store.manifest.get("tokenizer", {})
-  workdir = override or config.tokenizer or noted.get("workdir")
+  workdir = workdir or noted.get("workdir", "")
   if not workdir:
     raise InputError(
       f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import launch.quickstart
 from configs import quickstart
-from launch import evaluate, trained
+from launch import trained
 from launch.engine import configuration, console
 from launch.sample_files import read_samples
 from launch.train import train
@@ -206,19 +206,6 @@ def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
   config = changed(ConfigDict(diffusion.config), latents__path=str(store))
   with pytest.raises(InputError, match="is not the one that made the latents"):
     trained.tokenizer_of(dataclasses.replace(diffusion, config=FrozenConfigDict(config)))
-
-
-def test_results_replace_only_results(tmp_path):
-  """And a dot in the name is no suffix."""
-  picture = np.zeros((4, 4, 3), np.uint8)
-  for name in ("cfg3.0", "cfg3.5"):
-    evaluate._check_output(tmp_path / name)
-    evaluate._write(tmp_path / name, {"protocol": name}, picture)
-    evaluate._check_output(tmp_path / name)
-  assert json.loads((tmp_path / "cfg3.0.json").read_text()) == {"protocol": "cfg3.0"}
-  (tmp_path / "samples.json").write_text('{"num_samples": 3}')
-  with pytest.raises(InputError, match=r"samples\.json exists and is no evaluation"):
-    evaluate._check_output(tmp_path / "samples")
 
 
 def test_files_that_are_no_samples_are_refused(tmp_path):

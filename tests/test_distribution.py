@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.reference import procedural
+from tests.reference import make_frechet, procedural
 from vavae_jax.metrics.distribution import (
   Moments,
   frechet_distance,
@@ -35,6 +36,23 @@ def test_frechet_distance_matches_reference():
   ours = distance(moments(FEATURES), moments(SAMPLES))
   np.testing.assert_allclose(ours, REFERENCE["fid"], rtol=1e-6)
   np.testing.assert_allclose(ours, REFERENCE["fid_library"], rtol=1e-6)
+
+
+TOOLS = json.loads((Path(__file__).parent / "reference" / "frechet.json").read_text())
+
+
+@pytest.mark.parametrize("name", make_frechet.CASES)
+def test_frechet_distance_is_that_of_other_tools(name):
+  ours = distance(*map(moments, make_frechet.features(name)))
+  for tool, theirs in TOOLS[name].items():
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=tool)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", make_frechet.CASES)
+def test_the_other_tools_still_say_so(name):
+  for tool, value in make_frechet.distances(name).items():
+    np.testing.assert_allclose(value, TOOLS[name][tool], rtol=1e-4, err_msg=tool)
 
 
 def test_inception_score_matches_reference():

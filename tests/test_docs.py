@@ -12,7 +12,7 @@ from configs import base
 from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 
-PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md", "docs/data.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md", "docs/data.md", "docs/evaluation.md")
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
 
@@ -28,7 +28,7 @@ def test_commands_of_the_documents_can_be_given(words):
   _, _, module, *options = words
   source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
   known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
-  if module == "launch.sample":
+  if module in ("launch.sample", "launch.evaluate"):
     known |= set(base.sample())
   given = dict(word.removeprefix("--").partition("=")[::2] for word in options if word[0] == "-")
   config = None

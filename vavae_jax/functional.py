@@ -6,10 +6,12 @@ is put together from such a dict where it is called, and forgotten again.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 from vavae_jax.errors import InputError
@@ -49,6 +51,15 @@ def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
     return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
     raise InputError(f"{name} cannot be built: {error}") from error
+
+
+def fingerprint(params: Params) -> str:
+  """Identifies parameters: a hash of their names and bytes."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def init(build: Build, key: jax.Array, *kinds: type[nnx.Variable]) -> Any:

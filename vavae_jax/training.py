@@ -42,23 +42,12 @@ def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) 
   return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
 
 
-def load_share(data: FrozenConfigDict, held_out: bool, limit: int | None = None) -> np.ndarray:
-  """Centre crops of pictures that a tokenizer was trained on, or of those it was not.
-
-  Args:
-    data: its `config.data`.
-    held_out: those that training left out; where it left none, those it had.
-    limit: take a random choice of so many; None: all.
-
-  Returns:
-    uint8 [N, size, size, 3].
+def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
+  """Indices in `data.source`, ascending: those that training left out (where it left none, those it
+  had), or those it had.
   """
   train, rest = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
-  chosen = rest if held_out and len(rest) else train
-  if limit is not None:
-    chosen = np.random.default_rng(0).permutation(chosen)[:limit]
-  source = _source(data, data.source, np.sort(chosen))
-  return images.load_crops(source, chosen, data.image_size)
+  return rest if held_out and len(rest) else train
 
 
 def resolve(config: FrozenConfigDict) -> FrozenConfigDict:

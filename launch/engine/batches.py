@@ -12,21 +12,21 @@ from launch.engine import mesh
 
 
 def in_batches(
-  run: Callable[..., jax.Array],
+  run: Callable[..., Any],
   arrays: Any,
   batch_size: int,
   devices: jax.sharding.Mesh,
-) -> Iterator[np.ndarray]:
+) -> Iterator[Any]:
   """Runs a function over the leading axis of some arrays.
 
   Args:
-    run: jitted, from a global batch (like `arrays`) to an array [B, ...].
+    run: jitted, from a global batch (like `arrays`) to an array [B, ...] or a pytree of them.
     arrays: pytree of host arrays [N, ...]; the last batch is filled up by repetition.
     batch_size: over all devices; rounded up to a multiple of their number.
     devices: from `mesh.make_mesh`.
 
   Yields:
-    What `run` gives for each batch, without the filling: N rows in all.
+    What `run` gives for each batch, as host arrays without the filling: N rows in all.
   """
   batch_size = mesh.round_up(batch_size, devices)
   total = len(jax.tree.leaves(arrays)[0])
@@ -35,4 +35,5 @@ def in_batches(
     rows = np.resize(np.arange(start, start + count), batch_size)
     batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
     with jax.set_mesh(devices):
-      yield np.asarray(run(mesh.to_global(batch, devices)))[:count]
+      out = jax.device_get(run(mesh.to_global(batch, devices)))
+    yield jax.tree.map(lambda x, count=count: x[:count], out)

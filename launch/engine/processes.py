@@ -6,6 +6,8 @@ import os
 import sys
 
 import jax
+import numpy as np
+import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from vavae_jax.errors import InputError
@@ -50,6 +52,23 @@ def abandon(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+  """The named arrays of all processes, in their order; names and shapes may differ.
+
+  They travel as bytes, since jax would make float32 of float64.
+  """
+  if jax.process_count() == 1:
+    return [tensors]
+  mine = np.frombuffer(safetensors.numpy.save(tensors), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(mine), np.int32)).tolist()
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[: len(mine)] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    safetensors.numpy.load(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)
+  ]
 
 
 def wait_for_all(what: str) -> None:

@@ -94,6 +94,59 @@ class Moments:
     return self.scatter / (self.count - 1)
 
 
+class Frechet(NamedTuple):
+  """A squared Frechet distance and its parts.
+
+  Attributes:
+    distance: the sum of the two parts; lower is better.
+    means: |mu1 - mu2|^2.
+    covariances: tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    negative: how far the most negative eigenvalue of C1 C2 was below zero, in units of the largest;
+      rounding, which was set to zero. 0 if there was none.
+  """
+
+  distance: float
+  means: float
+  covariances: float
+  negative: float
+
+
+class Gaussian:
+  """A Gaussian to which others are compared; the root of its covariance is taken once."""
+
+  def __init__(self, mean: np.ndarray, cov: np.ndarray):
+    """Args:
+      mean: [F].
+      cov: unbiased covariance [F,F].
+
+    Raises:
+      ValueError: if shapes do not fit, a value is not finite, or the covariance is asymmetric or
+        has an eigenvalue below zero by more than rounding.
+    """
+    self.mean, self.cov = _checked_moments("1", mean, cov)
+    values_F, vectors_FF = np.linalg.eigh(self.cov)
+    self._root = vectors_FF * np.sqrt(_clip_rounding("cov1", values_F)) @ vectors_FF.T
+
+  def distance(self, mean: np.ndarray, cov: np.ndarray) -> Frechet:
+    """To a Gaussian of the same size; ValueError as of the constructor."""
+    mean, cov = _checked_moments("2", mean, cov)
+    if mean.shape != self.mean.shape:
+      raise ValueError(
+        f"Got means of sizes {self.mean.size} and {mean.size}: compare features of the same "
+        "network."
+      )
+    _clip_rounding("cov2", np.linalg.eigvalsh(cov))
+    # C1 C2 has the eigenvalues of the symmetric R C2 R with R R = C1.
+    product_FF = self._root @ cov @ self._root
+    values_F = np.linalg.eigvalsh((product_FF + product_FF.T) / 2)
+    trace_root = np.sqrt(_clip_rounding("cov1 cov2", values_F)).sum()
+    shift_F = self.mean - mean
+    means = float(shift_F @ shift_F)
+    covariances = float(np.trace(self.cov) + np.trace(cov) - 2 * trace_root)
+    negative = float(max(-values_F.min(), 0) / max(np.abs(values_F).max(), np.finfo(float).tiny))
+    return Frechet(means + covariances, means, covariances, negative)
+
+
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
   """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
@@ -112,25 +165,49 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
   Source: Heusel et al. 2017, equation 6.
   """
-  mu1, mu2, cov1, cov2 = (np.asarray(x, np.float64) for x in (mu1, mu2, cov1, cov2))
-  size = mu1.size
-  if mu1.shape != (size,) or mu2.shape != (size,) or {cov1.shape, cov2.shape} != {(size, size)}:
-    raise ValueError(
-      f"Got means {mu1.shape}, {mu2.shape} and covariances {cov1.shape}, {cov2.shape}, need [F], "
-      "[F], [F,F], [F,F]: compare features of the same network."
+  return Gaussian(mu1, cov1).distance(mu2, cov2).distance
+
+
+class ProbabilitySums(NamedTuple):
+  """What the inception score of a split needs of its probabilities; sums of parts add up.
+
+  The mean divergence of p(y|x) from p(y) is E sum p(y|x) log p(y|x) - sum p(y) log p(y).
+
+  Attributes:
+    rows: how many.
+    entropy: sum of p log p over all rows and classes.
+    total: sum of the rows [classes].
+  """
+
+  rows: int
+  entropy: float
+  total: np.ndarray
+
+  @classmethod
+  def of(cls, probabilities: np.ndarray) -> ProbabilitySums:
+    """Of rows [N,classes]; ValueError if they are not probabilities that sum to 1."""
+    probabilities = _checked_features("probabilities", probabilities)
+    if len(probabilities) and (
+      probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3
+    ):
+      raise ValueError("Rows of probabilities are not >= 0 with sum 1: pass the softmax of logits.")
+    return cls(len(probabilities), float(_p_log_p(probabilities).sum()), probabilities.sum(axis=0))
+
+  def plus(self, other: ProbabilitySums) -> ProbabilitySums:
+    """Of both together."""
+    return ProbabilitySums(
+      self.rows + other.rows, self.entropy + other.entropy, self.total + other.total
     )
-  for name, array in {"mu1": mu1, "cov1": cov1, "mu2": mu2, "cov2": cov2}.items():
-    if not np.isfinite(array).all():
-      raise ValueError(f"{name} holds NaN or infinity: look for the batch of features that does.")
-  # C1 C2 has the eigenvalues of the symmetric R C2 R with R R = C1.
-  values_F, vectors_FF = np.linalg.eigh(_symmetric("cov1", cov1))
-  root_FF = vectors_FF * np.sqrt(_clip_rounding("cov1", values_F)) @ vectors_FF.T
-  _clip_rounding("cov2", np.linalg.eigvalsh(_symmetric("cov2", cov2)))
-  product_FF = root_FF @ cov2 @ root_FF
-  values_F = np.linalg.eigvalsh((product_FF + product_FF.T) / 2)
-  trace_root = np.sqrt(_clip_rounding("cov1 cov2", values_F)).sum()
-  shift_F = mu1 - mu2
-  return float(shift_F @ shift_F + np.trace(cov1) + np.trace(cov2) - 2 * trace_root)
+
+  def score(self) -> float:
+    """The inception score of the rows; there is at least one."""
+    mean = self.total / self.rows
+    return float(np.exp(self.entropy / self.rows - _p_log_p(mean).sum()))
+
+
+def _p_log_p(p: np.ndarray) -> np.ndarray:
+  """p log p, which goes to 0 as p does."""
+  return p * np.log(np.where(p > 0, p, 1))
 
 
 def inception_score(probabilities: np.ndarray, split_size: int) -> float:
@@ -150,21 +227,13 @@ def inception_score(probabilities: np.ndarray, split_size: int) -> float:
 
   Source: Salimans et al. 2016; guided-diffusion's evaluator.
   """
-  probabilities = _checked_features("probabilities", probabilities)
   if len(probabilities) == 0 or split_size < 1:
     raise ValueError(
       f"Got {len(probabilities)} rows and split_size {split_size}, need at least one of each."
     )
-  if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-    raise ValueError("Rows of probabilities are not >= 0 with sum 1: pass the softmax of logits.")
-  scores = []
-  for start in range(0, len(probabilities), split_size):
-    split = probabilities[start : start + split_size]
-    ratio = split / np.maximum(split.mean(axis=0), np.finfo(np.float64).tiny)
-    # p log p -> 0 as p -> 0, hence the 1 in place of a ratio of zero.
-    divergence_N = (split * np.log(np.where(split > 0, ratio, 1))).sum(axis=1)
-    scores.append(np.exp(divergence_N.mean()))
-  return float(np.mean(scores))
+  splits = range(0, len(probabilities), split_size)
+  parts = [ProbabilitySums.of(probabilities[i : i + split_size]) for i in splits]
+  return float(np.mean([part.score() for part in parts]))
 
 
 def precision_recall(
@@ -243,12 +312,20 @@ def _checked_features(name: str, array: np.ndarray) -> np.ndarray:
   return array
 
 
-def _symmetric(name: str, matrix: np.ndarray) -> np.ndarray:
-  """The matrix itself; eigh reads one triangle, so a difference of the other would be ignored."""
-  asymmetry, largest = np.abs(matrix - matrix.T).max(), np.abs(matrix).max()
+def _checked_moments(
+  number: str, mean: np.ndarray, cov: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Both as float64, finite and symmetric; eigh reads one triangle and would hide a difference."""
+  mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+  if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
+    raise ValueError(f"Got a mean {mean.shape} and a covariance {cov.shape}, need [F] and [F,F].")
+  for name, array in ((f"mu{number}", mean), (f"cov{number}", cov)):
+    if not np.isfinite(array).all():
+      raise ValueError(f"{name} holds NaN or infinity: look for the batch of features that does.")
+  asymmetry, largest = np.abs(cov - cov.T).max(), np.abs(cov).max()
   if asymmetry > _NEGATIVE_TOLERANCE * largest:
-    raise ValueError(f"{name} is not symmetric (by {asymmetry:g}), so it is no covariance.")
-  return matrix
+    raise ValueError(f"cov{number} is not symmetric (by {asymmetry:g}), so it is no covariance.")
+  return mean, cov
 
 
 def _clip_rounding(name: str, eigenvalues: np.ndarray) -> np.ndarray:

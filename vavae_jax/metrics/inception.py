@@ -181,8 +181,8 @@ class _ConvNorm(nnx.Module):
   and one pixel is a matrix product. Two and three times faster by XLA on a CPU.
   """
 
-  def __init__(self, conv: nnx.Conv, rngs: nnx.Rngs):
-    self.conv = conv
+  def __init__(self, conv: nnx.Conv, stride: int, rngs: nnx.Rngs):
+    self.conv, self.stride = conv, stride
     self.norm = nnx.BatchNorm(
       conv.out_features,
       use_running_average=True,
@@ -196,7 +196,7 @@ class _ConvNorm(nnx.Module):
     elif self.conv.padding == "SAME":
       x_BhwD = self.conv(x_BhwD)
     else:
-      height, width = ((size - 3) // self.conv.strides + 1 for size in x_BhwD.shape[1:3])
+      height, width = ((size - 3) // self.stride + 1 for size in x_BhwD.shape[1:3])
       x_BhwD = self.conv(x_BhwD)[:, :height, :width]
     return jax.nn.relu(self.norm(x_BhwD))
 
@@ -226,7 +226,7 @@ class _Maker:
       precision="highest",
       rngs=self.rngs,
     )
-    return _ConvNorm(conv, self.rngs)
+    return _ConvNorm(conv, stride, self.rngs)
 
 
 class _Block35(nnx.Module):

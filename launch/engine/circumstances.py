@@ -1,0 +1,31 @@
+"""What a measurement has to be told with."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+
+def circumstances() -> dict[str, str]:
+  """Command, commit, date, devices and version of jax."""
+  return {
+    "command": shlex.join(sys.argv),
+    "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+  }
+
+
+def _commit() -> str:
+  """The commit of this checkout; "unknown" for an installed package."""
+  words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+  try:
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"

@@ -1,0 +1,1 @@
+"""What `launch.evaluate` does: sets of pictures, feature networks, figures, pages."""

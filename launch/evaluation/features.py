@@ -1,0 +1,141 @@
+"""Feature networks by the name of a protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from launch import weights
+from vavae_jax import functional, images
+from vavae_jax.errors import InputError
+from vavae_jax.metrics import inception
+from vavae_jax.state_dicts import read_content
+from vavae_jax.teachers import NAMES, load_teacher
+from vavae_jax.teachers.efficientnet import EfficientNetLite0
+
+EFFICIENTNET = "efficientnet_lite0"
+PROTOCOLS = (*inception.PROTOCOLS, *NAMES)
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+_PUBLISHED = "6726825d"  # how the sha256 of that file begins
+# Where pytorch-fid and torch-fidelity put it.
+_CACHES = (
+  f"~/.cache/torch/hub/checkpoints/{INCEPTION_FILE}",
+  "~/.cache/torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """A frozen network and how pictures come to it.
+
+  Attributes:
+    protocol: one of `PROTOCOLS`.
+    distance: what the Frechet distance in its features is called; FID is of Inception's alone.
+    about: protocol and weights, for a JSON file.
+    params: its weights.
+    apply: (params, uint8 [B,H,W,3]) -> "pool" [B,F]; of Inception also "spatial" [B,2023] and
+      "probabilities" [B,1008]. It can be called in a jitted function.
+  """
+
+  protocol: str
+  distance: str
+  about: dict[str, str]
+  params: Any
+  apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+  @functools.cached_property
+  def size(self) -> int:
+    """Of the features."""
+    picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
+    return jax.eval_shape(self.apply, self.params, picture)["pool"].shape[1]
+
+
+def load_network(protocol: str, path: str = "") -> Network:
+  """The feature network of a protocol.
+
+  Args:
+    protocol: "adm" or "pytorch-fid", whose network is FID's Inception, or a teacher's name.
+    path: its weights, as published or from `launch.convert`; "": Inception's where pytorch-fid or
+      torch-fidelity put them, EfficientNet's of the package that has them.
+
+  Returns:
+    The network.
+
+  Raises:
+    InputError: unknown protocol, or no weights of that network there.
+  """
+  if protocol not in PROTOCOLS:
+    raise InputError(f"The protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
+  if protocol in inception.PROTOCOLS:
+    return _inception(protocol, path)
+  # EfficientNet's distance is of [-1,1], in which it was trained; the others' mean and deviation
+  # are their publishers'.
+  graph, state = nnx.split(load_teacher(protocol, path or None, normalize=protocol != EFFICIENTNET))
+
+  def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+    network: Any = nnx.merge(graph, params)
+    x_BHWC = images.to_float(image_BHWC)
+    if isinstance(network, EfficientNetLite0):
+      return {"pool": network.endpoints(x_BHWC)["pool"]}
+    return {"pool": network(x_BHWC).mean((1, 2))}
+
+  params = nnx.to_pure_dict(state)
+  about = {
+    "protocol": protocol,
+    "features": "pooled" if protocol == EFFICIENTNET else "mean over the patches",
+    "weights_sha256": functional.fingerprint(params),
+    "note": "not FID; it compares with nothing of another network or another number of pictures",
+  }
+  name = "FD-EfficientNet" if protocol == EFFICIENTNET else f"FD-{protocol}"
+  return Network(protocol, name, about, params, apply)
+
+
+def _inception(protocol: str, path: str) -> Network:
+  file = _find_inception(path)
+  found = weights.recognise(read_content(file))
+  if not isinstance(found.module, inception.InceptionV3):
+    raise InputError(f"{file} holds {found.kind}; the weights of FID's Inception are needed.")
+  graph, state = nnx.split(found.module)
+  prepare = inception.PROTOCOLS[protocol]
+
+  def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+    out = nnx.merge(graph, params)(prepare(image_BHWC))
+    return {
+      "pool": out["pool3"],
+      "spatial": out["spatial"].reshape(len(image_BHWC), -1),
+      "probabilities": jax.nn.softmax(out["logits_unbiased"]),
+    }
+
+  with file.open("rb") as opened:
+    sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+  params = nnx.to_pure_dict(state)
+  about = {
+    "protocol": protocol,
+    "weights": f"{file.name}, {'as' if sha256.startswith(_PUBLISHED) else 'NOT the file that is'} "
+    "published",
+    "weights_sha256": functional.fingerprint(params),
+  }
+  return Network(protocol, "FID", about, params, apply)
+
+
+def _find_inception(path: str) -> Path:
+  if path:
+    if not Path(path).is_file():
+      raise InputError(f"There is no file {path}; --inception is the path of {INCEPTION_FILE}.")
+    return Path(path)
+  for cached in (Path(name).expanduser() for name in _CACHES):
+    if cached.is_file():
+      return cached
+  raise InputError(
+    f"FID's Inception is not here: give --inception=PATH of {INCEPTION_FILE} (of pytorch-fid's "
+    "release fid_weights on GitHub), or of what python -m launch.convert made of it. Without it, "
+    f"--protocol={EFFICIENTNET} gives a Frechet distance in other features, under its own name."
+  )

@@ -1,0 +1,366 @@
+"""Sets of pictures that can be read piece by piece, whatever they come from.
+
+50,000 pictures of 256 px are 10 GB: none of this holds more than the piece that was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+import vavae_jax.training
+from launch import trained
+from launch.engine import mesh
+from launch.engine.batches import in_batches
+from launch.sample import labels_for, make_sampler
+from launch.sample_files import FIRST
+from lightningdit_jax.latents import LatentStore, shard_files
+from vavae_jax import images, sources
+from vavae_jax.errors import InputError
+
+STATISTICS = ("mu", "sigma")
+
+
+class PictureSet(Protocol):
+  """Pictures of one size, in a fixed order.
+
+  Attributes:
+    about: what they are, for a JSON file; two sets that agree in it have the same pictures.
+    size: their side in pixels; 0 where they are no squares.
+  """
+
+  about: dict[str, Any]
+  size: int
+
+  def __len__(self) -> int: ...
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """uint8 [stop - start, H, W, 3]."""
+
+
+def take(pictures: PictureSet, indices: Sequence[int]) -> np.ndarray:
+  """Some of them, uint8 [len(indices), H, W, 3]."""
+  return np.concatenate([pictures.read(int(i), int(i) + 1) for i in indices])
+
+
+class Array:
+  """Pictures in memory, for evaluations in a program."""
+
+  def __init__(self, pictures_NHWC: np.ndarray):
+    """Args:
+    pictures_NHWC: uint8.
+    """
+    self._pictures = pictures_NHWC
+    self.size = _side(pictures_NHWC.shape[1:3])
+    digest = hashlib.sha256(pictures_NHWC.tobytes()).hexdigest()
+    self.about = {"kind": "array", "sha256": digest, "pictures": len(self)}
+
+  def __len__(self) -> int:
+    return len(self._pictures)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """As `PictureSet` says."""
+    return self._pictures[start:stop]
+
+
+def _side(shape: Sequence[int]) -> int:
+  height, width = shape
+  return int(height) if height == width else 0
+
+
+class Npz:
+  """The `arr_0` of an npz, as `launch.sample` and ADM write it."""
+
+  def __init__(self, path: Path):
+    """Args:
+      path: the file.
+
+    Raises:
+      InputError: it is damaged, or has no uint8 [N,H,W,3].
+    """
+    self._path = path
+    try:
+      # Stays open: in a compressed file to seek back is to start anew.
+      self._array = zipfile.ZipFile(path).open(FIRST)  # noqa: SIM115
+      major, _ = np.lib.format.read_magic(self._array)
+      read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+      self._shape, fortran, dtype = read[major](self._array)
+      self._begin = self._array.tell()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      raise InputError(
+        f"{path} is no file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, such "
+        "as python -m launch.sample writes."
+      ) from error
+    if dtype != np.uint8 or len(self._shape) != 4 or self._shape[-1] != 3 or fortran:
+      raise InputError(
+        f"{path} holds {dtype} {self._shape}; needed is uint8 [N,H,W,3]. Floats in [0,1] or [-1,1] "
+        "must be brought to 8 bits first, by your own rounding; NaN is no picture."
+      )
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    self.size = _side(self._shape[1:3])
+    self.about = {"kind": "npz", "sha256": digest, "pictures": len(self)}
+
+  def __len__(self) -> int:
+    return self._shape[0]
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """As `PictureSet` says; of a compressed file all that stands before is passed over."""
+    shape = (stop - start, *self._shape[1:])
+    size = int(np.prod(self._shape[1:]))
+    try:
+      self._array.seek(self._begin + start * size)
+      return np.frombuffer(self._array.read((stop - start) * size), np.uint8).reshape(shape)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      raise InputError(f"{self._path} is damaged ({error}); write it again.") from error
+
+
+class FromSource:
+  """Pictures of an image source, cropped; or as they are, if all have one size."""
+
+  def __init__(
+    self,
+    spec: str,
+    size: int = 0,
+    *,
+    crop: str = "center",
+    indices: np.ndarray | None = None,
+    limit: int = 0,
+    max_corrupt: int = 0,
+  ):
+    """Args:
+      spec: as `sources.open_source` takes it.
+      size: side of the crops in pixels; 0: no crop.
+      crop: one of `images.FIXED_CROPS`.
+      indices: which pictures, ascending; None: all.
+      limit: a seeded choice of so many of them; 0: all.
+      max_corrupt: how many that cannot be read are replaced by a neighbour; one more is an error.
+
+    Raises:
+      InputError: nothing usable there.
+    """
+    self.source = sources.open_source(spec)
+    listing = self.source.listing()
+    chosen = np.arange(len(self.source)) if indices is None else indices
+    if limit:
+      chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:limit])
+    self.indices = chosen
+    if max_corrupt:
+      self.source = sources.Tolerant(self.source, max_corrupt, chosen)
+    self._crop = images.FIXED_CROPS[crop]
+    self._own = None if size or not len(chosen) else self.source.picture(int(chosen[0]))[0].size
+    self.size = size or (_side(self._own) if self._own else 0)
+    self.about = {
+      "kind": "source",
+      "source": spec,
+      "listing": listing,
+      "chosen": hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest(),
+      "pictures": len(self),
+      "crop": f"{crop} {size} px" if size else "none",
+    }
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """As `PictureSet` says, decoded by threads."""
+    with ThreadPoolExecutor() as pool:
+      return np.stack(list(pool.map(self._one, self.indices[start:stop].tolist())))
+
+  def _one(self, index: int) -> np.ndarray:
+    picture, _ = self.source.picture(index)
+    if self._own is None:
+      return self._crop(picture, self.size)
+    if picture.size != self._own:
+      width, height = self._own
+      raise InputError(
+        f"{self.source.name(index)} is {picture.width} x {picture.height} and the first picture "
+        f"{width} x {height}; give pictures of one size, or --image_size to crop them."
+      )
+    return np.asarray(picture)
+
+
+class Sampled:
+  """Samples of a trained model, drawn when they are read."""
+
+  def __init__(
+    self,
+    diffusion: trained.Trained,
+    tokenizer: trained.Trained,
+    settings: FrozenConfigDict,
+    *,
+    count: int,
+    labels: str,
+    seed: int,
+  ):
+    """Args:
+    diffusion: from `trained.load`.
+    tokenizer: likewise.
+    settings: as `config.sample`.
+    count: how many.
+    labels: see `labels_for`.
+    seed: of noise and labels.
+    """
+    self.size = tokenizer.config.data.image_size
+    self._labels = labels_for(labels, count, diffusion.config.model.num_classes, seed)
+    devices = mesh.local_mesh()
+    self._run = make_sampler(diffusion.on(devices), tokenizer.on(devices), settings, seed, devices)
+    self.about = {
+      "kind": "sampled",
+      "diffusion": diffusion.sha256,
+      "diffusion_step": diffusion.step,
+      "tokenizer": tokenizer.sha256,
+      "pictures": count,
+      "labels": labels,
+      "seed": seed,
+      **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
+    }
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """As `PictureSet` says."""
+    return self._run(np.arange(start, stop), self._labels[start:stop])
+
+
+class Decoded:
+  """The pictures that a tokenizer makes of a latent store."""
+
+  def __init__(self, store: LatentStore, tokenizer: trained.Trained, batch_size: int = 64):
+    """Args:
+    store: the latents.
+    tokenizer: that made them.
+    batch_size: how many at once.
+    """
+    self.size = tokenizer.config.data.image_size if _side(store.shape[:2]) else 0
+    self._store, self._batch_size = store, batch_size
+    self._devices = mesh.local_mesh()
+    here = tokenizer.on(self._devices)
+
+    @jax.jit
+    def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
+      return images.to_uint8(trained.autoencoder(here, params).decode(z_BhwZ))
+
+    self._decode = functools.partial(decode, here.params)
+    self.about = {
+      "kind": "latents",
+      "latents": store.sha256,
+      "tokenizer": tokenizer.sha256,
+      "pictures": len(store),
+    }
+
+  def __len__(self) -> int:
+    return len(self._store)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """As `PictureSet` says."""
+    z_BhwZ = np.empty((stop - start, *self._store.shape), np.float32)
+    self._store.read(np.arange(start, stop), np.zeros(stop - start, bool), out=z_BhwZ)
+    batches = in_batches(self._decode, z_BhwZ, self._batch_size, self._devices)
+    return np.concatenate(list(batches))
+
+
+def own_pictures(
+  tokenizer: trained.Trained,
+  *,
+  held_out: bool,
+  size: int = 0,
+  crop: str = "center",
+  limit: int = 0,
+) -> FromSource:
+  """Pictures that a tokenizer was trained on, or those it was not; see `training.share`.
+
+  Args:
+    tokenizer: from `trained.load`.
+    held_out: which of the two.
+    size: side of the crops; 0: as in training.
+    crop: see `FromSource`, like the rest.
+    limit: likewise.
+
+  Returns:
+    The set.
+  """
+  data = tokenizer.config.data
+  return FromSource(
+    data.source,
+    size or data.image_size,
+    crop=crop,
+    indices=vavae_jax.training.share(data, held_out),
+    limit=limit,
+    max_corrupt=data.max_corrupt,
+  )
+
+
+def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> PictureSet:
+  """A set of pictures that exist already.
+
+  Args:
+    spec: an npz, a folder of pictures, a folder of latents, or an image source such as zip:FILE.
+    image_size: side of ADM's centre crop, of folders and sources; 0: as they are.
+    tokenizer: workdir of latents' tokenizer; "": as the latents say.
+
+  Returns:
+    The set.
+
+  Raises:
+    InputError: nothing of the kind, or no pictures.
+  """
+  path = Path(spec).expanduser()
+  if path.is_dir() and shard_files(path):
+    store = LatentStore(path)
+    pictures: PictureSet = Decoded(store, trained.tokenizer_of_latents(store, tokenizer))
+  elif path.is_dir():
+    pictures = FromSource(f"folder:{path}", image_size)
+  elif path.suffix == ".npz" and ":" not in spec:
+    if not path.is_file():
+      raise InputError(f"There is no file {path}.")
+    pictures = Npz(path)
+  else:
+    pictures = FromSource(spec, image_size)
+  if not len(pictures):
+    raise InputError(f"{spec} has no pictures.")
+  return pictures
+
+
+def stored_statistics(spec: str) -> dict[str, np.ndarray]:
+  """The mean and covariance of an npz that has them, as ADM and pytorch-fid store them, or {}.
+
+  Args:
+    spec: as `open_pictures` takes it.
+
+  Returns:
+    "mu" [F], "sigma" [F,F], where there are some "mu_s", "sigma_s" of sFID's features, and of files
+    that `launch.evaluate statistics` wrote "about", a JSON text.
+  """
+  path = Path(spec).expanduser()
+  if path.suffix != ".npz" or not path.is_file():
+    return {}
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      names = (*STATISTICS, "mu_s", "sigma_s", "about")
+      found = {name: stored[name] for name in names if name in stored}
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise InputError(f"{path} is damaged or no npz ({error}).") from error
+  return found if all(name in found for name in STATISTICS) else {}
+
+
+def has_pictures(spec: str) -> bool:
+  """Whether an npz has pictures beside or instead of statistics."""
+  with zipfile.ZipFile(spec) as archive:
+    return FIRST in archive.namelist()
+
+
+def describe(about: dict[str, Any]) -> str:
+  """One line of what a set is."""
+  return json.dumps({k: v for k, v in about.items() if k not in ("listing", "sha256")})

@@ -1,0 +1,241 @@
+"""A latent space by itself: how evenly it is used, its channels, what noise leaves of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from sklearn.manifold import TSNE
+
+from launch.charts import Curve, line_chart, scatter
+from launch.engine import console
+from launch.evaluation.output import Output
+from launch.report import Figure, Section, details, figures_table
+from lightningdit_jax import latents, transport
+from vavae_jax.errors import InputError
+from vavae_jax.files import atomic_file
+from vavae_jax.metrics.uniformity import Uniformity, density, uniformity
+
+matplotlib.use("Agg")
+PERPLEXITY = 30.0
+LEAST = 50  # of which each has that many neighbours
+TIMES = np.linspace(0.02, 0.98, 49)
+_SHOWN_POINTS = 2_000
+
+
+class Cells(NamedTuple):
+  """Normalised latents of one random place of random pictures.
+
+  Attributes:
+    values: [n, Z].
+    labels: [n], of their pictures.
+  """
+
+  values: np.ndarray
+  labels: np.ndarray
+
+
+def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
+  """Random cells, each of another picture, mirrored or not, as the reference draws them.
+
+  Args:
+    store: the latents.
+    count: how many; all pictures if there are fewer.
+    seed: of the choice.
+
+  Returns:
+    The cells.
+  """
+  draw = np.random.default_rng(seed)
+  records = draw.permutation(len(store))[:count]
+  flips = draw.random(len(records)) < 0.5
+  height, width, channels = store.shape
+  rows, columns = draw.integers(height, size=len(records)), draw.integers(width, size=len(records))
+  values = np.empty((len(records), channels), np.float32)
+  for start in range(0, len(records), 256):
+    some = slice(start, start + 256)
+    z_BhwZ = np.empty((len(records[some]), *store.shape), np.float32)
+    store.read(records[some], flips[some], out=z_BhwZ, mean=store.mean, scale=1 / store.std)
+    values[some] = z_BhwZ[np.arange(len(z_BhwZ)), rows[some], columns[some]]
+  return Cells(values, store.labels_of(records))
+
+
+def evaluate(
+  store: latents.LatentStore,
+  output: Output,
+  *,
+  runs: int = 10,
+  count: int = 10_000,
+  seed: int = 0,
+  path: str = "Linear",
+) -> dict[str, float]:
+  """All figures of a latent space, with JSON, picture and page.
+
+  Args:
+    store: the latents.
+    output: where to.
+    runs: t-SNEs, each of other cells.
+    count: cells of each.
+    seed: of the first run; the next ones follow.
+    path: of the transport, for the curve of signal to noise.
+
+  Returns:
+    The figures.
+
+  Raises:
+    InputError: too few latents.
+  """
+  if len(store) < LEAST:
+    raise InputError(f"{store.path} has {len(store)} latents; at least {LEAST} are needed.")
+  found: list[Uniformity] = []
+  shown: tuple[Cells, np.ndarray, np.ndarray] | None = None
+  for run in console.tracked(range(runs), "t-SNE"):
+    cells = draw_cells(store, count, seed + run)
+    tsne = TSNE(perplexity=PERPLEXITY, random_state=seed + run, init="pca")
+    plane = np.asarray(tsne.fit_transform(cells.values), np.float64)
+    dense = density(plane)
+    found.append(uniformity(dense))
+    shown = shown or (cells, plane, dense)
+  assert shown is not None
+  cells, plane, dense = shown
+  values = cells.values.astype(np.float64)
+  correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
+  covariance = np.atleast_2d(np.cov(values.T))
+  eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
+  figures = {name: float(np.mean([getattr(x, name) for x in found])) for name in Uniformity._fields}
+  spread = {
+    name: float(np.std([getattr(x, name) for x in found], ddof=1)) if runs > 1 else None
+    for name in Uniformity._fields
+  }
+  off = correlation - np.eye(len(correlation))
+  figures["effective_dimensions"] = float(eigenvalues.sum() ** 2 / np.square(eigenvalues).sum())
+  figures["largest_correlation"] = float(np.abs(off).max())
+  curves = signal_to_noise(eigenvalues, path)
+  result = {
+    "figures": figures,
+    "standard_deviation_over_runs": spread,
+    "runs": [x._asdict() for x in found],
+    "cells": len(values),
+    "seed": seed,
+    "perplexity": PERPLEXITY,
+    "latents": {"path": str(store.path), "sha256": store.sha256, "shape": list(store.shape)},
+    "channels": _channels(store, values),
+    "eigenvalues": eigenvalues.tolist(),
+    "signal_to_noise": {name: [[t, v] for t, v in points] for name, points in curves.items()},
+  }
+  note = f"{runs} runs of {len(values)} cells"
+  rows = [
+    Figure("Density CV", figures["density_cv"], _plus_minus(spread["density_cv"]), note, "lower"),
+    Figure("Gini", figures["gini"], _plus_minus(spread["gini"]), note, "lower"),
+    Figure(
+      "Normalised entropy",
+      figures["normalized_entropy"],
+      _plus_minus(spread["normalized_entropy"]),
+      note,
+      "higher",
+    ),
+    Figure("Effective dimensions", figures["effective_dimensions"], f"of {values.shape[1]}", note),
+    Figure("Largest correlation of two channels", figures["largest_correlation"], "", note),
+  ]
+  _draw(output, plane, dense, result["channels"], correlation, curves)
+  classes = store.manifest.get("class_names") or [str(i) for i in range(cells.labels.max() + 1)]
+  few = slice(None, _SHOWN_POINTS)
+  chart = Curve(
+    f"Signal to noise of the path {path}", "log10 of variances", curves, x_label="time x 100"
+  )
+  sections = [
+    Section(
+      "Map",
+      f"Cells of the first run in the plane (t-SNE, perplexity {PERPLEXITY:g}), by class.",
+      scatter(plane[few], cells.labels[few], classes, None),
+    ),
+    Section("Noise", "Along the axes of most, median and least variance.", line_chart(chart)),
+    Section("Figures", "", figures_table(rows)),
+    Section("Numbers", "", details("JSON", json.dumps(result, indent=2))),
+  ]
+  output.write(
+    result,
+    title=f"Latents: density CV {figures['density_cv']:.3f}",
+    summary=f"{len(store):,} latents of {store.shape[0]} x {store.shape[1]} x {store.shape[2]}.",
+    figures=rows,
+    sections=sections,
+  )
+  output.show(rows)
+  return figures
+
+
+def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[int, float]]]:
+  """log10 of (alpha / sigma)^2 times the variance along some principal axes, over time.
+
+  Args:
+    eigenvalues: variances, descending.
+    path: of the transport.
+
+  Returns:
+    Name of the axis -> (100 t, value).
+  """
+  c = transport.coefficients(path, jnp.asarray(TIMES), jnp.zeros((len(TIMES), 1)))
+  ratio = np.asarray(c.alpha / c.sigma, np.float64).ravel()
+  axes = {"most": eigenvalues[0], "median": np.median(eigenvalues), "least": eigenvalues[-1]}
+  tiny = np.finfo(np.float64).tiny
+  return {
+    name: [
+      (round(100 * t), float(np.log10(max(r**2 * variance, tiny))))
+      for t, r in zip(TIMES, ratio, strict=True)
+    ]
+    for name, variance in axes.items()
+  }
+
+
+def _channels(store: latents.LatentStore, values: np.ndarray) -> dict[str, list[float]]:
+  """Of each channel: what normalises it, and what its normalised cells look like."""
+  centred = values - values.mean(0)
+  std = values.std(0)
+  standard = centred / np.maximum(std, np.finfo(np.float64).tiny)
+  columns = {
+    "mean": store.mean,
+    "std": store.std,
+    "normalised_mean": values.mean(0),
+    "normalised_std": std,
+    "skewness": (standard**3).mean(0),
+    "excess_kurtosis": (standard**4).mean(0) - 3,
+  }
+  return {name: np.asarray(x, np.float64).tolist() for name, x in columns.items()}
+
+
+def _plus_minus(spread: float | None) -> str:
+  return "" if spread is None else f"± {spread:.3f}"
+
+
+def _draw(
+  output: Output,
+  plane: np.ndarray,
+  dense: np.ndarray,
+  channels: dict[str, list[float]],
+  correlation: np.ndarray,
+  curves: dict[str, list[tuple[int, float]]],
+) -> None:
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
+  (first, second), (third, fourth) = axes
+  first.scatter(*plane.T, c=dense, s=4, cmap="viridis", linewidths=0)
+  first.set(title="cells by t-SNE, coloured by density", xticks=[], yticks=[])
+  places = np.arange(len(channels["mean"]))
+  second.bar(places, channels["std"], color="#44aa99")
+  second.errorbar(places, channels["mean"], fmt=".", color="#332288")
+  second.set(title="channels: mean (dots), standard deviation (bars)", xlabel="channel")
+  shown: Any = third.imshow(correlation, vmin=-1, vmax=1, cmap="RdBu")
+  third.set(title="correlation of the channels")
+  figure.colorbar(shown, ax=third)
+  for name, points in curves.items():
+    fourth.plot([t / 100 for t, _ in points], [v for _, v in points], label=f"{name} variance")
+  fourth.axhline(0, color="grey", linewidth=0.8)
+  fourth.legend()
+  fourth.set(title="signal to noise", xlabel="t", ylabel="log10 of variances")
+  with atomic_file(output.png) as file:
+    figure.savefig(file, format="png", dpi=100)
+  pyplot.close(figure)

@@ -1,0 +1,212 @@
+"""What figures are computed from: statistics of a set of pictures, read once, block by block.
+
+Of several processes each takes a range of the blocks, and what they found is put together in the
+order of the blocks: figures depend neither on the number of devices nor, but for rounding, on that
+of processes. Now and then what was found so far goes to a file, from which an evaluation that was
+stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from launch.engine import console, mesh, processes
+from launch.engine.batches import in_batches
+from launch.evaluation.pictures import PictureSet
+from vavae_jax.errors import InputError
+from vavae_jax.files import write_safetensors
+from vavae_jax.metrics.distribution import Moments, ProbabilitySums
+
+BLOCK = 250
+CPU_BATCH = 50
+SPLIT = 5_000  # samples of which each inception score is
+SECONDS_BETWEEN_SAVES = 60.0
+
+
+class Part(NamedTuple):
+  """What is computed of some pictures, an array row for each.
+
+  Attributes:
+    moments: name -> features [B,F], of which mean and covariance are wanted.
+    probabilities: [B,classes], or None.
+    columns: name -> what is kept of each picture [B, ...].
+  """
+
+  moments: dict[str, Any]
+  probabilities: Any
+  columns: dict[str, Any]
+
+
+class Statistics:
+  """Of pictures in their order; those of parts add up.
+
+  Attributes:
+    moments: by the names of `Part`.
+    sums: of the probabilities of each block.
+    columns: likewise, a list of arrays of the blocks.
+  """
+
+  def __init__(self) -> None:
+    self.moments: dict[str, Moments] = {}
+    self.sums: list[ProbabilitySums] = []
+    self.columns: dict[str, list[np.ndarray]] = {}
+
+  def add(self, parts: list[Part]) -> None:
+    """Adds the next block, which was computed in several parts."""
+    for name in parts[0].moments:
+      features = np.concatenate([part.moments[name] for part in parts])
+      self.moments.setdefault(name, Moments()).update(features)
+    if parts[0].probabilities is not None:
+      probabilities = np.concatenate([part.probabilities for part in parts])
+      self.sums.append(ProbabilitySums.of(probabilities))
+    for name in parts[0].columns:
+      self.columns.setdefault(name, []).append(
+        np.concatenate([part.columns[name] for part in parts])
+      )
+
+  def merge(self, other: Statistics) -> None:
+    """Adds those of the pictures that follow."""
+    for name, moments in other.moments.items():
+      self.moments.setdefault(name, Moments()).merge(moments)
+    self.sums += other.sums
+    for name, column in other.columns.items():
+      self.columns.setdefault(name, []).extend(column)
+
+  def column(self, name: str) -> np.ndarray:
+    """What was kept of all pictures [N, ...]."""
+    return np.concatenate(self.columns[name])
+
+  def inception_score(self) -> float:
+    """The mean over splits of 5,000 samples, a last smaller one included."""
+    per_split = SPLIT // BLOCK
+    scores = []
+    for begin in range(0, len(self.sums), per_split):
+      total, *rest = self.sums[begin : begin + per_split]
+      for part in rest:
+        total = total.plus(part)
+      scores.append(total.score())
+    return float(np.mean(scores))
+
+  def to_tensors(self) -> dict[str, np.ndarray]:
+    """All of it as arrays."""
+    tensors = {f"column.{name}": self.column(name) for name in self.columns}
+    for name, moments in self.moments.items():
+      tensors[f"count.{name}"] = np.array([moments.count], np.int64)
+      tensors[f"mean.{name}"] = moments.mean
+      tensors[f"scatter.{name}"] = moments.scatter
+    if self.sums:
+      rows = [np.concatenate([[x.rows, x.entropy], x.total]) for x in self.sums]
+      tensors["sums"] = np.stack(rows)
+    return tensors
+
+  @classmethod
+  def of_tensors(cls, tensors: dict[str, np.ndarray]) -> Statistics:
+    """The inverse of `to_tensors`."""
+    found = cls()
+    for key, value in tensors.items():
+      what, _, name = key.partition(".")
+      if what == "column":
+        found.columns[name] = [value]
+      elif what == "count":
+        mean, scatter = tensors[f"mean.{name}"], tensors[f"scatter.{name}"]
+        found.moments[name] = Moments(int(value[0]), mean, scatter)
+      elif what == "sums":
+        found.sums = [ProbabilitySums(int(row[0]), float(row[1]), row[2:]) for row in value]
+    return found
+
+
+def compute(
+  pictures: PictureSet,
+  run: Callable[[Any, dict[str, jax.Array]], Part],
+  params: Any,
+  *,
+  name: str,
+  about: Any,
+  progress: Path | None = None,
+) -> Statistics:
+  """The statistics of all pictures of a set.
+
+  Args:
+    pictures: which.
+    run: jitted; (params, {"image" uint8 [B,H,W,3], "index" int32 [B]}) -> what is computed.
+    params: arrays; they are brought to this process's devices.
+    name: what the pictures are, for the bar and for the file in `progress`.
+    about: what else the statistics depend on, for JSON.
+    progress: a folder, where an evaluation that was stopped goes on from; None: it does not.
+
+  Returns:
+    The statistics, the same in all processes.
+
+  Raises:
+    InputError: what is read is no pictures.
+  """
+  blocks = -(-len(pictures) // BLOCK)
+  count, mine = jax.process_count(), jax.process_index()
+  first, last = (blocks * i // count for i in (mine, mine + 1))
+  path = progress and progress / f"{name.replace(' ', '_')}-{mine}-of-{count}.safetensors"
+  noted = json.dumps([pictures.about, about], sort_keys=True)
+  found, done = _load(path, noted) if path else (Statistics(), 0)
+  ranges = [(i * BLOCK, min((i + 1) * BLOCK, len(pictures))) for i in range(first + done, last)]
+  total = min(last * BLOCK, len(pictures)) - first * BLOCK
+  devices = mesh.local_mesh()
+  batch_size = CPU_BATCH if jax.default_backend() == "cpu" else BLOCK
+  here = jax.device_put(params, mesh.replicated(devices))
+  saved = time.monotonic()
+  with (
+    console.Bar(name, total, min(done * BLOCK, total)) as bar,
+    ThreadPoolExecutor(1) as reader,
+  ):
+    ahead = [reader.submit(pictures.read, *ranges[0])] if ranges else []
+    for number, (start, stop) in enumerate(ranges, 1):
+      image = _checked(ahead.pop().result(), start, stop)
+      if number < len(ranges):
+        ahead.append(reader.submit(pictures.read, *ranges[number]))
+      batch = {"image": image, "index": np.arange(start, stop, dtype=np.int32)}
+      found.add(list(in_batches(lambda x: run(here, x), batch, batch_size, devices)))
+      bar.update(stop - first * BLOCK)
+      late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+      if path and (late or number == len(ranges)):
+        write_safetensors(path, found.to_tensors(), {"noted": noted, "blocks": str(done + number)})
+        saved = time.monotonic()
+  return _merged(found)
+
+
+def _checked(image: np.ndarray, start: int, stop: int) -> np.ndarray:
+  if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3 or image.size == 0:
+    raise InputError(
+      f"The pictures from {start} on are {image.dtype} {image.shape}; uint8 [N,H,W,3] is needed."
+    )
+  return image
+
+
+def _load(path: Path, noted: str) -> tuple[Statistics, int]:
+  """What an evaluation that was stopped left, and of how many blocks."""
+  if not path.is_file():
+    return Statistics(), 0
+  try:
+    with safe_open(path, "numpy") as file:
+      metadata = file.metadata()
+      if metadata["noted"] != noted:
+        return Statistics(), 0
+      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Statistics.of_tensors(tensors), int(metadata["blocks"])
+  except (OSError, SafetensorError, KeyError, ValueError) as error:
+    console.say(f"{path} is damaged ({error}); its part is computed again")
+    return Statistics(), 0
+
+
+def _merged(mine: Statistics) -> Statistics:
+  """Those of all processes, in the order of the pictures."""
+  result = Statistics()
+  for tensors in processes.gather(mine.to_tensors()):
+    result.merge(Statistics.of_tensors(tensors))
+  return result

@@ -1,0 +1,418 @@
+"""Sets of pictures, their statistics, and the figures that the commands write."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import evaluate
+from launch.evaluation import generation, pictures, reconstruction, space, statistics, sweep
+from launch.evaluation.features import EFFICIENTNET, Network, load_network
+from launch.evaluation.output import Output
+from launch.sample_files import read_samples
+from lightningdit_jax.latents import LatentStore
+from vavae_jax.errors import InputError
+from vavae_jax.metrics import confidence
+from vavae_jax.metrics.distribution import Gaussian, Moments, inception_score
+
+FEATURES = 6
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(256, size=(23, 8, 8, 3), dtype=np.uint8)
+
+
+def apply(params, image_BHWC):
+  """Few features and classes, all that Inception's figures need."""
+  small = jax.image.resize(image_BHWC.astype(jnp.float32), (len(image_BHWC), 8, 8, 3), "nearest")
+  x = small.reshape(len(small), -1) @ params["w"] / 1e3
+  return {"pool": x, "spatial": jnp.cos(x), "probabilities": jax.nn.softmax(x)}
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+  params = {"w": np.random.default_rng(1).standard_normal((8 * 8 * 3, FEATURES), np.float32)}
+  return Network("adm", "FID", {"protocol": "adm", "weights_sha256": "0"}, params, apply)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks of ten pictures in batches of four."""
+  monkeypatch.setattr(statistics, "BLOCK", 10)
+  monkeypatch.setattr(statistics, "CPU_BATCH", 4)
+  monkeypatch.setattr(statistics, "SPLIT", 20)
+
+
+def features(network: Network, array: np.ndarray) -> np.ndarray:
+  return np.asarray(apply(network.params, array)["pool"], np.float64)
+
+
+def npz(path, **arrays):
+  np.savez_compressed(path, **arrays)
+  return path
+
+
+def test_streamed_statistics_are_those_of_all_at_once(network):
+  found = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  all_NF = found.column("pool").astype(np.float64)
+  np.testing.assert_allclose(all_NF, features(network, PICTURES), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found.moments["pool"].mean, all_NF.mean(0), rtol=1e-9)
+  np.testing.assert_allclose(found.moments["pool"].cov, np.cov(all_NF.T), rtol=1e-9)
+  probabilities = np.asarray(jax.nn.softmax(all_NF), np.float64)
+  np.testing.assert_allclose(found.inception_score(), inception_score(probabilities, 20), rtol=1e-6)
+
+
+def test_statistics_survive_their_file(network):
+  found = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  again = statistics.Statistics.of_tensors(found.to_tensors())
+  np.testing.assert_array_equal(again.moments["spatial"].scatter, found.moments["spatial"].scatter)
+  np.testing.assert_array_equal(again.column("pool"), found.column("pool"))
+  assert again.inception_score() == found.inception_score()
+
+
+class Dying(pictures.Array):
+  """Pictures of which those from the second block on can be read only once it may."""
+
+  def __init__(self, alive: bool):
+    super().__init__(PICTURES)
+    self.alive, self.reads = alive, []
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    self.reads.append(start)
+    if start >= 20 and not self.alive:
+      raise KeyboardInterrupt
+    return super().read(start, stop)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(network, tmp_path, monkeypatch):
+  monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", 0.0)
+  compute = functools.partial(
+    generation.statistics_of, network=network, name="samples", keep=True, progress=tmp_path
+  )
+  with pytest.raises(KeyboardInterrupt):
+    compute(Dying(alive=False))
+  again = Dying(alive=True)
+  found = compute(again)
+  assert again.reads == [20]
+  whole = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  for name, tensor in whole.to_tensors().items():
+    np.testing.assert_array_equal(found.to_tensors()[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("change", ["other pictures", "damage"])
+def test_what_was_found_of_others_or_is_damaged_is_computed_anew(network, tmp_path, change):
+  compute = functools.partial(
+    generation.statistics_of, network=network, name="x", progress=tmp_path
+  )
+  compute(pictures.Array(PICTURES[::-1] if change == "other pictures" else PICTURES))
+  (file,) = tmp_path.iterdir()
+  if change == "damage":
+    file.write_bytes(file.read_bytes()[:-100])
+  found = compute(pictures.Array(PICTURES))
+  expected = generation.statistics_of(pictures.Array(PICTURES), network, "x")
+  np.testing.assert_array_equal(found.moments["pool"].mean, expected.moments["pool"].mean)
+
+
+def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
+  reference = generation.reference_of(pictures.Array(PICTURES), network, keep=True)
+  options = generation.Options(bootstrap=3, infinity=True)
+  output = Output(tmp_path / "equal", "generation")
+  found = generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
+  assert abs(found["fid"]) < 1e-8
+  assert abs(found["sfid"]) < 1e-8
+  assert found["precision"] == found["recall"] == 1
+  noted = json.loads(output.json.read_text())
+  assert noted["figures"] == found
+  assert noted["network"] == network.about
+  assert noted["samples"]["pictures"] == len(PICTURES)
+  assert noted["confidence"]["fid"]["resamples"] == 3
+  assert "data:image/webp" in output.html.read_text()
+  shifted = generation.evaluate(
+    pictures.Array(255 - PICTURES // 4), reference, network, output, options=generation.Options()
+  )
+  assert shifted["fid"] > 1
+  assert shifted["precision"] < 1
+
+
+def test_few_samples_are_measured_and_warned_of(network, tmp_path):
+  reference = generation.reference_of(pictures.Array(PICTURES), network)
+  some = generation.statistics_of(pictures.Array(PICTURES[:5]), network, "samples")
+  options = generation.Options(precision_recall=False)
+  figures, more = generation.figures_of(some, reference, network, options)
+  assert np.isfinite(figures["fid"])
+  assert "5 samples are fewer than the 6 features" in more["warnings"][0]
+  with pytest.raises(InputError, match="The samples are 1"):
+    generation.statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
+
+
+def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):
+  own = generation.reference_of(pictures.Array(PICTURES), network)
+  about = {"network": network.about, "pictures": {"kind": "array"}}
+  moments = {"mu": own.gaussian.mean, "sigma": own.gaussian.cov}
+  spatial = {"mu_s": own.spatial.mean, "sigma_s": own.spatial.cov}
+  path = npz(tmp_path / "ours.npz", about=np.array(json.dumps(about)), **moments, **spatial)
+  some = generation.statistics_of(pictures.Array(PICTURES[:9]), network, "samples")
+  options = generation.Options(precision_recall=False)
+  found, _ = generation.figures_of(some, own, network, options)
+  stored = generation.open_reference(str(path), network)
+  assert generation.figures_of(some, stored, network, options)[0] == pytest.approx(found, rel=1e-9)
+  about["network"] = {"protocol": "pytorch-fid"}
+  other = npz(tmp_path / "other.npz", about=np.array(json.dumps(about)), **moments)
+  with pytest.raises(InputError, match=r"was computed by .*pytorch-fid"):
+    generation.open_reference(str(other), network)
+  short = npz(tmp_path / "short.npz", mu=np.zeros(4), sigma=np.eye(4))
+  with pytest.raises(InputError, match=r"mean of shape \(4,\).* are 6"):
+    generation.open_reference(str(short), network)
+  adm = npz(tmp_path / "adm.npz", arr_0=PICTURES, **moments)
+  both = generation.open_reference(str(adm), network, keep=True)
+  np.testing.assert_allclose(both.features, features(network, PICTURES), rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_are_the_same_from_npz_folder_and_array(tmp_path):
+  for i, picture in enumerate(PICTURES):
+    Image.fromarray(picture).save(tmp_path / f"{i:02d}.png")
+  file = npz(tmp_path / "x.npz", arr_0=PICTURES, arr_1=np.arange(23))
+  for opened in (pictures.open_pictures(str(file)), pictures.open_pictures(str(tmp_path))):
+    assert (len(opened), opened.size) == (23, 8)
+    np.testing.assert_array_equal(opened.read(20, 23), PICTURES[20:])
+    np.testing.assert_array_equal(opened.read(3, 5), PICTURES[3:5])  # backwards
+    np.testing.assert_array_equal(pictures.take(opened, [7, 2]), PICTURES[[7, 2]])
+
+
+def bad_sets(root) -> dict[str, str]:
+  for name in ("mixed", "torn", "empty"):
+    (root / name).mkdir()
+  for side in (8, 9):
+    Image.new("RGB", (side, 8)).save(root / "mixed" / f"{side}.png")
+  Image.new("RGB", (8, 8)).save(root / "torn" / "a.png")
+  (root / "torn" / "b.png").write_bytes((root / "torn" / "a.png").read_bytes()[:40])
+  npz(root / "float.npz", arr_0=np.full((3, 8, 8, 3), np.nan, np.float32))
+  npz(root / "flat.npz", arr_0=PICTURES[0])
+  npz(root / "nothing.npz", other=PICTURES)
+  npz(root / "none.npz", arr_0=PICTURES[:0])
+  whole = npz(root / "cut.npz", arr_0=PICTURES).read_bytes()
+  (root / "cut.npz").write_bytes(whole[: len(whole) // 2])
+  return {
+    "mixed": "9.png is 9 x 8 and the first picture 8 x 8",
+    "torn": r"b\.png",
+    "empty": "has no pictures",
+    "float.npz": r"holds float32 \(3, 8, 8, 3\); needed is uint8",
+    "flat.npz": r"holds uint8 \(8, 8, 3\)",
+    "nothing.npz": "is no file of pictures",
+    "none.npz": "has no pictures",
+    "cut.npz": "is no file of pictures",
+    "absent.npz": "There is no file",
+  }
+
+
+def read_all(spec: str) -> np.ndarray:
+  opened = pictures.open_pictures(spec)
+  return opened.read(0, len(opened))
+
+
+def test_bad_sets_are_named_and_refused(tmp_path):
+  for name, message in bad_sets(tmp_path).items():
+    with pytest.raises(InputError, match=message):
+      read_all(str(tmp_path / name))
+
+
+def test_nobody_is_told_a_fid_without_inception(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(InputError, match=r"give --inception=PATH.*--protocol=efficientnet_lite0"):
+    load_network("adm")
+  with pytest.raises(InputError, match="choose one of adm, pytorch-fid"):
+    load_network("fid")
+  path = npz(tmp_path / "weights.npz", x=np.zeros(3))
+  with pytest.raises(InputError, match="No model is known"):
+    load_network("adm", str(path))
+
+
+def test_results_replace_only_results_of_their_kind(tmp_path):
+  """And a dot in the name is no suffix."""
+  assert Output(tmp_path / "cfg3.5", "generation").json.name == "cfg3.5.json"
+  (tmp_path / "samples.json").write_text('{"num_samples": 3}')
+  with pytest.raises(InputError, match=r"samples\.json exists and is no evaluation"):
+    Output(tmp_path / "samples", "generation")
+  (tmp_path / "old.json").write_text('{"evaluation": "generation"}')
+  Output(tmp_path / "old", "generation")
+  (tmp_path / "begun.png").touch()
+  (tmp_path / "begun.progress").mkdir()
+  (tmp_path / "begun.progress" / "evaluation.json").write_text('{"evaluation": "generation"}')
+  Output(tmp_path / "begun", "generation")
+  with pytest.raises(InputError, match="of this kind"):
+    Output(tmp_path / "old", "latents")
+
+
+def test_samples_of_a_model_are_those_of_launch_sample(pipeline, diffusion, tokenizer):
+  drawn = pictures.Sampled(
+    diffusion, tokenizer, diffusion.config.sample, count=18, labels="balanced", seed=0
+  )
+  written, _ = read_samples(pipeline / "samples.npz")
+  # Those were drawn in a process that compiles differently: rounding may tip a level.
+  assert np.abs(drawn.read(0, 18).astype(int) - written).max() <= 1
+  np.testing.assert_array_equal(drawn.read(7, 9), drawn.read(0, 18)[7:9])
+
+
+def test_latents_are_decoded_by_their_tokenizer(pipeline, tokenizer):
+  decoded = pictures.open_pictures(str(pipeline / "latents"))
+  store = LatentStore(pipeline / "latents")
+  assert (len(decoded), decoded.size) == (len(store), tokenizer.config.data.image_size)
+  first = decoded.read(0, 3)
+  np.testing.assert_array_equal(decoded.read(1, 3), first[1:])
+  original = pictures.own_pictures(tokenizer, held_out=False).read(0, 3)
+  near, far = (np.abs(first - x.astype(float)).mean() for x in (original, original[::-1]))
+  assert near < far
+
+
+def test_reconstruction_measures_what_the_tokenizer_makes(tokenizer, tmp_path):
+  own = pictures.own_pictures(tokenizer, held_out=True)
+  output = Output(tmp_path / "rebuilt", "reconstruction")
+  found = reconstruction.evaluate(tokenizer, own, None, output, posterior="mode")
+  rebuilt = reconstruction.trained.reconstruct(tokenizer, own.read(0, len(own)))
+  squares = np.square(own.read(0, len(own)).astype(float) - rebuilt).mean((1, 2, 3))
+  np.testing.assert_allclose(found["psnr"], np.mean(10 * np.log10(255**2 / squares)), rtol=1e-4)
+  again = reconstruction.evaluate(tokenizer, own, None, output, posterior="sample", seed=1)
+  assert again["psnr"] != found["psnr"]
+  assert json.loads(output.json.read_text())["posterior"] == "sample"
+
+
+def test_a_latent_space_has_its_figures(pipeline, tmp_path):
+  output = Output(tmp_path / "space", "latents")
+  found = space.evaluate(LatentStore(pipeline / "latents"), output, runs=2, count=60)
+  noted = json.loads(output.json.read_text())
+  assert len(noted["runs"]) == 2
+  assert noted["runs"][0] != noted["runs"][1]
+  assert 0 < found["gini"] < 1
+  assert 0 < found["normalized_entropy"] <= 1
+  assert 1 <= found["effective_dimensions"] <= LatentStore(pipeline / "latents").shape[2]
+  assert output.png.is_file()
+
+
+def test_signal_to_noise_of_the_linear_path():
+  curves = space.signal_to_noise(np.array([4.0, 1.0, 0.25]), "Linear")
+  times, values = np.array(curves["median"]).T
+  np.testing.assert_allclose(values, 2 * np.log10(times / (100 - times)), atol=1e-5)
+
+
+def test_a_grid_is_read_by_the_types_of_the_settings():
+  defaults = {"cfg_scale": 1.0, "num_steps": 250, "method": "euler"}
+  grid = sweep.parse_grid(["cfg_scale=1,2.5", "num_steps=10", "method=heun"], defaults)
+  assert grid == {"cfg_scale": [1.0, 2.5], "num_steps": [10], "method": ["heun"]}
+  for words, message in (
+    ([], "at least one"),
+    (["cfg=1"], "There are cfg_scale"),
+    (["num_steps=1.5"], "num_steps is int"),
+    (["cfg_scale=1", "cfg_scale=2"], "once"),
+  ):
+    with pytest.raises(InputError, match=message):
+      sweep.parse_grid(words, defaults)
+
+
+def test_a_sweep_goes_on_and_finds_the_best_point(network, tmp_path):
+  reference = generation.reference_of(pictures.Array(PICTURES), network)
+  drawn = []
+
+  def draw(point):
+    drawn.append(point)
+    dark = np.uint8(PICTURES * (1 - abs(point["cfg_scale"] - 2) / 4))
+    return pictures.Array(dark + np.uint8(point["num_steps"]))
+
+  output = Output(tmp_path / "sweep", "sweep")
+  options = generation.Options(precision_recall=False)
+  run = functools.partial(
+    sweep.sweep, reference=reference, network=network, output=output, options=options
+  )
+  points = run({"cfg_scale": [1.0, 2.0], "num_steps": [1, 0]}, draw)
+  assert len(points) == 4
+  noted = json.loads(output.json.read_text())
+  assert {k: noted["best"][k] for k in ("cfg_scale", "num_steps")} == {
+    "cfg_scale": 2.0,
+    "num_steps": 0,
+  }
+  kept = {path: path.stat().st_mtime_ns for path in output.points.iterdir()}
+  assert len(run({"cfg_scale": [1.0, 2.0, 3.0], "num_steps": [1, 0]}, draw)) == 6
+  assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def evaluation(path, kind: str, figures: dict, **more):
+  path.write_text(json.dumps({"evaluation": kind, "figures": figures} | more))
+  return path
+
+
+def test_a_frontier_joins_evaluations_of_one_protocol(tmp_path):
+  common = {"network": {"protocol": "adm"}, "samples": {"pictures": 9}, "reference": {}}
+  words = []
+  for name, psnr, fid in (("plain", 20.0, 9.0), ("aligned", 19.0, 5.0)):
+    rebuilt = evaluation(tmp_path / f"{name}_r.json", "reconstruction", {"psnr": psnr})
+    drawn = evaluation(tmp_path / f"{name}_g.json", "generation", {"fid": fid}, **common)
+    words.append(f"{name}/d16:{rebuilt}:{drawn}")
+  output = Output(tmp_path / "frontier", "frontier")
+  points = sweep.frontier(words, output, "psnr", "fid")
+  assert [list(point.values()) for point in points] == [
+    ["plain/d16", 20.0, 9.0],
+    ["aligned/d16", 19.0, 5.0],
+  ]
+  assert output.png.is_file()
+  other = evaluation(
+    tmp_path / "other.json", "generation", {"fid": 3.0}, **common | {"samples": {"pictures": 8}}
+  )
+  for bad, message in (
+    (f"x:{tmp_path / 'plain_r.json'}:{other}", "other protocols"),
+    (f"x:{other}:{other}", "is not what .* reconstruction writes"),
+    ("x:y", "is not NAME"),
+  ):
+    with pytest.raises(InputError, match=message):
+      sweep.frontier([words[0], bad], output, "psnr", "fid")
+
+
+def test_an_extrapolation_finds_the_bias_of_few_samples():
+  exact = confidence.extrapolated([(n, 3.0 + 50 / n) for n in (10, 20, 40, 80)])
+  np.testing.assert_allclose(exact[:2], [3.0, 50.0], rtol=1e-6)
+  drawn = np.random.default_rng(0).standard_normal((2_000, 4))
+  reference = Gaussian(np.zeros(4), np.eye(4))
+  line = confidence.extrapolated(list(confidence.subset_distances(drawn, reference)))
+  moments = Moments()
+  moments.update(drawn)
+  biased = reference.distance(moments.mean, moments.cov).distance
+  assert abs(line.distance) < biased
+  resamples = list(confidence.resampled(drawn, reference, 8))
+  interval = confidence.interval(biased, resamples)
+  assert interval.low < biased < interval.high
+  assert 0 < interval.deviation < biased
+
+
+def test_eight_devices_find_what_one_does(command, tmp_path):
+  """By the command, in processes of their own."""
+  large = np.repeat(np.repeat(PICTURES, 4, 1), 4, 2)
+  samples, reference = (
+    npz(tmp_path / f"{name}.npz", arr_0=x) for name, x in (("a", large), ("b", large[:, ::-1] // 2))
+  )
+  found = []
+  for devices in (1, 8):
+    output = tmp_path / f"on{devices}"
+    done = command(
+      "launch.evaluate",
+      *("generation", f"--samples={samples}", f"--reference={reference}", f"--output={output}"),
+      f"--protocol={EFFICIENTNET}",
+      XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    )
+    assert done.returncode == 0, done.stderr
+    found.append(json.loads(output.with_suffix(".json").read_text())["figures"])
+  assert found[0]["fd_efficientnet"] > 1
+  assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_flags_of_another_evaluation_are_refused(command, tmp_path):
+  for words, message in (
+    (["latents", "--samples=x.npz"], "--samples means nothing to latents"),
+    (["generation", "--reference=x", "--samples=a", "--workdir=b"], "either --samples or"),
+    (["generation", "--samples=a"], "Give --reference"),
+  ):
+    done = command("launch.evaluate", *words, f"--output={tmp_path / 'x'}")
+    assert done.returncode == 2
+    assert message in done.stderr
+  assert evaluate.ACCEPTED.keys() == {*evaluate.EVALUATIONS, "statistics"}
