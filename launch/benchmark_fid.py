@@ -1,11 +1,11 @@
 r"""Measures FID's features and arithmetic beside pytorch-fid, torch-fidelity and torchmetrics.
 
   python -m launch.benchmark_fid --source=zip:data/cifar10_test.zip --torch_python=PYTHON \
-    --inception=pt_inception-2015-12-05-6726825d.pth --output=benchmark.json
+    --weights=pt_inception-2015-12-05-6726825d.pth --output=benchmark.json
 
 --torch_python is an interpreter that has PyTorch, torchvision and the three. The same pictures, two
 halves of a random choice, go through all of them with the same weights; figures are shown beside
-each other, and pictures a second, of which all take turns. Without --inception the weights are
+each other, and pictures a second, of which all take turns. Without --weights the weights are
 random ones, which tell whether implementations agree, and nothing of pictures.
 """
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     halves = {"a": pictures[mixed[::2]], "b": pictures[mixed[1::2]]}
     file = Path(folder) / "pictures.npz"
     np.savez(file, a=halves["a"], b=halves["b"])
-    weights = Path(FLAGS.inception) if FLAGS.inception else Path(folder) / "random.pth"
+    weights = Path(FLAGS.weights) if FLAGS.weights else Path(folder) / "random.pth"
     tools = Tools(FLAGS.torch_python, weights, file)
     versions = tools.ask("versions")
     ours = figures(halves, weights)
@@ -171,7 +171,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
   flags.DEFINE_integer("pictures", 500, "Of each half.", lower_bound=10)
   flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
-  flags.DEFINE_string("inception", "", "Weights of FID's Inception; random ones if not given.")
+  flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
   flags.DEFINE_integer("rounds", 3, "All take turns.", lower_bound=1)
   flags.DEFINE_integer("batches", 2, "A round, of 50 pictures.", lower_bound=1)

@@ -21,8 +21,8 @@ against generation of several tokenizers. statistics: mean and covariance of a r
 for all.
 
 --protocol=adm is what the paper's numbers are (TensorFlow 1's resize), pytorch-fid the other one in
-use; both need FID's Inception (--inception). efficientnet_lite0, or a teacher's name with
---inception=its file, is a Frechet distance under its own name, which compares with no FID.
+use; both need FID's Inception (--weights). efficientnet_lite0, or a teacher's name with
+--weights=its file, is a Frechet distance under its own name, which compares with no FID.
 
 Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html. What was stopped goes on where it was.
 """
@@ -55,7 +55,7 @@ from vavae_jax.files import atomic_file
 from vavae_jax.perceptual import Lpips, load_lpips
 
 COMMON = ("output",)
-NETWORK = ("protocol", "inception")
+NETWORK = ("protocol", "weights")
 SAMPLER = ("workdir", "step", "ema", "num_samples", "labels", "seed", "tokenizer", *SETTINGS)
 FIGURES = ("precision_recall", "bootstrap", "fid_infinity")
 SOURCE = ("reference", "image_size")
@@ -91,7 +91,7 @@ def _needed(*names: str) -> None:
 
 
 def _network() -> Network:
-  return load_network(FLAGS.protocol, FLAGS.inception)
+  return load_network(FLAGS.protocol, FLAGS.weights)
 
 
 def _reference(network: Network, output: Output, size: int) -> generation.Reference:
@@ -255,7 +255,7 @@ if __name__ == "__main__":
   flags.DEFINE_enum(
     "protocol", "adm", ("none", *PROTOCOLS), "Network and preparation; none: PSNR and SSIM alone."
   )
-  flags.DEFINE_string("inception", "", "Weights of the protocol's network.")
+  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
   flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
   flags.DEFINE_integer("image_size", 0, "ADM's crop of folders and sources; 0: as samples are.")

@@ -38,6 +38,7 @@ COMMANDS = (
   "equivalence",
   "prepare",
   "benchmark_data",
+  "benchmark_fid",
 )
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 

@@ -222,7 +222,7 @@ def test_bad_sets_are_named_and_refused(tmp_path):
 
 def test_nobody_is_told_a_fid_without_inception(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
-  with pytest.raises(InputError, match=r"give --inception=PATH.*--protocol=efficientnet_lite0"):
+  with pytest.raises(InputError, match=r"give --weights=PATH.*--protocol=efficientnet_lite0"):
     load_network("adm")
   with pytest.raises(InputError, match="choose one of adm, pytorch-fid"):
     load_network("fid")

@@ -78,7 +78,11 @@ def load_network(protocol: str, path: str = "") -> Network:
     return _inception(protocol, path)
   # EfficientNet's distance is of [-1,1], in which it was trained; the others' mean and deviation
   # are their publishers'.
-  graph, state = nnx.split(load_teacher(protocol, path or None, normalize=protocol != EFFICIENTNET))
+  try:
+    teacher = load_teacher(protocol, path or None, normalize=protocol != EFFICIENTNET)
+  except InputError as error:
+    raise InputError(f"{error} Here it is --weights=PATH.") from error
+  graph, state = nnx.split(teacher)
 
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     network: Any = nnx.merge(graph, params)
@@ -119,8 +123,9 @@ def _inception(protocol: str, path: str) -> Network:
   params = nnx.to_pure_dict(state)
   about = {
     "protocol": protocol,
-    "weights": f"{file.name}, {'as' if sha256.startswith(_PUBLISHED) else 'NOT the file that is'} "
-    "published",
+    "weights": "as published"
+    if sha256.startswith(_PUBLISHED)
+    else "NOT the file that is published",
     "weights_sha256": functional.fingerprint(params),
   }
   return Network(protocol, "FID", about, params, apply)
@@ -129,13 +134,13 @@ def _inception(protocol: str, path: str) -> Network:
 def _find_inception(path: str) -> Path:
   if path:
     if not Path(path).is_file():
-      raise InputError(f"There is no file {path}; --inception is the path of {INCEPTION_FILE}.")
+      raise InputError(f"There is no file {path}; --weights is the path of {INCEPTION_FILE}.")
     return Path(path)
   for cached in (Path(name).expanduser() for name in _CACHES):
     if cached.is_file():
       return cached
   raise InputError(
-    f"FID's Inception is not here: give --inception=PATH of {INCEPTION_FILE} (of pytorch-fid's "
+    f"FID's Inception is not here: give --weights=PATH of {INCEPTION_FILE} (of pytorch-fid's "
     "release fid_weights on GitHub), or of what python -m launch.convert made of it. Without it, "
     f"--protocol={EFFICIENTNET} gives a Frechet distance in other features, under its own name."
   )

@@ -182,7 +182,8 @@ def open_reference(
       f"are {network.size}: it is of another network."
     )
   about = json.loads(str(stored["about"])) if "about" in stored else {}
-  if about and about["network"] != network.about:
+  own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
+  if about and not own.items() <= about["network"].items():
     raise InputError(
       f"{spec} was computed by {describe(about['network'])}; now it is {describe(network.about)}."
     )
