@@ -140,12 +140,12 @@ def main(argv: list[str]) -> None:
     rows.append((f"ours, {protocol}", _number(found["fid"]), told, f"{rate:.2f}", ""))
   for name, found in others.items():
     beside = BESIDE[name]
-    off = found["fid"][name]["fid"] / ours[beside]["fid"] - 1 if beside else None
+    off = found["fid"] / ours[beside]["fid"] - 1 if beside else None
     rows.append(
       (
         name,
-        _number(found["fid"][name]["fid"]),
-        f"{found['fid'][name]['seconds']:.1f}",
+        _number(found["fid"]),
+        f"{found['seconds']:.1f}",
         f"{rates[name]:.2f}",
         f"{off:+.1e} of ours, {beside}" if off is not None else "its own resize",
       )

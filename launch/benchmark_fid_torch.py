@@ -67,28 +67,23 @@ def extractors(weights: str) -> dict[str, Extractor]:
   }
 
 
-def distances(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-  """FID of features by each library's own arithmetic, and the seconds it took."""
+def distance(way: str, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+  """FID of features by a library's own arithmetic, and the seconds it took."""
   from pytorch_fid.fid_score import calculate_frechet_distance
   from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
   from torchmetrics.image.fid import _compute_fid
 
-  stats = [fid_features_to_statistics(torch.tensor(x)) for x in (a, b)]
-  moments = [value for x in (a, b) for value in (x.mean(0), np.cov(x, rowvar=False))]
-  doubles = [torch.tensor(x, dtype=torch.float64) for x in moments]
-  ways = {
-    "pytorch-fid": lambda: calculate_frechet_distance(*moments),
-    "torch-fidelity": lambda: fid_statistics_to_metric(*stats, verbose=False)[
-      "frechet_inception_distance"
-    ],
-    "torchmetrics": lambda: _compute_fid(*doubles),
-  }
-  found = {}
-  for name, way in ways.items():
-    began = time.perf_counter()
-    value = float(way())
-    found[name] = {"fid": value, "seconds": time.perf_counter() - began}
-  return found
+  began = time.perf_counter()
+  if way == "torch-fidelity":
+    stats = [fid_features_to_statistics(torch.tensor(x)) for x in (a, b)]
+    value = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+  else:
+    moments = [value for x in (a, b) for value in (x.mean(0), np.cov(x, rowvar=False))]
+    if way == "pytorch-fid":
+      value = calculate_frechet_distance(*moments)
+    else:
+      value = _compute_fid(*(torch.tensor(x, dtype=torch.float64) for x in moments))
+  return {"fid": float(value), "seconds": time.perf_counter() - began}
 
 
 def score(logits: np.ndarray, splits: int) -> float:
@@ -131,7 +126,7 @@ def main() -> None:
             logits = np.concatenate([x[1].numpy() for x in found])
             answer = {"inception_score": score(logits, 1)}
         a, b = (kept[way, name].astype(np.float64) for name in ("a", "b"))
-        answer = {"fid": distances(a, b), **(answer or {})}
+        answer = {**distance(way, a, b), **(answer or {})}
       elif command == "versions":
         names = ("torch", "pytorch-fid", "torch-fidelity", "torchmetrics")
         answer = {name: importlib.metadata.version(name) for name in names}

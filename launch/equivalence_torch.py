@@ -336,7 +336,7 @@ def inception(job: dict[str, Any], given: Arrays) -> Named:
   handle.remove()
   yield from found.items()
   yield from (("output/adm pool3", pool3), ("output/adm logits_unbiased", logits))
-  yield "output/adm spatial", spatial[0][:, :7]
+  yield "output/adm spatial", spatial[0][:, :7].permute(0, 2, 3, 1)
   prepared: list[torch.Tensor] = []
   pytorch_fid = types.SimpleNamespace(
     resize_input=True,

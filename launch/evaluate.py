@@ -30,6 +30,7 @@ Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html. What was stopped goes on 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,18 @@ def _generation(output: Output) -> None:
   _needed("reference")
   if bool(FLAGS.samples) == bool(FLAGS.workdir):
     raise InputError("Give either --samples or --workdir: pictures that are there, or a model.")
+  if FLAGS.samples:
+    for name in sorted({*SAMPLER} - {"tokenizer", "workdir"}):
+      if FLAGS[name].present:
+        raise InputError(f"--{name} is of samples that are drawn; --samples are there already.")
   network = _network()
-  samples = open_pictures(FLAGS.samples, tokenizer=FLAGS.tokenizer) if FLAGS.samples else None
-  drawn = samples or _drawer()({})
+  drawn = (
+    open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
+    if FLAGS.samples
+    else _drawer()({})
+  )
   options = generation.Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
+  generation.check(drawn, options)
   generation.evaluate(
     drawn,
     _reference(network, output, drawn.size),
@@ -189,6 +198,13 @@ def _sweep(output: Output) -> None:
   defaults = configs.base.sample().to_dict() | {"ema": 0.0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   network, draw = _network(), _drawer()
+  diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step)
+  averages = (0.0, *diffusion.config.optimizer.ema_decays)
+  for point in sweep.points_of(grid):  # all of them before the first takes its hours
+    if point.pop("ema", 0.0) not in averages:
+      raise InputError(f"{FLAGS.workdir} keeps averages of decays {averages}, no others.")
+    settings = given_settings(diffusion, **point)
+    checks.check_sampling(settings, diffusion.config.model, has_guide=False)
   first = draw({name: values[0] for name, values in grid.items()})
   sweep.sweep(
     grid,
@@ -222,6 +238,7 @@ def _statistics() -> None:
   if jax.process_index() == 0:
     with atomic_file(path) as file:
       np.savez(file, **arrays)
+    shutil.rmtree(progress, ignore_errors=True)
   console.table(
     "Statistics",
     ("what", "value"),
@@ -258,7 +275,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
   flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
-  flags.DEFINE_integer("image_size", 0, "ADM's crop of folders and sources; 0: as samples are.")
+  flags.DEFINE_integer(
+    "image_size", 0, "ADM's crop of folders and sources; 0: references as samples are."
+  )
   flags.DEFINE_boolean("precision_recall", True, "Needs the features of all pictures in memory.")
   flags.DEFINE_integer("bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.")
   flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")

@@ -40,12 +40,14 @@ class Trained:
     config: what it was trained with.
     step: of the checkpoint.
     params: the EMA that was asked for, or the parameters; on every device.
+    ema: its decay; 0: the parameters themselves.
   """
 
   workdir: Path
   config: FrozenConfigDict
   step: int
   params: Any
+  ema: float = 0.0
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -95,7 +97,7 @@ def load(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params
   )
   params, step = restore_item(workdir, item, like, step)
-  return Trained(Path(workdir), config, step, params)
+  return Trained(Path(workdir), config, step, params, ema)
 
 
 def autoencoder(tokenizer: Trained, params: Any | None = None) -> Autoencoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -117,6 +118,30 @@ def test_what_was_found_of_others_or_is_damaged_is_computed_anew(network, tmp_pa
   np.testing.assert_array_equal(found.moments["pool"].mean, expected.moments["pool"].mean)
 
 
+def test_files_that_were_written_anew_are_other_pictures(network, tmp_path):
+  """Though they bear the same names."""
+  folder, progress = tmp_path / "drawn", tmp_path / "progress"
+  folder.mkdir()
+  means = []
+  for drawn in (PICTURES[:12], PICTURES[11:]):
+    for i, picture in enumerate(drawn):
+      Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    opened = pictures.open_pictures(str(folder))
+    found = generation.statistics_of(opened, network, "samples", progress=progress)
+    means.append(found.moments["pool"].mean)
+  np.testing.assert_allclose(means[1], features(network, PICTURES[11:]).mean(0), rtol=1e-5)
+  assert np.abs(means[0] - means[1]).max() > 0.01
+
+
+def test_pictures_of_two_sizes_compare_only_where_both_are_resized(network, tmp_path):
+  reference = generation.reference_of(pictures.Array(PICTURES[:, :4, :4]), network)
+  output, options = Output(tmp_path / "x", "generation"), generation.Options(precision_recall=False)
+  generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
+  other = dataclasses.replace(network, protocol=EFFICIENTNET, distance="FD-EfficientNet")
+  with pytest.raises(InputError, match="samples of 8 px and a reference of 4 px"):
+    generation.evaluate(pictures.Array(PICTURES), reference, other, output, options=options)
+
+
 def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
   reference = generation.reference_of(pictures.Array(PICTURES), network, keep=True)
   options = generation.Options(bootstrap=3, infinity=True)
@@ -145,6 +170,10 @@ def test_few_samples_are_measured_and_warned_of(network, tmp_path):
   figures, more = generation.figures_of(some, reference, network, options)
   assert np.isfinite(figures["fid"])
   assert "5 samples are fewer than the 6 features" in more["warnings"][0]
+  few = generation.reference_of(pictures.Array(PICTURES[:4]), network)
+  many = generation.statistics_of(pictures.Array(PICTURES), network, "samples")
+  _, more = generation.figures_of(many, few, network, options)
+  assert "4 reference are fewer" in more["warnings"][0]
   with pytest.raises(InputError, match="The samples are 1"):
     generation.statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
 
@@ -164,9 +193,15 @@ def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):
   other = npz(tmp_path / "other.npz", about=np.array(json.dumps(about)), **moments)
   with pytest.raises(InputError, match=r"was computed by .*pytorch-fid"):
     generation.open_reference(str(other), network)
-  short = npz(tmp_path / "short.npz", mu=np.zeros(4), sigma=np.eye(4))
-  with pytest.raises(InputError, match=r"mean of shape \(4,\).* are 6"):
-    generation.open_reference(str(short), network)
+  for name, changed, message in (
+    ("mean", {"mu": np.zeros(4)}, r"mean mu of shape \(4,\).* are 6"),
+    ("spatial", {"mu_s": np.zeros(4)}, r"mean mu_s of shape \(4,\).* are 6"),
+    ("covariance", {"sigma": -np.eye(6)}, "are no mean and covariance"),
+    ("about", {"about": np.array("{")}, "does not say what it is of"),
+  ):
+    bad = npz(tmp_path / f"{name}.npz", **moments | spatial | changed)
+    with pytest.raises(InputError, match=message):
+      generation.open_reference(str(bad), network)
   adm = npz(tmp_path / "adm.npz", arr_0=PICTURES, **moments)
   both = generation.open_reference(str(adm), network, keep=True)
   np.testing.assert_allclose(both.features, features(network, PICTURES), rtol=1e-5, atol=1e-5)
@@ -275,6 +310,7 @@ def test_reconstruction_measures_what_the_tokenizer_makes(tokenizer, tmp_path):
   rebuilt = reconstruction.trained.reconstruct(tokenizer, own.read(0, len(own)))
   squares = np.square(own.read(0, len(own)).astype(float) - rebuilt).mean((1, 2, 3))
   np.testing.assert_allclose(found["psnr"], np.mean(10 * np.log10(255**2 / squares)), rtol=1e-4)
+  assert json.loads(output.json.read_text())["exact"] == 0
   again = reconstruction.evaluate(tokenizer, own, None, output, posterior="sample", seed=1)
   assert again["psnr"] != found["psnr"]
   assert json.loads(output.json.read_text())["posterior"] == "sample"
@@ -406,11 +442,40 @@ def test_eight_devices_find_what_one_does(command, tmp_path):
   assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipeline, tmp_path):
+  """Drawn, measured, merged and written together."""
+  words = (
+    "launch.evaluate",
+    *("sweep", f"--workdir={pipeline / 'diffusion'}", "--num_samples=300", "--num_steps=3"),
+    *("--grid=cfg_scale=1,3", f"--reference={pipeline / 'samples.npz'}"),
+    f"--protocol={EFFICIENTNET}",
+  )
+  two_processes(*words, f"--output={tmp_path / 'two'}")
+  done = command(*words, f"--output={tmp_path / 'one'}")
+  assert done.returncode == 0, done.stderr
+  one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+  assert len(one["points"]) == 2
+  for ours, theirs in zip(one["points"], two["points"], strict=True):
+    assert theirs == pytest.approx(ours, rel=1e-4)
+  assert "300 samples are fewer" in one["warnings"][1]
+
+
+def test_a_sweep_is_refused_before_its_first_point(command, pipeline, tmp_path):
+  for grid, message in (("method=euler,leap", "leap"), ("ema=0.77", "keeps averages of decays")):
+    done = command(
+      "launch.evaluate",
+      *("sweep", f"--workdir={pipeline / 'diffusion'}", f"--grid={grid}", "--reference=x.npz"),
+      *(f"--protocol={EFFICIENTNET}", f"--output={tmp_path / 'x'}"),
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
 def test_flags_of_another_evaluation_are_refused(command, tmp_path):
   for words, message in (
     (["latents", "--samples=x.npz"], "--samples means nothing to latents"),
-    (["generation", "--reference=x", "--samples=a", "--workdir=b"], "either --samples or"),
     (["generation", "--samples=a"], "Give --reference"),
+    (["generation", "--samples=a", "--reference=b", "--seed=1"], "--seed is of samples that are"),
   ):
     done = command("launch.evaluate", *words, f"--output={tmp_path / 'x'}")
     assert done.returncode == 2

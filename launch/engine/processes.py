@@ -62,13 +62,19 @@ def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
   if jax.process_count() == 1:
     return [tensors]
   mine = np.frombuffer(safetensors.numpy.save(tensors), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array(len(mine), np.int32)).tolist()
+  halves = np.array(divmod(len(mine), 2**30), np.int32)  # int64 would become int32
+  sizes = [high * 2**30 + low for high, low in multihost_utils.process_allgather(halves).tolist()]
   padded = np.zeros(max(sizes), np.uint8)
   padded[: len(mine)] = mine
   rows = multihost_utils.process_allgather(padded)
   return [
     safetensors.numpy.load(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)
   ]
+
+
+def first_says(answer: bool) -> bool:
+  """The first process's answer, in all of them."""
+  return bool(gather({"answer": np.array([answer])})[0]["answer"][0])
 
 
 def wait_for_all(what: str) -> None:

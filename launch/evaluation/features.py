@@ -114,7 +114,7 @@ def _inception(protocol: str, path: str) -> Network:
     out = nnx.merge(graph, params)(prepare(image_BHWC))
     return {
       "pool": out["pool3"],
-      "spatial": out["spatial"].reshape(len(image_BHWC), -1),
+      "spatial": out["spatial"].reshape(len(image_BHWC), -1),  # as stored statistics have it
       "probabilities": jax.nn.softmax(out["logits_unbiased"]),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,6 +42,7 @@ from vavae_jax.metrics.distribution import Gaussian, precision_recall
 
 T = TypeVar("T")
 NEIGHBOURS = 3  # k of precision and recall
+MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on the host
 SHOWN, SHOWN_NEIGHBOURS, COLUMNS = 80, 12, 10
 
 
@@ -71,6 +72,7 @@ class Reference:
   Attributes:
     about: what they are.
     gaussian: of their features.
+    count: pictures; None where nobody noted it.
     spatial: of sFID's features, or None.
     features: [N,F], or None.
     pictures: or None.
@@ -78,6 +80,7 @@ class Reference:
 
   about: dict[str, Any]
   gaussian: Gaussian
+  count: int | None = None
   spatial: Gaussian | None = None
   features: np.ndarray | None = None
   pictures: PictureSet | None = None
@@ -131,19 +134,23 @@ def compiled(network: Network, keep: bool) -> Callable[[Any, dict[str, jax.Array
 
 
 def gaussian_of(statistics: Statistics, name: str = "pool") -> Gaussian:
-  """The Gaussian of one of the features."""
+  """The Gaussian of one of the features; InputError where they have none."""
   moments = statistics.moments[name]
-  return Gaussian(moments.mean, moments.cov)
+  try:
+    return Gaussian(moments.mean, moments.cov)
+  except ValueError as error:
+    raise InputError(f"The features {name} have no Gaussian: {error}") from error
 
 
 def reference_of(
   pictures: PictureSet, network: Network, *, keep: bool = False, progress: Path | None = None
 ) -> Reference:
   """Pictures as a reference; arguments as of `statistics_of`."""
+  keep = keep and len(pictures) <= MOST_KEPT
   found = statistics_of(pictures, network, "reference", keep=keep, progress=progress)
   features = found.column("pool") if keep else None
   spatial = gaussian_of(found, "spatial") if "spatial" in found.moments else None
-  return Reference(pictures.about, gaussian_of(found), spatial, features, pictures)
+  return Reference(pictures.about, gaussian_of(found), len(pictures), spatial, features, pictures)
 
 
 def open_reference(
@@ -176,40 +183,57 @@ def open_reference(
   if not stored:
     pictures = open_pictures(spec, image_size=image_size, tokenizer=tokenizer)
     return reference_of(pictures, network, keep=keep, progress=progress)
-  if stored["mu"].shape != (network.size,):
-    raise InputError(
-      f"{spec} has a mean of shape {stored['mu'].shape}, but the features of {network.protocol} "
-      f"are {network.size}: it is of another network."
-    )
-  about = json.loads(str(stored["about"])) if "about" in stored else {}
+  sizes = network_outputs(network)
+  for name, what in (("mu", "pool"), ("mu_s", "spatial")):
+    if name in stored and what in sizes and stored[name].shape != (sizes[what],):
+      raise InputError(
+        f"{spec} has a mean {name} of shape {stored[name].shape}, but the features of "
+        f"{network.protocol} are {sizes[what]}: it is of another network."
+      )
+  try:
+    about = json.loads(str(stored["about"])) if "about" in stored else {}
+  except ValueError as error:
+    raise InputError(f"{spec} does not say what it is of ({error}); make it again.") from error
   own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
   if about and not own.items() <= about["network"].items():
     raise InputError(
       f"{spec} was computed by {describe(about['network'])}; now it is {describe(network.about)}."
     )
   try:
-    spatial = Gaussian(stored["mu_s"], stored["sigma_s"]) if "mu_s" in stored else None
+    both = "mu_s" in stored and "spatial" in sizes
+    spatial = Gaussian(stored["mu_s"], stored["sigma_s"]) if both else None
     gaussian = Gaussian(stored["mu"], stored["sigma"])
-  except ValueError as error:
+  except (ValueError, KeyError) as error:
     raise InputError(f"The statistics in {spec} are no mean and covariance: {error}") from error
   told = about.get("pictures") or {
     "kind": "statistics",
     "note": "their protocol is not noted in the file",
     "mu_sum": float(stored["mu"].sum()),
   }
-  reference = Reference(told, gaussian, spatial if "spatial" in network_outputs(network) else None)
+  reference = Reference(told, gaussian, told.get("pictures"), spatial)
   if has_pictures(spec):
     reference.pictures = open_pictures(spec)
-    if keep:
+    if keep and len(reference.pictures) <= MOST_KEPT:
       found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
       reference.features = found.column("pool")
   return reference
 
 
-def network_outputs(network: Network) -> tuple[str, ...]:
-  """What the network gives."""
+def network_outputs(network: Network) -> dict[str, int]:
+  """What the network gives, and how many numbers each."""
   picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
-  return tuple(jax.eval_shape(network.apply, network.params, picture))
+  found = jax.eval_shape(network.apply, network.params, picture)
+  return {name: x.shape[-1] for name, x in found.items()}
+
+
+def rank_warnings(counts: Mapping[str, int | None], network: Network) -> list[str]:
+  """What to know of sets that have fewer pictures than there are features."""
+  return [
+    f"{count} {name} are fewer than the {network.size} features: their covariance has not full "
+    f"rank, and {network.distance} compares with no other number of pictures"
+    for name, count in counts.items()
+    if count is not None and count <= network.size
+  ]
 
 
 def key_of(network: Network) -> str:
@@ -243,17 +267,17 @@ def figures_of(
   if samples.sums:
     figures["inception_score"] = samples.inception_score()
   if options.precision_recall and reference.features is not None:
+    if len(reference.features) <= NEIGHBOURS:
+      raise InputError(f"The reference has {len(reference.features)} pictures; give more.")
     console.say(f"precision and recall of {pool.count} and {len(reference.features)} features ...")
     both = precision_recall(reference.features, samples.column("pool"), NEIGHBOURS)
     figures |= both._asdict()
   elif options.precision_recall:
-    more["warnings"].append("no precision and recall: the reference has statistics alone")
-  if pool.count <= network.size:
     more["warnings"].append(
-      f"{pool.count} samples are fewer than the {network.size} features: their covariance has not "
-      f"full rank, and {network.distance} is far too high to be compared with other numbers of "
-      "samples"
+      "no precision and recall: the reference has statistics alone, or more than "
+      f"{MOST_KEPT:,} pictures"
     )
+  more["warnings"] += rank_warnings({"samples": pool.count, "reference": reference.count}, network)
   if options.bootstrap:
     draws = confidence.resampled(samples.column("pool"), reference.gaussian, options.bootstrap)
     resamples = list(_shown(draws, "bootstrap", options.bootstrap))
@@ -301,6 +325,20 @@ def shown_figures(figures: dict[str, float], network: Network, note: str) -> lis
   return shown
 
 
+def check(samples: PictureSet, options: Options) -> None:
+  """Raises InputError for what can be seen before anything is computed."""
+  if options.bootstrap and options.bootstrap < 2:
+    raise InputError(f"--bootstrap is {options.bootstrap}; give 0 or at least 2, better 20.")
+  least = NEIGHBOURS + 1 if options.precision_recall else 2
+  if len(samples) < least:
+    raise InputError(f"There are {len(samples)} samples; at least {least} are needed.")
+  if options.keep and len(samples) > 10 * MOST_KEPT:
+    raise InputError(
+      f"There are {len(samples)} samples, whose features would be kept; give at most "
+      f"{10 * MOST_KEPT}, or --precision_recall=false without --bootstrap and --fid_infinity."
+    )
+
+
 def evaluate(
   samples: PictureSet,
   reference: Reference,
@@ -326,13 +364,12 @@ def evaluate(
   Raises:
     InputError: something does not fit.
   """
-  if options.bootstrap and options.bootstrap < 2:
-    raise InputError(f"--bootstrap is {options.bootstrap}; give 0 or at least 2, better 20.")
-  least = NEIGHBOURS + 1 if options.precision_recall else 2
-  if len(samples) < least:
-    raise InputError(f"There are {len(samples)} samples; at least {least} are needed.")
-  if reference.features is not None and len(reference.features) < least:
-    raise InputError(f"The reference has {len(reference.features)} pictures; {least} are needed.")
+  check(samples, options)
+  if reference.pictures is not None and reference.pictures.size != samples.size:
+    sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
+    if network.distance != "FID":
+      raise InputError(f"Given are {sizes}, which {network.protocol} does not resize.")
+    console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
   first = samples.read(0, min(len(samples), SHOWN))
   found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
   figures, more = figures_of(found, reference, network, options)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,7 +97,7 @@ class Npz:
       read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
       self._shape, fortran, dtype = read[major](self._array)
       self._begin = self._array.tell()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
       raise InputError(
         f"{path} is no file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, such "
         "as python -m launch.sample writes."
@@ -121,7 +122,7 @@ class Npz:
     try:
       self._array.seek(self._begin + start * size)
       return np.frombuffer(self._array.read((stop - start) * size), np.uint8).reshape(shape)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
       raise InputError(f"{self._path} is damaged ({error}); write it again.") from error
 
 
@@ -150,7 +151,7 @@ class FromSource:
       InputError: nothing usable there.
     """
     self.source = sources.open_source(spec)
-    listing = self.source.listing()
+    listing, identity = self.source.listing(), self.source.identity()
     chosen = np.arange(len(self.source)) if indices is None else indices
     if limit:
       chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:limit])
@@ -164,6 +165,7 @@ class FromSource:
       "kind": "source",
       "source": spec,
       "listing": listing,
+      "identity": identity,  # files that were written anew are others
       "chosen": hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest(),
       "pictures": len(self),
       "crop": f"{crop} {size} px" if size else "none",
@@ -219,6 +221,7 @@ class Sampled:
       "kind": "sampled",
       "diffusion": diffusion.sha256,
       "diffusion_step": diffusion.step,
+      "ema": diffusion.ema,
       "tokenizer": tokenizer.sha256,
       "pictures": count,
       "labels": labels,
@@ -256,6 +259,7 @@ class Decoded:
     self.about = {
       "kind": "latents",
       "latents": store.sha256,
+      "posterior": "mean" if store.has_posteriors else "as stored",
       "tokenizer": tokenizer.sha256,
       "pictures": len(store),
     }
@@ -350,17 +354,17 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as stored:
       names = (*STATISTICS, "mu_s", "sigma_s", "about")
       found = {name: stored[name] for name in names if name in stored}
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
     raise InputError(f"{path} is damaged or no npz ({error}).") from error
   return found if all(name in found for name in STATISTICS) else {}
 
 
 def has_pictures(spec: str) -> bool:
   """Whether an npz has pictures beside or instead of statistics."""
-  with zipfile.ZipFile(spec) as archive:
+  with zipfile.ZipFile(Path(spec).expanduser()) as archive:
     return FIRST in archive.namelist()
 
 
 def describe(about: dict[str, Any]) -> str:
   """One line of what a set is."""
-  return json.dumps({k: v for k, v in about.items() if k not in ("listing", "sha256")})
+  return json.dumps({k: v for k, v in about.items() if k not in ("listing", "identity", "sha256")})

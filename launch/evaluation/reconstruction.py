@@ -13,7 +13,7 @@ from flax import nnx
 from launch import trained
 from launch.engine import console, mesh
 from launch.evaluation.features import Network
-from launch.evaluation.generation import gaussian_of, key_of
+from launch.evaluation.generation import gaussian_of, key_of, rank_warnings
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet, take
 from launch.evaluation.statistics import Part, compute
@@ -75,8 +75,17 @@ def evaluate(
     progress=output.progress,
   )
   psnr_N = found.column("psnr")
-  figures = {name: float(found.column(name).mean(dtype=np.float64)) for name in found.columns}
-  more: dict[str, Any] = {}
+  if np.isnan(psnr_N).any():
+    raise InputError(
+      f"The tokenizer rebuilds {np.isnan(psnr_N).sum()} of {len(psnr_N)} pictures as NaN; the "
+      f"first is number {np.isnan(psnr_N).argmax()}."
+    )
+  exact = int(np.isinf(psnr_N).sum())  # of which PSNR is infinite
+  finite = {name: x[np.isfinite(x)] for name in found.columns for x in [found.column(name)]}
+  figures = {name: float(x.mean(dtype=np.float64)) for name, x in finite.items() if len(x)}
+  more: dict[str, Any] = {"exact": exact, "warnings": []}
+  if exact:
+    more["warnings"].append(f"{exact} pictures are rebuilt exactly and are not in PSNR's mean")
   note = f"{len(psnr_N)} pictures, posterior's {posterior}"
   units = {"psnr": ("PSNR", "dB", "higher"), "ssim": ("SSIM", "", "higher")}
   units["lpips"] = ("LPIPS", "", "lower")
@@ -88,9 +97,12 @@ def evaluate(
     distance = gaussian_of(found, "original").distance(rebuilt.mean, rebuilt.cov)
     figures[f"r{key_of(network)}"] = distance.distance
     more["negative_eigenvalue"] = distance.negative
+    more["warnings"] += rank_warnings({"pictures": len(psnr_N)}, network)
     shown.insert(0, Figure(f"r{network.distance}", distance.distance, "", note, "lower"))
   if lpips is None:
-    console.say("note: no LPIPS, whose weights were not given")
+    more["warnings"].append("no LPIPS, whose weights were not given")
+  for warning in more["warnings"]:
+    console.say(f"note: {warning}")
   order = np.argsort(psnr_N)
   middle = max(len(order) // 2 - SHOWN // 2, 0)
   chosen = {"Worst": order[:SHOWN], "Median": order[middle : middle + SHOWN]}
@@ -100,8 +112,8 @@ def evaluate(
     **more,
     "pictures": pictures.about,
     **about,
-    "protocol": "PSNR of 8-bit pictures, SSIM and LPIPS of unrounded ones, each averaged over "
-    "pictures",
+    "protocol": "PSNR of 8-bit pictures; SSIM (borders mirrored, as torchmetrics 1.9 has it) and "
+    "LPIPS of unrounded ones; each averaged over pictures",
   }
   sections = [
     Section(
@@ -112,12 +124,12 @@ def evaluate(
     )
     for name in chosen
   ]
-  sections.append(Section("Figures", "", figures_table(shown)))
+  sections.append(Section("Figures", "", figures_table(shown, more["warnings"])))
   sections.append(Section("Protocol", "", details("JSON", json.dumps(result, indent=2))))
   rows = [picture for pair in pairs.values() for picture in pair]
   output.write(
     result,
-    title=f"Reconstruction: {figures['psnr']:.2f} dB",
+    title=f"Reconstruction: {figures.get('psnr', np.inf):.2f} dB",
     summary=f"{len(psnr_N)} pictures through the tokenizer and back.",
     figures=shown,
     sections=sections,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from safetensors import safe_open
 from sklearn.manifold import TSNE
 
 from launch.charts import Curve, line_chart, scatter
@@ -16,7 +19,7 @@ from launch.evaluation.output import Output
 from launch.report import Figure, Section, details, figures_table
 from lightningdit_jax import latents, transport
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file
+from vavae_jax.files import atomic_file, write_safetensors
 from vavae_jax.metrics.uniformity import Uniformity, density, uniformity
 
 matplotlib.use("Agg")
@@ -39,7 +42,8 @@ class Cells(NamedTuple):
 
 
 def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
-  """Random cells, each of another picture, mirrored or not, as the reference draws them.
+  """Random cells, each of another picture, mirrored or not, as the reference draws them; where the
+  store has posteriors, of a sample.
 
   Args:
     store: the latents.
@@ -58,7 +62,16 @@ def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
   for start in range(0, len(records), 256):
     some = slice(start, start + 256)
     z_BhwZ = np.empty((len(records[some]), *store.shape), np.float32)
-    store.read(records[some], flips[some], out=z_BhwZ, mean=store.mean, scale=1 / store.std)
+    store.read(
+      records[some],
+      flips[some],
+      out=z_BhwZ,
+      mean=store.mean,
+      scale=1 / store.std,
+      noise=(lambda _: draw.standard_normal((channels, height, width), np.float32))
+      if store.has_posteriors
+      else None,
+    )
     values[some] = z_BhwZ[np.arange(len(z_BhwZ)), rows[some], columns[some]]
   return Cells(values, store.labels_of(records))
 
@@ -94,8 +107,7 @@ def evaluate(
   shown: tuple[Cells, np.ndarray, np.ndarray] | None = None
   for run in console.tracked(range(runs), "t-SNE"):
     cells = draw_cells(store, count, seed + run)
-    tsne = TSNE(perplexity=PERPLEXITY, random_state=seed + run, init="pca")
-    plane = np.asarray(tsne.fit_transform(cells.values), np.float64)
+    plane = _plane(cells, seed + run, output.progress / f"run-{seed + run}.safetensors")
     dense = density(plane)
     found.append(uniformity(dense))
     shown = shown or (cells, plane, dense)
@@ -165,6 +177,19 @@ def evaluate(
   )
   output.show(rows)
   return figures
+
+
+def _plane(cells: Cells, seed: int, path: Path) -> np.ndarray:
+  """t-SNE of the cells, or what a run before found of the same ones."""
+  noted = {"cells": hashlib.sha256(cells.values.tobytes()).hexdigest()}
+  if path.is_file():
+    with safe_open(path, "numpy") as file:
+      if file.metadata() == noted:
+        return file.get_tensor("plane")
+  tsne = TSNE(perplexity=PERPLEXITY, random_state=seed, init="pca")
+  plane = np.asarray(tsne.fit_transform(cells.values), np.float64)
+  write_safetensors(path, {"plane": plane}, noted)
+  return plane
 
 
 def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[int, float]]]:

@@ -171,7 +171,13 @@ def compute(
       if number < len(ranges):
         ahead.append(reader.submit(pictures.read, *ranges[number]))
       batch = {"image": image, "index": np.arange(start, stop, dtype=np.int32)}
-      found.add(list(in_batches(lambda x: run(here, x), batch, batch_size, devices)))
+      parts = list(in_batches(lambda x: run(here, x), batch, batch_size, devices))
+      try:
+        found.add(parts)
+      except ValueError as error:
+        raise InputError(
+          f"The features of the pictures {start}..{stop - 1} are unusable: {error}"
+        ) from error
       bar.update(stop - first * BLOCK)
       late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
       if path and (late or number == len(ranges)):

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib
 import numpy as np
 
-from launch.engine import console
+from launch.engine import console, processes
 from launch.evaluation.features import Network
 from launch.evaluation.generation import (
   Options,
@@ -63,6 +64,11 @@ def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list
   return grid
 
 
+def points_of(grid: dict[str, list[Any]]) -> list[Point]:
+  """The settings of each point of a grid, the last one changing fastest."""
+  return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
 def sweep(
   grid: dict[str, list[Any]],
   draw: Callable[[Point], PictureSet],
@@ -85,8 +91,9 @@ def sweep(
   Returns:
     Settings and figures of each point.
   """
-  points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+  points = points_of(grid)
   done: list[Point] = []
+  told_of: set[str] = set()
   about: dict[str, Any] = {}
   for number, point in enumerate(points, 1):
     told = ", ".join(f"{k}={v}" for k, v in point.items())
@@ -96,15 +103,21 @@ def sweep(
     noted = json.dumps([about, network.about, reference.about, options], sort_keys=True)
     name = hashlib.sha256(noted.encode()).hexdigest()[:16]
     path = output.points / f"{name}.json"
-    if not path.is_file():
+    if not processes.first_says(path.is_file()):
       found = statistics_of(
         samples, network, f"point {name}", keep=options.keep, progress=output.progress
       )
-      figures, _ = figures_of(found, reference, network, options)
-      write_json(path, figures)
-      for part in output.progress.glob(f"point_{name}-*.safetensors"):
-        part.unlink()
-    done.append(point | json.loads(path.read_text()))
+      figures, more = figures_of(found, reference, network, options)
+      if jax.process_index() == 0:
+        write_json(path, {"figures": figures, "warnings": more["warnings"]})
+        for part in output.progress.glob(f"point_{name}-*.safetensors"):
+          part.unlink()
+      processes.wait_for_all(f"point {name}")
+    noted_point = json.loads(path.read_text())
+    told_of |= set(noted_point["warnings"])
+    done.append(point | noted_point["figures"])
+  for warning in sorted(told_of):
+    console.say(f"note: {warning}")
   key = key_of(network)
   best = min(done, key=lambda point: point[key])
   rows = [[_text(point[name]) for name in done[0]] for point in done]
@@ -116,6 +129,7 @@ def sweep(
     "grid": grid,
     "points": done,
     "best": best,
+    "warnings": sorted(told_of),
     "network": network.about,
     "samples": common,
     "reference": reference.about,

@@ -280,22 +280,22 @@ def precision_recall(
 
 def _share_inside(points: np.ndarray, centres: np.ndarray, k: int, block_size: int) -> float:
   """Share of points inside at least one ball around the centres."""
-  radius = np.empty(len(centres))
+  radius, squared_M = np.empty(len(centres)), np.square(centres).sum(axis=1)
   for start in range(0, len(centres), block_size):
-    distance = _squared_distances(centres[start : start + block_size], centres)
+    distance = _squared_distances(centres[start : start + block_size], centres, squared_M)
     own = np.arange(len(distance))
     distance[own, start + own] = np.inf
     radius[start : start + block_size] = np.partition(distance, k - 1, axis=1)[:, k - 1]
   num_inside = 0
   for start in range(0, len(points), block_size):
-    distance = _squared_distances(points[start : start + block_size], centres)
+    distance = _squared_distances(points[start : start + block_size], centres, squared_M)
     num_inside += int((distance <= radius).any(axis=1).sum())
   return num_inside / len(points)
 
 
-def _squared_distances(a_NF: np.ndarray, b_MF: np.ndarray) -> np.ndarray:
-  """Squared Euclidean distances [N,M], never negative."""
-  squared_N, squared_M = np.square(a_NF).sum(axis=1), np.square(b_MF).sum(axis=1)
+def _squared_distances(a_NF: np.ndarray, b_MF: np.ndarray, squared_M: np.ndarray) -> np.ndarray:
+  """Squared Euclidean distances [N,M], never negative; `squared_M` are the squares of b's norms."""
+  squared_N = np.square(a_NF).sum(axis=1)
   return np.maximum(squared_N[:, None] + squared_M - 2 * a_NF @ b_MF.T, 0)
 
 

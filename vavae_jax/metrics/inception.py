@@ -147,7 +147,7 @@ class InceptionV3(nnx.Module):
       x_BHWC: the input [B,299,299,3] that one of `PROTOCOLS` makes.
 
     Returns:
-      "pool3" [B,2048], of FID, precision and recall; "spatial" [B,7,17,17], channels first as sFID
+      "pool3" [B,2048], of FID, precision and recall; "spatial" [B,17,17,7], as sFID
       flattens them to 2,023 numbers; "logits_unbiased" [B,1008], of the inception score (softmax);
       "logits" [B,1008]; on the way "block1" [B,35,35,192] and "block2" [B,17,17,768].
 
@@ -166,7 +166,7 @@ class InceptionV3(nnx.Module):
     pool3_BD = jnp.mean(x_BhwD, axis=(1, 2))
     return {
       "pool3": pool3_BD,
-      "spatial": jnp.moveaxis(spatial_BhwD, -1, 1),
+      "spatial": spatial_BhwD,
       "logits_unbiased": jnp.dot(pool3_BD, self.fc.kernel[...], precision="highest"),
       "logits": self.fc(pool3_BD),
       "block1": block1_BhwD,
