@@ -19,7 +19,11 @@ def _training() -> ConfigDict:
       "num_steps": 100_000,
       "log_every_steps": 100,
       "save_every_steps": 5_000,
-      "keep_checkpoints": 2,
+      "keep_checkpoints": 2,  # the latest so many; and these stay for good:
+      "keep_every_steps": 0,  # those of each multiple of this; 0: none
+      # The one where a metric of metrics.jsonl was lowest, such as "validation/mse"; with a minus
+      # before its name, such as "-reconstruction/psnr", where it was highest.
+      "keep_best": "",
       "evaluate_every_steps": 5_000,  # 0: never
       "non_finite": "stop",  # or "skip": a step with a loss or gradient not finite changes nothing
       "max_skipped_steps": 10,  # one after the other; one more ends the training

@@ -2,6 +2,7 @@ r"""Converts weights: published files to what the commands here take, and ours t
 
   python -m launch.convert SOURCE DEST [--to=folder|safetensors|pt]
   python -m launch.convert SOURCE --inspect
+  python -m launch.convert WORKDIR --inspect
 
   python -m launch.convert vavae-f16d32-dinov2 runs/vavae
   python -m launch.convert latents-stats data/latents
@@ -17,7 +18,8 @@ is a folder (a workdir for launch.encode, sample and evaluate; the latents' fold
 or a file, by whose ending the format is chosen; LightningDiT and tokenizers then have the names
 that the reference loads with strict=True, all others those they came with. A workdir is float32.
 Pickles are read without running them and without PyTorch. All or nothing: tensors that are unknown,
-missing, misshapen or not finite are listed, and nothing is written.
+missing, misshapen or not finite are listed, and nothing is written. --inspect of a workdir reads
+its checkpoints and compares them with their checksums; the exit code is 2 where one is damaged.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ import configs.base
 import lightningdit_jax.convert
 from launch import released, trained, weights
 from launch.engine import configuration, console
-from launch.engine.checkpoint import read_config, save_weights
+from launch.engine.checkpoint import read_config, save_weights, survey
 from lightningdit_jax.latents import STATISTICS
 from vavae_jax import functional
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.errors import InputError
-from vavae_jax.files import write_safetensors
+from vavae_jax.files import is_url, place, write_safetensors
 from vavae_jax.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.torch_weights import StateDict
 from vavae_jax.torch_writer import write_torch_file
@@ -212,11 +214,38 @@ def _sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def inspect_workdir(workdir: Path) -> None:
+  """Lists the checkpoints of a training and reads each one whole.
+
+  Raises:
+    InputError: it is none, or some of them are damaged.
+  """
+  config = read_config(workdir)
+  found = survey(workdir)
+  rows = [
+    (one.name, ", ".join(one.items), f"{one.size / 2**20:.1f} MiB", one.wrong or "sound")
+    for one in found
+  ]
+  header = ("step", "items", "size", "every file read")
+  console.table(f"{workdir}: checkpoints of a {config.get('task')}", header, rows)
+  if not found:
+    raise InputError(f"{workdir} holds no checkpoint.")
+  if damaged := [one.name for one in found if one.wrong]:
+    raise InputError(
+      f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}; training, "
+      "sampling and encoding take the newest that is sound."
+    )
+
+
 def inspect(source: str) -> None:
-  """Lists what a file holds."""
+  """Lists what a file or a training's workdir holds."""
+  if is_url(source):
+    inspect_workdir(place(source))
+    return
   path = released.find(source)
   if path.is_dir():
-    raise InputError(f"{path} is a folder; --inspect lists files of weights.")
+    inspect_workdir(path)
+    return
   content = read_content(path)
   rows = [
     (name, "x".join(map(str, value.shape)) or "scalar", str(value.dtype))

@@ -33,6 +33,7 @@ from launch.sample import make_sampler
 from launch.sample_files import contact_sheet
 from vavae_jax import feature_cache
 from vavae_jax.errors import InputError
+from vavae_jax.files import place
 from vavae_jax.frozen import uses_teacher
 from vavae_jax.metrics.distribution import Gaussian
 from vavae_jax.optimizer import averaged
@@ -148,7 +149,7 @@ def _distance(
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  workdir = Path(FLAGS.workdir)
+  workdir = place(FLAGS.workdir)
   state = train(FLAGS.config, workdir)
   console.table(
     "Trained",
@@ -168,4 +169,4 @@ if __name__ == "__main__":
   configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT")
   flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
   flags.mark_flag_as_required("config")
-  console.run_command(main)
+  console.run_command(main, trains=True)

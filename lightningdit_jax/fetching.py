@@ -26,7 +26,7 @@ import fsspec
 
 from lightningdit_jax.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path, write_json
+from vavae_jax.files import atomic_path, is_url, write_json
 
 # (what is done, bytes of it, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -51,12 +51,12 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
   Raises:
     InputError: it cannot be reached, does not fit on the disk, or is no such archive.
   """
-  if "://" not in path and not _is_archive(path):
+  if not is_url(path) and not _is_archive(path):
     folder = Path(path)
     if not folder.is_dir() or _has_shards(folder) or not _parts(sorted(map(str, folder.iterdir()))):
       return folder
     path = str(folder.resolve())
-  elif "://" not in path:
+  elif not is_url(path):
     path = str(Path(path).resolve())
   home = Path(cache or DEFAULT_CACHE).expanduser()
   folder = home / hashlib.sha256(path.encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ import fcntl
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -44,7 +44,13 @@ CLOCK = {
 
 
 # Files of few but long tests: begun first, so that no core waits for them at the end.
-LONG = ("test_quickstart.py", "test_processes.py", "test_stages.py", "test_mesh.py")
+LONG = (
+  "test_quickstart.py",
+  "test_survival.py",
+  "test_processes.py",
+  "test_stages.py",
+  "test_mesh.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,6 +81,30 @@ def made_once(
       make(folder)
       made.touch()
   return folder
+
+
+def start_job(
+  words: Sequence[object], environment: Mapping[str, str], count: int = 1
+) -> list[subprocess.Popen]:
+  """Starts a module as a job of `count` processes, their output piped."""
+  jobs: list[dict[str, str]] = [{}]
+  if count > 1:
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      address = f"localhost:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    jobs = [shared | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
+  return [
+    subprocess.Popen(
+      [sys.executable, "-m", *map(str, words)],
+      cwd=ROOT,
+      env={**environment, **job},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for job in jobs
+  ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -121,22 +151,7 @@ def two_processes(environment: dict[str, str]) -> Callable[..., None]:
   """`two_processes("launch.train", "--workdir=...")` runs a module as a job of two processes."""
 
   def run(*words: str) -> None:
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      address = f"localhost:{free.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    running = [
-      subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
-        env=environment | job | {"JAX_PROCESS_ID": str(i)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-      for i in range(2)
-    ]
-    for process in running:
+    for process in start_job(words, environment, 2):
       output, _ = process.communicate(timeout=600)
       assert process.returncode == 0, output
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from launch.engine import mesh
-from launch.engine.checkpoint import Checkpoints, read_config, restore_item
+from launch.engine.checkpoint import Checkpoints, read_config, restore_item, survey
 from tests import toy_task
+from tests.survive import DAMAGES, flip_a_bit, largest_file
 from vavae_jax.errors import InputError
 
 SETTINGS = toy_task.config()
@@ -26,8 +27,8 @@ def like(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
 
-def save(workdir, *states, keep=2):
-  checkpoints = Checkpoints(workdir, keep=keep)
+def save(workdir, *states, keep=2, **settings):
+  checkpoints = Checkpoints(workdir, keep=keep, **settings)
   for state in states:
     checkpoints.save(state, SETTINGS.to_dict())
   checkpoints.close()
@@ -77,6 +78,74 @@ def test_only_the_latest_stay(tmp_path):
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_every_so_many_and_the_best_stay_too(tmp_path):
+  def best(steps):
+    return 5 if 5 in steps else None
+
+  save(tmp_path, *(make_state(i) for i in range(1, 10)), keep=1, keep_every=4, best=best)
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "5", "8", "9"}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, capsys, kind):
+  apply, message = DAMAGES[kind]
+  save(tmp_path, make_state(2), make_state(4))
+  apply(largest_file(tmp_path / "checkpoints" / "4" / "params"))
+  restored, step = restore_item(tmp_path, "params", like(make_state().params))
+  assert step == 2
+  assert_same(restored, make_state(2).params)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.sound_step() == 2
+  assert capsys.readouterr().out.count(message) == 2
+  # What is left of it is kept, and the step can be saved again.
+  assert (tmp_path / "checkpoints" / "damaged-4").is_dir()
+  checkpoints.save(make_state(4), SETTINGS.to_dict())
+  checkpoints.close()
+  assert Checkpoints(tmp_path).sound_step() == 4
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path, capsys):
+  save(tmp_path, make_state(2), make_state(4))
+  flip_a_bit(largest_file(tmp_path / "checkpoints" / "4" / "params"))
+  with pytest.raises(InputError, match="no other checkpoint that is sound"):
+    restore_item(tmp_path, "params", like(make_state().params), step=4)
+  assert "4 is damaged: params/" in capsys.readouterr().out
+
+
+def test_an_average_restores_where_only_the_parameters_are_damaged(tmp_path):
+  save(tmp_path, make_state(2), make_state(4))
+  flip_a_bit(largest_file(tmp_path / "checkpoints" / "4" / "params"))
+  assert restore_item(tmp_path, "ema_0.8", like(make_state().ema["0.8"]))[1] == 4
+
+
+def test_a_training_does_not_begin_anew_when_all_its_checkpoints_are_damaged(tmp_path):
+  save(tmp_path, make_state(2), make_state(4))
+  for step in "24":
+    flip_a_bit(largest_file(tmp_path / "checkpoints" / step / "params"))
+  with pytest.raises(InputError, match=r"All checkpoints in .* are damaged"):
+    Checkpoints(tmp_path).sound_step()
+
+
+def test_the_survey_reads_every_checkpoint(tmp_path):
+  save(tmp_path, make_state(2), make_state(4))
+  flip_a_bit(largest_file(tmp_path / "checkpoints" / "2" / "training"))
+  two, four = survey(tmp_path)
+  assert (two.name, four.name) == ("2", "4")
+  assert two.wrong.startswith("training/")
+  assert not four.wrong
+  assert set(four.items) == {"params", "ema_0.8", "training", "config"}
+  assert four.size > make_state().params["w"].nbytes
+
+
+def test_a_link_in_a_checkpoint_is_not_followed(tmp_path):
+  save(tmp_path, make_state(4))
+  path = largest_file(tmp_path / "checkpoints" / "4" / "params")
+  path.rename(tmp_path / "elsewhere")
+  path.symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(InputError, match="is a link"):
+    restore_item(tmp_path, "params", like(make_state().params))
+
+
 def test_a_saved_step_is_not_overwritten(tmp_path):
   save(tmp_path, make_state(3))
   save(tmp_path, make_state(3).replace(params=make_state(9).params))
@@ -100,7 +169,7 @@ def test_half_a_checkpoint_is_ignored(tmp_path, command):
   assert done.returncode == -9
   names = [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()]
   assert any(name.startswith("12.") for name in names), names  # what the kill left
-  assert Checkpoints(tmp_path / "killed").latest_step() == 8
+  assert Checkpoints(tmp_path / "killed").sound_step() == 8
   state = toy_task.init_state(SETTINGS, jax.random.key(0))
   assert restore_item(tmp_path / "killed", "params", like(state.params))[1] == 8
 

@@ -22,6 +22,7 @@ from lightningdit_jax import training
 from lightningdit_jax.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
+from tests.survive import flip_a_bit, largest_file
 from vavae_jax import functional
 from vavae_jax.errors import InputError
 from vavae_jax.state_dicts import read_content, read_state_dict
@@ -401,3 +402,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
   with pytest.raises(InputError, match="free some space"):
     convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "run")
   assert not list(tmp_path.iterdir())
+
+
+def test_inspection_of_a_workdir_reads_its_checkpoints(pipeline, tmp_path, capsys):
+  workdir = tmp_path / "diffusion"
+  shutil.copytree(pipeline / "diffusion", workdir)
+  inspect(str(workdir))
+  assert capsys.readouterr().out.count("sound") == 2
+  flip_a_bit(largest_file(workdir / "checkpoints" / "6" / "params"))
+  with pytest.raises(InputError, match="1 of 2 checkpoints are damaged: 6"):
+    inspect(str(workdir))
+  assert capsys.readouterr().out.count("sound") == 1

@@ -65,7 +65,7 @@ def test_an_evaluator_that_fails_costs_no_step_and_runs_on_resume(tmp_path, undi
   """Step 12 is the last, so there is nothing to train any more."""
   with pytest.raises(Crash):
     run(tmp_path, crash_at(step, "toy", 3), save_every_steps=6)
-  assert Checkpoints(tmp_path).latest_step() == step
+  assert Checkpoints(tmp_path).sound_step() == step
   assert_same(run(tmp_path, save_every_steps=6), undisturbed[0])
   assert lines(tmp_path) == undisturbed[1]
 
@@ -109,7 +109,7 @@ def test_another_seed_trains_otherwise(tmp_path, undisturbed):
 def test_stop_keeps_the_last_checkpoint(tmp_path):
   with pytest.raises(FloatingPointError, match=r"grad_norm is nan.* at step 8"):
     run(tmp_path, bad_step=8)  # a step that is to be saved
-  assert Checkpoints(tmp_path).latest_step() == 4
+  assert Checkpoints(tmp_path).sound_step() == 4
 
 
 def test_skip_leaves_all_but_the_count(tmp_path):
@@ -217,7 +217,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, environment, number):
   assert "Traceback" not in told
   command = told.strip().splitlines()[-1].removeprefix("stopped; resume with: ")
   assert shlex.split(command) == ["cd", str(ROOT), "&&", sys.executable, *words]
-  stopped = Checkpoints(tmp_path / "stopped").latest_step()
+  stopped = Checkpoints(tmp_path / "stopped").sound_step()
   assert stopped is not None
   assert 2 <= stopped < 40
   # In place of the command, which waits: the same task at full speed.

@@ -1,6 +1,8 @@
 """A task of a few parameters, for tests of the loop; as a command it is slow enough to interrupt.
 
-python -m tests.toy_task WORKDIR SECONDS_A_STEP STEPS_BETWEEN_CHECKPOINTS
+  python -m tests.toy_task WORKDIR SECONDS_A_STEP STEPS_BETWEEN_CHECKPOINTS [KEY=VALUE,...]
+
+There is a file WORKDIR/evaluating while it evaluates, which takes five times as long as a step.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class State:
 
 
 def config(**changes: Any) -> FrozenConfigDict:
-  """Settings of a run of 12 steps; `bad_steps` from `bad_step` on have gradients not finite."""
+  """Settings of a run of 12 steps; `bad_steps` from `bad_step` on have gradients not finite, and
+  the data of the batch `nan_batch`, counted from 0, are NaN. The matrix has `width` columns.
+  """
   settings = {
     "seed": 3,
     "batch_size": 4,
@@ -42,10 +46,15 @@ def config(**changes: Any) -> FrozenConfigDict:
     "save_every_steps": 4,
     "evaluate_every_steps": 0,
     "keep_checkpoints": 2,
+    "keep_every_steps": 0,
+    "keep_best": "",
     "non_finite": "stop",
     "max_skipped_steps": 2,
     "bad_step": 1000,
     "bad_steps": 1,
+    "nan_batch": 1000,
+    "width": 5,
+    "workers": 0,
     "mesh": {"data": -1, "fsdp": 1},
   }
   return FrozenConfigDict(ConfigDict(settings | changes))
@@ -58,8 +67,7 @@ def check(config: FrozenConfigDict) -> None:
 
 def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   """A random matrix."""
-  del config
-  params = {"w": jax.random.normal(key, (3, 5))}
+  params = {"w": jax.random.normal(key, (3, config.width))}
   zeros = jax.tree.map(jnp.zeros_like, params)
   return State(step=jnp.zeros((), jnp.int32), params=params, ema={"0.8": zeros}, momentum=zeros)
 
@@ -110,16 +118,20 @@ def train_data(
   seconds: float = 0.0,
 ) -> grain.IterDataset:
   """Random vectors, each batch after a wait."""
+  share = order.Share(
+    config.batch_size, process_index, process_count, start, threads=1, workers=config.workers
+  )
+  return order.batches(share, functools.partial(_load, config, seconds))
+
+
+def _load(config: FrozenConfigDict, seconds: float, positions: np.ndarray) -> dict[str, np.ndarray]:
+  time.sleep(seconds)
   places = order.Order(7, config.seed)
-
-  def load(positions: np.ndarray) -> dict[str, np.ndarray]:
-    time.sleep(seconds)
-    pairs = zip(*places.records(positions), strict=True)
-    rows = [places.rng(record, epoch).normal(size=3) + record for record, epoch in pairs]
-    return {"x": np.stack(rows).astype(np.float32)}
-
-  share = order.Share(config.batch_size, process_index, process_count, start, threads=1)
-  return order.batches(share, load)
+  pairs = zip(*places.records(positions), strict=True)
+  rows = [places.rng(record, epoch).normal(size=3) + record for record, epoch in pairs]
+  if positions[0] // config.batch_size == config.nan_batch:
+    rows[0][:] = np.nan
+  return {"x": np.stack(rows).astype(np.float32)}
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
@@ -134,11 +146,29 @@ def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
 
 def main(argv: list[str]) -> None:
   """The command."""
-  _, workdir, seconds, save_every_steps = argv
-  slow_data = functools.partial(train_data, seconds=float(seconds))
-  slow_task = types.SimpleNamespace(**(globals() | {"train_data": slow_data}))
-  loop.run(slow_task, config(num_steps=40, save_every_steps=int(save_every_steps)), Path(workdir))
+  workdir, seconds = Path(argv[1]), float(argv[2])
+  changes = {"num_steps": 40, "save_every_steps": int(argv[3])}
+  for word in argv[4].split(",") if len(argv) > 4 else ():
+    key, _, value = word.partition("=")
+    changes[key] = int(value) if value.isdigit() else value
+
+  def slow_evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
+    every, evaluate = evaluators(config)["toy"]
+
+    def slowly(state: State) -> dict[str, float]:
+      (workdir / "evaluating").touch()
+      time.sleep(5 * seconds)
+      (workdir / "evaluating").unlink(missing_ok=True)  # of several processes one is first
+      return evaluate(state)
+
+    return {"toy": (every, slowly)}
+
+  slow = {
+    "train_data": functools.partial(train_data, seconds=seconds),
+    "evaluators": slow_evaluators,
+  }
+  loop.run(types.SimpleNamespace(**(globals() | slow)), config(**changes), workdir)
 
 
 if __name__ == "__main__":
-  console.run_command(main, arguments=3)
+  console.run_command(main, arguments=4, trains=True)

@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from vavae_jax.errors import InputError
+
+# What reads and writes the buckets of each kind of URL.
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # No room on the device, in a quota, or in the size that a file may have.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_url(path: Path | str) -> bool:
+  """Whether a path is one of a bucket, such as gs://BUCKET/runs, and none of this machine."""
+  return "://" in str(path)
+
+
+def place(text: str) -> Path:
+  """The folder that a person named: on this machine, or by a URL in a bucket.
+
+  Args:
+    text: a path, or gs://..., s3://..., az://... .
+
+  Returns:
+    A `pathlib.Path`; of a URL an `epath.Path`, which has the same methods.
+
+  Raises:
+    InputError: a URL of another kind, or one whose package is not installed.
+  """
+  if not is_url(text):
+    return Path(text)
+  scheme = text.split("://")[0]
+  if scheme not in BUCKETS:
+    raise InputError(f"{text}: {scheme}:// is not one of {', '.join(BUCKETS)}.")
+  if importlib.util.find_spec(BUCKETS[scheme]) is None:
+    raise InputError(f"{text} needs the package {BUCKETS[scheme]}: pip install {BUCKETS[scheme]}")
+  return cast(Path, epath.Path(text))
 
 
 @contextlib.contextmanager
@@ -48,11 +81,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
   """A binary file that takes the name `path` only when the block has ended without an error.
 
   Args:
-    path: as for `atomic_path`.
+    path: as for `atomic_path`; or of `place`, in a bucket, where objects are there when complete.
 
   Yields:
     The open file.
   """
+  if is_url(path):
+    with path.open("wb") as file:
+      yield file
+    return
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     yield file
 
@@ -78,7 +115,7 @@ def full_disk_as_oserror(path: Path) -> Iterator[None]:
   """Raises OSError where a library tells a full disk by an error of its own."""
   try:
     yield
-  except (SafetensorError, RuntimeError) as error:
+  except (SafetensorError, RuntimeError, ValueError) as error:
     for number in DISK_FULL:
       if os.strerror(number) in str(error) or f"os error {number}" in str(error):
         raise OSError(number, os.strerror(number), str(path)) from error

@@ -1,8 +1,9 @@
 """Checkpoints {params, ema, training state, config}, each whole or not at all.
 
 The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
-and sampling restore one without the rest. Where the data goes on is told by the step. A killed save
-leaves a temporary folder that orbax ignores; a saved step is never overwritten.
+and sampling restore one without the rest. Where the data goes on is told by the step. A killed
+save leaves a temporary folder that counts for nothing; a saved step is never overwritten. What is
+read is first compared with its manifest: damage is told, and the checkpoint before serves.
 """
 
 from __future__ import annotations
@@ -10,53 +11,107 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
+from launch.engine import console, manifest, processes
 from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from vavae_jax.files import full_disk_as_oserror, is_url, write_json
 
 # The step of weights that were not trained here; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
+_DAMAGED = "damaged-"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+# Orbax logs the traceback of what fails in the background, twice; it is raised as well.
+logging.get_absl_logger().addFilter(
+  lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class Checkpoints:
-  """The checkpoints of one workdir."""
+  """The checkpoints of one training; all its processes open them."""
 
-  def __init__(self, workdir: Path, *, keep: int = 2):
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    best: Callable[[list[int]], int | None] = lambda steps: None,
+  ):
     """Args:
     workdir: checkpoints lie in its folder `checkpoints`, one folder a step.
     keep: how many of the latest stay.
+    keep_every: those of the multiples of this step stay for good; 0: none.
+    best: of steps with a checkpoint, the one to keep for what it is worth, if any.
     """
-    self.folder = Path(workdir).absolute() / "checkpoints"
+    self.folder = _folder(workdir)
     if (self.folder / _CONVERTED / "params").is_dir():
       raise InputError(
         f"{workdir} holds converted weights, not a training that could go on; give a new --workdir "
         f"and begin from these with --config.init_from={workdir}."
       )
-    self._keep = keep
-    self._manager = ocp.CheckpointManager(
-      epath.Path(self.folder),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    self._keep, self._keep_every, self._best = keep, keep_every, best
+    self._sealing: int | None = None
+    self._writer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
     )
 
-  def latest_step(self) -> int | None:
-    """The newest complete step, or None."""
-    return self._manager.latest_step()
+  def sound_step(self) -> int | None:
+    """The newest checkpoint whose files are as they were written, or None where there is none.
+
+    Newer ones that are damaged are told and put aside, as `damaged-STEP`: their step can then be
+    written again.
+
+    Raises:
+      InputError: there are checkpoints, but every one is damaged.
+    """
+    found = _in_first(self._sound_step)
+    if found == _ALL_DAMAGED:
+      raise InputError(
+        f"All checkpoints in {self.folder} are damaged, as told above, and were put aside. Copy a "
+        "sound one there, give a new --workdir to begin anew, or delete the folder."
+      )
+    return None if found < 0 else found
+
+  def _sound_step(self) -> int:
+    if not self.folder.is_dir():
+      return _NONE
+    for path in self.folder.glob(f"*{_UNFINISHED}"):
+      path.rmtree()
+    found = _steps(self.folder)
+    for step in reversed(found):
+      path = self.folder / str(step)
+      if not (wrong := manifest.damage(path)):
+        return step
+      aside = path.with_name(f"{_DAMAGED}{step}")
+      if aside.exists():
+        aside.rmtree()
+      path.rename(aside)
+      console.say(f"warning: the checkpoint of step {step} is damaged ({wrong}); it is now {aside}")
+    return _ALL_DAMAGED if found else _NONE
 
   def check_space(self, state: Any) -> None:
-    """Raises InputError when the disk has no room for `keep` + 1 checkpoints of this size.
+    """Raises InputError when the disk has no room for all that is kept and one more.
 
     Args:
       state: pytree of arrays or shapes; the one kept beside the newest during a save is counted.
     """
+    if is_url(self.folder):
+      return
+    self.folder.mkdir(parents=True, exist_ok=True)
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    stored = len(self._manager.all_steps())
+    stored = len(_steps(self.folder))
     needed = size * max(self._keep + 1 - stored, 1)
     free = shutil.disk_usage(self.folder).free
     if free < needed:
@@ -72,14 +127,35 @@ class Checkpoints:
     Args:
       state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
       config: plain nested dict.
+
+    Raises:
+      OSError: the disk is full; what was there before is untouched. Of a save in the background it
+        is raised by the next call.
     """
     step = int(state.step)
-    if self._manager.latest_step() == step:
-      return
-    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    items["config"] = ocp.args.JsonSave(config)
-    if not self._manager.save(step, args=ocp.args.Composite(**items)):
-      raise RuntimeError(f"The checkpoint of step {step} was not written to {self.folder}.")
+    with full_disk_as_oserror(Path(str(self.folder))):
+      self._finish()
+      if (self.folder / str(step)).exists():
+        return  # a run that stops where it saves
+      self._sealing = step
+      items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+      items["config"] = ocp.args.JsonSave(config)
+      self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
+
+  def _seal(self) -> None:
+    """Called in the first process when all have written, just before the folder gets its name."""
+    (unfinished,) = self.folder.glob(f"{self._sealing}{_UNFINISHED}*")
+    manifest.seal(unfinished)
+
+  def _finish(self) -> None:
+    """Waits for what is being written; then what need not be kept goes."""
+    self._writer.wait_until_finished()
+    if jax.process_index() == 0:
+      steps = _steps(self.folder)
+      stay = {*steps[-self._keep :], self._best(steps)}
+      for step in steps:
+        if step not in stay and not (self._keep_every and step % self._keep_every == 0):
+          (self.folder / str(step)).rmtree()
 
   def restore(self, step: int, state: Any) -> Any:
     """Reads a checkpoint.
@@ -93,14 +169,36 @@ class Checkpoints:
       The state as arrays.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = self._writer.restore(self.folder / str(step), args=ocp.args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     return dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    with full_disk_as_oserror(Path(str(self.folder))):
+      self._finish()
+    self._writer.close()
+
+
+# What stands for a step where there is none; negative, since processes tell each other numbers.
+_NONE, _ALL_DAMAGED = -1, -2
+
+
+def _in_first(work: Callable[[], int]) -> int:
+  """What the first process finds, in all of them."""
+  found = work() if jax.process_index() == 0 else 0
+  return int(processes.gather({"found": np.array([found])})[0]["found"][0])
+
+
+def _folder(workdir: Path) -> epath.Path:
+  return epath.Path(workdir if is_url(workdir) else Path(workdir).absolute()) / "checkpoints"
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  """The steps that a folder has something for, in order."""
+  if not folder.is_dir():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -124,18 +222,26 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
   Raises:
     InputError: there is no such checkpoint or item.
   """
-  folder = Path(workdir).absolute() / "checkpoints"
-  steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+  folder = _folder(workdir)
+  steps = _steps(folder)
   if not steps or (step is not None and step not in steps):
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise InputError(
       f"{folder} holds {wanted} (there: {steps or 'none'}); train first with python -m launch.train"
     )
-  step = steps[-1] if step is None else step
-  if not (folder / str(step) / item).is_dir():
-    raise InputError(f"The checkpoint {folder / str(step)} has no {item}.")
+  for chosen in reversed(steps) if step is None else [step]:
+    path = folder / str(chosen)
+    if not (wrong := manifest.damage(path, item)):
+      break
+    console.say(f"warning: the checkpoint {path} is damaged: {wrong}")
+  else:
+    raise InputError(
+      f"{folder} has no other checkpoint that is sound; train on, or copy one there."
+    )
+  if not (path / item).is_dir():
+    raise InputError(f"The checkpoint {path} has no {item}.")
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(epath.Path(folder / str(step) / item), like), step
+    return checkpointer.restore(path / item, like), chosen
 
 
 def save_weights(workdir: Path, params: Any, config: dict) -> None:
@@ -163,6 +269,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
     write_json(partial / "config.json", config)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(epath.Path(partial / "checkpoints" / _CONVERTED / "params"), params)
+    manifest.seal(epath.Path(partial / "checkpoints" / _CONVERTED))
     partial.rename(workdir)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
@@ -174,10 +281,31 @@ def read_config(workdir: Path) -> dict:
   Raises:
     InputError: the folder is not a training's workdir.
   """
-  path = Path(workdir) / "config.json"
-  if not path.is_file():
+  path = workdir / "config.json"
+  if not path.exists():
     raise InputError(
       f"{workdir} is not a training's workdir: it has no config.json; give the folder that "
       "python -m launch.train wrote with --workdir."
     )
   return json.loads(path.read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """One checkpoint, as `survey` found it; `wrong` is "" where it is sound."""
+
+  name: str
+  items: tuple[str, ...]
+  size: int
+  wrong: str
+
+
+def survey(workdir: Path) -> list[Found]:
+  """All checkpoints of a workdir, each read and compared with its manifest, oldest first."""
+  folder = _folder(workdir)
+  found = []
+  for step in _steps(folder):
+    path = folder / str(step)
+    items = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    found.append(Found(str(step), tuple(items), manifest.size_of(path), manifest.damage(path)))
+  return found

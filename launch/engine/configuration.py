@@ -23,6 +23,8 @@ MAY_CHANGE = (
   "save_every_steps",
   "evaluate_every_steps",
   "keep_checkpoints",
+  "keep_every_steps",
+  "keep_best",
   "non_finite",
   "max_skipped_steps",
   "accumulate_steps",
@@ -87,9 +89,9 @@ def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict
 
 def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Raises InputError if a workdir was trained with another configuration."""
-  path = Path(workdir) / "config.json"
+  path = workdir / "config.json"
   mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
-  if path.is_file():
+  if path.exists():
     theirs = dict(flat(json.loads(path.read_text())))
     differing = [
       f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
@@ -105,11 +107,11 @@ def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
 
 def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Writes the configuration into a workdir; raises InputError where that is not possible."""
-  path = Path(workdir) / "config.json"
+  path = workdir / "config.json"
   if jax.process_index() == 0:
     try:
       told = json.loads(json.dumps(config.to_dict()))
-      if not path.is_file() or json.loads(path.read_text()) != told:
+      if not path.exists() or json.loads(path.read_text()) != told:
         write_json(path, told)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error

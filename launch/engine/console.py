@@ -29,15 +29,20 @@ from vavae_jax.files import DISK_FULL, allow_open_files
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 # A path that a person gave and that cannot be written or read; other system errors may be ours.
-UNUSABLE_PATH = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
+UNUSABLE_PATH = PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError
 
 
 class Interrupted(BaseException):
   """A signal ended the work; like KeyboardInterrupt no `except Exception` of a library takes it."""
 
-  def __init__(self, signal_number: int):
+  def __init__(self, signal_number: int, together: bool = False):
+    """Args:
+    signal_number: of the signal.
+    together: all processes of the job end here, so that each can wait for the others.
+    """
     super().__init__(f"interrupted by signal {signal_number}")
     self.exit_code = 128 + signal_number
+    self.together = together
 
 
 class Bar:
@@ -174,8 +179,27 @@ def _parse_flags(argv: list[str]) -> list[str]:
   sys.exit(2)
 
 
+def _explained(error: BaseException) -> int | None:
+  """The exit code of an end that was to be expected, told in a line; None: this is a mistake."""
+  if isinstance(error, InputError | UNUSABLE_PATH):
+    print(printable(f"error: {error}"), file=sys.stderr)
+    return 2
+  if isinstance(error, OSError) and error.errno in DISK_FULL:
+    # Files are written whole or not at all, so what is there is good to go on from.
+    print(f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr)
+    return 2
+  if isinstance(error, KeyboardInterrupt | Interrupted):
+    print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
+    return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+  return None
+
+
 def run_command(
-  main: Callable[[list[str]], None], *, arguments: int = 0, config: str | None = None
+  main: Callable[[list[str]], None],
+  *,
+  arguments: int = 0,
+  config: str | None = None,
+  trains: bool = False,
 ) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
@@ -185,6 +209,8 @@ def run_command(
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
     config: value of --config where it is not given.
+    trains: of several processes all stop at the same step when one gets SIGTERM, by the loop; of
+      other commands that process ends, and the others with it.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -196,27 +222,19 @@ def run_command(
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
       allow_open_files()
-      processes.start()
+      processes.start(preemption=trains)
       main(argv)
-    except (InputError, *UNUSABLE_PATH) as error:
-      print(printable(f"error: {error}"), file=sys.stderr)
-      processes.abandon(2)
-      sys.exit(2)
-    except OSError as error:
-      if error.errno not in DISK_FULL:
+    except SystemExit:
+      raise
+    except BaseException as error:
+      code = _explained(error)
+      if code is None and not processes.several():
         raise
-      # Files are written whole or not at all, so what is there is good to go on from.
-      print(
-        f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr
-      )
-      processes.abandon(2)
-      sys.exit(2)
-    except KeyboardInterrupt:
-      print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
-      sys.exit(128 + signal.SIGINT)
-    except Interrupted as stop:
-      print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
-      sys.exit(stop.exit_code)
+      if code is None:
+        traceback.print_exc()
+      if not (isinstance(error, Interrupted) and error.together):
+        processes.abandon(code or 1)
+      sys.exit(code or 1)
 
   # Not as the flag's default: that is parsed before errors can be caught.
   argv = list(sys.argv)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -31,7 +32,7 @@ from launch.engine import console, hardware, mesh
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.prefetch import Prefetched
-from launch.engine.writers import Writer, read_metrics
+from launch.engine.writers import Writer, curve, read_metrics
 from vavae_jax.errors import InputError
 
 Metrics = dict[str, Any]
@@ -126,8 +127,13 @@ def run(
   abstract = jax.eval_shape(init, jax.random.key(config.seed))
   shardings = mesh.parameter_shardings(abstract, devices)
   check_workdir(workdir, config)
-  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-  start = checkpoints.latest_step() or 0
+  checkpoints = Checkpoints(
+    workdir,
+    keep=config.keep_checkpoints,
+    keep_every=config.keep_every_steps,
+    best=functools.partial(_best_step, workdir, config.keep_best),
+  )
+  start = checkpoints.sound_step() or 0
   if start < config.num_steps:
     checkpoints.check_space(abstract)
   adopt = initial_weights() if initial_weights and not start else None
@@ -185,12 +191,13 @@ def run(
           if phase not in compiled:
             compiled.add(phase)
             log.leave_out(bar)
-          if step % config.save_every_steps == 0 or last or signals.received:
+          stop = signals.stop_after(step)
+          if step % config.save_every_steps == 0 or last or stop:
             log.flush(bar)
             with log.paused():
               checkpoints.save(state, config.to_dict())
-          if signals.received:
-            raise console.Interrupted(signals.received)
+          if stop:
+            raise console.Interrupted(stop, together=True)
           for evaluator in _due(evaluators, step, config.num_steps):
             log.flush(bar)
             with log.paused():
@@ -399,19 +406,51 @@ def _evaluate(
   writer.scalars(step, {f"{evaluator}/{name}": value for name, value in scalars.items()})
 
 
+def _best_step(workdir: Path, metric: str, steps: list[int]) -> int | None:
+  """The step among these where a metric was lowest; highest where "-" stands before its name."""
+  if not metric:
+    return None
+  name, sign = (metric[1:], -1) if metric.startswith("-") else (metric, 1)
+  lines = read_metrics(workdir)
+  values = {step: sign * value for step, value in curve(lines, name) if step in steps}
+  known = {key for line in lines for key in line if not key.endswith("/took_seconds")}
+  if any(key.endswith("/took_seconds") for line in lines for key in line) and name not in known:
+    console.say(
+      f"warning: config.keep_best is {metric!r}, but no such metric was written; there are: "
+      f"{', '.join(sorted(known - {'step'}))}"
+    )
+  return min(values, key=lambda step: values[step], default=None)
+
+
 class _Signals:
-  """SIGTERM and SIGINT end the loop after the current step; a second one ends it at once."""
+  """SIGTERM and SIGINT end the loop after the current step; a second one ends it at once.
+
+  Of several processes all have to stop after the same step, whichever was told: jax's own service
+  has SIGTERM then (its handler is none of Python's), lets all know within a second, and names a
+  step that none has passed yet. SIGINT is made one.
+  """
 
   def __enter__(self) -> _Signals:
     self.received = 0
-    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._many = jax.process_count() > 1
+    mine = (signal.SIGINT,) if self._many else (signal.SIGINT, signal.SIGTERM)
+    self._before = {s: signal.signal(s, self._note) for s in mine}
     return self
 
   def _note(self, number: int, _frame: Any) -> None:
     if self.received:
       raise console.Interrupted(number)
     self.received = number
-    console.say("stopping after this step, saving a checkpoint (again to stop at once)")
+    if self._many:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      console.say("stopping after this step, saving a checkpoint (again to stop at once)")
+
+  def stop_after(self, step: int) -> int:
+    """The signal that ends the loop after this step, in all processes; else 0."""
+    if not self._many:
+      return self.received
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vavae_jax.errors import InputError
+
 AHEAD = 2
 
 
@@ -35,7 +37,7 @@ class Prefetched:
         self._ready.put((self._put(batch), None))
       raise RuntimeError("The data of a training ended; they should be endless.")
     except BaseException as error:
-      self._ready.put((None, error))
+      self._ready.put((None, _explained(error)))
 
   def __next__(self) -> Any:
     batch, error = self._ready.get()
@@ -50,3 +52,16 @@ class Prefetched:
         self._ready.get(timeout=0.05)
       except queue.Empty:
         continue
+
+
+def _explained(error: BaseException) -> BaseException:
+  """In words of ours where grain tells that a worker died."""
+  if "Worker process was terminated unexpectedly" not in str(error):
+    return error
+  explained = InputError(
+    f"A process that loads batches died ({str(error).partition('.')[0]}); -9 is often the system's "
+    "answer to memory running out. Lower config.loader.workers or config.loader.threads; the same "
+    "command goes on from the last checkpoint."
+  )
+  explained.__cause__ = error
+  return explained

@@ -17,19 +17,24 @@ HEARTBEAT_SECONDS = 30
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def start() -> None:
+def start(*, preemption: bool = False) -> None:
   """Joins the processes of a job, where the environment says that there are several.
 
   JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell it on
-  any machines; where TPU_WORKER_HOSTNAMES lists several, jax finds the rest out.
+  any machines. DISTRIBUTED=1, which launch/tpu_pod.sh and launch/slurm.sbatch set, leaves it to jax
+  to find them out, of a TPU slice or a Slurm job; so does a list in TPU_WORKER_HOSTNAMES.
+
+  Args:
+    preemption: SIGTERM is jax's, as `multihost_utils.reached_preemption_sync_point` needs it.
 
   Raises:
     InputError: some of the variables are missing, or are no numbers.
   """
+  jax.config.update("jax_enable_preemption_service", preemption)
   given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   if not given:
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-      jax.distributed.initialize()
+    if os.environ.get("DISTRIBUTED") == "1" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return
   if missing := [name for name in _VARIABLES if name not in given]:
     raise InputError(
@@ -43,12 +48,17 @@ def start() -> None:
   )
 
 
+def several() -> bool:
+  """Whether this process is one of a job of several."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def abandon(code: int) -> None:
   """Ends this process of a job with an error, without the wait for the others that jax would make.
 
   They wait for it in vain and end when its heartbeat is missed.
   """
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if several():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,18 +1,22 @@
 """Scalars and pictures to TensorBoard and JSON lines; one process, the first, writes.
 
 `metrics.jsonl` has one object a line, `{"step": 100, "loss": 1.2, ...}`. When a run resumes, lines
-after the restored step are dropped, so that the file tells the story of one uninterrupted run.
+after the restored step are dropped, so that the file tells the story of one uninterrupted run. In a
+bucket, where nothing can be appended, the file is written anew every half minute and at the end.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from vavae_jax.files import atomic_file
+from vavae_jax.files import atomic_file, is_url
+
+SECONDS_BETWEEN_WRITES = 30.0
 
 
 class Writer:
@@ -27,22 +31,33 @@ class Writer:
     self._active = active
     if not active:
       return
-    self._path = Path(workdir) / "metrics.jsonl"
+    self._path = workdir / "metrics.jsonl"
     kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-    with atomic_file(self._path) as file:
-      file.writelines((json.dumps(line) + "\n").encode() for line in kept)
-    self._lines = self._path.open("a")
-    self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+    self._lines = [json.dumps(line) + "\n" for line in kept]
+    self._rewrite()
+    self._appended = None if is_url(workdir) else self._path.open("a")
+    self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes `{name: value}` of one step."""
     if not self._active:
       return
     finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
-    self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-    self._lines.flush()
+    line = json.dumps({"step": step, **finite}) + "\n"
+    if self._appended:
+      self._appended.write(line)
+      self._appended.flush()
+    else:
+      self._lines.append(line)
+      if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+        self._rewrite()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+
+  def _rewrite(self) -> None:
+    with atomic_file(self._path) as file:
+      file.write("".join(self._lines).encode())
+    self._written = time.monotonic()
 
   def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
     """Writes one uint8 picture to TensorBoard."""
@@ -52,14 +67,17 @@ class Writer:
   def close(self) -> None:
     """Closes the files."""
     if self._active:
-      self._lines.close()
+      if self._appended:
+        self._appended.close()
+      else:
+        self._rewrite()
       self._board.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:
   """The lines of a workdir's `metrics.jsonl`, oldest first; a torn last line is left out."""
-  path = Path(workdir) / "metrics.jsonl"
-  if not path.is_file():
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
     return []
   text = path.read_text()
   return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,104 @@
+"""What a checkpoint's files were when they were written, so that damage is seen before it is used.
+
+`manifest.json` in a checkpoint's folder names each of its files with size and CRC-32. It is
+written before the folder takes its final name: a folder without one was never whole. Folders are
+local or in a bucket (`gs://...`); both are `etils.epath.Path`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+from vavae_jax.errors import InputError
+from vavae_jax.files import is_url
+
+MANIFEST = "manifest.json"
+# Orbax writes these at its commit, afterwards, and nothing is read from them.
+_UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
+_CHUNK = 2**22
+
+
+def seal(folder: epath.Path) -> None:
+  """Brings the files of a checkpoint to the disk and lists them in its manifest."""
+  files = {}
+  for name, path in _files(folder):
+    with path.open("rb") as file:
+      size, checksum = _checksum(file)
+      _sync(path, file)
+    files[name] = {"size": size, "crc32": checksum}
+  with (folder / MANIFEST).open("wb") as file:
+    file.write((json.dumps({"files": files}, indent=1) + "\n").encode())
+    file.flush()
+    _sync(folder, file)
+
+
+def damage(folder: epath.Path, item: str = "") -> str:
+  """What is wrong with a checkpoint, found by reading all of it; "" where nothing is.
+
+  Args:
+    folder: of one step.
+    item: the part that is read, such as "params"; "": all.
+
+  Returns:
+    One or two files with what is wrong with each, for a message.
+  """
+  try:
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    wanted = {name: (note["size"], note["crc32"]) for name, note in listed.items()}
+  except FileNotFoundError:
+    return f"it has no {MANIFEST}, so it was never whole"
+  except (ValueError, LookupError, TypeError, AttributeError):
+    return f"{MANIFEST} cannot be read"
+  under = f"{item}/" if item else ""
+  there = {name: path for name, path in _files(folder) if name.startswith(under)}
+  due = {name for name in wanted if name.startswith(under)}
+  wrong = [f"{name} is missing" for name in sorted(due - there.keys())]
+  wrong += [f"{name} does not belong there" for name in sorted(there.keys() - due)]
+  for name in sorted(due & there.keys()):
+    try:
+      with there[name].open("rb") as file:
+        size, checksum = _checksum(file)
+    except OSError as error:  # of a disk that fails
+      wrong.append(f"{name} cannot be read ({error.strerror})")
+      continue
+    if size != wanted[name][0]:
+      wrong.append(f"{name} has {size} bytes instead of {wanted[name][0]}")
+    elif checksum != wanted[name][1]:
+      wrong.append(f"{name} has other bytes than were written")
+  more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+  return "; ".join(wrong[:2]) + more
+
+
+def size_of(folder: epath.Path) -> int:
+  """Bytes of a checkpoint's files."""
+  return sum(path.stat().length for _, path in _files(folder))
+
+
+def _files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+  """(name below `folder`, path) of all files that a manifest lists."""
+  for path in sorted(folder.iterdir(), key=lambda path: path.name):
+    name = f"{prefix}{path.name}"
+    if not is_url(path) and os.path.islink(path):
+      raise InputError(f"{path} is a link; a checkpoint has none, and it is not followed.")
+    if path.is_dir():
+      yield from _files(path, f"{name}/")
+    elif name not in _UNLISTED:
+      yield name, path
+
+
+def _checksum(file: IO[bytes]) -> tuple[int, str]:
+  size, checksum = 0, 0
+  while chunk := file.read(_CHUNK):
+    size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+  return size, f"{checksum:08x}"
+
+
+def _sync(path: epath.Path, file: IO[bytes]) -> None:
+  if not is_url(path):  # an object in a bucket is there when it is closed
+    os.fsync(file.fileno())

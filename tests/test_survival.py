@@ -1,0 +1,24 @@
+"""Runs that are killed, stopped and starved end as if nothing had been; see survive.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.survive import scenarios
+
+SCENARIOS = scenarios(kills=4, mounted=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Shared, so that undisturbed runs are made once."""
+  return tmp_path_factory.mktemp("survival")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_run_survives(name, folder, environment):
+  # Optimised: what is computed anew by a resumed run must have the same bits.
+  variables = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  (folder / name).mkdir()
+  outcome = SCENARIOS[name](folder / name, variables)
+  assert outcome.survived, outcome
