@@ -88,12 +88,8 @@ def make_step(config: FrozenConfigDict) -> Callable[[], Any]:
   devices = loop.check(config)
   init = functools.partial(training.init_state, config)
   shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
+  step = loop.jit_step(training.train_step, config, shardings)
   phase = training.phase(config, 1)
-  step = jax.jit(
-    functools.partial(training.train_step, config, phase),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
   size, channels = config.model.input_size, config.model.in_channels
   draw = np.random.default_rng(0)
   batch = {
@@ -106,7 +102,7 @@ def make_step(config: FrozenConfigDict) -> Callable[[], Any]:
 
   def take() -> Any:
     with jax.set_mesh(devices):
-      state, metrics = step(states.pop(), {}, batch, jax.random.key(1))
+      state, metrics = step(phase, states.pop(), {}, batch, jax.random.key(1))
     states.append(state)
     return state, metrics
 

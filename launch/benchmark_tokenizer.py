@@ -38,11 +38,9 @@ from launch.engine.circumstances import circumstances
 from vavae_jax import functional, images, losses, training, update
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
+from vavae_jax.frozen import fresh
 from vavae_jax.optimizer import make_optimizer
-from vavae_jax.perceptual import Lpips
 from vavae_jax.stages import Phase
-from vavae_jax.teachers import load_teacher
-from vavae_jax.teachers.vit import DINOV2, MAE, ViT
 
 GAN = Phase(0, gan=True)
 
@@ -60,22 +58,6 @@ WITHOUT: dict[str, tuple[dict[str, Any], Phase]] = {
   "perceptual network": ({"loss.perceptual_weight": 0.0}, GAN),
   "GAN": ({}, Phase(0, gan=False)),
 }
-
-
-def networks_of(config: FrozenConfigDict) -> dict[str, Any]:
-  """Frozen networks as the configuration names them, with random weights where it can be."""
-  networks: dict[str, Any] = {}
-  sizes = {**DINOV2, **MAE}
-  if config.teacher.name in sizes:
-    dtype = jnp.dtype(config.teacher.dtype)
-    networks["teacher"] = ViT(**sizes[config.teacher.name], dtype=dtype, rngs=nnx.Rngs(0))
-  elif config.teacher.name:
-    networks["teacher"] = load_teacher(
-      config.teacher.name, config.teacher.weights, dtype=jnp.dtype(config.teacher.dtype)
-    )
-  if config.loss.perceptual_weight:
-    networks["perceptual"] = Lpips(dtype=jnp.dtype(config.perceptual.dtype), rngs=nnx.Rngs(0))
-  return networks
 
 
 class _Passes(NamedTuple):
@@ -256,7 +238,7 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
       f"{', '.join(parts)} above 0, and the rest of config.loss as in configs/base.py"
       + (f", unlike {', '.join(changed)}." if changed else ".")
     )
-  networks = networks_of(frozen)
+  networks = fresh(frozen, nnx.Rngs(0))
   orders: dict[str, Callable[..., Any]] = {
     "ours": update.update,
     "reference": reference_order,

@@ -162,8 +162,8 @@ def encode(
       done += len(batch.piece.indices)
       bar.update(done)
       if batch.piece.ends:
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        shards.write_shard(paths[batch.piece.shard], columns, np.concatenate(labels), skipped)
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        shards.write_shard(paths[batch.piece.shard], whole, np.concatenate(labels), skipped)
         parts, labels, skipped = [], [], []
   processes.wait_for_all("latents are encoded")
   if jax.process_index() == 0:
@@ -251,6 +251,49 @@ def _one_late(
   yield from waiting
 
 
+def columns(
+  tokenizer: trained.Trained,
+  params: Any,
+  batch: dict[str, jax.Array],
+  *,
+  seed: int,
+  dtype: str,
+  moments: bool,
+) -> _Encoded:
+  """What is stored of a batch; pure and jittable.
+
+  Args:
+    tokenizer: whose configuration says what is built.
+    params: its parameters.
+    batch: {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}.
+    seed: of the posterior's noise.
+    dtype: of the result.
+    moments: the posterior's mean and deviation instead of a sample.
+
+  Returns:
+    Arrays [B, h, w, Z] by the names of `shards.SAMPLES` or `shards.POSTERIORS`.
+  """
+  model = trained.autoencoder(tokenizer, params)
+  picture = images.to_float(batch["image"])
+  posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
+  if moments:
+    plain, mirror = posteriors
+    found = (plain.mean, plain.std, mirror.mean, mirror.std)
+    return {n: x.astype(dtype) for n, x in zip(shards.POSTERIORS, found, strict=True)}
+  key = jax.random.key(seed)
+
+  def noise(flip: int, shape: tuple[int, ...]) -> jax.Array:
+    def one(i: jax.Array) -> jax.Array:
+      return jax.random.normal(jax.random.fold_in(key, 2 * i + flip), shape[1:])
+
+    return jax.vmap(one)(batch["index"])
+
+  return {
+    name: posterior.sample(noise(flip, posterior.mean.shape)).astype(dtype)
+    for flip, (name, posterior) in enumerate(zip(shards.SAMPLES, posteriors, strict=True))
+  }
+
+
 def _encoder(
   tokenizer: trained.Trained,
   devices: jax.sharding.Mesh,
@@ -260,30 +303,10 @@ def _encoder(
   moments: bool,
   size: int,
 ) -> Callable[[_Batch], _Encoded]:
-  """What is stored of a batch, by the names of `shards.SAMPLES` or `shards.POSTERIORS`."""
+  """`columns` of batches of any size on these devices."""
   params = tokenizer.on(devices).params
 
-  @jax.jit
-  def run(params: Any, batch: dict[str, jax.Array]) -> _Encoded:
-    model = trained.autoencoder(tokenizer, params)
-    picture = images.to_float(batch["image"])
-    posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
-    if moments:
-      plain, mirror = posteriors
-      columns = (plain.mean, plain.std, mirror.mean, mirror.std)
-      return {n: x.astype(dtype) for n, x in zip(shards.POSTERIORS, columns, strict=True)}
-    key = jax.random.key(seed)
-
-    def noise(flip: int, shape: tuple[int, ...]) -> jax.Array:
-      def one(i: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, 2 * i + flip), shape[1:])
-
-      return jax.vmap(one)(batch["index"])
-
-    return {
-      name: posterior.sample(noise(flip, posterior.mean.shape)).astype(dtype)
-      for flip, (name, posterior) in enumerate(zip(shards.SAMPLES, posteriors, strict=True))
-    }
+  run = jax.jit(functools.partial(columns, tokenizer, seed=seed, dtype=dtype, moments=moments))
 
   def on_devices(batch: _Batch) -> _Encoded:
     """The batch is filled up by repeating, so that one shape compiles and devices divide it."""

@@ -158,19 +158,20 @@ def two_processes(environment: dict[str, str]) -> Callable[..., None]:
   return run
 
 
+def write_pictures(root: Path) -> None:
+  """Class folders with a few emoji each."""
+  images, labels, _, class_names = load_emoji()
+  for label, name in enumerate(class_names):
+    folder = root / f"{label} {name}"
+    folder.mkdir()
+    for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
+      Image.fromarray(images[index]).save(folder / f"{index}.png")
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A folder of class folders with a few emoji each."""
-
-  def make(root: Path) -> None:
-    images, labels, _, class_names = load_emoji()
-    for label, name in enumerate(class_names):
-      folder = root / f"{label} {name}"
-      folder.mkdir()
-      for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
-        Image.fromarray(images[index]).save(folder / f"{index}.png")
-
-  return made_once(tmp_path_factory, "pictures", make)
+  return made_once(tmp_path_factory, "pictures", write_pictures)
 
 
 @pytest.fixture(scope="session")

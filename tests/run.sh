@@ -10,6 +10,21 @@ cd "$root"
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
+# Compiling for TPUs takes libtpu alone. It lies apart, since jax looks for a TPU where it is installed.
+marks="not torch and not gpu and not tpu_aot"
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+  wanted=$("$venv/bin/python" -c '
+import importlib.metadata
+print(next(x.split(";")[0] for x in importlib.metadata.requires("jax") if x.startswith("libtpu")))')
+  if [ "$(cat "$venv/libtpu/wanted" 2>/dev/null)" != "$wanted" ]; then
+    rm -rf "$venv/libtpu"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      --target "$venv/libtpu" "$wanted"
+    echo "$wanted" >"$venv/libtpu/wanted"
+  fi
+  export TPU_LIBRARY_PATH=$venv/libtpu/libtpu/libtpu.so
+  marks="not torch and not gpu"
+fi
 # The tests compare with float32 numbers of a CPU, and make devices of their own.
 exec env JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
-  --no-loadscope-reorder "$@"
+  --no-loadscope-reorder -m "$marks" "$@"

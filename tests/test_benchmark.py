@@ -93,7 +93,7 @@ def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypa
     return state + 1, x
 
   monkeypatch.setattr(benchmark_tokenizer.training, "init_state", lambda config, key: jnp.zeros(()))
-  monkeypatch.setattr(benchmark_tokenizer, "networks_of", lambda config: {})
+  monkeypatch.setattr(benchmark_tokenizer, "fresh", lambda config, rngs: {})
   monkeypatch.setattr(benchmark_tokenizer.update, "update", step)
   monkeypatch.setattr(
     benchmark_tokenizer,

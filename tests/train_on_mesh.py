@@ -1,6 +1,6 @@
 """Trains both tiny models over the devices that this process sees, with all arrays sharded.
 
-  python -m tests.train_on_mesh PICTURES LATENTS WORKDIR DATA FSDP
+  python -m tests.train_on_mesh PICTURES LATENTS WORKDIR DATA FSDP [STEPS]
 
 Prints one line of JSON: of each training the parameter with the most elements, as [its shape, the
 shape that one device holds].
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from configs import quickstart
-from launch.engine import mesh
+from launch.engine import mesh, processes
 from launch.train import train
 
 NUM_STEPS = 4
@@ -23,7 +23,8 @@ NUM_STEPS = 4
 
 def main() -> None:
   """The command."""
-  pictures, latents, workdir, data, fsdp = sys.argv[1:]
+  pictures, latents, workdir, data, fsdp, *more = sys.argv[1:]
+  processes.start()
   # So that the arrays of tiny models are sharded too.
   mesh.MIN_SHARDED_SIZE = 2**11
   tokenizer, diffusion = quickstart.tokenizer(tiny=True), quickstart.diffusion(tiny=True)
@@ -32,6 +33,9 @@ def main() -> None:
   largest = {}
   for config in (tokenizer, diffusion):
     config.num_steps = config.evaluate_every_steps = NUM_STEPS
+    if more:
+      config.num_steps, config.evaluate_every_steps = int(more[0]), 0
+      config.log_every_steps, config.save_every_steps = 1, int(more[0])
     config.mesh.update(data=int(data), fsdp=int(fsdp))
     state = train(config, Path(workdir) / config.task)
     leaf = max(jax.tree.leaves(state.params), key=lambda x: x.size)

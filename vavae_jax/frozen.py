@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import losses
+from vavae_jax import losses, teachers
 from vavae_jax.errors import InputError
-from vavae_jax.perceptual import load_lpips
+from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite0
 
@@ -97,6 +97,25 @@ def check(config: FrozenConfigDict, downsampling: int) -> None:
         f"The teacher {config.teacher.name} has stride {teacher.stride}, the model downsamples by "
         f"{downsampling}; alignment compares them position by position, so make them equal."
       )
+
+
+def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
+  """The networks by name with random weights: for plans and measurements, which ask for no file."""
+  networks: dict[str, Any] = {}
+  if uses_teacher(config):
+    dtype = _dtype(config.teacher.dtype)
+    normalize = config.teacher.normalize
+    networks["teacher"] = teachers.fresh(
+      config.teacher.name, rngs, dtype=dtype, normalize=normalize
+    )
+  if config.loss.perceptual_weight:
+    dtype = _dtype(config.perceptual.dtype)
+    networks["perceptual"] = (
+      Lpips(dtype=dtype, rngs=rngs)
+      if config.perceptual.network == "lpips"
+      else EndpointDistance(EfficientNetLite0(dtype=dtype, rngs=rngs))
+    )
+  return networks
 
 
 def load(config: FrozenConfigDict) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -176,11 +177,20 @@ def flops_per_step(config: FrozenConfigDict) -> float:
 
 
 def train_step(
-  config: FrozenConfigDict, phase: Phase, state: State, weights: Any, batch: Any, key: jax.Array
+  config: FrozenConfigDict,
+  phase: Phase,
+  state: State,
+  weights: Any,
+  batch: Any,
+  key: jax.Array,
+  *,
+  merge: Callable[[FrozenConfigDict, Any], dict[str, Any]] = frozen.merge,
 ) -> tuple[State, Metrics]:
-  """One update of both networks, the noise that picks latents drawn by `key`."""
+  """One update of both networks, the noise that picks latents drawn by `key`; `merge` makes the
+  frozen networks of their weights.
+  """
   noise = jax.random.normal(key, (len(batch["image"]), *latent_shape(config)))
-  return update(config, phase, state, frozen.merge(config, weights), batch, noise)
+  return update(config, phase, state, merge(config, weights), batch, noise)
 
 
 def train_data(

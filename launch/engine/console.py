@@ -162,7 +162,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """The command line without its flags; a wrong flag or configuration file ends the process."""
   try:
     words = flags.FLAGS(argv)
-    if "config" in flags.FLAGS:
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a file that is missing is told only when it is used
     return words
   except (flags.Error, OSError) as error:

@@ -26,10 +26,27 @@ PEAK_FLOPS = {
 }
 
 
+# GiB that a program can have of one TPU device, as the compiler says when it refuses one.
+TPU_MEMORY = {
+  "TPU v4": 30.75,
+  "TPU v5 lite": 15.75,
+  "TPU v5": 95.74,
+  "TPU v6 lite": 31.25,
+  "TPU7x": 94.75,
+}
+
+
 def peak_flops(mesh: Mesh) -> float:
   """Dense bfloat16 FLOP/s of all devices of a mesh; 0 where the kind is not known, as of CPUs."""
-  kind = mesh.devices.flat[0].device_kind
-  for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-    if kind.startswith(name):
-      return PEAK_FLOPS[name] * mesh.size
-  return 0.0
+  return _of_kind(PEAK_FLOPS, mesh.devices.flat[0].device_kind) * mesh.size
+
+
+def tpu_memory(mesh: Mesh) -> float:
+  """Bytes that a program can have of one device of a TPU mesh; 0 where the kind is not known."""
+  return _of_kind(TPU_MEMORY, mesh.devices.flat[0].device_kind) * 2**30
+
+
+def _of_kind(table: dict[str, float], kind: str) -> float:
+  """The entry whose name the kind begins with, the longest one; 0 where there is none."""
+  names = [name for name in table if kind.startswith(name)]
+  return table[max(names, key=len)] if names else 0.0

@@ -157,12 +157,7 @@ def run(
       checkpoints.close()
       return state
     frozen = jax.device_put(task.load_frozen(config), mesh.replicated(devices))
-    step_fn = jax.jit(
-      functools.partial(_guarded_step, task.train_step, config),
-      static_argnums=0,
-      donate_argnums=1,
-      out_shardings=(shardings, None),
-    )
+    step_fn = jit_step(task.train_step, config, shardings)
     norms = jax.jit(_norms)
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
     peak = hardware.peak_flops(devices)
@@ -226,6 +221,25 @@ def jit_init(init: Callable[[jax.Array], Any], shardings: Any = None) -> Callabl
   """`init` (key -> state) compiled to run once; to make it fast takes a CPU's compiler too long."""
   lazy = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   return jax.jit(init, out_shardings=shardings, compiler_options=lazy)
+
+
+def jit_step(train_step: Callable[..., Any], config: FrozenConfigDict, shardings: Any) -> Any:
+  """A task's step as the loop runs it.
+
+  Args:
+    train_step: the task's.
+    config: the whole configuration.
+    shardings: of the state.
+
+  Returns:
+    A jitted function of (phase, state, frozen, batch, key) that takes the state's memory.
+  """
+  return jax.jit(
+    functools.partial(_guarded_step, train_step, config),
+    static_argnums=0,
+    donate_argnums=1,
+    out_shardings=(shardings, None),
+  )
 
 
 def _describe(params: Any, workdir: Path, name: str) -> None:

@@ -32,7 +32,12 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   Raises:
     InputError: data x fsdp is not the number of devices.
   """
-  count = jax.device_count()
+  sizes = axis_sizes(data, fsdp, jax.device_count())
+  return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
+
+
+def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+  """The axes of a mesh of `count` devices; arguments and error as of `make_mesh`."""
   sizes = {"data": data, "fsdp": fsdp}
   for axis, other in (("data", "fsdp"), ("fsdp", "data")):
     if sizes[axis] == -1 and sizes[other] > 0:
@@ -42,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
       f"config.mesh asks for data={data} x fsdp={fsdp}, but there are {count} devices; "
       "choose two sizes whose product is that number, or -1 for one of them."
     )
-  return jax.make_mesh((sizes["data"], sizes["fsdp"]), BATCH_AXES, (AxisType.Auto,) * 2)
+  return sizes["data"], sizes["fsdp"]
 
 
 def local_mesh() -> Mesh:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from vavae_jax.errors import InputError
 from vavae_jax.state_dicts import read_state_dict
@@ -141,6 +142,32 @@ def feature_size(name: str) -> int:
   if name in sizes:
     return sizes[name]["hidden_size"]
   return efficientnet.EfficientNetLite0.feature_size
+
+
+def fresh(
+  name: str, rngs: nnx.Rngs, *, dtype: jnp.dtype = jnp.float32, normalize: bool = False
+) -> Teacher:
+  """A teacher with random weights, for plans and measurements, which ask for no file.
+
+  Args:
+    name: one of `NAMES`.
+    rngs: of the weights.
+    dtype: of the computation.
+    normalize: as for `load_teacher`.
+
+  Returns:
+    The module.
+  """
+  _choose(name)
+  common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+  if name == "efficientnet_lite0":
+    return efficientnet.EfficientNetLite0(**common)
+  common["statistics"] = vit.IMAGENET if normalize else None
+  if name in sam.SAM:
+    return sam.SamEncoder(**sam.SAM[name], **common)
+  if name in clip.CLIP:
+    return vit.ViT(**clip.OPTIONS, **clip.CLIP[name], **common)
+  return vit.ViT(**{**vit.DINOV2, **vit.MAE}[name], **common)
 
 
 def load_teacher(

@@ -96,6 +96,10 @@ _TIMM = Naming(
 )
 
 
+# What CLIP's towers have beside their sizes, as arguments of `ViT`.
+OPTIONS: dict[str, Any] = {"use_pre_norm": True, "activation": "quick_gelu", "epsilon": 1e-5}
+
+
 def from_torch(
   state_dict: Mapping[str, Any],
   *,
@@ -118,6 +122,5 @@ def from_torch(
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed.
   """
-  options = {"use_pre_norm": True, "activation": "quick_gelu", "epsilon": 1e-5}
   namings = (_TIMM, _OPENAI, _TRANSFORMERS)
-  return vit.load(state_dict, namings, OPENAI if normalize else None, dtype, options | sizes)
+  return vit.load(state_dict, namings, OPENAI if normalize else None, dtype, OPTIONS | sizes)

@@ -1,0 +1,57 @@
+"""FLOPs of a traced function: its matrix products and convolutions, by their shapes.
+
+Counted in the jaxpr, before any compiler: a scan counts all its rounds, what the backward pass
+computes again counts too. XLA's own count takes the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.extend
+
+from lightningdit_jax.dense import dense_p
+
+
+def count(jaxpr: Any) -> float:
+  """FLOPs, 2 a multiply-add.
+
+  Args:
+    jaxpr: of `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
+
+  Returns:
+    The sum over matrix products and convolutions; of a `while` one round, of a `cond` the
+    largest branch.
+  """
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return sum(_of(equation) for equation in jaxpr.eqns)
+
+
+def _of(equation: Any) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    depth = math.prod(left[axis] for axis in contracted)
+    return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+  if name == dense_p.name:
+    return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.invars[1].aval.shape[1]
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval.shape
+    out_axis = params["dimension_numbers"].rhs_spec[0]
+    per_output = math.prod(kernel) / kernel[out_axis]
+    # Zeros between the pixels of a dilated input are multiplied with nothing.
+    spread = math.prod(params["lhs_dilation"])
+    return 2.0 * per_output / spread * math.prod(equation.outvars[0].aval.shape)
+  inner = [
+    count(x) for x in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)
+  ]
+  if name == "cond":
+    return max(inner, default=0.0)
+  return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _is_jaxpr(value: Any) -> bool:
+  return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)

@@ -1,0 +1,114 @@
+"""What devices tell each other in a compiled step, read from its HLO text.
+
+XLA's own cost analysis counts the body of a loop once. Here every computation is weighed by how
+often it runs, which for a scan is the constant its condition compares with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {
+  **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+  **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
+  **dict.fromkeys(("s32", "u32", "f32"), 4),
+  **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+
+
+class Traffic(NamedTuple):
+  """Of one kind: how many operations there are, how often they run, and bytes of the results."""
+
+  ops: int
+  runs: int
+  bytes: int
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+  """The collectives of a compiled program, by kind.
+
+  Args:
+    text: of `compiled.as_text()`, with one device's shapes.
+
+  Returns:
+    Kind -> what of it there is; bytes are of the results on one device, all runs together.
+  """
+  bodies, entry = _computations(text)
+  times = _times(bodies, entry)
+  # One operation may stand in several computations: pieces of it run beside others' work.
+  found: dict[tuple[str, str], tuple[int, int]] = {}
+  for name, lines in bodies.items():
+    for line in lines:
+      match = _COLLECTIVE.search(line)
+      if not match or not times.get(name):
+        continue
+      channel = _CHANNEL.search(line)
+      key = (match[2], channel[1] if channel else line.split(" = ")[0].strip())
+      here = (times[name], _result_bytes(match[1], starts=bool(match[3])))
+      found[key] = max(found.get(key, (0, 0)), here)
+  sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+  for (kind, _), (runs, size) in found.items():
+    for i, value in enumerate((1, runs, runs * size)):
+      sums[kind][i] += value
+  return {kind: Traffic(*sums[kind]) for kind in KINDS if kind in sums}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation by its name, and the name of the one that begins."""
+  bodies: dict[str, list[str]] = {}
+  entry, current = "", ""
+  for line in text.splitlines():
+    if line and not line[0].isspace() and (head := _HEAD.match(line)):
+      current = head[2]
+      bodies[current] = []
+      if head[1]:
+        entry = current
+    elif current:
+      bodies[current].append(line)
+  return bodies, entry
+
+
+def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+  """How often each computation runs in one run of the program."""
+  times: dict[str, int] = defaultdict(int)
+
+  def visit(name: str, factor: int) -> None:
+    if factor <= times[name]:
+      return  # been here, from where it runs as often
+    times[name] = factor
+    for line in bodies.get(name, ()):
+      loop = _LOOP.search(line)
+      count = _trips(bodies.get(loop[1], [])) if loop else 1
+      for match in _CALLED.finditer(line):
+        for called in (match[1] or match[2]).split(","):
+          visit(called.strip().lstrip("%"), factor * count)
+
+  visit(entry, 1)
+  return times
+
+
+def _trips(condition: list[str]) -> int:
+  """How often a loop runs: the constant that its counter is compared with, or 1."""
+  numbers = [int(number) for line in condition for number in _CONSTANT.findall(line)]
+  return max(numbers, default=1)
+
+
+def _result_bytes(shapes: str, starts: bool) -> int:
+  sizes = []
+  for dtype, dims in _SHAPE.findall(shapes):
+    elements = 1
+    for dim in filter(None, dims.split(",")):
+      elements *= int(dim)
+    sizes.append(elements * _BYTES.get(dtype, 4))
+  # What starts one has its input beside its result, which is larger or as large.
+  return max(sizes, default=0) if starts else sum(sizes)

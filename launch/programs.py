@@ -1,0 +1,169 @@
+"""The programs that devices run, with shapes for arrays: what is planned ahead of time.
+
+Nothing is read: neither data nor weights of frozen networks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+import vavae_jax.training
+from launch import trained
+from launch.encode import columns
+from launch.engine import loop, mesh
+from lightningdit_jax.training import sample_latents
+from vavae_jax import frozen, stages
+from vavae_jax.errors import InputError
+from vavae_jax.sharding import BATCH_AXES
+
+WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode")}
+ENCODED_PER_DEVICE = 64
+
+
+class Program(NamedTuple):
+  """What is compiled, and what it is given.
+
+  Attributes:
+    function: jitted.
+    arguments: static ones and shapes with shardings, in their order.
+    parts: name -> shapes, of which the memory is told.
+    runs: how often it would run.
+    images: of each run.
+  """
+
+  function: Any
+  arguments: tuple[Any, ...]
+  parts: dict[str, Any]
+  runs: float
+  images: int
+
+
+def check(config: FrozenConfigDict, what: str) -> None:
+  """Raises InputError where a task has no such program."""
+  if what not in WHAT[config.task]:
+    raise InputError(
+      f"--what={what} is not of a {config.task}; there are {', '.join(WHAT[config.task])}."
+    )
+
+
+def of(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> Program:
+  """One of the programs.
+
+  Args:
+    config: of a training, resolved.
+    devices: to compile for.
+    what: one of `WHAT[config.task]`.
+    num_images: to encode, or to sample.
+
+  Returns:
+    The program, not traced yet.
+
+  Raises:
+    InputError: a batch that does not divide over the devices.
+  """
+  if what == "train":
+    return train_program(config, devices)
+  if what == "sample":
+    return sample_program(config, devices, num_images)
+  return encode_program(config, devices, ENCODED_PER_DEVICE * devices.size, num_images)
+
+
+def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
+  """The training step as the loop runs it, in its most expensive phase."""
+  task = trained.TASKS[config.task]
+  step: Any = task.train_step
+  weights: dict[str, Any] = {}
+  phase: Any = task.phase(config, 1)
+  if config.task == "tokenizer":
+    step, weights = _with_fresh_networks(config)
+    phase = stages.Phase(len(config.stages.epochs) - 1, gan=config.loss.disc_weight > 0)
+  state = jax.eval_shape(functools.partial(task.init_state, config), jax.random.key(0))
+  shardings = mesh.parameter_shardings(state, devices)
+  state = jax.tree.map(_sharded, state, shardings)
+  weights = _everywhere(weights, devices)
+  batch = _batch(config, config.batch_size, devices)
+  key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), devices)
+  parts = {
+    "parameters": state.params,
+    "averages": state.ema,
+    "optimizer": [x for name, x in vars(state).items() if name not in ("params", "ema")],
+    "frozen networks": weights,
+    "batch": batch,
+  }
+  function = loop.jit_step(step, config, shardings)
+  arguments = (phase, state, weights, batch, key)
+  return Program(function, arguments, parts, config.num_steps, config.batch_size)
+
+
+def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], dict[str, Any]]:
+  """The tokenizer's step and the shapes of its frozen networks' weights, without their files."""
+  networks = nnx.eval_shape(lambda: frozen.fresh(config, nnx.Rngs(0)))
+  split = {name: nnx.split(network) for name, network in networks.items()}
+
+  def merge(_: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: nnx.merge(graph, weights[name]) for name, (graph, _) in split.items()}
+
+  weights = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
+  return functools.partial(vavae_jax.training.train_step, merge=merge), weights
+
+
+def sample_program(config: FrozenConfigDict, devices: Mesh, num_samples: int) -> Program:
+  """Sampling of latents, as `launch.sample` does before it decodes them."""
+  size = config.sample.batch_size
+  params = _params(config, devices)
+  batch = _batch(config, size, devices)
+  index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch["label"].sharding)
+  run = functools.partial(sample_latents, config, seed=0, sample=config.sample)
+  function = jax.jit(run)
+  parts = {"parameters": params}
+  return Program(function, (params, index, batch["label"]), parts, num_samples / size, size)
+
+
+def encode_program(
+  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
+) -> Program:
+  """Encoding of pictures, as `launch.encode` does on each host."""
+  params = _params(config, devices)
+  tokenizer = trained.Trained(Path(), config, 0, None)
+  run = functools.partial(columns, tokenizer, seed=0, dtype="float32", moments=False)
+  batch = _batch(config, batch_size, devices)
+  batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch["image"].sharding)
+  parts = {"parameters": params, "batch": batch}
+  return Program(jax.jit(run), (params, batch), parts, num_images / batch_size, batch_size)
+
+
+def _params(config: FrozenConfigDict, devices: Mesh) -> Any:
+  """What inference restores of a training: its parameters or an average, whole on every device."""
+  init = functools.partial(trained.TASKS[config.task].init_state, config)
+  return _everywhere(jax.eval_shape(init, jax.random.key(0)).params, devices)
+
+
+def _batch(config: FrozenConfigDict, size: int, devices: Mesh) -> dict[str, Any]:
+  """A batch as the task's data have it."""
+  mesh.check_batch_size(size, devices)
+  rows = NamedSharding(devices, PartitionSpec(BATCH_AXES))
+  if config.task == "tokenizer":
+    side = config.data.image_size
+    return {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=rows)}
+  shape = (size, config.model.input_size, config.model.input_size, config.model.in_channels)
+  return {
+    "latent": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+  }
+
+
+def _everywhere(tree: Any, devices: Mesh) -> Any:
+  return jax.tree.map(lambda x: _sharded(x, mesh.replicated(devices)), tree)
+
+
+def _sharded(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,90 @@
+"""How far the losses of both trainings are from one device's on every mesh and number of processes.
+
+  python -m tests.same_everywhere --output=same.json
+
+The tiny trainings of the quickstart, 20 steps, on one device; on 8 virtual devices as 1x8, 2x4, 4x2
+and 8x1 (data x fsdp); and on 2 and 4 processes. The suite checks 4x2 and two processes for fewer
+steps; docs/reliability.md has the table of all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from launch.engine import console
+from launch.engine.circumstances import circumstances
+from launch.engine.writers import curve, read_metrics
+from tests.conftest import start_job, write_pictures
+from tests.survive import ended
+from vavae_jax.files import write_json
+
+STEPS = 20
+LIMIT = 1800.0
+# Name -> (devices of each process, processes, data, fsdp).
+LAYOUTS = {
+  "one device": (1, 1, 1, 1),
+  "1x8": (8, 1, 1, 8),
+  "2x4": (8, 1, 2, 4),
+  "4x2": (8, 1, 4, 2),
+  "8x1": (8, 1, 8, 1),
+  "2 processes, 1x2": (1, 2, 1, 2),
+  "4 processes, 2x2": (1, 4, 2, 2),
+}
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  losses: dict[str, dict[str, np.ndarray]] = {}
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    (folder / "pictures").mkdir()
+    write_pictures(folder / "pictures")
+    pipeline = (
+      *("launch.quickstart", "--config=configs/quickstart.py:pipeline,tiny"),
+      f"--config.tokenizer.data.source=folder:{folder / 'pictures'}",
+      f"--workdir={folder / 'pipeline'}",
+    )
+    code, printed = ended(start_job(pipeline, variables)[0], LIMIT)
+    assert code == 0, printed
+    for layout, (devices, count, data, fsdp) in LAYOUTS.items():
+      workdir = folder / layout
+      flag = f"--xla_force_host_platform_device_count={devices}"
+      words = ("tests.train_on_mesh", folder / "pictures", folder / "pipeline" / "latents")
+      running = start_job(
+        (*words, workdir, data, fsdp, STEPS), variables | {"XLA_FLAGS": flag}, count
+      )
+      for process in running:
+        code, printed = ended(process, LIMIT)
+        assert code == 0, printed
+      losses[layout] = {
+        task: np.array([value for _, value in curve(read_metrics(workdir / task), "loss")])
+        for task in ("tokenizer", "diffusion")
+      }
+      console.say(f"{layout}: {losses[layout]['diffusion'][-1]:.6f}")
+  rows, results = [], {}
+  for layout, found in losses.items():
+    told = {}
+    for task, values in found.items():
+      apart = np.abs(values / losses["one device"][task] - 1)
+      assert len(apart) == STEPS
+      told[task] = {"first": float(apart[0]), "largest": float(apart.max())}
+    results[layout] = told
+    rows.append([layout, *(f"{x:.1e}" for one in told.values() for x in one.values())])
+  header = ("layout", "tokenizer, step 1", "largest", "diffusion, step 1", "largest")
+  console.table("Relative distance of losses to one device", header, rows)
+  if FLAGS.output:
+    write_json(Path(FLAGS.output), {**circumstances(), "steps": STEPS, "apart": results})
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  console.run_command(main)

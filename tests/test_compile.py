@@ -1,0 +1,140 @@
+"""Plans for TPU slices: what they count, and the published step compiled for 16 chips."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import FrozenConfigDict
+
+import configs.base
+from launch import compile as planning
+from launch.engine import flops, hlo, slices
+from lightningdit_jax import training
+from vavae_jax.errors import InputError
+
+
+def test_products_and_convolutions_are_counted():
+  def f(x, kernel, picture, filters):
+    def body(carry, _):
+      return jnp.tanh(carry @ kernel), None
+
+    y, _ = jax.lax.scan(body, x, length=5)
+    z = jax.lax.conv_general_dilated(
+      picture, filters, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.sum() + z.sum()
+
+  shapes = ((3, 7), (7, 7), (2, 8, 6, 4), (3, 3, 4, 5))
+  traced = jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes))
+  assert flops.count(traced) == 2 * 5 * 3 * 7 * 7 + 2 * (2 * 4 * 3 * 5) * (3 * 3 * 4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_traced_step_has_the_flops_that_the_task_counts(remat):
+  config = configs.base.diffusion("LightningDiT-B/1")
+  config.batch_size = 8
+  config.model.use_checkpoint = remat
+  config = FrozenConfigDict(config)
+  state = jax.eval_shape(functools.partial(training.init_state, config), jax.random.key(0))
+  batch = {
+    "latent": jax.ShapeDtypeStruct((8, 16, 16, 32), jnp.float32),
+    "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+  }
+  step = functools.partial(training.train_step, config, "logit-normal")
+  traced = jax.make_jaxpr(step)(state, {}, batch, jax.random.key(0))
+  wanted = training.flops_per_step(config) * (4 / 3 if remat else 1)
+  assert flops.count(traced) == pytest.approx(wanted, rel=0.02)
+
+
+PROGRAM = """
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(28)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %gathered = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %more = f32[4]{0} fusion(%gathered), kind=kCustom, calls=%pieces
+}
+
+%pieces (p: f32[4]) -> f32[4] {
+  %again = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %moved = (f32[2]{0}, f32[4]{0}) collective-permute-start(%p), channel_id=3
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %loop = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
+  ROOT %total = (f32[4]{0}, bf16[6]{0}) all-reduce(%u, %v), channel_id=2, to_apply=%add
+}
+"""
+
+
+def test_collectives_count_as_often_as_they_run():
+  found = hlo.collectives(PROGRAM)
+  assert found == {
+    "all-gather": hlo.Traffic(ops=1, runs=28, bytes=28 * 8 * 16 * 2),
+    "all-reduce": hlo.Traffic(ops=1, runs=1, bytes=4 * 4 + 6 * 2),
+    "collective-permute": hlo.Traffic(ops=1, runs=28, bytes=28 * 4 * 4),
+  }
+
+
+def test_remedies_go_from_the_cheapest_and_divide_the_batch():
+  config = configs.base.diffusion()
+  config.batch_size = 128
+  tried = list(planning.remedies(FrozenConfigDict(config), "train", 16))
+  assert tried[0] == {"mesh.data": 1, "mesh.fsdp": -1}
+  assert [x["accumulate_steps"] for x in tried if "accumulate_steps" in x] == [2, 2]
+  assert tried[-1]["model.remat_policy"] == "full"
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "v5e:4by4", "4x4"])
+def test_a_slice_that_is_none_is_refused(topology):
+  with pytest.raises(InputError, match=f"--topology is '{topology}'.*v5e:4x4"):
+    slices.make_mesh(topology)
+
+
+def test_a_program_of_another_task_is_refused(command):
+  done = command("launch.compile", "--config=configs/vavae_f16d32.py", "--what=sample")
+  assert done.returncode == 2
+  assert "--what=sample is not of a tokenizer; there are train, encode" in done.stderr
+
+
+@pytest.mark.tpu_aot
+def test_the_published_step_fits_16_chips_without_moving_activations(command, tmp_path):
+  done = command(
+    *("launch.compile", "--config=configs/lightningdit_xl_64ep.py", "--topology=v5e:4x4"),
+    *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.use_checkpoint"),
+    f"--output={tmp_path / 'plan.json'}",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+  assert plan["fits"]
+  assert plan["needed"] < 8 * 2**30 < plan["available"]
+  # Nothing but weights gathered, in bfloat16 and twice, and gradients summed.
+  assert set(plan["traffic"]) == {"all-gather", "all-reduce"}
+  parameters = 675e6
+  _, _, gathered = plan["traffic"]["all-gather"]
+  assert gathered == pytest.approx(2 * 2 * parameters, rel=0.05)
+  assert sum(plan["parts"].values()) == pytest.approx(plan["needed"])
+
+
+@pytest.mark.tpu_aot
+def test_what_does_not_fit_is_told_with_what_it_needs(command):
+  done = command(
+    *("launch.compile", "--config=configs/lightningdit_xl_64ep.py", "--topology=v5e:2x4"),
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "DOES NOT FIT" in done.stdout
+  assert "--search looks for settings that fit" in done.stdout
