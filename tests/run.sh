@@ -10,7 +10,7 @@ cd "$root"
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
-# Compiling for TPUs takes libtpu alone. It lies apart, since jax looks for a TPU where it is installed.
+# Compiling for TPUs takes libtpu. It lies apart: where it is installed, jax looks for a TPU.
 marks="not torch and not gpu and not tpu_aot"
 if [ "$(uname -sm)" = "Linux x86_64" ]; then
   wanted=$("$venv/bin/python" -c '

@@ -1,0 +1,182 @@
+#!/usr/bin/env bash
+# Runs one command of this project on all workers of a Cloud TPU slice, and again after preemptions.
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5litepod-16 [--spot] [--project=PROJECT] \
+#     [--version=tpu-ubuntu2204-base] [--delete] [--print] \
+#     -- launch.train --config=configs/lightningdit_xl_64ep.py --config.mesh.fsdp=-1 \
+#        --config.mesh.data=1 --workdir=gs://BUCKET/xl_64ep
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --logs      # follows the running command
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --stop      # SIGTERM: it saves a checkpoint and ends
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --delete    # gives the slice back
+# The queued resource NAME is created, or used as it is; the committed code is copied to its workers
+# and installed; what follows -- runs on all of them as `python -m ...`, apart from this connection.
+# When the slice is taken away, it is asked for anew, and the same command goes on from its last
+# checkpoint: give it a --workdir in a bucket (and gcsfs is installed for it). --delete with a command
+# gives the slice back when that has succeeded. --print shows the gcloud commands and runs none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+name="" zone="" type="" project="" version=tpu-ubuntu2204-base
+spot="" delete="" print="" logs="" stop=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --spot) spot=1 ;;
+    --delete) delete=1 ;;
+    --print) print=1 ;;
+    --logs) logs=1 ;;
+    --stop) stop=1 ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *)
+      echo "error: unknown option $1; see --help" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+[ -n "$name" ] || fail "--name=NAME of the slice is missing; see --help"
+[ -n "$zone" ] || fail "--zone=ZONE is missing, such as us-west4-a; see --help"
+[ $# -gt 0 ] || [ -n "$logs$stop$delete" ] || fail "no command: give -- launch.train ...; see --help"
+[ $# -eq 0 ] || [ -n "$type" ] || fail "--type is missing, such as v5litepod-16; see --help"
+[ -n "$print" ] || command -v gcloud >/dev/null || fail "gcloud is not installed; --print works without"
+
+place=(--zone="$zone")
+[ -z "$project" ] || place+=(--project="$project")
+
+# call WORDS...: runs a gcloud command, or shows it.
+call() {
+  if [ -n "$print" ]; then
+    printf '%q ' gcloud "$@"
+    echo
+  else
+    gcloud "$@"
+  fi
+}
+
+# on WORKER COMMAND: runs a shell command on one worker, or on all.
+on() {
+  call compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
+}
+
+state() {
+  if [ -n "$print" ]; then
+    echo "$assumed"
+    return
+  fi
+  gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format='value(state.state)' 2>/dev/null || echo NONE
+}
+
+give_back() {
+  call compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+  assumed=NONE
+}
+
+# Returns when the slice is there.
+acquire() {
+  local options=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
+  [ -z "$spot" ] || options+=(--spot)
+  while true; do
+    case $(state) in
+      ACTIVE) return ;;
+      NONE)
+        echo "asking for $type as $name"
+        call compute tpus queued-resources create "$name" "${place[@]}" "${options[@]}"
+        assumed=ACTIVE
+        ;;
+      SUSPENDED | SUSPENDING | FAILED)
+        echo "$name was taken away; asking for it anew"
+        give_back
+        ;;
+      *) echo "$name is $(state) ($(date +%T))" && sleep "${SECONDS_BETWEEN_LOOKS:-30}" ;;
+    esac
+  done
+}
+
+# The committed code on all workers, installed; nothing happens where it is there already.
+install() {
+  local commit archive
+  commit=$(git -C "$root" rev-parse --short HEAD)
+  [ -z "$(git -C "$root" status --porcelain)" ] ||
+    echo "warning: changes that are not committed stay here; commit $commit is what runs" >&2
+  archive=$(mktemp -d)/vavae.tar.gz
+  git -C "$root" archive --format=tar.gz --output="$archive" HEAD
+  call compute tpus tpu-vm scp "$archive" "$name": "${place[@]}" --worker=all
+  rm -r "$(dirname "$archive")"
+  # The images have Python 3.10 alone.
+  on all "set -e; [ \"\$(cat vavae/commit 2>/dev/null)\" != $commit ] || exit 0
+    command -v python3.11 >/dev/null || { sudo apt-get -qq update; sudo apt-get -qq install -y python3.11-venv; }
+    mkdir -p vavae; tar xzf vavae.tar.gz -C vavae; cd vavae
+    export PYTHON=python3.11 ACCELERATOR=tpu; . launch/environment.sh; prepare_environment
+    .venv/bin/python -m pip install --quiet gcsfs google-cloud-storage; echo $commit >commit"
+}
+
+# Starts the command on all workers, unless it runs; its output and exit code stay on each.
+begin() {
+  local line
+  line="$(printf '%q ' .venv/bin/python -m "$@"); echo \$? >run.code"
+  on all "cd vavae; if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; then exit 0; fi
+    rm -f run.code stopped
+    DISTRIBUTED=1 nohup bash -c $(printf '%q' "$line") >>run.log 2>&1 </dev/null &
+    echo \$! >run.pid"
+}
+
+# Shows the first worker's output until its command has ended; fails when the worker is gone.
+follow() {
+  on 0 "cd vavae; tail -n 20 --pid=\$(cat run.pid) -F run.log"
+}
+
+# The exit code of the command on the first worker; nothing while it runs or where it was killed.
+code() {
+  if [ -n "$print" ]; then echo 0; else on 0 "cat vavae/run.code" 2>/dev/null || true; fi
+}
+
+assumed=NONE
+if [ $# -eq 0 ]; then
+  [ -z "$logs" ] || follow
+  # The interpreter, not the shell that waits for it.
+  [ -z "$stop" ] || on all "touch vavae/stopped; pkill -TERM -P \$(cat vavae/run.pid)"
+  [ -z "$delete" ] || give_back
+  exit 0
+fi
+
+while true; do
+  acquire
+  install
+  begin "$@"
+  follow || echo "the connection or the slice is gone; looking again"
+  ended=$(code)
+  case $ended in
+    0) break ;;
+    "" | 143) # the slice was taken away, the connection was lost, or --stop
+      if on 0 "test -e vavae/stopped" 2>/dev/null; then
+        echo "stopped by --stop; the same command goes on from its checkpoint"
+        exit 143
+      fi
+      sleep "${SECONDS_BETWEEN_LOOKS:-10}"
+      ;;
+    *)
+      echo "error: the command ended with code $ended; --logs shows its last lines" >&2
+      exit "$ended"
+      ;;
+  esac
+  echo "going on with the same command ($(date +%T))"
+done
+echo "done; its results are where --workdir says"
+[ -z "$delete" ] || give_back

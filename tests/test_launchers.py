@@ -1,0 +1,136 @@
+"""The scripts that bring a command to clusters: what they would run, and after a preemption."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPTS = [*ROOT.glob("launch/*.sh"), ROOT / "launch" / "slurm.sbatch", *ROOT.glob("tests/*.sh")]
+POD = ["--name=pod", "--zone=us-west4-a", "--type=v5litepod-16"]
+
+
+def bash(*words, **variables):
+  return subprocess.run(
+    ["bash", *map(str, words)],
+    cwd=ROOT,
+    env=os.environ | variables,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+  program = Path(sys.executable).parent / "shellcheck"
+  done = subprocess.run([program, "-x", script], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_shows_every_step_and_needs_no_gcloud():
+  words = ["launch.train", "--config=a b.py", "--workdir=gs://bucket/it's"]
+  done = bash("launch/tpu_pod.sh", *POD, "--spot", "--print", "--delete", "--", *words, PATH="/bin")
+  assert done.returncode == 0, done.stderr
+  lines = [line for line in done.stdout.splitlines() if line.startswith("gcloud")]
+  steps = ["create pod", "scp", "ssh pod", "ssh pod", "ssh pod", "delete pod"]
+  assert len(lines) == len(steps)
+  assert all(step in line for step, line in zip(steps, lines, strict=True))
+  assert "--accelerator-type=v5litepod-16" in lines[0]
+  assert "--spot" in lines[0]
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--name=x"], "--zone=ZONE is missing"),
+    (["--name=x", "--zone=z"], "no command"),
+    (["--name=x", "--zone=z", "--", "launch.train"], "--type is missing"),
+    (["--nam=x"], "unknown option --nam=x"),
+  ],
+)
+def test_a_pod_that_is_not_described_is_refused(words, message):
+  done = bash("launch/tpu_pod.sh", *words, "--print" if "--nam=x" not in words else "--spot")
+  assert done.returncode == 2
+  assert message in done.stderr
+
+
+@pytest.fixture
+def pod(tmp_path):
+  """Runs tpu_pod.sh with two workers whose `python` is a script; (run, folder)."""
+  (tmp_path / "bin").mkdir()
+  shutil.copy(ROOT / "tests" / "fake_gcloud.sh", tmp_path / "bin" / "gcloud")
+  (tmp_path / "bin" / "gcloud").chmod(0o755)
+  git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+  commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+  variables = {
+    "FAKE": str(tmp_path),
+    "COMMIT": commit,
+    "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    "SECONDS_BETWEEN_LOOKS": "0",
+  }
+
+  def run(python, *words):
+    (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
+    (tmp_path / "python").chmod(0o755)
+    return bash("launch/tpu_pod.sh", *POD, *words, **variables)
+
+  return run, tmp_path
+
+
+def test_a_command_runs_on_all_workers_again_after_a_preemption(pod):
+  run, folder = pod
+  # The first time the slice is taken away under it; the second time it succeeds.
+  python = """
+    echo "$DISTRIBUTED $*" >>"$FAKE/ran"
+    [ "$(wc -l <"$FAKE/ran")" -gt 2 ] && exit 0
+    echo SUSPENDED >"$FAKE/state"
+    exit 143
+  """
+  done = run(python, "--", "launch.train", "--workdir=gs://bucket/it's here")
+  assert done.returncode == 0, done.stderr
+  assert "was taken away" in done.stdout
+  assert (folder / "ran").read_text().splitlines() == [
+    "1 -m launch.train --workdir=gs://bucket/it's here"
+  ] * 4
+  calls = (folder / "calls").read_text()
+  assert calls.count("queued-resources create") == 2
+  assert calls.count("queued-resources delete") == 1
+
+
+def test_a_command_that_fails_is_not_repeated(pod):
+  run, folder = pod
+  done = run('echo ran >>"$FAKE/ran"; exit 2', "--", "launch.train")
+  assert done.returncode == 2
+  assert "ended with code 2" in done.stderr
+  assert (folder / "ran").read_text() == "ran\nran\n"
+
+
+def test_a_slurm_job_runs_a_process_for_each_gpu():
+  done = bash("launch/slurm.sbatch", "launch.train", "--workdir=a b", PRINT="1")
+  assert done.returncode == 0, done.stderr
+  assert "DISTRIBUTED=1 srun" in done.stdout
+  assert r"-m launch.train --workdir=a\ b" in done.stdout
+  assert bash("launch/slurm.sbatch").returncode == 2
+
+
+def test_a_slurm_job_that_saved_is_queued_again(tmp_path):
+  for name, text in (("srun", "exit 143"), ("scontrol", 'echo "$*" >"$FAKE/asked"')):
+    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (tmp_path / name).chmod(0o755)
+  done = bash(
+    *("launch/slurm.sbatch", "launch.train"),
+    PATH=f"{tmp_path}:{os.environ['PATH']}",
+    FAKE=str(tmp_path),
+    SLURM_JOB_ID="17",
+    SLURM_SUBMIT_DIR=str(ROOT),
+  )
+  assert done.returncode == 143
+  assert (tmp_path / "asked").read_text() == "requeue 17\n"
