@@ -190,7 +190,8 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
       "wo_shift": False,
       "use_checkpoint": False,
       "remat_policy": "full",  # what use_checkpoint recomputes; "dense" and "dots" keep some
-      "attention": "xla",  # or "cudnn", on NVIDIA GPUs
+      # "xla", or on NVIDIA GPUs "cudnn"; "auto" measures both where a training begins.
+      "attention": "auto",
       "scan_unroll": 1,  # blocks a step of the scan; narrow models run faster on CPUs with all
     }
   )

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import configs.base
 import vavae_jax.training
 from launch import trained
+from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.generation import gaussian_of, key_of, statistics_of
@@ -65,6 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = trained.check_latents(frozen).sha256
+    noted.model.attention = choose(frozen)
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
   return loop.run(

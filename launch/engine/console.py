@@ -22,7 +22,7 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launch.engine import processes
+from launch.engine import hardware, processes
 from vavae_jax.errors import InputError
 from vavae_jax.files import DISK_FULL, allow_open_files
 
@@ -222,6 +222,7 @@ def run_command(
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
       allow_open_files()
+      hardware.set_gpu_flags()
       processes.start(preemption=trains)
       main(argv)
     except SystemExit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from jax.sharding import Mesh
 
 # Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; a name is matched by how
@@ -24,6 +26,22 @@ PEAK_FLOPS = {
   "NVIDIA L40S": 362e12,
   "NVIDIA B200": 2250e12,
 }
+
+
+# What XLA is told on NVIDIA GPUs beyond its defaults, unless XLA_FLAGS says otherwise.
+GPU_FLAGS = (
+  # Weights of the next block are gathered, and gradients summed, while this one computes.
+  "--xla_gpu_enable_latency_hiding_scheduler=true",
+)
+
+
+def set_gpu_flags() -> None:
+  """Adds `GPU_FLAGS` to XLA_FLAGS where there is an NVIDIA GPU; before jax has devices."""
+  if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
+    return
+  given = os.environ.get("XLA_FLAGS", "")
+  missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
+  os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 
 # GiB that a program can have of one TPU device, as the compiler says when it refuses one.

@@ -1,0 +1,70 @@
+"""Which attention kernel serves: measured where a training begins, on its device and shapes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from launch.engine import console, processes
+from lightningdit_jax.model import attend
+
+ROUNDS = 5
+# Two kernels differ in their rounding; only for so much faster does a run take the fused one.
+WORTH = 0.9
+
+
+def choose(config: FrozenConfigDict) -> str:
+  """The kernel for `config.model.attention`: itself where it names one; of "auto" the faster.
+
+  cuDNN's is tried on NVIDIA GPUs in bfloat16 alone, forward and backward, with one device's share
+  of a batch; where it does not run, or is no tenth faster, "xla" it is. All processes of a job take
+  what the first one finds.
+
+  Args:
+    config: of a diffusion training.
+
+  Returns:
+    "xla" or "cudnn".
+  """
+  if config.model.attention != "auto":
+    return config.model.attention
+  if jax.default_backend() != "gpu" or config.dtype != "bfloat16":
+    return "xla"
+  ours = _seconds(config, "xla")
+  try:
+    fused = _seconds(config, "cudnn")
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    console.say(f"attention: cuDNN's does not run here ({str(error).splitlines()[0]})")
+    fused = math.inf
+  chosen = "cudnn" if processes.first_says(fused < WORTH * ours) else "xla"
+  console.say(
+    f"attention: {chosen} (a layer takes {ours * 1e3:.2f} ms by xla, {fused * 1e3:.2f} ms by cudnn)"
+  )
+  return chosen
+
+
+def _seconds(config: FrozenConfigDict, implementation: str) -> float:
+  """Of a layer's attention, forward and backward."""
+  model = config.model
+  batch = max(config.batch_size // config.accumulate_steps // jax.device_count(), 1)
+  tokens = (model.input_size // model.patch_size) ** 2
+  shape = (batch, model.num_heads, tokens, model.hidden_size // model.num_heads)
+  q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3))
+
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1, 2))
+  def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.sum(attend(q, k, v, implementation).astype(jnp.float32) ** 2)
+
+  taken = []
+  for _ in range(ROUNDS + 1):
+    began = time.perf_counter()
+    jax.block_until_ready(gradients(q, k, v))
+    taken.append(time.perf_counter() - began)
+  return float(np.median(taken[1:]))
