@@ -166,7 +166,7 @@ class Attention(nnx.Module):
     self, hidden_size: int, num_heads: int, use_qknorm: bool, attention: str, layers: Layers
   ):
     self.num_heads = num_heads
-    self.implementation = attention
+    self.implementation = "xla" if attention == "auto" else attention
     self.qkv = layers.linear(hidden_size, 3 * hidden_size)
     self.q_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
     self.k_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
@@ -291,7 +291,8 @@ class LightningDiT(nnx.Module):
       Without it, elementwise work is computed again all the same: see `remat.is_costly`.
     remat_policy: what of a block is kept all the same: "full" nothing, "dense" what its weight
       matrices gave, "dots" the attention's products too.
-    attention: "xla", or on NVIDIA GPUs in bfloat16 "cudnn".
+    attention: "xla", or on NVIDIA GPUs in bfloat16 "cudnn"; "auto", which a training settles by
+      measuring, is "xla" here.
     scan_unroll: blocks a step of the scan. More compile longer; on CPUs models of a small width run
       a quarter faster with all, B/1 a tenth slower.
     dtype: what matrices multiply in; weights are float32.
@@ -457,7 +458,7 @@ def check_names(remat_policy: str, attention: str) -> None:
   """Raises InputError, listing the known ones, for the name of a policy or an implementation."""
   for argument, name, known in (
     ("remat_policy", remat_policy, REMAT_POLICIES),
-    ("attention", attention, ATTENTIONS),
+    ("attention", attention, ("auto", *ATTENTIONS)),
   ):
     if name not in known:
       raise InputError(f"{argument} is {name!r}; choose one of {', '.join(known)}.")

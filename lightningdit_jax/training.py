@@ -63,9 +63,9 @@ def build_model(config: FrozenConfigDict) -> functional.Build:
 def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> LightningDiT:
   dtype = dtype or config.dtype
   kwargs = config.model.to_dict()
-  if kwargs["attention"] == "auto" or dtype != "bfloat16" or jax.default_backend() != "gpu":
-    # `launch.attention` settles "auto" where a training begins. What was trained with the fused
-    # kernel is also sampled in float32 and on other devices; `check_model` refuses to train so.
+  if dtype != "bfloat16" or jax.default_backend() != "gpu":
+    # What was trained with the fused kernel is also sampled in float32 and on other devices;
+    # `check_model` refuses to train so.
     kwargs["attention"] = "xla"
   return LightningDiT(**kwargs, dtype=jnp.dtype(dtype), rngs=rngs)
 
@@ -118,8 +118,7 @@ def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
 
 def check_model(config: FrozenConfigDict) -> None:
   """Raises InputError for what cannot be built or run: the part of `check` without latents."""
-  if config.model.attention != "auto":
-    check_names(config.model.remat_policy, config.model.attention)
+  check_names(config.model.remat_policy, config.model.attention)
   functional.outline(build_model(config), "config.model")
   if config.model.attention == "cudnn" and (
     config.dtype != "bfloat16" or jax.default_backend() != "gpu"

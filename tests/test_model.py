@@ -203,7 +203,7 @@ def test_published_sizes():
     ({"hidden_size": 34, "use_rope": False}, "hidden_size=34 must be a multiple of 4"),
     ({"patch_size": 3}, "multiple of patch_size=3"),
     ({"remat_policy": "some"}, "remat_policy is 'some'; choose one of full, dense, dots"),
-    ({"attention": "flash"}, "attention is 'flash'; choose one of xla, cudnn"),
+    ({"attention": "flash"}, "attention is 'flash'; choose one of auto, xla, cudnn"),
   ],
 )
 def test_sizes_that_do_not_divide_are_refused(kwargs, message):
