@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ WAYS = tuple((kind, number) for kind in ("threads", "workers") for number in (1,
 Works = dict[str, Callable[[int], float]]
 
 
-def make_store(folder: Path, count: int) -> latents.LatentStore:
+def make_store(
+  folder: Path, count: int, shape: tuple[int, int, int] = SHAPE
+) -> latents.LatentStore:
   """A store of random latents in the published layout."""
   rng = np.random.default_rng(0)
   for number, start in enumerate(range(0, count, SHARD)):
     size = min(SHARD, count - start)
-    samples = {n: rng.standard_normal((size, *SHAPE), np.float32) for n in shards.SAMPLES}
+    samples = {n: rng.standard_normal((size, *shape), np.float32) for n in shards.SAMPLES}
     path = folder / shards.shard_name(number, count // SHARD)
     shards.write_shard(path, samples, rng.integers(1000, size=size), [])
   opened = [shards.Shard(file) for file in latents.shard_files(folder)]
@@ -67,21 +69,42 @@ def make_store(folder: Path, count: int) -> latents.LatentStore:
 def latent_works(store: latents.LatentStore, loaders: list[subprocess.Popen[str]]) -> Works:
   """Ways of loading latents."""
 
-  def ours(way: order.Share) -> Iterator[Any]:
-    mean, std = store.mean, store.std
-    data = latents.training_batches(store, way, seed=0, mean=mean, std=std, multiplier=1.0)
-    return iter(data)
-
   works: Works = {
-    f"ours, {number} {kind}": _timed(
-      functools.partial(ours, _share(BATCH, kind, number)), 2 * number
+    f"ours, {number} {kind}": timed_batches(
+      latent_batches(store, BATCH, _loader(kind, number)), 2 * number
     )
     for kind, number in WAYS
   }
-  works["reference's way in NumPy, 1 thread"] = _timed(functools.partial(_reopening, store))
+  works["reference's way in NumPy, 1 thread"] = timed_batches(functools.partial(_reopening, store))
   for loader in loaders:
     works["reference in PyTorch, 2 workers"] = functools.partial(_ask, loader)
   return works
+
+
+def latent_batches(
+  store: latents.LatentStore, batch_size: int, loader: Mapping[str, int]
+) -> Callable[[], Iterator[Any]]:
+  """Begins the batches of a training on a store; `loader` as `config.loader`."""
+  share = order.Share(batch_size, **loader)
+
+  def begin() -> Iterator[Any]:
+    mean, std = store.mean, store.std
+    return iter(latents.training_batches(store, share, seed=0, mean=mean, std=std, multiplier=1.0))
+
+  return begin
+
+
+def picture_batches(
+  batch_size: int, loader: Mapping[str, int], size: int = 256
+) -> Callable[[], Iterator[Any]]:
+  """Begins the batches of a tokenizer's training on photographs; `loader` as `config.loader`."""
+  source, share = Photographs(), order.Share(batch_size, **loader)
+
+  def begin() -> Iterator[Any]:
+    indices = np.arange(PICTURES)
+    return iter(images.training_batches(source, indices, share, size=size, seed=0, crop="center"))
+
+  return begin
 
 
 def _reopening(store: latents.LatentStore) -> Iterator[Any]:
@@ -145,16 +168,10 @@ class Photographs(EncodedSource):
 
 def picture_works() -> Works:
   """Ways of loading pictures."""
-  source = Photographs()
-
-  def ours(share: order.Share) -> Iterator[Any]:
-    indices = np.arange(PICTURES)
-    return iter(images.training_batches(source, indices, share, size=256, seed=0, crop="center"))
-
-  works: Works = {"bare Pillow, 1 thread": _timed(functools.partial(_bare, source))}
+  works: Works = {"bare Pillow, 1 thread": timed_batches(functools.partial(_bare, Photographs()))}
   for kind, number in WAYS:
-    begin = functools.partial(ours, _share(PICTURE_BATCH, kind, number))
-    works[f"ours, {number} {kind}"] = _timed(begin, number)
+    begin = picture_batches(PICTURE_BATCH, _loader(kind, number))
+    works[f"ours, {number} {kind}"] = timed_batches(begin, number)
   return works
 
 
@@ -169,7 +186,7 @@ def _bare(source: Photographs) -> Iterator[Any]:
     yield np.stack(batch)
 
 
-def _timed(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
+def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
   """Seconds for a number of batches, after some; begun anew each time, so that none lie ready."""
 
   def run(count: int) -> float:
@@ -184,8 +201,8 @@ def _timed(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int
   return run
 
 
-def _share(batch_size: int, kind: str, number: int) -> order.Share:
-  return order.Share(batch_size, **({"threads": 1} | {kind: number}))
+def _loader(kind: str, number: int) -> dict[str, int]:
+  return {"threads": 1} | {kind: number}
 
 
 def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[str, float]:

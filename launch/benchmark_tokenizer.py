@@ -32,9 +32,9 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-from launch.benchmark import timed
 from launch.engine import configuration, console, loop
 from launch.engine.circumstances import circumstances
+from launch.measuring import timed
 from vavae_jax import functional, images, losses, training, update
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json

@@ -38,6 +38,8 @@ class Program(NamedTuple):
     parts: name -> shapes, of which the memory is told.
     runs: how often it would run.
     images: of each run.
+    statics: how many of the first arguments are static.
+    handed_on: which of the others is the first result of the run before, if any.
   """
 
   function: Any
@@ -45,6 +47,13 @@ class Program(NamedTuple):
   parts: dict[str, Any]
   runs: float
   images: int
+  statics: int = 0
+  handed_on: int | None = None
+
+  @property
+  def arrays(self) -> tuple[Any, ...]:
+    """The arguments that a compiled program takes."""
+    return self.arguments[self.statics :]
 
 
 def check(config: FrozenConfigDict, what: str) -> None:
@@ -89,9 +98,9 @@ def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
   state = jax.eval_shape(functools.partial(task.init_state, config), jax.random.key(0))
   shardings = mesh.parameter_shardings(state, devices)
   state = jax.tree.map(_sharded, state, shardings)
-  weights = _everywhere(weights, devices)
+  weights = everywhere(weights, devices)
   batch = _batch(config, config.batch_size, devices)
-  key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), devices)
+  key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), devices)
   parts = {
     "parameters": state.params,
     "averages": state.ema,
@@ -101,7 +110,8 @@ def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
   }
   function = loop.jit_step(step, config, shardings)
   arguments = (phase, state, weights, batch, key)
-  return Program(function, arguments, parts, config.num_steps, config.batch_size)
+  size = config.batch_size
+  return Program(function, arguments, parts, config.num_steps, size, statics=1, handed_on=0)
 
 
 def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -121,7 +131,7 @@ def sample_program(config: FrozenConfigDict, devices: Mesh, num_samples: int) ->
   size = config.sample.batch_size
   params = _params(config, devices)
   batch = _batch(config, size, devices)
-  index = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch["label"].sharding)
+  index = rows((size,), jnp.int32, devices)
   run = functools.partial(sample_latents, config, seed=0, sample=config.sample)
   function = jax.jit(run)
   parts = {"parameters": params}
@@ -136,7 +146,7 @@ def encode_program(
   tokenizer = trained.Trained(Path(), config, 0, None)
   run = functools.partial(columns, tokenizer, seed=0, dtype="float32", moments=False)
   batch = _batch(config, batch_size, devices)
-  batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch["image"].sharding)
+  batch["index"] = rows((batch_size,), jnp.int32, devices)
   parts = {"parameters": params, "batch": batch}
   return Program(jax.jit(run), (params, batch), parts, num_images / batch_size, batch_size)
 
@@ -144,24 +154,30 @@ def encode_program(
 def _params(config: FrozenConfigDict, devices: Mesh) -> Any:
   """What inference restores of a training: its parameters or an average, whole on every device."""
   init = functools.partial(trained.TASKS[config.task].init_state, config)
-  return _everywhere(jax.eval_shape(init, jax.random.key(0)).params, devices)
+  return everywhere(jax.eval_shape(init, jax.random.key(0)).params, devices)
 
 
 def _batch(config: FrozenConfigDict, size: int, devices: Mesh) -> dict[str, Any]:
   """A batch as the task's data have it."""
   mesh.check_batch_size(size, devices)
-  rows = NamedSharding(devices, PartitionSpec(BATCH_AXES))
   if config.task == "tokenizer":
     side = config.data.image_size
-    return {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=rows)}
+    return {"image": rows((size, side, side, 3), jnp.uint8, devices)}
   shape = (size, config.model.input_size, config.model.input_size, config.model.in_channels)
   return {
-    "latent": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
-    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+    "latent": rows(shape, jnp.float32, devices),
+    "label": rows((size,), jnp.int32, devices),
   }
 
 
-def _everywhere(tree: Any, devices: Mesh) -> Any:
+def rows(shape: tuple[int, ...], dtype: Any, devices: Mesh) -> jax.ShapeDtypeStruct:
+  """The shape of a batch, its leading axis over all devices."""
+  sharding = NamedSharding(devices, PartitionSpec(BATCH_AXES))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def everywhere(tree: Any, devices: Mesh) -> Any:
+  """The shapes of a tree, each whole on every device."""
   return jax.tree.map(lambda x: _sharded(x, mesh.replicated(devices)), tree)
 
 

@@ -6,11 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import lightningdit, quickstart
-from launch import benchmark, benchmark_tokenizer
+from launch import benchmark, benchmark_reference, benchmark_tokenizer, measuring, programs
+from launch.engine import mesh
 from lightningdit_jax import training
 from vavae_jax.errors import InputError
 from vavae_jax.stages import Phase
@@ -25,6 +27,7 @@ def tiny():
 
 def measure(**changes):
   settings = {
+    "what": ["train"],
     "batch_sizes": [8, 16],
     "attentions": ["xla"],
     "steps": 2,
@@ -40,11 +43,11 @@ def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
   assert [row["batch_size"] for row in result["rows"]] == [8, 16]
   json.dumps(result)  # goes into a file
   for row in result["rows"]:
-    speed = row["batch_size"] / row["seconds_per_step"]
+    speed = row["batch_size"] / row["seconds"]
     flops = 6 * speed * training.macs_per_image(tiny().model)
     assert row["images_per_second"] == pytest.approx(speed)
     assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
-    assert row["fastest"] <= row["seconds_per_step"]
+    assert row["fastest"] <= row["seconds"]
 
 
 def test_a_folder_without_the_reference_is_refused(tmp_path):
@@ -76,11 +79,11 @@ def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
     'import sys\nsys.stdin.readline()\nprint(\'{"torch": "3"}\', flush=True)\n'
     "for _ in sys.stdin: print('{\"seconds\": 0.5}', flush=True)\n"
   )
-  monkeypatch.setattr(benchmark, "TORCH_SCRIPT", Path(script))
+  monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
   result = measure(reference=tmp_path, batch_sizes=[8])
   (row,) = result["rows"]
   assert result["torch"] == "3"
-  assert row["times_torch"] == pytest.approx(0.5 / row["seconds_per_step"])
+  assert row["times_torch"] == pytest.approx(0.5 / row["seconds"])
 
 
 def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypatch):
@@ -113,3 +116,53 @@ def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypa
   assert tflops["recomputed"] - tflops["ours"] == pytest.approx(4 * 8**3 / 1e12)
   assert result["times_reference"] == seconds["reference"] / seconds["ours"]
   assert result["shares"]["GAN"] == 1 - seconds["without GAN"] / seconds["ours"]
+
+
+def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
+  monkeypatch.setattr(benchmark, "_arithmetic_seconds", lambda: 1.5)
+  monkeypatch.setattr(benchmark, "_fid_program", lambda devices: small(devices))
+
+  def small(devices):
+    x = programs.rows((8, 16), jnp.float32, devices)
+    return programs.Program(jax.jit(lambda x: jnp.tanh(x @ x.T)), (x,), {}, 1, 8)
+
+  config = tiny()
+  config.sample.update(num_steps=3)
+  result = benchmark.benchmark(
+    config,
+    what=["sample", "loader", "checkpoint", "fid"],
+    batch_sizes=[8],
+    attentions=["xla"],
+    steps=2,
+    trace=tmp_path,
+  )
+  sample, loader, checkpoint, fid = result["rows"]
+  json.dumps(result)
+  assert all(row["images_per_second"] > 0 for row in (sample, loader, fid))
+  assert fid["model_tflops_per_second"] * fid["seconds"] == pytest.approx(2 * 8 * 8 * 16 / 1e12)
+  assert 0 < checkpoint["blocked_seconds"] < checkpoint["written_after_seconds"]
+  assert checkpoint["checkpoint_gib"] * 2**30 > 4 * 4 * 32**2  # parameters, average, two moments
+  assert fid["arithmetic_seconds"] == 1.5
+  assert 0 < sum(share for _, share in fid["operations"]) <= 1 + 1e-6
+  assert list((tmp_path / "sample").rglob("*.xplane.pb"))
+  assert sample["compile_cold"] > 0 < sample["compile_warm"]
+
+
+def test_a_step_is_measured_on_the_state_that_the_last_one_left():
+  config = benchmark._resolved(tiny(), "train", 8, "xla")
+  devices = mesh.make_mesh()
+  program = programs.of(config, devices, "train", 1)
+  prepared = measuring.Prepared(program, devices, benchmark._fresh_state(config, devices))
+  states = [prepared.run()[0] for _ in range(3)]
+  assert int(states[-1].step) == 3
+
+
+def test_a_comparison_tells_what_changed_of_rows_that_both_have():
+  old = [{"what": "train", "attention": "xla", "batch_size": 8, "images_per_second": 100.0}]
+  new = [
+    {"what": "train", "attention": "xla", "batch_size": 8, "images_per_second": 150.0},
+    {"what": "train", "attention": "xla", "batch_size": 16, "images_per_second": 200.0},
+  ]
+  ((name, speed, *_),) = benchmark.compare(new, old)
+  assert name == "train xla 8"
+  assert speed == "100 -> 150 (1.50x)"

@@ -118,13 +118,17 @@ def statistics_of(
   )
 
 
+def feature_options() -> dict[str, str]:
+  """What the compiler of a feature network is told."""
+  # XLA's newer kernels for a CPU take 1.5 times as long for Inception's convolutions.
+  return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
 @functools.cache
 def compiled(network: Network, keep: bool) -> Callable[[Any, dict[str, jax.Array]], Part]:
   """A jitted function for `compute`."""
-  # XLA's newer kernels for a CPU take 1.5 times as long for Inception's convolutions.
-  options = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
 
-  @functools.partial(jax.jit, compiler_options=options)
+  @functools.partial(jax.jit, compiler_options=feature_options())
   def run(params: Any, batch: dict[str, jax.Array]) -> Part:
     found = network.apply(params, batch["image"])
     moments = {name: x for name, x in found.items() if name != "probabilities"}

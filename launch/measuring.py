@@ -1,0 +1,160 @@
+"""How fast, how large and how long to compile a program is, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from launch.engine import flops
+from launch.programs import Program
+
+PROFILED_RUNS = 3
+# What holds other operations, whose time is told with theirs.
+_CONTAINERS = ("while", "cond", "call")
+
+
+@functools.cache
+def matmul_rate(dtype: str) -> float:
+  """FLOP/s of a large square matrix product on one device: what there is to be had."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in (0, 1))
+  product = jax.jit(jnp.matmul)
+  seconds = [timed(functools.partial(product, a, b)) for _ in range(10)]
+  return 2 * size**3 / float(np.median(seconds[2:]))
+
+
+def timed(work: Callable[[], Any]) -> float:
+  """Seconds until the arrays that `work` returns are there."""
+  began = time.perf_counter()
+  jax.block_until_ready(work())
+  return time.perf_counter() - began
+
+
+class Prepared:
+  """A program compiled twice, without and with a filled compilation cache, and given arrays.
+
+  Attributes:
+    flops: of one run on all devices.
+    memory: bytes of one device that the compiled program takes: arguments, results, temporaries.
+    compile_cold: seconds to trace, lower and compile.
+    compile_warm: the same where the compiler's result is in the cache.
+  """
+
+  def __init__(self, program: Program, devices: Mesh, state: Any = None):
+    """Args:
+    program: from `launch.programs`.
+    devices: that it is for.
+    state: what stands for the argument that each run hands on to the next; random if None.
+    """
+    self._devices, self._program = devices, program
+    with tempfile.TemporaryDirectory() as folder, _cache(folder), jax.set_mesh(devices):
+      self.compile_cold, _ = self._compile()
+      jax.clear_caches()
+      self.compile_warm, self._compiled = self._compile()
+    memory = self._compiled.memory_analysis()
+    self.memory = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+    draw = np.random.default_rng(0)
+    self._arguments = [_arrays(argument, draw) for argument in program.arrays]
+    if state is not None and program.handed_on is not None:
+      self._arguments[program.handed_on] = state
+
+  def _compile(self) -> tuple[float, Any]:
+    began = time.perf_counter()
+    traced = self._program.function.trace(*self._program.arguments)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    self.flops = flops.count(traced.jaxpr)
+    return seconds, compiled
+
+  def run(self) -> Any:
+    """Runs it once, a training step on the state that the last one left; does not wait."""
+    with jax.set_mesh(self._devices):
+      result = self._compiled(*self._arguments)
+    if self._program.handed_on is not None:
+      self._arguments[self._program.handed_on] = result[0]
+    return result
+
+
+@contextlib.contextmanager
+def _cache(folder: str) -> Iterator[None]:
+  """A compilation cache that is empty at first and takes everything."""
+  settings = {
+    "jax_compilation_cache_dir": folder,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _arrays(tree: Any, draw: np.random.Generator) -> Any:
+  """Random arrays of these shapes, where they are to be: never zeros, which some kernels like."""
+
+  def array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.device_put(jax.random.key(1), leaf.sharding)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      values = draw.integers(0, 10, size=leaf.shape).astype(leaf.dtype)
+    else:
+      values = (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+    return jax.device_put(values, leaf.sharding)
+
+  return jax.tree.map(array, tree)
+
+
+def peak_memory() -> int:
+  """Bytes that this process has had of its first device at most; 0 where that is not counted."""
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  return int(statistics.get("peak_bytes_in_use", 0))
+
+
+def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
+  """Writes a trace of some runs, and names the operations that took longest.
+
+  Args:
+    run: something that has run before.
+    folder: for the trace; TensorBoard's profile plugin and xprof show it.
+
+  Returns:
+    (operation, its share of the time of all), the ten largest; empty where the profile of this kind
+    of device has no operations.
+  """
+  with jax.profiler.trace(str(folder)):
+    for _ in range(PROFILED_RUNS):
+      jax.block_until_ready(run())
+  file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+  spent: Counter[str] = Counter()
+  for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+    for line in plane.lines:
+      for event in line.events:
+        # On TPUs operations have a line of their own; elsewhere a note that they are one.
+        is_one = line.name == "XLA Ops" or any(name == "hlo_op" for name, _ in event.stats)
+        if is_one and not event.name.removeprefix("%").startswith(_CONTAINERS):
+          spent[event.name] += event.duration_ns
+  total = sum(spent.values())
+  return [(name, nanoseconds / total) for name, nanoseconds in spent.most_common(10)]
