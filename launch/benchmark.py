@@ -8,13 +8,14 @@ r"""Measures what a configuration costs here: steps, sampling, encoding, loading
 
 --what: train (a whole training step), sample (latents, of a diffusion model) or encode (of a
 tokenizer), loader (batches on the host), checkpoint (--steps steps with one saved while they run,
-beside as many without), fid (Inception's features, and a distance's arithmetic). Of each: images/s, FLOP/s by count, its share of a matrix product's rate measured in the same run
-and, where the device is known, of its data sheet, memory, and seconds to compile without and with
-the compilation cache. Everything is of random weights and data. --profile writes a trace and names
-the ten largest operations; --compare shows what changed against a file that --output wrote.
---reference is a checkout of hustvl/LightningDiT: its model takes training steps in eager PyTorch,
-on the CPU, in turns with ours. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page
-faults. A batch size that does not fit is reported as such.
+beside as many without), fid (Inception's features, and a distance's arithmetic). Of each: images/s,
+FLOP/s by count, its share of a matrix product's rate measured in the same run and, where the device
+is known, of its data sheet, memory, and seconds to compile without and with the compilation cache.
+Everything is of random weights and data. --profile writes a trace and names the ten largest
+operations; --compare shows what changed against a file that --output wrote. --reference is a
+checkout of hustvl/LightningDiT: its model takes training steps in eager PyTorch, on the CPU, in
+turns with ours. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults. A
+batch size that does not fit is reported as such.
 """
 
 from __future__ import annotations
