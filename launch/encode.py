@@ -30,7 +30,7 @@ from launch.engine import console, mesh, processes
 from lightningdit_jax import latents, shards
 from vavae_jax import images, sources
 from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from vavae_jax.files import is_url, place, write_json
 
 BEGUN = "encoding.json"
 DTYPES = ("float32", "bfloat16")
@@ -105,9 +105,10 @@ def encode(
     indices = np.arange(len(pictures))
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
+  home = tokenizer.workdir
   manifest = {
     "tokenizer": {
-      "workdir": str(tokenizer.workdir.absolute()),
+      "workdir": str(home if is_url(home) else home.absolute()),
       "step": tokenizer.step,
       "sha256": tokenizer.sha256,
     },
@@ -330,7 +331,7 @@ def main(argv: list[str]) -> None:
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
   store = encode(
-    trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step),
+    trained.load(place(FLAGS.workdir), "tokenizer", FLAGS.step),
     Path(FLAGS.output),
     source=FLAGS.source,
     held_out=FLAGS.held_out,

@@ -52,7 +52,7 @@ from lightningdit_jax import checks, transport
 from lightningdit_jax.latents import LatentStore
 from vavae_jax import images
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file
+from vavae_jax.files import atomic_file, place
 from vavae_jax.perceptual import Lpips, load_lpips
 
 COMMON = ("output",)
@@ -113,8 +113,8 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   def draw(changes: dict[str, Any]) -> PictureSet:
     ema = changes.get("ema", FLAGS.ema)
     if ema not in models:
-      diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step, ema)
-      override = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
+      diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, ema)
+      override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
       models[ema] = diffusion, trained.tokenizer_of(diffusion, override)
     diffusion, tokenizer = models[ema]
     settings = given_settings(diffusion, **{k: v for k, v in changes.items() if k != "ema"})
@@ -148,13 +148,13 @@ def _generation(output: Output) -> None:
     network,
     output,
     options=options,
-    workdir=Path(FLAGS.workdir) if FLAGS.workdir else None,
+    workdir=place(FLAGS.workdir) if FLAGS.workdir else None,
   )
 
 
 def _reconstruction(output: Output) -> None:
   _needed("workdir")
-  tokenizer = trained.load(Path(FLAGS.workdir), "tokenizer", FLAGS.step)
+  tokenizer = trained.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
   source = FLAGS.source or data.valid_source
@@ -198,7 +198,7 @@ def _sweep(output: Output) -> None:
   defaults = configs.base.sample().to_dict() | {"ema": 0.0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   network, draw = _network(), _drawer()
-  diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step)
+  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
     if point.pop("ema", 0.0) not in averages:

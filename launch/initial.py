@@ -17,6 +17,7 @@ from launch.engine import console
 from lightningdit_jax import finetune
 from vavae_jax import continuation
 from vavae_jax.errors import InputError
+from vavae_jax.files import place
 from vavae_jax.optimizer import start_emas
 from vavae_jax.state_dicts import SUFFIXES, read_state_dict
 
@@ -36,7 +37,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
     InputError: nothing there, nothing that can be read, or, when the function is called, weights of
       another architecture.
   """
-  path = Path(config.init_from)
+  path = place(config.init_from)
   given = _params_of(path, config)
 
   def adopt(state: Any) -> Any:

@@ -32,7 +32,7 @@ from launch.sample_files import claim_png_folder, part_path, write_npz, write_pn
 from lightningdit_jax import checks, latents
 from vavae_jax import images
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_json
+from vavae_jax.files import atomic_file, place, write_json
 
 Sampler = Callable[..., np.ndarray]
 SETTINGS = {
@@ -253,9 +253,9 @@ def given_settings(diffusion: trained.Trained, **changes: Any) -> FrozenConfigDi
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  diffusion = trained.load(Path(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
-  guide = trained.load(Path(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
-  override = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
+  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  guide = trained.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
+  override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
   output = Path(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")

@@ -123,8 +123,7 @@ install() {
   on all "set -e; [ \"\$(cat vavae/commit 2>/dev/null)\" != $commit ] || exit 0
     command -v python3.11 >/dev/null || { sudo apt-get -qq update; sudo apt-get -qq install -y python3.11-venv; }
     mkdir -p vavae; tar xzf vavae.tar.gz -C vavae; cd vavae
-    export PYTHON=python3.11 ACCELERATOR=tpu; . launch/environment.sh; prepare_environment
-    .venv/bin/python -m pip install --quiet gcsfs google-cloud-storage; echo $commit >commit"
+    export PYTHON=python3.11 ACCELERATOR=tpu; . launch/environment.sh; prepare_environment gcs; echo $commit >commit"
 }
 
 # Starts the command on all workers, unless it runs; its output and exit code stay on each.

@@ -23,6 +23,7 @@ from lightningdit_jax.latents import LatentStore
 from vavae_jax import functional, images
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.errors import InputError
+from vavae_jax.files import place
 from vavae_jax.optimizer import ema_name
 
 TASKS: dict[str, Any] = {
@@ -97,7 +98,7 @@ def load(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params
   )
   params, step = restore_item(workdir, item, like, step)
-  return Trained(Path(workdir), config, step, params, ema)
+  return Trained(workdir, config, step, params, ema)
 
 
 def autoencoder(tokenizer: Trained, params: Any | None = None) -> Autoencoder:
@@ -152,7 +153,7 @@ def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Traine
     raise InputError(
       f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
     )
-  tokenizer = load(Path(workdir), "tokenizer", noted.get("step"))
+  tokenizer = load(place(str(workdir)), "tokenizer", noted.get("step"))
   if noted and noted["sha256"] != tokenizer.sha256:
     raise InputError(
       f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import time
 import types
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.engine import console, loop
 from vavae_jax import order
+from vavae_jax.files import place
 
 
 @flax.struct.dataclass
@@ -146,7 +146,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
 
 def main(argv: list[str]) -> None:
   """The command."""
-  workdir, seconds = Path(argv[1]), float(argv[2])
+  workdir, seconds = place(argv[1]), float(argv[2])
   changes = {"num_steps": 40, "save_every_steps": int(argv[3])}
   for word in argv[4].split(",") if len(argv) > 4 else ():
     key, _, value = word.partition("=")

@@ -94,6 +94,9 @@ class Checkpoints:
       path = self.folder / str(step)
       if not (wrong := manifest.damage(path)):
         return step
+      if is_url(path) and not (path / manifest.MANIFEST).exists():
+        path.rmtree()  # a save that was killed; in a bucket its folder has the final name
+        continue
       aside = path.with_name(f"{_DAMAGED}{step}")
       if aside.exists():
         aside.rmtree()
@@ -144,8 +147,9 @@ class Checkpoints:
 
   def _seal(self) -> None:
     """Called in the first process when all have written, just before the folder gets its name."""
-    (unfinished,) = self.folder.glob(f"{self._sealing}{_UNFINISHED}*")
-    manifest.seal(unfinished)
+    unfinished = list(self.folder.glob(f"{self._sealing}{_UNFINISHED}*"))
+    # In a bucket nothing can be renamed: the folder has its name from the start.
+    manifest.seal(unfinished[0] if unfinished else self.folder / str(self._sealing))
 
   def _finish(self) -> None:
     """Waits for what is being written; then what need not be kept goes."""

@@ -1,0 +1,56 @@
+"""A workdir in a bucket, damaged and gone on with, by the real clients and a stand-in server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import CLOCK
+from tests.fake_gcs import FakeGcs
+from vavae_jax.errors import InputError
+from vavae_jax.files import place
+
+SETTINGS = "log_every_steps=5,num_steps="
+
+
+@pytest.fixture
+def gcs():
+  with FakeGcs() as server:
+    yield server
+
+
+def told(text):
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def test_a_run_in_a_bucket_goes_on_from_its_newest_sound_checkpoint(gcs, command, tmp_path):
+  words = ("tests.toy_task", "gs://bucket/run", 0, 10)
+  done = command(*words, SETTINGS + "20", **gcs.variables)
+  assert done.returncode == 0, done.stderr
+  steps = {name.split("/")[2] for name in gcs.objects if "/checkpoints/" in name}
+  assert steps == {"10", "20"}
+  # One bit of the newest, and a folder of a save that was killed.
+  largest = max(
+    (name for name in gcs.objects if "/20/params/" in name), key=lambda x: len(gcs.objects[x][0])
+  )
+  content = bytearray(gcs.objects[largest][0])
+  content[len(content) // 2] ^= 1
+  gcs.write(largest, bytes(content))
+  gcs.write("run/checkpoints/25/params/_METADATA", b"{}")
+  done = command(*words, SETTINGS + "40", **gcs.variables)
+  assert done.returncode == 0, done.stderr
+  assert "the checkpoint of step 20 is damaged (params/" in done.stdout
+  steps = {name.split("/")[2] for name in gcs.objects if "/checkpoints/" in name}
+  assert steps == {"30", "40", "damaged-20"}
+  local = command("tests.toy_task", tmp_path / "run", 0, 10, SETTINGS + "40")
+  assert local.returncode == 0, local.stderr
+  metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert told(gcs.objects["run/metrics.jsonl"][0].decode()) == told(metrics)
+  assert any(name.startswith("run/tensorboard/events") for name in gcs.objects)
+
+
+def test_a_url_of_no_bucket_is_refused():
+  with pytest.raises(InputError, match="ftp:// is not one of gs, s3, az"):
+    place("ftp://host/run")
