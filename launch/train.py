@@ -171,4 +171,4 @@ if __name__ == "__main__":
   configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT")
   flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
   flags.mark_flag_as_required("config")
-  console.run_command(main, trains=True)
+  console.run_command(main)

@@ -214,7 +214,9 @@ def terminated(folder: Path, environment: Mapping[str, str], count: int) -> Outc
     f"steps of {seconds} s: saved after step {saved}, told at the end of step {at}, all gone after "
     f"{took:.1f} s, exit code {', '.join(map(str, codes))}"
   )
-  survived = codes == {128 + signal.SIGTERM} and run.same_as(whole)
+  # The metrics are read a step late; beyond the step under way several agree on one more at most.
+  in_time = saved <= at + 2 + (count > 1)
+  survived = codes == {128 + signal.SIGTERM} and in_time and run.same_as(whole)
   return Outcome(f"SIGTERM to one of {count}", 1, survived, told)
 
 

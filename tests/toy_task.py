@@ -171,4 +171,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  console.run_command(main, arguments=4, trains=True)
+  console.run_command(main, arguments=4)

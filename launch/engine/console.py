@@ -199,7 +199,6 @@ def run_command(
   *,
   arguments: int = 0,
   config: str | None = None,
-  trains: bool = False,
 ) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
@@ -209,8 +208,6 @@ def run_command(
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
     config: value of --config where it is not given.
-    trains: of several processes all stop at the same step when one gets SIGTERM, by the loop; of
-      other commands that process ends, and the others with it.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -223,7 +220,7 @@ def run_command(
       signal.signal(signal.SIGTERM, _interrupt)
       allow_open_files()
       hardware.set_gpu_flags()
-      processes.start(preemption=trains)
+      processes.start()
       main(argv)
     except SystemExit:
       raise

@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
@@ -32,6 +30,7 @@ from launch.engine import console, hardware, mesh
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.prefetch import Prefetched
+from launch.engine.stopping import Signals
 from launch.engine.writers import Writer, curve, read_metrics
 from vavae_jax.errors import InputError
 
@@ -164,7 +163,7 @@ def run(
     log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
     compiled = set()
     with (
-      _Signals() as signals,
+      Signals() as signals,
       console.Bar(name, config.num_steps, start) as bar,
       Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
     ):
@@ -186,7 +185,7 @@ def run(
           if phase not in compiled:
             compiled.add(phase)
             log.leave_out(bar)
-          stop = signals.stop_after(step)
+          stop = signals.stop_after(step, last)
           if step % config.save_every_steps == 0 or last or stop:
             log.flush(bar)
             with log.paused():
@@ -434,38 +433,3 @@ def _best_step(workdir: Path, metric: str, steps: list[int]) -> int | None:
       f"{', '.join(sorted(known - {'step'}))}"
     )
   return min(values, key=lambda step: values[step], default=None)
-
-
-class _Signals:
-  """SIGTERM and SIGINT end the loop after the current step; a second one ends it at once.
-
-  Of several processes all have to stop after the same step, whichever was told: jax's own service
-  has SIGTERM then (its handler is none of Python's), lets all know within a second, and names a
-  step that none has passed yet. SIGINT is made one.
-  """
-
-  def __enter__(self) -> _Signals:
-    self.received = 0
-    self._many = jax.process_count() > 1
-    mine = (signal.SIGINT,) if self._many else (signal.SIGINT, signal.SIGTERM)
-    self._before = {s: signal.signal(s, self._note) for s in mine}
-    return self
-
-  def _note(self, number: int, _frame: Any) -> None:
-    if self.received:
-      raise console.Interrupted(number)
-    self.received = number
-    if self._many:
-      os.kill(os.getpid(), signal.SIGTERM)
-    else:
-      console.say("stopping after this step, saving a checkpoint (again to stop at once)")
-
-  def stop_after(self, step: int) -> int:
-    """The signal that ends the loop after this step, in all processes; else 0."""
-    if not self._many:
-      return self.received
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

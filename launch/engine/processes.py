@@ -17,20 +17,18 @@ HEARTBEAT_SECONDS = 30
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def start(*, preemption: bool = False) -> None:
+def start() -> None:
   """Joins the processes of a job, where the environment says that there are several.
 
   JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell it on
   any machines. DISTRIBUTED=1, which launch/tpu_pod.sh and launch/slurm.sbatch set, leaves it to jax
   to find them out, of a TPU slice or a Slurm job; so does a list in TPU_WORKER_HOSTNAMES.
 
-  Args:
-    preemption: SIGTERM is jax's, as `multihost_utils.reached_preemption_sync_point` needs it.
-
   Raises:
     InputError: some of the variables are missing, or are no numbers.
   """
-  jax.config.update("jax_enable_preemption_service", preemption)
+  # It would take SIGTERM from us, in every command.
+  jax.config.update("jax_enable_preemption_service", False)
   given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   if not given:
     if os.environ.get("DISTRIBUTED") == "1" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):

@@ -1,0 +1,116 @@
+"""SIGTERM and SIGINT end a training after the step under way, in all its processes after the same.
+
+One process that is told is enough. It asks by the key-value store of JAX's distributed runtime;
+each process answers with the first step after which it can still stop, and goes no further until
+all have answered. They stop after the latest of these, which is one step ahead at most. JAX's own
+preemption service does likewise, but looks for news once a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from typing import Any
+
+import jax
+from jax._src import distributed  # the store has no public name
+
+from launch.engine import console
+
+# How long one waits for the others' answers, each of which takes a message to the coordinator.
+ANSWERED_WITHIN_MS = 60_000
+_LISTENED_MS = 1_000
+_rounds = itertools.count()
+
+
+class Signals:
+  """`with Signals() as signals: ... if number := signals.stop_after(step): ...`.
+
+  A second signal ends the process at once.
+
+  Attributes:
+    received: the signal that this process was sent; 0: none.
+  """
+
+  def __enter__(self) -> Signals:
+    self.received = 0
+    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._together = _Together() if jax.process_count() > 1 else None
+    return self
+
+  def _note(self, number: int, _frame: Any) -> None:
+    if self.received:
+      raise console.Interrupted(number)
+    self.received = number
+    console.say("stopping after this step, saving a checkpoint (again to stop at once)")
+
+  def stop_after(self, step: int, last: bool) -> int:
+    """The signal that ends the loop after this step, in all processes; else 0.
+
+    Args:
+      step: all processes ask for every step.
+      last: it ends here anyhow.
+    """
+    if last:
+      return 0
+    if not self._together:
+      return self.received
+    if self._together.agreed(step, bool(self.received)):
+      return self.received or signal.SIGTERM
+    return 0
+
+  def __exit__(self, *_: object) -> None:
+    if self._together:
+      self._together.close()
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+class _Together:
+  """The agreement of several processes on the step after which they stop."""
+
+  def __init__(self) -> None:
+    self._store: Any = distributed.global_state.client
+    self._name = f"stopping/{next(_rounds)}"
+    self._lock = threading.Lock()
+    self._passed = 0  # the last step after which this process went on
+    self._asked = self._answered = False
+    self._closed = threading.Event()
+    self._listener = threading.Thread(target=self._listen, name="stopping", daemon=True)
+    self._listener.start()
+
+  def _listen(self) -> None:
+    """Answers when some process asks."""
+    while not self._closed.is_set():
+      try:
+        self._store.blocking_key_value_get(f"{self._name}/asked", _LISTENED_MS)
+      except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+          return  # the job is ending, which its processes notice by themselves
+        continue
+      with self._lock:
+        answer = f"{self._name}/{jax.process_index()}"
+        self._store.key_value_set(answer, str(self._passed + 1))
+        self._answered = True
+      return
+
+  def agreed(self, step: int, wanted: bool) -> bool:
+    """Whether all stop after this step; `wanted`: this process was told to."""
+    if wanted and not self._asked:
+      self._asked = True
+      self._store.key_value_set(f"{self._name}/asked", "", allow_overwrite=True)
+    with self._lock:
+      if not (self._asked or self._answered):
+        self._passed = step
+        return False
+    answers = [
+      int(self._store.blocking_key_value_get(f"{self._name}/{process}", ANSWERED_WITHIN_MS))
+      for process in range(jax.process_count())
+    ]
+    return step >= max(answers)
+
+  def close(self) -> None:
+    """Ends the listening."""
+    self._closed.set()
+    self._listener.join()
