@@ -219,7 +219,7 @@ def run_command(
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
       signal.signal(signal.SIGTERM, _interrupt)
       allow_open_files()
-      hardware.set_gpu_flags()
+      hardware.prepare()
       processes.start()
       main(argv)
     except SystemExit:

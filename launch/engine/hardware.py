@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import jax
 from jax.sharding import Mesh
 
 # Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; a name is matched by how
@@ -35,13 +36,24 @@ GPU_FLAGS = (
 )
 
 
-def set_gpu_flags() -> None:
-  """Adds `GPU_FLAGS` to XLA_FLAGS where there is an NVIDIA GPU; before jax has devices."""
-  if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
+# Where compiled programs are kept, so that a run that is started again does not compile again.
+# JAX_COMPILATION_CACHE_DIR names another folder. CPUs do without: their programs are of one machine,
+# and homes are of several.
+PROGRAMS = "~/.cache/vavae_jax/programs"
+
+
+def prepare() -> None:
+  """Sets what this machine's accelerators want set, without asking jax for them."""
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
     return
-  given = os.environ.get("XLA_FLAGS", "")
-  missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
-  os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+  gpu = os.path.exists("/dev/nvidiactl")
+  if gpu:
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+  tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+  if (gpu or tpu) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(PROGRAMS))
 
 
 # GiB that a program can have of one TPU device, as the compiler says when it refuses one.

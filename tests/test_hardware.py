@@ -1,4 +1,4 @@
-"""The choice of the attention kernel, on a machine that has but one of them."""
+"""What a machine has decides: the attention kernel, flags of XLA, the cache of programs."""
 
 from __future__ import annotations
 
@@ -44,13 +44,22 @@ def test_a_kernel_that_does_not_run_is_not_taken(monkeypatch, capsys):
   assert "cuDNN's does not run here" in capsys.readouterr().out
 
 
-def test_xla_knows_the_flags_that_gpus_get(command, monkeypatch):
+def test_xla_knows_the_flags_that_gpus_get(command):
   # Any build knows all flags, and ends a process that has one it does not know.
   done = command("tests.devices", XLA_FLAGS=" ".join(hardware.GPU_FLAGS))
   assert done.returncode == 0, done.stderr
   assert command("tests.devices", XLA_FLAGS="--xla_gpu_no_such_flag=true").returncode != 0
-  monkeypatch.setattr(hardware.os.path, "exists", lambda path: True)
-  monkeypatch.setenv("JAX_PLATFORMS", "")
+
+
+@pytest.mark.parametrize(("device", "flags"), [("/dev/nvidiactl", True), ("/dev/accel0", False)])
+def test_accelerators_get_flags_and_a_cache_of_programs(monkeypatch, device, flags):
+  monkeypatch.setattr(hardware.os.path, "exists", lambda path: path == device)
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
   monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
-  hardware.set_gpu_flags()
-  assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=here", *hardware.GPU_FLAGS]
+  cached = []
+  monkeypatch.setattr(jax.config, "update", lambda name, value: cached.append(value))
+  hardware.prepare()
+  wanted = hardware.GPU_FLAGS if flags else ()
+  assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=here", *wanted]
+  assert cached == [os.path.expanduser(hardware.PROGRAMS)]
