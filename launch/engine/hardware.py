@@ -37,8 +37,8 @@ GPU_FLAGS = (
 
 
 # Where compiled programs are kept, so that a run that is started again does not compile again.
-# JAX_COMPILATION_CACHE_DIR names another folder. CPUs do without: their programs are of one machine,
-# and homes are of several.
+# JAX_COMPILATION_CACHE_DIR names another folder. CPUs do without: their programs are of one
+# machine, and homes are of several.
 PROGRAMS = "~/.cache/vavae_jax/programs"
 
 
