@@ -27,6 +27,7 @@ def told(text):
 
 def test_a_run_in_a_bucket_goes_on_from_its_newest_sound_checkpoint(gcs, command, tmp_path):
   words = ("tests.toy_task", "gs://bucket/run", 0, 10)
+  gcs.write("run/checkpoints/10/params/_METADATA", b"{}")  # of a first save that was killed
   done = command(*words, SETTINGS + "20", **gcs.variables)
   assert done.returncode == 0, done.stderr
   steps = {name.split("/")[2] for name in gcs.objects if "/checkpoints/" in name}

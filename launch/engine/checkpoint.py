@@ -89,8 +89,8 @@ class Checkpoints:
       return _NONE
     for path in self.folder.glob(f"*{_UNFINISHED}"):
       path.rmtree()
-    found = _steps(self.folder)
-    for step in reversed(found):
+    damaged = False
+    for step in reversed(_steps(self.folder)):
       path = self.folder / str(step)
       if not (wrong := manifest.damage(path)):
         return step
@@ -101,8 +101,9 @@ class Checkpoints:
       if aside.exists():
         aside.rmtree()
       path.rename(aside)
+      damaged = True
       console.say(f"warning: the checkpoint of step {step} is damaged ({wrong}); it is now {aside}")
-    return _ALL_DAMAGED if found else _NONE
+    return _ALL_DAMAGED if damaged else _NONE
 
   def check_space(self, state: Any) -> None:
     """Raises InputError when the disk has no room for all that is kept and one more.
