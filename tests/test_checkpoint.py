@@ -42,7 +42,7 @@ def assert_same(a, b):
 def test_restored_state_is_the_saved_one(tmp_path, ema):
   state = make_state(ema=ema)
   save(tmp_path, state)
-  restored = Checkpoints(tmp_path).restore(1, like(state))
+  restored, _ = Checkpoints(tmp_path).restore(1, like(state))
   assert set(restored.ema) == ({"0.8"} if ema else set())
   assert_same(restored, state)
 
@@ -133,7 +133,7 @@ def test_the_survey_reads_every_checkpoint(tmp_path):
   assert (two.name, four.name) == ("2", "4")
   assert two.wrong.startswith("training/")
   assert not four.wrong
-  assert set(four.items) == {"params", "ema_0.8", "training", "config"}
+  assert set(four.items) == {"params", "ema_0.8", "training", "config", "log"}
   assert four.size > make_state().params["w"].nbytes
 
 

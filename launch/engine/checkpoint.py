@@ -1,4 +1,4 @@
-"""Checkpoints {params, ema, training state, config}, each whole or not at all.
+"""Checkpoints {params, ema, training state, config, log}, each whole or not at all.
 
 The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
 and sampling restore one without the rest. Where the data goes on is told by the step. A killed
@@ -125,12 +125,13 @@ class Checkpoints:
         "or lower config.keep_checkpoints."
       )
 
-  def save(self, state: Any, config: dict) -> None:
+  def save(self, state: Any, config: dict, log: dict | None = None) -> None:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
 
     Args:
       state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
       config: plain nested dict.
+      log: likewise, what the log knows between two lines.
 
     Raises:
       OSError: the disk is full; what was there before is untouched. Of a save in the background it
@@ -144,6 +145,7 @@ class Checkpoints:
       self._sealing = step
       items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
       items["config"] = ocp.args.JsonSave(config)
+      items["log"] = ocp.args.JsonSave(log or {})
       self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
 
   def _seal(self) -> None:
@@ -162,7 +164,7 @@ class Checkpoints:
         if step not in stay and not (self._keep_every and step % self._keep_every == 0):
           (self.folder / str(step)).rmtree()
 
-  def restore(self, step: int, state: Any) -> Any:
+  def restore(self, step: int, state: Any) -> tuple[Any, dict]:
     """Reads a checkpoint.
 
     Args:
@@ -171,12 +173,14 @@ class Checkpoints:
         however many devices there are now.
 
     Returns:
-      The state as arrays.
+      (the state as arrays, what `save` was given as log).
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
+    items["log"] = ocp.args.JsonRestore()
     restored = self._writer.restore(self.folder / str(step), args=ocp.args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
-    return dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
+    state = dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
+    return state, restored["log"]
 
   def close(self) -> None:
     """Waits for what is being written."""

@@ -133,6 +133,7 @@ def run(
     best=functools.partial(_best_step, workdir, config.keep_best),
   )
   start = checkpoints.sound_step() or 0
+  told: dict[str, Any] = {}
   if start < config.num_steps:
     checkpoints.check_space(abstract)
   adopt = initial_weights() if initial_weights and not start else None
@@ -143,7 +144,7 @@ def run(
   with jax.set_mesh(devices):
     if start:
       like = jax.tree.map(_with_sharding, abstract, shardings)
-      state = checkpoints.restore(start, like)
+      state, told = checkpoints.restore(start, like)
     else:
       state = jit_init(init, shardings)(key_init)
       if adopt:
@@ -160,7 +161,7 @@ def run(
     norms = jax.jit(_norms)
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
     peak = hardware.peak_flops(devices)
-    log = _Log(writer, config, workdir, start, task.flops_per_step(config), peak)
+    log = _Log(writer, config, start, task.flops_per_step(config), peak, told)
     compiled = set()
     with (
       Signals() as signals,
@@ -168,8 +169,9 @@ def run(
       Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
     ):
       try:
-        for evaluator in missing:
-          _evaluate(writer, start, evaluator, evaluators[evaluator][1], state)
+        with signals.at_once():
+          for evaluator in missing:
+            _evaluate(writer, start, evaluator, evaluators[evaluator][1], state)
         log.restart()
         for step in range(start + 1, config.num_steps + 1):
           waiting = time.monotonic()
@@ -189,13 +191,17 @@ def run(
           if step % config.save_every_steps == 0 or last or stop:
             log.flush(bar)
             with log.paused():
-              checkpoints.save(state, config.to_dict())
+              checkpoints.save(state, config.to_dict(), log.state())
           if stop:
             raise console.Interrupted(stop, together=True)
           for evaluator in _due(evaluators, step, config.num_steps):
             log.flush(bar)
-            with log.paused():
-              _evaluate(writer, step, evaluator, evaluators[evaluator][1], state)
+            try:
+              with log.paused(), signals.at_once():
+                _evaluate(writer, step, evaluator, evaluators[evaluator][1], state)
+            except console.Interrupted:
+              checkpoints.save(state, config.to_dict(), log.state())
+              raise
       finally:
         checkpoints.close()
         writer.close()
@@ -288,19 +294,30 @@ class _Log:
     self,
     writer: Writer,
     config: FrozenConfigDict,
-    workdir: Path,
     step: int,
     flops_per_step: float,
     peak_flops: float,
+    told: dict[str, Any],
   ):
+    """Args:
+    writer: of the lines.
+    config: of the training.
+    step: where it begins.
+    flops_per_step: of the model; 0: not counted.
+    peak_flops: of the devices; 0: not known.
+    told: what `state` gave at that step, or {}.
+    """
     self._writer, self._config = writer, config
     self._flops, self._peak = flops_per_step, peak_flops
-    told = [line["skipped_steps"] for line in read_metrics(workdir) if "skipped_steps" in line]
-    self._skipped, self._in_a_row = (told[-1] if told else 0), 0
+    self._skipped, self._in_a_row = told.get("skipped", 0), told.get("in_a_row", 0)
     self._pending: tuple[int, Metrics] | None = None
-    self._window: list[dict[str, float]] = []
+    self._window: list[dict[str, float]] = told.get("window", [])
     self._last_step = step
     self.restart()
+
+  def state(self) -> dict[str, Any]:
+    """What goes into a checkpoint, so that the lines after it are those of an undisturbed run."""
+    return {"skipped": self._skipped, "in_a_row": self._in_a_row, "window": self._window}
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

@@ -8,9 +8,11 @@ preemption service does likewise, but looks for news once a second.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,16 +36,29 @@ class Signals:
   """
 
   def __enter__(self) -> Signals:
-    self.received = 0
+    self.received, self._at_once = 0, False
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
     self._together = _Together() if jax.process_count() > 1 else None
     return self
 
   def _note(self, number: int, _frame: Any) -> None:
-    if self.received:
+    if self.received or self._at_once:
       raise console.Interrupted(number)
     self.received = number
     console.say("stopping after this step, saving a checkpoint (again to stop at once)")
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """A signal ends at once what is done inside, which can be done again; of one process alone,
+    since several would wait for each other.
+    """
+    if self.received and not self._together:
+      raise console.Interrupted(self.received)
+    self._at_once = self._together is None
+    try:
+      yield
+    finally:
+      self._at_once = False
 
   def stop_after(self, step: int, last: bool) -> int:
     """The signal that ends the loop after this step, in all processes; else 0.
