@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,15 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from launch.engine import console, processes
-from lightningdit_jax.model import attend
+from launch.engine.checkpoint import read_config
+from lightningdit_jax.model import ATTENTIONS, attend
 
 ROUNDS = 5
 # Two kernels differ in their rounding; only for so much faster does a run take the fused one.
 WORTH = 0.9
 
 
-def choose(config: FrozenConfigDict) -> str:
+def choose(config: FrozenConfigDict, workdir: Path) -> str:
   """The kernel for `config.model.attention`: itself where it names one; of "auto" the faster.
 
   cuDNN's is tried on NVIDIA GPUs in bfloat16 alone, forward and backward, with one device's share
@@ -28,12 +30,17 @@ def choose(config: FrozenConfigDict) -> str:
 
   Args:
     config: of a diffusion training.
+    workdir: its; a training that goes on keeps the kernel that it began with.
 
   Returns:
     "xla" or "cudnn".
   """
   if config.model.attention != "auto":
     return config.model.attention
+  if (workdir / "config.json").exists():
+    noted = read_config(workdir).get("model", {}).get("attention")
+    if noted in ATTENTIONS:
+      return noted
   if jax.default_backend() != "gpu" or config.dtype != "bfloat16":
     return "xla"
   ours = _seconds(config, "xla")

@@ -107,6 +107,7 @@ def measure(
   row: Row = {"what": what, "dtype": dtype, "batch_size": program.images}
   if what == "train" and config.task == "diffusion":
     row["attention"] = config.model.attention
+  before = peak_memory()
   try:
     prepared = Prepared(
       program, devices, _fresh_state(config, devices) if what == "train" else None
@@ -137,7 +138,8 @@ def measure(
   }
   if peak := hardware.peak_flops(devices):
     row["mfu"] = work / peak
-  if most := peak_memory():
+  # The device's count is of the whole process: it tells of this row where the row raised it.
+  if (most := peak_memory()) > before:
     row["peak_gib"] = most / 2**30
   if theirs:
     row["torch_seconds"] = float(np.median(theirs))

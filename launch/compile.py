@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
@@ -68,7 +69,8 @@ class Plan:
     available: bytes of a device.
     parts: bytes of a device by kind; they sum up to `needed`.
     traffic: of the devices, by kind of collective.
-    flops: of a device in one run, recomputation included.
+    flops: of the model in one run, a device's share; what is computed again does not count.
+    computed: of a device in one run, with what is computed again.
     hours: for all runs, at the stated share of the chips' peak; 0 where it does not fit.
     images_per_second: likewise.
     compile_seconds: here.
@@ -82,6 +84,7 @@ class Plan:
   parts: dict[str, int]
   traffic: dict[str, hlo.Traffic]
   flops: float
+  computed: float
   hours: float
   images_per_second: float
   compile_seconds: float
@@ -125,7 +128,7 @@ def plan(
   began = time.perf_counter()
   with jax.set_mesh(devices):
     traced = program.function.trace(*program.arguments)
-    one_run = flops.count(traced.jaxpr) / devices.size
+    computed = flops.count(traced.jaxpr) / devices.size
     refused, compiled = "", None
     try:
       compiled = traced.lower().compile()
@@ -133,6 +136,7 @@ def plan(
       refused = str(error)
       if "RESOURCE_EXHAUSTED" not in refused:
         raise
+  one_run = _model_flops(config, devices, what, num_images) or computed
   seconds = program.runs * one_run / (hardware.peak_flops(devices) / devices.size * mfu)
   result = Plan(
     settings=settings or {},
@@ -143,6 +147,7 @@ def plan(
     parts={name: _bytes_of_one_device(tree) for name, tree in program.parts.items()},
     traffic={},
     flops=one_run,
+    computed=computed,
     hours=0.0,
     images_per_second=0.0,
     compile_seconds=time.perf_counter() - began,
@@ -163,6 +168,18 @@ def plan(
   result.hours = seconds / 3600
   result.images_per_second = program.runs * program.images / seconds
   return result
+
+
+def _model_flops(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> float:
+  """A device's share of one run where nothing is computed again; 0 where nothing is anyhow."""
+  if not config.model.use_checkpoint or what != "train":
+    return 0.0
+  plain = ConfigDict(config.to_dict())
+  plain.model.use_checkpoint = False
+  program = programs.of(FrozenConfigDict(plain), devices, what, num_images)
+  with jax.set_mesh(devices):
+    traced = program.function.trace(*program.arguments)
+  return flops.count(traced.jaxpr) / devices.size
 
 
 def _told_bytes(message: str) -> float:
@@ -272,7 +289,11 @@ def show(topology: str, what: str, found: list[Plan], mfu: float) -> None:
       (kind, f"{t.runs} of {t.ops} operations, {_gib(t.bytes)} GiB")
       for kind, t in chosen.traffic.items()
     ),
-    ("work", f"{chosen.flops / 1e12:.2f} TFLOP a device and run"),
+    (
+      "work",
+      f"{chosen.flops / 1e12:.2f} TFLOP a device and run, "
+      f"{chosen.computed / 1e12:.2f} with what is computed again",
+    ),
   ]
   if chosen.fits:
     rows.append((f"at {mfu:.0%} of the peak", f"{chosen.images_per_second:,.0f} images/s"))

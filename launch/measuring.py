@@ -71,9 +71,10 @@ class Prepared:
       + memory.temp_size_in_bytes
     )
     draw = np.random.default_rng(0)
-    self._arguments = [_arrays(argument, draw) for argument in program.arrays]
-    if state is not None and program.handed_on is not None:
-      self._arguments[program.handed_on] = state
+    self._arguments = [
+      state if place == program.handed_on and state is not None else _arrays(argument, draw)
+      for place, argument in enumerate(program.arrays)
+    ]
 
   def _compile(self) -> tuple[float, Any]:
     began = time.perf_counter()

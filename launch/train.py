@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = trained.check_latents(frozen).sha256
-    noted.model.attention = choose(frozen)
+    noted.model.attention = choose(frozen, workdir)
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
   return loop.run(

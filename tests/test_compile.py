@@ -69,7 +69,9 @@ HloModule step
 
 %pieces (p: f32[4]) -> f32[4] {
   %again = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
-  %moved = (f32[2]{0}, f32[4]{0}) collective-permute-start(%p), channel_id=3
+  %moved = (f32[2]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=3
+  %both = ((f32[2]{0}, f32[1]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%p, %q), channel_id=4
+  %sums = (f32[3]{0}, f32[2]{0}) all-reduce-start(%p, %q), channel_id=5, to_apply=%add
 }
 
 ENTRY %main (p: f32[4]) -> f32[4] {
@@ -82,8 +84,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_collectives_count_as_often_as_they_run():
   found = hlo.collectives(PROGRAM)
   assert found == {
-    "all-gather": hlo.Traffic(ops=1, runs=28, bytes=28 * 8 * 16 * 2),
-    "all-reduce": hlo.Traffic(ops=1, runs=1, bytes=4 * 4 + 6 * 2),
+    "all-gather": hlo.Traffic(ops=2, runs=56, bytes=28 * (8 * 16 * 2 + 24 * 4)),
+    "all-reduce": hlo.Traffic(ops=2, runs=29, bytes=4 * 4 + 6 * 2 + 28 * 5 * 4),
     "collective-permute": hlo.Traffic(ops=1, runs=28, bytes=28 * 4 * 4),
   }
 
@@ -126,6 +128,8 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
   parameters = 675e6
   _, _, gathered = plan["traffic"]["all-gather"]
   assert gathered == pytest.approx(2 * 2 * parameters, rel=0.05)
+  # The forward pass is computed again, a third of the model's work.
+  assert plan["computed"] == pytest.approx(4 / 3 * plan["flops"], rel=0.02)
   assert sum(plan["parts"].values()) == pytest.approx(plan["needed"])
 
 

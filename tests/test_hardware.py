@@ -19,28 +19,35 @@ def config(**model):
   return FrozenConfigDict(changed)
 
 
-def test_a_kernel_that_is_named_is_taken():
-  assert attention.choose(config(attention="cudnn")) == "cudnn"
+def test_a_kernel_that_is_named_is_taken(tmp_path):
+  assert attention.choose(config(attention="cudnn"), tmp_path) == "cudnn"
 
 
-def test_without_a_gpu_there_is_no_choice(monkeypatch):
+def test_without_a_gpu_there_is_no_choice(monkeypatch, tmp_path):
   monkeypatch.setattr(attention, "_seconds", None)  # nothing is measured
-  assert attention.choose(config()) == "xla"
+  assert attention.choose(config(), tmp_path) == "xla"
 
 
 @pytest.mark.parametrize(("seconds", "chosen"), [(0.8, "cudnn"), (0.95, "xla"), (2.0, "xla")])
-def test_the_fused_kernel_has_to_be_worth_it(monkeypatch, seconds, chosen):
+def test_the_fused_kernel_has_to_be_worth_it(monkeypatch, tmp_path, seconds, chosen):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(
     attention, "_seconds", lambda config, name: {"xla": 1.0, "cudnn": seconds}[name]
   )
-  assert attention.choose(config()) == chosen
+  assert attention.choose(config(), tmp_path) == chosen
 
 
-def test_a_kernel_that_does_not_run_is_not_taken(monkeypatch, capsys):
+def test_a_training_that_goes_on_keeps_its_kernel(monkeypatch, tmp_path):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(attention, "_seconds", None)  # nothing is measured
+  (tmp_path / "config.json").write_text('{"model": {"attention": "cudnn"}}')
+  assert attention.choose(config(), tmp_path) == "cudnn"
+
+
+def test_a_kernel_that_does_not_run_is_not_taken(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   small = config(input_size=4, hidden_size=64, num_heads=2)  # measured for real, here without cuDNN
-  assert attention.choose(small) == "xla"
+  assert attention.choose(small, tmp_path) == "xla"
   assert "cuDNN's does not run here" in capsys.readouterr().out
 
 

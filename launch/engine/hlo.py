@@ -54,7 +54,7 @@ def collectives(text: str) -> dict[str, Traffic]:
         continue
       channel = _CHANNEL.search(line)
       key = (match[2], channel[1] if channel else line.split(" = ")[0].strip())
-      here = (times[name], _result_bytes(match[1], starts=bool(match[3])))
+      here = (times[name], _result_bytes(match[1], match[2], starts=bool(match[3])))
       found[key] = max(found.get(key, (0, 0)), here)
   sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
   for (kind, _), (runs, size) in found.items():
@@ -103,12 +103,14 @@ def _trips(condition: list[str]) -> int:
   return max(numbers, default=1)
 
 
-def _result_bytes(shapes: str, starts: bool) -> int:
+def _result_bytes(shapes: str, kind: str, starts: bool) -> int:
   sizes = []
   for dtype, dims in _SHAPE.findall(shapes):
+    if starts and not dims:
+      continue  # a counter of an asynchronous operation
     elements = 1
     for dim in filter(None, dims.split(",")):
       elements *= int(dim)
     sizes.append(elements * _BYTES.get(dtype, 4))
-  # What starts one has its input beside its result, which is larger or as large.
-  return max(sizes, default=0) if starts else sum(sizes)
+  # What starts one has its inputs before its results, but for an all-reduce.
+  return sum(sizes[len(sizes) // 2 :] if starts and kind != "all-reduce" else sizes)
