@@ -53,6 +53,8 @@ fail() {
 [ -n "$name" ] || fail "--name=NAME of the slice is missing; see --help"
 [ -n "$zone" ] || fail "--zone=ZONE is missing, such as us-west4-a; see --help"
 [ $# -gt 0 ] || [ -n "$logs$stop$delete" ] || fail "no command: give -- launch.train ...; see --help"
+[ -z "$stop" ] || [ -z "$delete" ] ||
+  fail "--stop saves a checkpoint, which takes a while: --delete when --logs shows that it has ended"
 [ $# -eq 0 ] || [ -n "$type" ] || fail "--type is missing, such as v5litepod-16; see --help"
 [ -n "$print" ] || command -v gcloud >/dev/null || fail "gcloud is not installed; --print works without"
 
@@ -74,13 +76,24 @@ on() {
   call compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
 }
 
+# The queued resource's state; NONE where there is none, UNKNOWN where gcloud cannot say.
 state() {
+  local told
   if [ -n "$print" ]; then
     echo "$assumed"
-    return
+  elif told=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format='value(state.state)' 2>&1); then
+    echo "$told"
+  elif [[ $told == *NOT_FOUND* || $told == *"not found"* ]]; then
+    echo NONE
+  else
+    echo "$told" >&2
+    echo UNKNOWN
   fi
-  gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
-    --format='value(state.state)' 2>/dev/null || echo NONE
+}
+
+pause() {
+  sleep "${SECONDS_BETWEEN_LOOKS:-30}"
 }
 
 give_back() {
@@ -92,19 +105,26 @@ give_back() {
 acquire() {
   local options=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
   [ -z "$spot" ] || options+=(--spot)
+  local now
   while true; do
-    case $(state) in
+    now=$(state)
+    case $now in
       ACTIVE) return ;;
       NONE)
         echo "asking for $type as $name"
         call compute tpus queued-resources create "$name" "${place[@]}" "${options[@]}"
         assumed=ACTIVE
         ;;
-      SUSPENDED | SUSPENDING | FAILED)
+      SUSPENDED | SUSPENDING)
         echo "$name was taken away; asking for it anew"
         give_back
+        pause
         ;;
-      *) echo "$name is $(state) ($(date +%T))" && sleep "${SECONDS_BETWEEN_LOOKS:-30}" ;;
+      FAILED)
+        gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='yaml(state)' >&2
+        fail "$name cannot be had, as told above; --delete it before you ask for another"
+        ;;
+      *) echo "$name is $now ($(date +%T))" && pause ;;
     esac
   done
 }
@@ -117,7 +137,7 @@ install() {
     echo "warning: changes that are not committed stay here; commit $commit is what runs" >&2
   archive=$(mktemp -d)/vavae.tar.gz
   git -C "$root" archive --format=tar.gz --output="$archive" HEAD
-  call compute tpus tpu-vm scp "$archive" "$name": "${place[@]}" --worker=all
+  call compute tpus tpu-vm scp "$archive" "$name": "${place[@]}" --worker=all || return 1
   rm -r "$(dirname "$archive")"
   # The images have Python 3.10 alone.
   on all "set -e; [ \"\$(cat vavae/commit 2>/dev/null)\" != $commit ] || exit 0
@@ -150,15 +170,23 @@ assumed=NONE
 if [ $# -eq 0 ]; then
   [ -z "$logs" ] || follow
   # The interpreter, not the shell that waits for it.
-  [ -z "$stop" ] || on all "touch vavae/stopped; pkill -TERM -P \$(cat vavae/run.pid)"
+  [ -z "$stop" ] || on all "touch vavae/stopped; pkill -TERM -P \$(cat vavae/run.pid)" ||
+    fail "nothing runs on $name"
   [ -z "$delete" ] || give_back
   exit 0
 fi
 
+misses=0
 while true; do
   acquire
-  install
-  begin "$@"
+  if ! { install && begin "$@"; }; then
+    misses=$((misses + 1))
+    [ $misses -lt 5 ] || fail "the workers of $name cannot be reached or installed, as told above"
+    echo "the workers cannot be reached; looking again"
+    pause
+    continue
+  fi
+  misses=0
   follow || echo "the connection or the slice is gone; looking again"
   ended=$(code)
   case $ended in
@@ -168,9 +196,15 @@ while true; do
         echo "stopped by --stop; the same command goes on from its checkpoint"
         exit 143
       fi
-      sleep "${SECONDS_BETWEEN_LOOKS:-10}"
+      pause
       ;;
     *)
+      # A worker whose neighbour was taken away fails before the slice is said to be lost.
+      pause
+      if [ "$(state)" != ACTIVE ]; then
+        echo "the slice was lost (code $ended)"
+        continue
+      fi
       echo "error: the command ended with code $ended; --logs shows its last lines" >&2
       exit "$ended"
       ;;

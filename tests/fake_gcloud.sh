@@ -11,7 +11,22 @@ for word in "$@"; do
   esac
 done
 case "$*" in
-  *"queued-resources describe"*) [ -f "$FAKE/state" ] && cat "$FAKE/state" ;;
+  *"queued-resources describe"*)
+    if [ ! -f "$FAKE/state" ]; then
+      echo "NOT_FOUND: no such resource" >&2
+      exit 1
+    fi
+    cat "$FAKE/state"
+    ;;
+  *"tpu-vm scp"*)
+    # $FAKE/refused: how many more copies fail, as where hosts are going away.
+    left=$(cat "$FAKE/refused" 2>/dev/null || echo 0)
+    if [ "$left" -gt 0 ]; then
+      echo $((left - 1)) >"$FAKE/refused"
+      [ ! -f "$FAKE/lost" ] || mv "$FAKE/lost" "$FAKE/state"
+      exit 1
+    fi
+    ;;
   *"queued-resources create"*)
     for i in 0 1; do
       mkdir -p "$FAKE/$i/vavae/.venv/bin"

@@ -54,6 +54,7 @@ def test_a_dry_run_shows_every_step_and_needs_no_gcloud():
     (["--name=x", "--zone=z"], "no command"),
     (["--name=x", "--zone=z", "--", "launch.train"], "--type is missing"),
     (["--nam=x"], "unknown option --nam=x"),
+    (["--name=x", "--zone=z", "--stop", "--delete"], "--stop saves a checkpoint"),
   ],
 )
 def test_a_pod_that_is_not_described_is_refused(words, message):
@@ -111,6 +112,46 @@ def test_a_command_that_fails_is_not_repeated(pod):
   assert done.returncode == 2
   assert "ended with code 2" in done.stderr
   assert (folder / "ran").read_text() == "ran\nran\n"
+
+
+def test_a_slice_that_goes_while_it_is_prepared_is_asked_for_anew(pod):
+  run, folder = pod
+  (folder / "refused").write_text("1")
+  (folder / "lost").write_text("SUSPENDED\n")
+  done = run('echo ran >>"$FAKE/ran"', "--", "launch.train")
+  assert done.returncode == 0, done.stderr
+  assert "the workers cannot be reached" in done.stdout
+  assert (folder / "calls").read_text().count("queued-resources create") == 2
+
+
+def test_a_worker_that_fails_since_another_was_taken_away_runs_again(pod):
+  run, _ = pod
+  python = """
+    echo ran >>"$FAKE/ran"
+    [ "$(wc -l <"$FAKE/ran")" -gt 2 ] && exit 0
+    echo SUSPENDED >"$FAKE/state"
+    exit 1
+  """
+  done = run(python, "--", "launch.train")
+  assert done.returncode == 0, done.stderr
+  assert "the slice was lost (code 1)" in done.stdout
+
+
+def test_workers_that_are_never_reached_are_given_up(pod):
+  run, folder = pod
+  (folder / "refused").write_text("100")
+  done = run("exit 0", "--", "launch.train")
+  assert done.returncode == 2
+  assert "cannot be reached or installed" in done.stderr
+
+
+def test_a_slice_that_cannot_be_had_is_not_asked_for_again(pod):
+  run, folder = pod
+  (folder / "state").write_text("FAILED\n")
+  done = run("exit 0", "--", "launch.train")
+  assert done.returncode == 2
+  assert "pod cannot be had" in done.stderr
+  assert "create" not in (folder / "calls").read_text()
 
 
 def test_a_slurm_job_runs_a_process_for_each_gpu():
