@@ -212,10 +212,13 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
     if len(paths) != 2:
       raise InputError(f"--point={word} is not NAME:RECONSTRUCTION.json:GENERATION.json.")
     point: Point = {"name": name}
-    for path, kind, figure in zip(paths, ("reconstruction", "generation"), (x, y), strict=True):
+    kinds = {"reconstruction": ("x", x), "generation": ("y", y)}
+    for path, (kind, (axis, figure)) in zip(paths, kinds.items(), strict=True):
       noted = _read(Path(path), kind)
       if figure not in noted["figures"]:
-        raise InputError(f"{path} has no {figure}, only {', '.join(noted['figures'])}.")
+        raise InputError(
+          f"{path} has no {figure}; give --{axis}={' or '.join(noted['figures'])}, which it has."
+        )
       point[f"{kind}: {figure}"] = noted["figures"][figure]
       if kind == "generation":
         told = json.dumps([noted["network"], noted["samples"].get("pictures"), noted["reference"]])
