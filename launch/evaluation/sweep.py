@@ -178,7 +178,8 @@ def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: P
         values[grid[down].index(point[down]), column] = point[key]
     axis.imshow(values, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-      axis.text(j, i, f"{value:.4g}", ha="center", va="center", color="white")
+      ink = "white" if value > (low + high) / 2 else "black"  # low values are bright
+      axis.text(j, i, f"{value:.4g}", ha="center", va="center", color=ink)
     axis.set_yticks(range(len(grid[down])), map(str, grid[down]))
     axis.set_ylabel(down)
     axis.set_xticks(range(width), map(str, grid[across]) if across else [""])
