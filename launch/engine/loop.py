@@ -317,7 +317,9 @@ class _Log:
 
   def state(self) -> dict[str, Any]:
     """What goes into a checkpoint, so that the lines after it are those of an undisturbed run."""
-    return {"skipped": self._skipped, "in_a_row": self._in_a_row, "window": self._window}
+    # A copy, since it is written in the background while the window goes on.
+    window = list(self._window)
+    return {"skipped": self._skipped, "in_a_row": self._in_a_row, "window": window}
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
