@@ -17,10 +17,12 @@ fits. --all makes the table of docs/tpu.md, and goes on with one that was begun.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -317,23 +319,27 @@ def make_table(output: Path, chips: list[str], mfu: float) -> list[dict[str, Any
   for spec, what, topology in console.tracked(wanted, "plans"):
     if (spec, what, topology) in done:
       continue
-    try:
-      found = list(plans(_load(spec), topology, what, search=True, mfu=mfu))
-    except InputError as error:
-      rows.append({"config": spec, "what": what, "topology": topology, "error": str(error)})
-    else:
-      last = dataclasses.asdict(found[-1])
-      last["traffic"] = {kind: t._asdict() for kind, t in found[-1].traffic.items()}
-      rows.append({"config": spec, "what": what, "topology": topology, **last})
+    rows.append(
+      {"config": spec, "what": what, "topology": topology, **_apart(spec, what, topology, mfu)}
+    )
     write_json(output, {**circumstances(), "mfu": mfu, "rows": rows})
   return rows
 
 
-def _load(spec: str) -> ConfigDict:
-  """The configuration of "configs/NAME.py:ARGUMENT"."""
-  path, _, argument = spec.partition(":")
-  module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-  return module.get_config(argument) if argument else module.get_config()
+def _apart(spec: str, what: str, topology: str, mfu: float) -> dict[str, Any]:
+  """The last plan of a search in a process of its own: the TPU compiler was seen to crash."""
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "plans.json"
+    words = ["--search", f"--config={spec}", f"--what={what}", f"--topology={topology}"]
+    words += [f"--mfu={mfu}", f"--output={file}"]
+    done = subprocess.run(
+      [sys.executable, "-m", "launch.compile", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+      return json.loads(file.read_text())["plans"][-1]
+  if done.returncode < 0:
+    return {"error": f"the compiler crashed (signal {-done.returncode})"}
+  return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -385,7 +391,10 @@ def main(argv: list[str]) -> None:
     console.say(f"{_told(one.settings)}: {'fits' if one.fits else 'does not fit'}")
   show(FLAGS.topology, FLAGS.what, found, FLAGS.mfu)
   if FLAGS.output:
-    plans_of = [dataclasses.asdict(one) for one in found]
+    plans_of = [
+      dataclasses.asdict(one) | {"traffic": {kind: t._asdict() for kind, t in one.traffic.items()}}
+      for one in found
+    ]
     write_json(Path(FLAGS.output), {**circumstances(), "mfu": FLAGS.mfu, "plans": plans_of})
     console.say(f"written to {FLAGS.output}")
 
