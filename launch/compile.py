@@ -67,7 +67,8 @@ class Plan:
     settings: the changes of the configuration that it is with.
     mesh: "data x fsdp".
     fits: whether the compiler found room.
-    needed: bytes of a device; 0 where the compiler did not say.
+    needed: bytes of a device, all parts together, of which not all need be there at one time (so
+      that it can exceed `available` where the compiler finds room); 0 where it did not say.
     available: bytes of a device.
     parts: bytes of a device by kind; they sum up to `needed`.
     traffic: of the devices, by kind of collective.
@@ -282,7 +283,8 @@ def show(topology: str, what: str, found: list[Plan], mfu: float) -> None:
   rows: list[tuple[str, str]] = [
     (
       "verdict",
-      f"{verdict}: {_gib(chosen.needed) or '?'} of {_gib(chosen.available)} GiB a device",
+      f"{verdict}, says the compiler; all parts {_gib(chosen.needed) or '?'} GiB, a device has "
+      f"{_gib(chosen.available)}",
     ),
     ("settings", _told(chosen.settings)),
     ("mesh, data x fsdp", chosen.mesh),
