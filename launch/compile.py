@@ -43,6 +43,7 @@ from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
 IMAGENET = 1_281_167
+SAMPLES = 50_000  # that a FID is of
 # What --all compiles: every published recipe, and the sizes of LightningDiT.
 PUBLISHED = (
   ("configs/lightningdit_xl_64ep.py", "train"),
@@ -386,7 +387,7 @@ def main(argv: list[str]) -> None:
     FLAGS.topology,
     FLAGS.what,
     search=FLAGS.search,
-    num_images=FLAGS.num_images,
+    num_images=FLAGS.num_images or (SAMPLES if FLAGS.what == "sample" else IMAGENET),
     mfu=FLAGS.mfu,
   ):
     found.append(one)
@@ -409,7 +410,9 @@ if __name__ == "__main__":
   flags.DEFINE_enum("what", "train", ("train", "sample", "encode"), "Which program.")
   flags.DEFINE_boolean("search", False, "Look for settings that fit where it does not.")
   flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak for the hours.", lower_bound=0.01)
-  flags.DEFINE_integer("num_images", IMAGENET, "Of an epoch, to sample or to encode.", 1)
+  flags.DEFINE_integer(
+    "num_images", 0, "Of an epoch or to encode, 0: ImageNet's; to sample, 0: 50,000.", 0
+  )
   flags.DEFINE_boolean("all", False, "The table of all published recipes and slices.")
   flags.DEFINE_list("chips", list(slices.SLICES), "Of --all.")
   flags.DEFINE_string("output", "", "A JSON file for the plans.")
