@@ -30,7 +30,7 @@ from launch.engine import console, mesh, processes
 from lightningdit_jax import latents, shards
 from vavae_jax import images, sources
 from vavae_jax.errors import InputError
-from vavae_jax.files import is_url, place, write_json
+from vavae_jax.files import is_url, place, remove_partial, write_json
 
 BEGUN = "encoding.json"
 DTYPES = ("float32", "bfloat16")
@@ -130,8 +130,7 @@ def encode(
   todo = [number for number in mine if not paths[number].exists()]
   first = (BEGUN, latents.STATISTICS, latents.MANIFEST) if jax.process_index() == 0 else ()
   for name in (*(paths[number].name for number in todo), *first):  # left by a run that was killed
-    for partial in output.glob(f".{name}.*.partial"):
-      partial.unlink()
+    remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
   pieces = [

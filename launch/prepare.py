@@ -21,7 +21,7 @@ from absl import flags
 from launch.engine import console
 from vavae_jax import sources
 from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from vavae_jax.files import remove_partial, write_json
 from vavae_jax.sources.base import decode
 from vavae_jax.sources.records import DESCRIPTION, Records, write_records
 
@@ -88,8 +88,7 @@ def _claim(output: Path, begun: dict[str, Any]) -> None:
     raise InputError(f"{output} is not empty; give a new folder.")
   else:
     write_json(path, begun)
-  for partial in output.glob(".*.partial"):  # left by a run that was killed
-    partial.unlink()
+  remove_partial(output)  # left by a run that was killed
 
 
 def _read(

@@ -99,7 +99,7 @@ def test_another_file_at_the_same_place_is_copied_anew(tmp_path):
 
 
 def test_an_encoding_that_was_killed_is_no_split_tar(tmp_path):
-  (tmp_path / ".latents_rank00_shard000.safetensors.12.partial").touch()
+  (tmp_path / ".latents_rank00_shard000.safetensors.12.partial").mkdir()
   assert fetching.local_folder(str(tmp_path), str(tmp_path / "cache")) == tmp_path
 
 

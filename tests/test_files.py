@@ -5,11 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from vavae_jax.files import allow_open_files, atomic_file, write_json, write_safetensors
+from vavae_jax.files import (
+  allow_open_files,
+  atomic_file,
+  remove_partial,
+  write_json,
+  write_safetensors,
+)
 from vavae_jax.sources.records import write_records
 
 
@@ -50,6 +58,24 @@ def test_what_stood_there_survives_an_error(tmp_path):
     fail()
   assert path.read_bytes() == b"old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_leaves_is_hidden_and_removed(tmp_path):
+  """With the file that the library of safetensors put beside its own."""
+  code = """
+import os, signal, sys
+from pathlib import Path
+from vavae_jax.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as path:
+  path.with_name(".tmpShmcnc").write_bytes(b"half")
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+  subprocess.run([sys.executable, "-c", code, tmp_path / "b.bin"], check=False)
+  assert [path.name[:7] for path in tmp_path.iterdir()] == [".b.bin."]
+  remove_partial(tmp_path, "a.bin")
+  assert list(tmp_path.iterdir())
+  remove_partial(tmp_path, "b.bin")
+  assert not list(tmp_path.iterdir())
 
 
 NOISE = np.random.default_rng(0).bytes(2**20)

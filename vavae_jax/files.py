@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,7 +66,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  # In a folder, since libraries put files of their own beside the one they write.
+  folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  folder.mkdir(exist_ok=True)
+  temporary = folder / path.name
   try:
     yield temporary
     with temporary.open("rb+") as file:
@@ -73,7 +77,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary.chmod(0o666 & ~_umask())  # libraries that write by a name make it private
     temporary.replace(path)
   finally:
-    temporary.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def remove_partial(folder: Path, name: str = "*") -> None:
+  """Removes what `atomic_path` leaves of files in a folder when its process is killed.
+
+  Args:
+    folder: of the files; no process may be writing them.
+    name: a pattern of their names.
+  """
+  for left in Path(folder).glob(f".{name}.*.partial"):
+    shutil.rmtree(left)
 
 
 @contextlib.contextmanager
