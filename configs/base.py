@@ -83,6 +83,9 @@ def tokenizer() -> ConfigDict:
       # False: it sees pictures in [-1, 1], as the published tokenizer's did; the authors call that
       # a small bug. True: by the mean and deviation that it was trained with.
       "normalize": False,
+      # It sees pictures so many times larger, its features averaged over the cell of each latent:
+      # for cells of fewer pixels than its own stride, 16, or for sharper features.
+      "scale": 1,
       "reverse_proj": True,  # project latents to the teacher's width; False: features to theirs
       "cache": "",  # a folder to keep its features of all pictures in, where crops are fixed
     }
@@ -136,6 +139,42 @@ def tokenizer() -> ConfigDict:
       "decay_steps": 0,  # cosine to zero until this step; 0: constant
       "clip_norm": 0.0,  # 0: off
       "ema_decays": (),  # no EMA, as published
+    }
+  )
+  return config
+
+
+def classifier() -> ConfigDict:
+  """A small network to judge by: a Frechet distance in its features, named after its pictures."""
+  config = _training()
+  config.task = "classifier"
+  config.name = "CIFAR"  # the distance is then FD-CIFAR
+  config.data = ConfigDict(
+    {
+      "source": "tfds:cifar10:train",
+      "image_size": 32,
+      "crop": "center",
+      "flip": True,
+      "max_corrupt": 0,
+      "valid_source": "",
+      "held_out": 0.1,  # of which the accuracy is
+      "split_seed": 0,
+    }
+  )
+  config.model = ConfigDict(
+    {"num_classes": 10, "width": 32, "depth": 1, "patch_size": 2, "norm_groups": 8}
+  )
+  config.loss = ConfigDict({"label_smoothing": 0.1})
+  config.optimizer = ConfigDict(
+    {
+      "learning_rate": 2e-3,
+      "b1": 0.9,
+      "b2": 0.99,
+      "weight_decay": 0.05,
+      "warmup_steps": 200,
+      "decay_steps": 0,  # cosine to zero until this step; 0: constant
+      "clip_norm": 1.0,  # 0: off
+      "ema_decays": (0.99,),
     }
   )
   return config

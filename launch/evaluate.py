@@ -16,19 +16,21 @@ generation: FID, sFID, inception score, precision and recall of --samples (an np
 latent store, an image source), or of samples that --workdir's model draws, which are never all in
 memory; against --reference (an npz of ADM's or pytorch-fid's, a folder, a latent store, an image
 source). reconstruction: rFID, PSNR, SSIM, LPIPS. latents: the paper's uniformity figures, channels,
-signal to noise. sweep: a distance over a grid of sampling settings. frontier: reconstruction
-against generation of several tokenizers. statistics: mean and covariance of a reference, once and
-for all.
+signal to noise. sweep: a distance over a grid of sampling settings, of checkpoints (step) and
+averages (ema). frontier: reconstruction against generation of several tokenizers. statistics: mean
+and covariance of a reference, once and for all.
 
 --protocol=adm is what the paper's numbers are (TensorFlow 1's resize), pytorch-fid the other one in
-use; both need FID's Inception (--weights). efficientnet_lite0, or a teacher's name with
---weights=its file, is a Frechet distance under its own name, which compares with no FID.
+use; both need FID's Inception (--weights). efficientnet_lite0, a teacher's name with --weights=its
+file, or classifier with --weights=the workdir of one that launch.train trained, is a Frechet
+distance under its own name, which compares with no FID.
 
 Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html. What was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -43,6 +45,7 @@ from ml_collections import FrozenConfigDict
 import configs.base
 from launch import trained
 from launch.engine import console
+from launch.engine.checkpoint import steps_of
 from launch.evaluation import generation, reconstruction, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.output import Output
@@ -108,16 +111,17 @@ def _reference(network: Network, output: Output, size: int) -> generation.Refere
 
 def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   """A function from settings, which may be none, to samples of --workdir's model."""
-  models: dict[float | None, tuple[trained.Trained, trained.Trained]] = {}
+
+  @functools.lru_cache(maxsize=1)
+  def models(step: int | None, ema: float | None) -> tuple[trained.Trained, trained.Trained]:
+    diffusion = trained.load(place(FLAGS.workdir), "diffusion", step, ema)
+    override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
+    return diffusion, trained.tokenizer_of(diffusion, override)
 
   def draw(changes: dict[str, Any]) -> PictureSet:
-    ema = changes.get("ema", FLAGS.ema)
-    if ema not in models:
-      diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, ema)
-      override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
-      models[ema] = diffusion, trained.tokenizer_of(diffusion, override)
-    diffusion, tokenizer = models[ema]
-    settings = given_settings(diffusion, **{k: v for k, v in changes.items() if k != "ema"})
+    which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
+    diffusion, tokenizer = models(which.pop("step"), which.pop("ema"))
+    settings = given_settings(diffusion, **which)
     checks.check_sampling(settings, diffusion.config.model, has_guide=False)
     return Sampled(
       diffusion, tokenizer, settings, count=FLAGS.num_samples, labels=FLAGS.labels, seed=FLAGS.seed
@@ -195,14 +199,17 @@ def _latents(output: Output) -> None:
 
 def _sweep(output: Output) -> None:
   _needed("workdir", "reference")
-  defaults = configs.base.sample().to_dict() | {"ema": 0.0}
+  defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   network, draw = _network(), _drawer()
   diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
+  steps = steps_of(place(FLAGS.workdir))
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
     if point.pop("ema", 0.0) not in averages:
       raise InputError(f"{FLAGS.workdir} keeps averages of decays {averages}, no others.")
+    if point.pop("step", steps[0]) not in steps:
+      raise InputError(f"{FLAGS.workdir} has checkpoints of the steps {steps}, no others.")
     settings = given_settings(diffusion, **point)
     checks.check_sampling(settings, diffusion.config.model, has_guide=False)
   first = draw({name: values[0] for name, values in grid.items()})

@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     frozen = vavae_jax.training.resolve(frozen)
     if uses_teacher(frozen) and frozen.teacher.cache:
       _cache_features(frozen)
-  else:
+  elif task_name == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = trained.check_latents(frozen).sha256
@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     workdir,
     name=f"train {task_name}",
     more_evaluators=more,
-    initial_weights=functools.partial(initial_weights, frozen) if frozen.init_from else None,
+    initial_weights=functools.partial(initial_weights, frozen) if frozen.get("init_from") else None,
   )
 
 

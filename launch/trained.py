@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.training
+import vavae_jax.classification
 import vavae_jax.training
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
@@ -29,6 +30,7 @@ from vavae_jax.optimizer import ema_name
 TASKS: dict[str, Any] = {
   "tokenizer": vavae_jax.training,
   "diffusion": lightningdit_jax.training,
+  "classifier": vavae_jax.classification,
 }
 
 
@@ -68,7 +70,7 @@ def load(
 
   Args:
     workdir: a training's.
-    task_name: "tokenizer" or "diffusion".
+    task_name: a key of `TASKS`.
     step: which checkpoint; the newest if None.
     ema: decay of the average that is wanted, 0 for the parameters themselves; None: the first one
       of `config.optimizer.ema_decays`, or where there is none the parameters.

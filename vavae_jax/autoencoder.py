@@ -113,6 +113,11 @@ class Layers:
     )
 
 
+def downsampling(ch_mult: Sequence[int], patch_size: int) -> int:
+  """Pixels per latent along each axis."""
+  return patch_size * 2 ** (len(ch_mult) - 1)
+
+
 class ResnetBlock(nnx.Module):
   """Twice norm, swish, convolution, around a shortcut."""
 
@@ -374,7 +379,7 @@ class Autoencoder(nnx.Module):
     self.embed_dim = embed_dim
     self.in_channels = in_channels
     self.patch_size = patch_size
-    self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
+    self.downsampling = downsampling(ch_mult, patch_size)
     self.dtype = dtype
 
     if decoder_attn_resolutions is None:

@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from vavae_jax import frozen, images, sources
+from vavae_jax.autoencoder import downsampling
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
@@ -143,13 +144,14 @@ def _origin(
   config: FrozenConfigDict, source: sources.Source, indices: np.ndarray
 ) -> dict[str, Any]:
   """All that features depend on."""
-  teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize")}
+  teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize", "scale")}
   weights = config.teacher.weights
   return teacher | {
     "weights_sha256": _sha256(Path(weights)) if weights else "",
     "pictures": source.identity(),
     "indices_sha256": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
     "image_size": config.data.image_size,
+    "cell": downsampling(config.model.ch_mult, config.model.patch_size),
   }
 
 

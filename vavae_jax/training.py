@@ -76,7 +76,12 @@ def check(config: FrozenConfigDict) -> None:
     picture = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
   order.check(config.loader)
-  frozen.check(config, factor)
+  frozen.check(config)
+  check_pictures(config)
+
+
+def check_pictures(config: FrozenConfigDict) -> None:
+  """Raises InputError if the pictures of `config.data` cannot be read, or are too few."""
   source, train = training_pictures(config)
   sources.check_readable(source)
   if config.data.valid_source:

@@ -199,6 +199,11 @@ def _in_first(work: Callable[[], int]) -> int:
   return int(processes.gather({"found": np.array([found])})[0]["found"][0])
 
 
+def steps_of(workdir: Path) -> list[int]:
+  """The steps of a workdir's checkpoints, ascending; whether they are sound is not looked at."""
+  return _steps(_folder(workdir))
+
+
 def _folder(workdir: Path) -> epath.Path:
   return epath.Path(workdir if is_url(workdir) else Path(workdir).absolute()) / "checkpoints"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +23,16 @@ def circumstances() -> dict[str, str]:
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
   }
+
+
+def processor() -> str:
+  """How many cores of which processor this process may use."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  name = platform.processor() or platform.machine()
+  if Path("/proc/cpuinfo").is_file():
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = found[1] if found else name
+  return f"{cores} cores of {name}"
 
 
 def _commit() -> str:

@@ -13,16 +13,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from launch import weights
-from vavae_jax import functional, images
+from launch import trained, weights
+from vavae_jax import classification, functional, images
 from vavae_jax.errors import InputError
+from vavae_jax.files import place
 from vavae_jax.metrics import inception
 from vavae_jax.state_dicts import read_content
-from vavae_jax.teachers import NAMES, load_teacher
-from vavae_jax.teachers.efficientnet import EfficientNetLite0
+from vavae_jax.teachers import NAMES, efficientnet, load_teacher
 
 EFFICIENTNET = "efficientnet_lite0"
-PROTOCOLS = (*inception.PROTOCOLS, *NAMES)
+CLASSIFIER = "classifier"  # a network of one's own, by launch.train
+PROTOCOLS = (*inception.PROTOCOLS, *NAMES, CLASSIFIER)
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _PUBLISHED = "6726825d"  # how the sha256 of that file begins
 # Where pytorch-fid and torch-fidelity put it.
@@ -62,9 +63,11 @@ def load_network(protocol: str, path: str = "") -> Network:
   """The feature network of a protocol.
 
   Args:
-    protocol: "adm" or "pytorch-fid", whose network is FID's Inception, or a teacher's name.
+    protocol: "adm" or "pytorch-fid", whose network is FID's Inception, "classifier", or a
+      teacher's name.
     path: its weights, as published or from `launch.convert`; "": Inception's where pytorch-fid or
-      torch-fidelity put them, EfficientNet's of the package that has them.
+      torch-fidelity put them, EfficientNet's of the package that has them. Of "classifier": the
+      workdir where it was trained.
 
   Returns:
     The network.
@@ -76,10 +79,10 @@ def load_network(protocol: str, path: str = "") -> Network:
     raise InputError(f"The protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
   if protocol in inception.PROTOCOLS:
     return _inception(protocol, path)
-  # EfficientNet's distance is of [-1,1], in which it was trained; the others' mean and deviation
-  # are their publishers'.
-  try:
-    teacher = load_teacher(protocol, path or None, normalize=protocol != EFFICIENTNET)
+  if protocol == CLASSIFIER:
+    return _classifier(path)
+  try:  # by the mean and deviation of their publishers
+    teacher = load_teacher(protocol, path or None, normalize=True)
   except InputError as error:
     raise InputError(f"{error} Here it is --weights=PATH.") from error
   graph, state = nnx.split(teacher)
@@ -87,19 +90,44 @@ def load_network(protocol: str, path: str = "") -> Network:
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     network: Any = nnx.merge(graph, params)
     x_BHWC = images.to_float(image_BHWC)
-    if isinstance(network, EfficientNetLite0):
+    if isinstance(network, efficientnet.EfficientNetLite):
       return {"pool": network.endpoints(x_BHWC)["pool"]}
     return {"pool": network(x_BHWC).mean((1, 2))}
 
   params = nnx.to_pure_dict(state)
   about = {
     "protocol": protocol,
-    "features": "pooled" if protocol == EFFICIENTNET else "mean over the patches",
+    "features": "pooled" if protocol in efficientnet.SIZES else "mean over the patches",
     "weights_sha256": functional.fingerprint(params),
     "note": "not FID; it compares with nothing of another network or another number of pictures",
   }
   name = "FD-EfficientNet" if protocol == EFFICIENTNET else f"FD-{protocol}"
   return Network(protocol, name, about, params, apply)
+
+
+def _classifier(path: str) -> Network:
+  if not path:
+    raise InputError(
+      "Give --weights=WORKDIR of a classifier: python -m launch.train "
+      "--config=configs/dilemma.py:judge --workdir=WORKDIR trains one."
+    )
+  judge = trained.load(place(path), "classifier")
+  graph = functional.graph_of(classification.build(judge.config))
+
+  def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+    features_BF, _ = nnx.merge(graph, params)(images.to_float(image_BHWC))
+    return {"pool": features_BF}
+
+  name = f"FD-{judge.config.name}"
+  about = {
+    "protocol": CLASSIFIER,
+    "features": "before the last layer",
+    "trained_on": judge.config.data.source,
+    "step": str(judge.step),
+    "weights_sha256": judge.sha256,
+    "note": "not FID; it compares with nothing of another network or another number of pictures",
+  }
+  return Network(CLASSIFIER, name, about, judge.params, apply)
 
 
 def _inception(protocol: str, path: str) -> Network:

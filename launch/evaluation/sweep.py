@@ -95,11 +95,13 @@ def sweep(
   done: list[Point] = []
   told_of: set[str] = set()
   about: dict[str, Any] = {}
+  common: dict[str, Any] = {}  # to all points
   for number, point in enumerate(points, 1):
     told = ", ".join(f"{k}={v}" for k, v in point.items())
     console.say(f"[{number}/{len(points)}] {told}")
     samples = draw(point)
     about = samples.about
+    common = {k: v for k, v in (common or about).items() if about.get(k) == v}
     noted = json.dumps([about, network.about, reference.about, options], sort_keys=True)
     name = hashlib.sha256(noted.encode()).hexdigest()[:16]
     path = output.points / f"{name}.json"
@@ -124,7 +126,6 @@ def sweep(
   console.table(f"{len(done)} points", list(done[0]), rows)
   _heat_map(grid, done, key, output.png)
   shown = shown_figures({k: best[k] for k in best if k not in grid}, network, "the best point")
-  common = {k: v for k, v in about.items() if k not in grid}
   result = {
     "grid": grid,
     "points": done,

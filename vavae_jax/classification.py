@@ -1,0 +1,174 @@
+"""The classifier's task: a network to judge by, trained on pictures and their classes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from vavae_jax import functional, images, order, training
+from vavae_jax.errors import InputError
+from vavae_jax.metrics.classifier import Classifier
+from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas, update_emas
+
+EVALUATION_BATCH = 500
+# Further held-out pictures change the accuracy by less than its own uncertainty.
+MOST_EVALUATED = 10_000
+
+
+@flax.struct.dataclass
+class State:
+  """All that training changes.
+
+  Attributes:
+    step: int32 scalar, updates done.
+    params: of the network.
+    ema: moving averages of params by `optimizer.ema_name`.
+    optimizer: of params.
+  """
+
+  step: jax.Array
+  params: Any
+  ema: Any
+  optimizer: Any
+
+
+def build(config: FrozenConfigDict) -> Any:
+  """A function of `nnx.Rngs` that makes the network."""
+  return functools.partial(_network, config)
+
+
+def _network(config: FrozenConfigDict, rngs: nnx.Rngs) -> Classifier:
+  return Classifier(**config.model, dtype=config.dtype, rngs=rngs)
+
+
+def check(config: FrozenConfigDict) -> None:
+  """Checks everything that can be checked before anything compiles.
+
+  Raises:
+    InputError: model, image size, optimizer or data do not fit.
+  """
+  functional.outline(build(config), "config.model")
+  check_optimizer(config.optimizer)
+  order.check(config.loader)
+  size, patch = config.data.image_size, config.model.patch_size
+  if patch < 1 or size % patch:
+    raise InputError(f"config.data.image_size is {size}, no multiple of patch_size={patch}.")
+  if not 0 <= config.loss.label_smoothing < 1:
+    raise InputError(
+      f"config.loss.label_smoothing is {config.loss.label_smoothing}, not in [0, 1)."
+    )
+  if not config.data.held_out:
+    raise InputError(
+      "config.data.held_out is 0, but the accuracy is of pictures that it leaves out."
+    )
+  source, _ = training.training_pictures(config)
+  if len(source.class_names) != config.model.num_classes:
+    raise InputError(
+      f"{config.data.source} has {len(source.class_names)} classes, but "
+      f"config.model.num_classes is {config.model.num_classes}."
+    )
+  training.check_pictures(config)
+
+
+def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
+  """A fresh network and optimizer."""
+  params = functional.init(build(config), key)
+  emas = start_emas(params, config.optimizer.ema_decays)
+  return State(
+    jnp.zeros((), jnp.int32), params, emas, make_optimizer(config.optimizer).init(params)
+  )
+
+
+def load_frozen(config: FrozenConfigDict) -> Any:
+  """Nothing."""
+  del config
+  return {}
+
+
+def phase(config: FrozenConfigDict, step: int) -> None:
+  """All steps are alike."""
+  del config, step
+
+
+def flops_per_step(config: FrozenConfigDict) -> float:
+  """Not counted."""
+  del config
+  return 0.0
+
+
+def train_step(
+  config: FrozenConfigDict, phase: None, state: State, frozen: Any, batch: Any, key: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update by the cross-entropy of the classes."""
+  del phase, frozen, key
+  graph = functional.graph_of(build(config))
+  targets = optax.smooth_labels(
+    jax.nn.one_hot(batch["label"], config.model.num_classes), config.loss.label_smoothing
+  )
+
+  def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+    _, logits_BC = nnx.merge(graph, params)(images.to_float(batch["image"]))
+    loss = optax.softmax_cross_entropy(logits_BC, targets).mean()
+    return loss, jnp.mean(logits_BC.argmax(-1) == batch["label"])
+
+  (loss, accuracy), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  optimizer = make_optimizer(config.optimizer)
+  updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(gradients)}
+  new = State(state.step + 1, params, update_emas(state.ema, params), optimizer_state)
+  return new, metrics
+
+
+def train_data(
+  config: FrozenConfigDict, process_index: int, process_count: int, start: int
+) -> grain.IterDataset:
+  """This process's endless batches of crops."""
+  source, train = training.training_pictures(config)
+  return images.training_batches(
+    source,
+    train,
+    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
+    size=config.data.image_size,
+    seed=config.seed,
+    crop=config.data.crop,
+    flip=config.data.flip,
+  )
+
+
+def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
+  """The accuracy on held-out pictures."""
+  graph = functional.graph_of(build(config))
+
+  @jax.jit
+  def correct(params: Any, image_BHWC: jax.Array, label_B: jax.Array) -> jax.Array:
+    _, logits_BC = nnx.merge(graph, params)(images.to_float(image_BHWC))
+    return jnp.sum(logits_BC.argmax(-1) == label_B)
+
+  @functools.cache
+  def held_out() -> tuple[np.ndarray, np.ndarray]:
+    source, _ = training.training_pictures(config)
+    rest = training.share(config.data, held_out=True)  # sorted, perhaps by class
+    chosen = rest[:: math.ceil(len(rest) / MOST_EVALUATED)]
+    labels = np.array([source.picture(int(i))[1] for i in chosen], np.int32)
+    return images.load_crops(source, chosen, config.data.image_size), labels
+
+  def evaluate(state: State) -> dict[str, Any]:
+    params, (pictures, labels) = averaged(config.optimizer, state), held_out()
+    found = 0
+    for start in range(0, len(labels), EVALUATION_BATCH):
+      some = slice(start, start + EVALUATION_BATCH)
+      found += int(correct(params, pictures[some], labels[some]))
+    return {"accuracy": found / len(labels), "pictures": len(labels)}
+
+  return {"held_out": (config.evaluate_every_steps, evaluate)}

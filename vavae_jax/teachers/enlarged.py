@@ -1,0 +1,52 @@
+"""A teacher for tokenizers with another grid than its own: it sees pictures enlarged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vavae_jax.errors import InputError
+
+
+class Enlarged(nnx.Module):
+  """A teacher that sees pictures enlarged, its features averaged over each cell of the latents.
+
+  Attributes:
+    feature_size: channels of the features.
+    stride: pixels of the given image per feature along each axis.
+  """
+
+  def __init__(self, teacher: Any, scale: int, stride: int):
+    """Args:
+      teacher: what `vavae_jax.teachers.load_teacher` gives.
+      scale: how many times larger it sees pictures, along each axis.
+      stride: wanted pixels per feature; `scale` times it is a multiple of the teacher's own.
+
+    Raises:
+      InputError: it is not.
+    """
+    pool, rest = divmod(stride * scale, teacher.stride)
+    if scale < 1 or rest or not pool:
+      raise InputError(
+        f"The teacher has a feature for every {teacher.stride} pixels along each axis, the model a "
+        f"latent for every {stride}; they are compared position by position. Enlarged "
+        f"config.teacher.scale={scale} times these are {stride * scale} pixels, which must be a "
+        f"multiple of {teacher.stride}: set the scale to {max(teacher.stride // stride, 1)}."
+      )
+    self.teacher, self.scale, self.stride = teacher, scale, stride
+    self.pool = pool
+    self.feature_size = teacher.feature_size
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    """Images [B,H,W,3], float in [-1,1] -> features [B,h,w,F] with h = H / stride."""
+    batch, height, width, channels = image_BHWC.shape
+    larger = (batch, self.scale * height, self.scale * width, channels)
+    # Cubic interpolation leaves the range of what it interpolates.
+    image_BHWC = jnp.clip(jax.image.resize(image_BHWC, larger, "cubic"), -1, 1)
+    x_BhwF = self.teacher(image_BHWC)
+    batch, height, width, features = x_BhwF.shape
+    cells = (batch, height // self.pool, self.pool, width // self.pool, self.pool, features)
+    return x_BhwF.reshape(cells).mean((2, 4))
