@@ -62,7 +62,7 @@ def seeds_of(config: FrozenConfigDict, variant: str) -> tuple[int, ...]:
 
 
 def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
-  settings = f"--config={dilemma.__file__}:{config.size}"
+  settings = f"--config={_file()}:{config.size}"
   own = ("--protocol=classifier", f"--weights={root / 'judge'}")
   reference = root / "reference.npz"
   yield _train(root, "judge", f"{settings},judge", (f"data.source={config.source}",), weight=10)
@@ -85,31 +85,42 @@ def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
       ("reference",),
     )
   names = tokenizers(config)
-  for variant, width in names:
-    builder = variant if variant in BUILDERS else "aligned"
-    first = next(f"tokenizer/{v}/d{w}" for v, w in names if v == builder)
-    name = f"tokenizer/{variant}/d{width}"
-    yield _train(
-      root,
-      name,
-      f"{settings},tokenizer,{variant},d{width}",
-      (f"data.source={config.source}", f"teacher.cache={root / 'features'}"),
-      () if variant == "plain" or name == first else (first,),
-      weight=4,
-    )
-  for variant, width in names:
-    space, tokenizer = f"{variant}/d{width}", root / "tokenizer" / variant / f"d{width}"
-    for kind, more in (("latents", ()), ("held_out", ("--held_out",))):
-      words = ("launch.encode", f"--workdir={tokenizer}", f"--output={root / kind / space}", *more)
-      yield Job(f"{kind}/{space}", (*words, "--batch_size=128"), (f"tokenizer/{space}",))
   main, others = names[: 2 * len(config.widths)], names[2 * len(config.widths) :]
   for part in (main, others):
+    for variant, width in part:
+      yield from _tokenizer(config, root, variant, width, names)
     for seed in range(max(len(config.seeds), len(config.ablation_seeds))):
       for variant, width in part:
         if seed < len(seeds_of(config, variant)):
           yield from _diffusion(config, root, variant, width, seeds_of(config, variant)[seed], own)
     for variant, width in part:
       yield from _judged(config, root, f"{variant}/d{width}", own)
+
+
+def _tokenizer(
+  config: FrozenConfigDict, root: Path, variant: str, width: int, names: list[tuple[str, int]]
+) -> Iterator[Job]:
+  """A tokenizer and its latents; `names` are all of them."""
+  builder = variant if variant in BUILDERS else "aligned"
+  first = next(f"tokenizer/{v}/d{w}" for v, w in names if v == builder)
+  space = f"{variant}/d{width}"
+  name = f"tokenizer/{space}"
+  yield _train(
+    root,
+    name,
+    f"--config={_file()}:{config.size},tokenizer,{variant},d{width}",
+    (f"data.source={config.source}", f"teacher.cache={root / 'features'}"),
+    () if variant == "plain" or name == first else (first,),
+    weight=4,
+  )
+  for kind, more in (("latents", ()), ("held_out", ("--held_out",))):
+    words = ("launch.encode", f"--workdir={root / name}", f"--output={root / kind / space}", *more)
+    yield Job(f"{kind}/{space}", (*words, "--batch_size=128"), (name,))
+
+
+def _file() -> str:
+  """Of the configuration; relative where it can be, since a checkout may move."""
+  return os.path.relpath(dilemma.__file__)
 
 
 def _diffusion(
@@ -121,7 +132,7 @@ def _diffusion(
   yield _train(
     root,
     f"diffusion/{run_name}",
-    f"--config={dilemma.__file__}:{config.size},diffusion,d{width}",
+    f"--config={_file()}:{config.size},diffusion,d{width}",
     (
       f"latents.path={root / 'latents' / space}",
       f"latents.valid_path={root / 'held_out' / space}",

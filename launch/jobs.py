@@ -90,7 +90,7 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
   if kept:
     console.say(f"{kept} of {len(jobs)} jobs are done already")
   minutes = _expectation(jobs, record)
-  total = sum(minutes(job) for job in jobs)
+  total = _sum(jobs, minutes)
   running: dict[str, _Running] = {}
   failed: list[str] = []
   free = list(range(workers))
@@ -119,8 +119,9 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
               console.say(f"{name} failed with exit code {code}: {each.log}")
             else:
               console.say(f"{name}: {console.clock(record.seconds(name))}")
-            left = _sum(waiting, minutes) + _sum([x.job for x in running.values()], minutes)
-            bar.update(round(total - left), jobs=len(jobs) - len(waiting) - len(running))
+            left = _sum([*waiting, *(x.job for x in running.values())], minutes)
+            share = 1 - left / _sum(jobs, minutes)  # of what is expected by now
+            bar.update(round(total * share), jobs=len(jobs) - len(waiting) - len(running))
     finally:
       _stop(running, record)
   if failed:

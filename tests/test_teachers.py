@@ -17,7 +17,7 @@ from tests.reference import procedural
 from vavae_jax import convert
 from vavae_jax.errors import InputError
 from vavae_jax.state_dicts import read_state_dict, unwrap
-from vavae_jax.teachers import NAMES, clip, load_teacher, sam, teacher_from_torch, vit
+from vavae_jax.teachers import NAMES, clip, efficientnet, load_teacher, sam, teacher_from_torch, vit
 
 FORMATS = cases.FOLDER / "formats"
 # Parameters of the published networks without heads, counted with timm.
@@ -51,7 +51,7 @@ def outline(name: str) -> nnx.Module:
 
 
 def test_every_teacher_has_its_name():
-  assert {*NAMES} == {*PARAMETERS, "efficientnet_lite0"}
+  assert {*NAMES} == {*PARAMETERS, *efficientnet.SIZES}
   assert convert.teacher_from_torch is teacher_from_torch
 
 

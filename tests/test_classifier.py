@@ -1,0 +1,98 @@
+"""A classifier that judges: what it is, what it learns, and the distance in its features."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from configs import dilemma
+from launch.engine import loop
+from launch.evaluation.features import load_network
+from vavae_jax import classification
+from vavae_jax.errors import InputError
+from vavae_jax.metrics.classifier import Classifier
+
+
+def configuration(pictures, **changes):
+  config = dilemma.judge("tiny")
+  config.update_from_flattened_dict(
+    {"data.source": f"folder:{pictures}", "data.image_size": 16, "optimizer.ema_decays": (0.5,)}
+  )
+  config.update_from_flattened_dict(changes)
+  return FrozenConfigDict(config)
+
+
+def test_features_are_of_one_picture_and_the_head_is_linear_in_them():
+  network = Classifier(num_classes=5, width=8, depth=2, norm_groups=4, rngs=nnx.Rngs(0))
+  image = jax.random.uniform(jax.random.key(1), (3, 16, 12, 3), minval=-1)
+  run = jax.jit(network.__call__)
+  features, logits = run(image)
+  assert features.shape == (3, network.feature_size) == (3, 32)
+  np.testing.assert_allclose(logits, network.head(features), rtol=1e-5, atol=1e-6)
+  among_others, _ = run(image.at[0].multiply(-1))
+  np.testing.assert_allclose(among_others[1:], features[1:], rtol=1e-4, atol=1e-5)
+  assert np.std(features, axis=0).max() > 1e-3
+
+
+def test_it_learns_to_tell_classes_apart(pictures):
+  config = configuration(pictures, **{"batch_size": 32, "optimizer.decay_steps": 0})
+  state = loop.jit_init(functools.partial(classification.init_state, config))(jax.random.key(0))
+  step = jax.jit(functools.partial(classification.train_step, config, None))
+  batch = next(iter(classification.train_data(config, 0, 1, 0)))
+  losses = []
+  for _ in range(20):
+    state, metrics = step(state, {}, batch, jax.random.key(0))
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < 0.8 * losses[0]
+  assert int(state.step) == 20
+  moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), state.params, state.ema["0.5"])
+  assert 0 < max(jax.tree.leaves(moved)) < 1
+  (_, evaluate) = classification.evaluators(config)["held_out"]
+  found = evaluate(state)
+  assert 0 <= found["accuracy"] <= 1
+  assert found["pictures"] == len(classification.training.share(config.data, held_out=True))
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"model.num_classes": 4}, r"has 9 classes, but config\.model\.num_classes is 4"),
+    ({"model.norm_groups": 3}, "norm_groups=3 does not divide width=8"),
+    ({"model.patch_size": 3}, "image_size is 16, no multiple of patch_size=3"),
+    ({"data.held_out": 0.0}, "accuracy is of pictures"),
+    ({"loss.label_smoothing": 1.0}, r"label_smoothing is 1\.0"),
+    ({"batch_size": 1000}, "fewer than one batch"),
+  ],
+)
+def test_what_cannot_be_trained_is_refused(pictures, changes, named):
+  with pytest.raises(InputError, match=named):
+    classification.check(configuration(pictures, **changes))
+
+
+def test_it_is_trained_and_judges_by_the_released_commands(command, pictures, tmp_path):
+  settings = ("--config=configs/dilemma.py:tiny,judge", f"--config.data.source=folder:{pictures}")
+  judge = tmp_path / "judge"
+  done = command("launch.train", *settings, f"--workdir={judge}", "--config.name=Drawn")
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(line) for line in (judge / "metrics.jsonl").read_text().splitlines()]
+  assert 0 <= lines[-1]["held_out/accuracy"] <= 1
+  own = ("--protocol=classifier", f"--weights={judge}", "--image_size=64")
+  reference = tmp_path / "reference.npz"
+  words = (*own, f"--reference=folder:{pictures}", f"--output={reference}")
+  done = command("launch.evaluate", "statistics", *words)
+  assert done.returncode == 0, done.stderr
+  network = load_network("classifier", str(judge))
+  assert (network.distance, network.size) == ("FD-Drawn", 32)
+  output = tmp_path / "same"
+  words = (*own, f"--samples=folder:{pictures}", f"--reference={reference}", f"--output={output}")
+  done = command("launch.evaluate", "generation", *words)
+  assert done.returncode == 0, done.stderr
+  assert abs(json.loads(output.with_suffix(".json").read_text())["figures"]["fd_drawn"]) < 1e-3
+  with pytest.raises(InputError, match=r"--weights=WORKDIR of a classifier"):
+    load_network("classifier")
