@@ -151,7 +151,7 @@ def classifier() -> ConfigDict:
   config.name = "CIFAR"  # the distance is then FD-CIFAR
   config.data = ConfigDict(
     {
-      "source": "tfds:cifar10:train",
+      "source": "tfds:cifar10/train",
       "image_size": 32,
       "crop": "center",
       "flip": True,

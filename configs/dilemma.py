@@ -1,7 +1,7 @@
 r"""The paper's claim on a small scale: reconstruction against generation, and alignment's way out.
 
-  python -m launch.dilemma --config=configs/dilemma.py:cifar --config.source=zip:cifar10_train.zip \
-    --workdir=runs/dilemma
+  python -m launch.dilemma --config=configs/dilemma.py:cifar --workdir=runs/dilemma \
+    --config.source=zip:cifar10_train.zip --config.test_source=zip:cifar10_test.zip
 
 trains and judges everything, or what is left of it, and writes the page. Parts run alone by the
 same configuration:
@@ -184,7 +184,7 @@ def diffusion(size: str, width: int) -> ConfigDict:
 
 def _pictures(config: ConfigDict, size: str) -> None:
   """The set that is trained on, a tenth of it held out."""
-  config.data.update(source="tfds:cifar10:train", image_size=32, held_out=0.1)
+  config.data.update(source="tfds:cifar10/train", image_size=32, held_out=0.1)
   if size in ("emoji", "tiny"):
     config.data.update(source="embedded:emoji", image_size=64)
 
@@ -204,9 +204,9 @@ def experiment(size: str = "cifar") -> ConfigDict:
   config = ConfigDict(
     {
       "size": size,
-      "source": "tfds:cifar10:train",
+      "source": "tfds:cifar10/train",
       # Pictures that nobody trained on, for the distance that perfect samples would have; "": none.
-      "test_source": "tfds:cifar10:test",
+      "test_source": "tfds:cifar10/test",
       "widths": (4, 16, 48),  # channels of the latents
       # Beside plain and aligned, at the widest latents.
       "ablations": (
