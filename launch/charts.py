@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
-from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from PIL import Image
 
 _NUM_COLOURS = 9  # further series and classes begin anew
@@ -182,6 +181,8 @@ class _Axis:
 
   def ticks(self) -> Iterable[tuple[float, float]]:
     """Some five round values inside the range, with their places."""
+    from matplotlib.ticker import Locator, LogLocator, MaxNLocator  # only when one is drawn
+
     locator: Locator = MaxNLocator(5, steps=[1, 2, 5, 10])
     if self.log and self.high > 10 * self.low:
       locator = LogLocator(subs=[1] if self.high > 1000 * self.low else [1, 2, 5])

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from launch import plots
 from launch.engine import console
 from lightningdit_jax import latents
 from lightningdit_jax.shards import LABELS, Moments, Shard
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_path
 
 SHOWN_RECORDS = 2_000
 BINS = 120
@@ -99,8 +98,7 @@ def _draw(store: latents.LatentStore, path: Path) -> np.ndarray:
   chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), SHOWN_RECORDS)).astype(int))
   values = np.empty((len(chosen), *store.shape), np.float32)
   store.read(chosen, np.zeros(len(chosen), bool), out=values, mean=store.mean, scale=1 / store.std)
-  figure = Figure(figsize=(11, 3.6), layout="constrained")
-  left, middle, right = figure.subplots(1, 3)
+  figure, ((left, middle, right),) = plots.panels(1, 3, size=(11, 3.6))
   edges = np.linspace(-5, 5, BINS)
   left.hist(values.ravel(), edges, density=True, color="tab:blue")
   left.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color="black", linewidth=0.8)
@@ -109,6 +107,5 @@ def _draw(store: latents.LatentStore, path: Path) -> np.ndarray:
   middle.set(title="standard deviation of each channel", xlabel="channel")
   right.bar(*np.unique(store.labels, return_counts=True), width=1.0, color="tab:blue")
   right.set(title="records of each label", xlabel="label")
-  with atomic_path(path) as temporary:
-    figure.savefig(temporary, format="png", dpi=110)
+  plots.save(figure, path, dpi=110)
   return values

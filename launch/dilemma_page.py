@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from configs import dilemma
+from launch import plots
 from launch.engine.circumstances import processor
 from launch.engine.writers import curve, read_metrics
 from launch.jobs import Record
 from vavae_jax.errors import InputError
 from vavae_jax.files import atomic_file
 
-matplotlib.use("Agg")
 # What stands between these lines of a page is written anew; the rest is somebody's own.
 BEGIN, END = "<!-- results: written by launch.dilemma -->", "<!-- end of the results -->"
 MAIN = ("plain", "aligned")
@@ -251,8 +250,6 @@ def own_command() -> str:
 def _draw_frontier(
   main: Sequence[Space], others: Sequence[Space], name: str, path: Path
 ) -> Path | None:
-  from matplotlib import pyplot
-
   points = {
     (s.variant, s.width): (s.figures["psnr"], s.distance)
     for s in (*main, *others)
@@ -260,7 +257,7 @@ def _draw_frontier(
   }
   if not points:
     return None
-  figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+  figure, ((axis,),) = plots.panels(size=(7, 5))
   for variant in MAIN:
     line = [points[key] for key in points if key[0] == variant]
     axis.plot(*zip(*line, strict=True), color=COLOURS[variant], alpha=0.3) if line else None
@@ -276,19 +273,15 @@ def _draw_frontier(
     xlabel="PSNR of held-out pictures (dB), higher is better", ylabel=f"{name}, lower is better"
   )
   axis.grid(alpha=0.3)
-  return _save(figure, path)
+  return plots.save(figure, path, dpi=110)
 
 
 def _draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
-  from matplotlib import pyplot
-
   drawn = [space for space in main if space.steps]
   if not drawn:
     return None
   widths = sorted({space.width for space in drawn})
-  figure, axes = pyplot.subplots(
-    1, len(widths), figsize=(4 * len(widths), 3.6), layout="constrained", squeeze=False, sharey=True
-  )
+  figure, axes = plots.panels(1, len(widths), size=(4 * len(widths), 3.6), sharey=True)
   for axis, width in zip(axes[0], widths, strict=True):
     for space in drawn:
       if space.width == width:
@@ -299,14 +292,12 @@ def _draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
     axis.grid(alpha=0.3, which="both")
     axis.legend()
   axes[0, 0].set_ylabel(name)
-  return _save(figure, path)
+  return plots.save(figure, path, dpi=110)
 
 
 def _draw_samples(
   config: FrozenConfigDict, workdir: Path, main: Sequence[Space], path: Path
 ) -> Path | None:
-  from matplotlib import pyplot
-
   side = dilemma.judge(config.size).data.image_size
   rows: list[tuple[str, list[np.ndarray]]] = []
   for space in main:
@@ -317,21 +308,10 @@ def _draw_samples(
       rows.append((f"{space.variant} d{space.width}", sheets))
   if not rows:
     return None
-  figure, axes = pyplot.subplots(
-    len(rows), 2, figsize=(12, 1.45 * len(rows)), layout="constrained", squeeze=False
-  )
+  figure, axes = plots.panels(len(rows), 2, size=(12, 1.45 * len(rows)))
   for (label, sheets), pair in zip(rows, axes, strict=True):
     for sheet, axis in zip(sheets, pair, strict=True):
       axis.imshow(sheet, interpolation="nearest")
       axis.set(xticks=[], yticks=[])
     pair[0].set_ylabel(label, fontsize=9)
-  return _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-  from matplotlib import pyplot
-
-  with atomic_file(path) as file:
-    figure.savefig(file, format="png", dpi=110)
-  pyplot.close(figure)
-  return path
+  return plots.save(figure, path, dpi=110)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from absl import flags
@@ -216,6 +215,8 @@ def _loaded(
   load: Callable[[_Piece], _Batch], pieces: list[_Piece], threads: int
 ) -> Iterator[_Batch]:
   """The pieces in their order, each loaded ahead by a thread."""
+  import grain  # which takes half a second
+
   data = grain.MapDataset.range(len(pieces)).map(lambda i: load(pieces[int(i)]))
   yield from data.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
 

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
-from sklearn.manifold import TSNE
 
 import configs.base
 import lightningdit_jax.training
@@ -275,6 +274,8 @@ def _project(store: latents.LatentStore) -> np.ndarray:
       for i in range(len(store))
     ]
   )
+  from sklearn.manifold import TSNE  # which takes a second to import
+
   perplexity = min(30.0, (len(flat) - 1) / 3)
   plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
   return np.asarray(plane, np.float64)

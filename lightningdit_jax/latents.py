@@ -13,9 +13,8 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -26,6 +25,9 @@ from vavae_jax import order
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json, write_safetensors
 from vavae_jax.torch_files import read_torch_file
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 MANIFEST = "manifest.json"
 STATISTICS = "latents_stats.safetensors"

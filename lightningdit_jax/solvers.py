@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -94,6 +92,11 @@ def _dopri5(
   diffrax solves for one sample and is vmapped; the field, which knows only batches, is called once
   for all of them.
   """
+
+  # They take half a second to import; in a trace, in which this may be, they must not trace.
+  with jax.ensure_compile_time_eval():
+    import diffrax
+    import equinox as eqx
 
   count = len(jax.tree.leaves(start)[0])
   # A custom rule for vmap must not close over traced arrays, such as a model's weights.

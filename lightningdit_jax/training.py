@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +30,9 @@ from vavae_jax.optimizer import (
   start_emas,
   update_emas,
 )
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 Metrics = dict[str, jax.Array]
 VALIDATION_TIMES = 8

@@ -32,6 +32,7 @@ COMMANDS = (
   "sample",
   "evaluate",
   "quickstart",
+  "dilemma",
   "benchmark",
   "benchmark_tokenizer",
   "convert",
@@ -330,9 +331,21 @@ def test_a_wrong_command_line_ends_with_one_line(outcomes, name, told):
   assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_help_of_every_command_says_what_it_does(command):
+# Each takes a tenth of a second or more to import.
+SLOW = {
+  "diffrax",
+  "grain",
+  "matplotlib",
+  "orbax.checkpoint",
+  "scipy.stats",
+  "sklearn",
+  "tensorboardX",
+}
+
+
+def test_help_of_every_command_says_what_it_does_without_slow_imports(command):
   def ask(name: str):
-    return command(f"launch.{name}", "--help")
+    return command(f"launch.{name}", "--help", PYTHONPROFILEIMPORTTIME="1")
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     answers = list(pool.map(ask, COMMANDS))
@@ -343,3 +356,6 @@ def test_help_of_every_command_says_what_it_does(command):
     assert " ".join(docstring.split()) in told, name
     assert any(flag in told for flag in ("--workdir: ", "--output: ", "--to: "))
     assert "Traceback" not in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "jax" in imported
+    assert not SLOW & imported, name

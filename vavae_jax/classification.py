@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,9 @@ from vavae_jax import functional, images, order, training
 from vavae_jax.errors import InputError
 from vavae_jax.metrics.classifier import Classifier
 from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas, update_emas
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 EVALUATION_BATCH = 500
 # Further held-out pictures change the accuracy by less than its own uncertainty.

@@ -6,9 +6,8 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,9 @@ from PIL import Image
 
 from vavae_jax import order
 from vavae_jax.sources import Source
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 
 class Rows(Protocol):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 from absl import flags
 
 from vavae_jax.errors import InputError
+
+if TYPE_CHECKING:
+  import grain
 
 # Batches in memory of each process, beside those that are on their way to the devices.
 BUFFERED = 4
@@ -111,6 +113,8 @@ def batches(
   Returns:
     A grain dataset.
   """
+  import grain  # which takes half a second
+
   data = grain.MapDataset.range(share.start, 2**62).map(
     lambda batch: load(share.positions(int(batch)))
   )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,9 @@ from vavae_jax.update import (
   project,
   update,
 )
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 EVALUATION_IMAGES = 64
 PICTURE_IMAGES = 8

@@ -9,6 +9,7 @@ read is first compared with its manifest: damage is told, and the checkpoint bef
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -62,9 +62,9 @@ class Checkpoints:
       )
     self._keep, self._keep_every, self._best = keep, keep_every, best
     self._sealing: int | None = None
-    self._writer = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(),
-      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+    self._writer = _orbax().AsyncCheckpointer(
+      _orbax().CompositeCheckpointHandler(),
+      async_options=_orbax().options.AsyncOptions(post_finalization_callback=self._seal),
     )
 
   def sound_step(self) -> int | None:
@@ -143,10 +143,10 @@ class Checkpoints:
       if (self.folder / str(step)).exists():
         return  # a run that stops where it saves
       self._sealing = step
-      items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-      items["config"] = ocp.args.JsonSave(config)
-      items["log"] = ocp.args.JsonSave(log or {})
-      self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
+      items = {name: _orbax().args.StandardSave(tree) for name, tree in _items(state).items()}
+      items["config"] = _orbax().args.JsonSave(config)
+      items["log"] = _orbax().args.JsonSave(log or {})
+      self._writer.save(self.folder / str(step), args=_orbax().args.Composite(**items))
 
   def _seal(self) -> None:
     """Called in the first process when all have written, just before the folder gets its name."""
@@ -175,9 +175,9 @@ class Checkpoints:
     Returns:
       (the state as arrays, what `save` was given as log).
     """
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(state).items()}
-    items["log"] = ocp.args.JsonRestore()
-    restored = self._writer.restore(self.folder / str(step), args=ocp.args.Composite(**items))
+    items = {name: _orbax().args.StandardRestore(tree) for name, tree in _items(state).items()}
+    items["log"] = _orbax().args.JsonRestore()
+    restored = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     state = dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
     return state, restored["log"]
@@ -197,6 +197,14 @@ def _in_first(work: Callable[[], int]) -> int:
   """What the first process finds, in all of them."""
   found = work() if jax.process_index() == 0 else 0
   return int(processes.gather({"found": np.array([found])})[0]["found"][0])
+
+
+@functools.cache
+def _orbax() -> Any:
+  """It takes half a second to import, for which no --help should wait."""
+  import orbax.checkpoint
+
+  return orbax.checkpoint
 
 
 def steps_of(workdir: Path) -> list[int]:
@@ -254,7 +262,7 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
     )
   if not (path / item).is_dir():
     raise InputError(f"The checkpoint {path} has no {item}.")
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _orbax().StandardCheckpointer() as checkpointer:
     return checkpointer.restore(path / item, like), chosen
 
 
@@ -281,7 +289,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   shutil.rmtree(partial, ignore_errors=True)
   try:
     write_json(partial / "config.json", config)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _orbax().StandardCheckpointer() as checkpointer:
       checkpointer.save(epath.Path(partial / "checkpoints" / _CONVERTED / "params"), params)
     manifest.seal(epath.Path(partial / "checkpoints" / _CONVERTED))
     partial.rename(workdir)

@@ -15,9 +15,8 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,9 @@ from launch.engine.prefetch import Prefetched
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer, curve, read_metrics
 from vavae_jax.errors import InputError
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 Metrics = dict[str, Any]
 Evaluator = tuple[int, Callable[[Any], dict[str, Any]]]

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from vavae_jax.files import atomic_file, is_url
 
@@ -36,6 +35,8 @@ class Writer:
     self._lines = [json.dumps(line) + "\n" for line in kept]
     self._rewrite()
     self._appended = None if is_url(workdir) else self._path.open("a")
+    from tensorboardX import SummaryWriter  # which imports the clients of clouds
+
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from safetensors import safe_open
-from sklearn.manifold import TSNE
 
+from launch import plots
 from launch.charts import Curve, line_chart, scatter
 from launch.engine import console
 from launch.evaluation.output import Output
 from launch.report import Figure, Section, details, figures_table
 from lightningdit_jax import latents, transport
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_safetensors
+from vavae_jax.files import write_safetensors
 from vavae_jax.metrics.uniformity import Uniformity, density, uniformity
 
-matplotlib.use("Agg")
 PERPLEXITY = 30.0
 LEAST = 50  # of which each has that many neighbours
 TIMES = np.linspace(0.02, 0.98, 49)
@@ -186,6 +184,8 @@ def _plane(cells: Cells, seed: int, path: Path) -> np.ndarray:
     with safe_open(path, "numpy") as file:
       if file.metadata() == noted:
         return file.get_tensor("plane")
+  from sklearn.manifold import TSNE  # which takes a second to import
+
   tsne = TSNE(perplexity=PERPLEXITY, random_state=seed, init="pca")
   plane = np.asarray(tsne.fit_transform(cells.values), np.float64)
   write_safetensors(path, {"plane": plane}, noted)
@@ -243,9 +243,7 @@ def _draw(
   correlation: np.ndarray,
   curves: dict[str, list[tuple[int, float]]],
 ) -> None:
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
+  figure, axes = plots.panels(2, 2, size=(12, 10))
   (first, second), (third, fourth) = axes
   first.scatter(*plane.T, c=dense, s=4, cmap="viridis", linewidths=0)
   first.set(title="cells by t-SNE, coloured by density", xticks=[], yticks=[])
@@ -261,6 +259,4 @@ def _draw(
   fourth.axhline(0, color="grey", linewidth=0.8)
   fourth.legend()
   fourth.set(title="signal to noise", xlabel="t", ylabel="log10 of variances")
-  with atomic_file(output.png) as file:
-    figure.savefig(file, format="png", dpi=100)
-  pyplot.close(figure)
+  plots.save(figure, output.png)

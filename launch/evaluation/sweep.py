@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
+from launch import plots
 from launch.engine import console, processes
 from launch.evaluation.features import Network
 from launch.evaluation.generation import (
@@ -27,9 +27,8 @@ from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet
 from launch.report import Section, data_uri_of_file, table
 from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_json
+from vavae_jax.files import write_json
 
-matplotlib.use("Agg")
 Point = dict[str, Any]
 
 
@@ -156,8 +155,6 @@ def _text(value: Any) -> str:
 
 def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: Path) -> None:
   """The first setting down, the second across; a map for each choice of the others."""
-  from matplotlib import pyplot
-
   names = list(grid)
   down, across = names[0], names[1] if len(names) > 1 else None
   others = [
@@ -168,7 +165,7 @@ def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: P
   rows = -(-len(others) // columns)
   width = len(grid[across]) if across else 1
   size = (columns * max(1.1 * width + 1.5, 4), rows * max(0.7 * len(grid[down]) + 1.5, 3))
-  figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+  figure, axes = plots.panels(rows, columns, size=size)
   for axis in axes.flat[len(others) :]:
     axis.axis("off")
   for axis, fixed in zip(axes.flat, others, strict=False):
@@ -186,9 +183,7 @@ def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: P
     axis.set_xticks(range(width), map(str, grid[across]) if across else [""])
     axis.set_xlabel(across or "")
     axis.set_title(", ".join(f"{k}={v}" for k, v in fixed.items()) or key)
-  with atomic_file(path) as file:
-    figure.savefig(file, format="png", dpi=100)
-  pyplot.close(figure)
+  plots.save(figure, path)
 
 
 def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point]:
@@ -260,9 +255,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _draw_frontier(points: list[Point], x: str, y: str, path: Path) -> None:
-  from matplotlib import pyplot
-
-  figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+  figure, ((axis,),) = plots.panels(size=(7, 5))
   for point in points:
     axis.scatter(point[x], point[y], s=40)
     axis.annotate(point["name"], (point[x], point[y]), xytext=(6, 4), textcoords="offset points")
@@ -280,6 +273,4 @@ def _draw_frontier(points: list[Point], x: str, y: str, path: Path) -> None:
       )
   axis.set(xlabel=x, ylabel=y)
   axis.grid(alpha=0.3)
-  with atomic_file(path) as file:
-    figure.savefig(file, format="png", dpi=120)
-  pyplot.close(figure)
+  plots.save(figure, path, dpi=120)

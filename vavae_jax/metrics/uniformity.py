@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import gaussian_kde
 
 
 class Uniformity(NamedTuple):
@@ -36,6 +35,8 @@ def density(points_N2: np.ndarray) -> np.ndarray:
     raise ValueError(f"Got points of shape {points_N2.shape}, need [N,2] with N of at least 3.")
   if not np.isfinite(points_N2).all() or np.linalg.matrix_rank(points_N2 - points_N2[0]) < 2:
     raise ValueError("The points are not finite, or lie on a line: they have no density.")
+  from scipy.stats import gaussian_kde  # which takes a second to import
+
   return gaussian_kde(points_N2.T)(points_N2.T)
 
 
