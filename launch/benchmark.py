@@ -4,7 +4,7 @@ r"""Measures what a configuration costs here: steps, sampling, encoding, loading
     --attention=xla --attention=cudnn --output=benchmark.json
   python -m launch.benchmark --config=configs/lightningdit.py:B/1 --what=train,sample,loader,fid
   python -m launch.benchmark --config=configs/vavae_f16d32.py --what=train,encode --profile=trace
-  python -m launch.benchmark --config=configs/lightningdit.py:B/1 --compare=benchmark.json
+  python -m launch.benchmark --config=configs/lightningdit.py:B/1 --compare=docs/baseline.json
 
 --what: train (a whole training step), sample (latents, of a diffusion model) or encode (of a
 tokenizer), loader (batches on the host), checkpoint (--steps steps with one saved while they run,
@@ -12,10 +12,12 @@ beside as many without), fid (Inception's features, and a distance's arithmetic)
 FLOP/s by count, its share of a matrix product's rate measured in the same run and, where the device
 is known, of its data sheet, memory, and seconds to compile without and with the compilation cache.
 Everything is of random weights and data. --profile writes a trace and names the ten largest
-operations; --compare shows what changed against a file that --output wrote. --reference is a
-checkout of hustvl/LightningDiT: its model takes training steps in eager PyTorch, on the CPU, in
-turns with ours. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults. A
-batch size that does not fit is reported as such.
+operations. --compare shows what changed against a stored baseline of ratios (share of a matrix
+product's rate, times the reference's speed, memory), and ends with exit code 2 where one is worse
+by more than --tolerance; --update puts this run's into a baseline. --reference is a checkout of
+hustvl/LightningDiT: its model takes training steps in eager PyTorch, on the CPU, in turns with
+ours. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults. A batch size that
+does not fit is reported as such.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-from launch import benchmark_data, programs, trained
+from launch import baseline, benchmark_data, programs, trained
 from launch.benchmark_reference import TorchTraining
 from launch.engine import configuration, console, hardware, loop, mesh
 from launch.engine.checkpoint import Checkpoints, survey
@@ -312,26 +314,26 @@ def _resolved(config: ConfigDict, what: str, batch_size: int, attention: str) ->
   return frozen
 
 
-def compare(rows: list[Row], before: list[Row]) -> list[tuple[str, ...]]:
-  """What changed: one line for each row that both have."""
+def _compared(rows: list[Row], path: Path, tolerance: float) -> None:
+  """Shows what has changed against a baseline; InputError where something is worse."""
+  found = baseline.changes(rows, baseline.read(path))
+  if not found:
+    raise InputError(f"{path} has nothing of what was measured; --update={path} puts it there.")
+  cells = [
+    (change.name, change.ratio, _cell(change.before), _cell(change.now), f"{-change.loss:+.1%}")
+    for change in found
+  ]
+  console.table(f"against {path}", ("what", "ratio", "before", "now", "better by"), cells)
+  worse = [change for change in found if change.loss > tolerance]
+  if worse:
+    told = "; ".join(f"{x.ratio} of {x.name} by {x.loss:.1%}" for x in worse)
+    raise InputError(f"Worse than {path} by more than {tolerance:.0%}: {told}.")
 
-  def key(row: Row) -> tuple[Any, ...]:
-    return row.get("what", "train"), row.get("attention", ""), row["batch_size"]
 
-  old = {key(row): row for row in before}
-  lines = []
-  for row in rows:
-    if key(row) not in old:
-      continue
-    then = old[key(row)]
-    cells = [
-      f"{_cell(then[name])} -> {_cell(row[name])} ({row[name] / then[name]:.2f}x)"
-      if then.get(name) and row.get(name)
-      else ""
-      for name in ("images_per_second", "share_of_matmul", "program_gib", "compile_cold")
-    ]
-    lines.append((" ".join(str(part) for part in key(row) if part), *cells))
-  return lines
+def _asked() -> str:
+  """The configuration as it was given, with what was changed of it."""
+  words = [word.removeprefix("--config=") for word in sys.argv if word.startswith("--config")]
+  return " ".join([words[0], *sorted(words[1:])]) if words else ""
 
 
 def main(argv: list[str]) -> None:
@@ -343,7 +345,8 @@ def main(argv: list[str]) -> None:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
     raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
-  before = _read(Path(FLAGS.compare)) if FLAGS.compare else []
+  if FLAGS.compare:
+    baseline.read(Path(FLAGS.compare))  # before anything is measured
   result = benchmark(
     FLAGS.config,
     what=FLAGS.what,
@@ -363,21 +366,17 @@ def main(argv: list[str]) -> None:
     if row.get("operations"):
       largest = [(name, f"{share:.1%}") for name, share in row["operations"]]
       console.table(f"{row['what']}: the largest operations", ("operation", "share"), largest)
-  if before:
-    header = ("what", "images/s", "share of matmul", "GiB", "compile, s")
-    console.table(f"against {FLAGS.compare}", header, compare(result["rows"], before))
   if FLAGS.profile:
     console.say(f"trace: {FLAGS.profile} (tensorboard --logdir, with its profile plugin)")
   if FLAGS.output:
     write_json(Path(FLAGS.output), result)
     console.say(f"written to {FLAGS.output}")
-
-
-def _read(path: Path) -> list[Row]:
-  try:
-    return json.loads(path.read_text())["rows"]
-  except (OSError, ValueError, LookupError, TypeError) as error:
-    raise InputError(f"--compare={path} is no file that --output wrote ({error}).") from error
+  ratios = baseline.ratios_of(result, _asked())
+  if FLAGS.compare:
+    _compared(ratios, Path(FLAGS.compare), FLAGS.tolerance)
+  if FLAGS.update:
+    baseline.update(Path(FLAGS.update), ratios)
+    console.say(f"ratios kept in {FLAGS.update}")
 
 
 def _cell(value: Any) -> str:
@@ -398,6 +397,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
   flags.DEFINE_string("profile", "", "A folder for a trace.")
-  flags.DEFINE_string("compare", "", "A JSON file of before.")
+  flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/baseline.json.")
+  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
+  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
   console.run_command(main)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import pytest
 
 from configs import lightningdit, quickstart
-from launch import benchmark, benchmark_reference, benchmark_tokenizer, measuring, programs
+from launch import (
+  baseline,
+  benchmark,
+  benchmark_reference,
+  benchmark_tokenizer,
+  measuring,
+  programs,
+)
 from launch.engine import mesh
 from lightningdit_jax import training
 from vavae_jax.errors import InputError
@@ -157,12 +164,37 @@ def test_a_step_is_measured_on_the_state_that_the_last_one_left():
   assert int(states[-1].step) == 3
 
 
-def test_a_comparison_tells_what_changed_of_rows_that_both_have():
-  old = [{"what": "train", "attention": "xla", "batch_size": 8, "images_per_second": 100.0}]
-  new = [
-    {"what": "train", "attention": "xla", "batch_size": 8, "images_per_second": 150.0},
-    {"what": "train", "attention": "xla", "batch_size": 16, "images_per_second": 200.0},
-  ]
-  ((name, speed, *_),) = benchmark.compare(new, old)
-  assert name == "train xla 8"
-  assert speed == "100 -> 150 (1.50x)"
+def result(speed, memory=2.0, batch_size=8):
+  row = {"what": "train", "attention": "xla", "batch_size": batch_size, "dtype": "float32"}
+  row |= {"share_of_matmul": speed, "program_gib": memory, "seconds": 3.0}
+  return {"device": "1 x cpu", "commit": "abc", "rows": [row, {"what": "loader", "batch_size": 8}]}
+
+
+def test_a_baseline_keeps_ratios_alone_and_tells_what_is_worse(tmp_path):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4), "a.py:B"))
+  baseline.update(path, baseline.ratios_of(result(0.3, batch_size=16), "a.py:B"))
+  baseline.update(path, baseline.ratios_of(result(0.5), "a.py:B"))  # in the place of the first
+  kept = baseline.read(path)
+  assert [(row["batch_size"], row["share_of_matmul"]) for row in kept] == [(16, 0.3), (8, 0.5)]
+  assert "seconds" not in kept[0]
+  slower, larger = baseline.changes(baseline.ratios_of(result(0.4, 1.6), "a.py:B"), kept)
+  assert (slower.ratio, larger.ratio) == ("share_of_matmul", "program_gib")
+  assert slower.loss == pytest.approx(0.2)
+  assert larger.loss == pytest.approx(-0.25)
+  assert not baseline.changes(baseline.ratios_of(result(0.1), "another.py"), kept)
+
+
+def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4), "a.py:B"))
+  now = baseline.ratios_of(result(0.35), "a.py:B")
+  benchmark._compared(now, path, 0.15)
+  assert "-12.5%" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"by more than 10%: share_of_matmul of a\.py:B.* by 12\.5%"):
+    benchmark._compared(now, path, 0.1)
+  with pytest.raises(InputError, match="nothing of what was measured"):
+    benchmark._compared(baseline.ratios_of(result(0.4), "b.py"), path, 0.1)
+  path.write_text('{"rows": []}')
+  with pytest.raises(InputError, match="no baseline that --update wrote"):
+    baseline.read(path)

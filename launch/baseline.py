@@ -1,0 +1,94 @@
+"""A stored baseline of ratios, and whether a measurement still has them.
+
+Ratios only: of a rate to a matrix product's in the same run, of our time to the reference's in
+turns with it, and bytes of a compiled program. They hold on any machine of a kind; seconds do not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vavae_jax.errors import InputError
+from vavae_jax.files import write_json
+
+Row = dict[str, Any]
+# Ratio -> whether more of it is better.
+RATIOS = {"share_of_matmul": True, "times_torch": True, "program_gib": False}
+_NAMES = ("config", "device", "what", "attention", "dtype", "batch_size")
+
+
+class Change(NamedTuple):
+  """A ratio that two measurements have.
+
+  Attributes:
+    name: of the measurement.
+    ratio: one of `RATIOS`.
+    before: its value in the baseline.
+    now: its value here.
+  """
+
+  name: str
+  ratio: str
+  before: float
+  now: float
+
+  @property
+  def loss(self) -> float:
+    """The share by which it is worse now; below 0 if it is better."""
+    better, worse = (self.now, self.before) if RATIOS[self.ratio] else (self.before, self.now)
+    return 1 - better / worse
+
+
+def ratios_of(result: dict[str, Any], config: str) -> list[Row]:
+  """What a baseline keeps of the result of a benchmark.
+
+  Args:
+    result: of `launch.benchmark`.
+    config: what it was of, as a person gives it on the command line.
+
+  Returns:
+    A row for each measurement that has a ratio.
+  """
+  told = {"config": config, "device": result["device"], "commit": result["commit"]}
+  rows = []
+  for row in result["rows"]:
+    found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}
+    if found:
+      rows.append({**told, **{k: row[k] for k in _NAMES if k in row}, **found})
+  return rows
+
+
+def read(path: Path) -> list[Row]:
+  """The rows of a baseline; InputError if it is none."""
+  try:
+    rows = json.loads(path.read_text())["ratios"]
+    if not all(isinstance(row, dict) and "config" in row for row in rows):
+      raise ValueError("rows without a configuration")
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise InputError(f"{path} is no baseline that --update wrote ({error}).") from error
+  return rows
+
+
+def update(path: Path, rows: list[Row]) -> None:
+  """Puts rows into a baseline, in the place of those of the same name; begins one if need be."""
+  kept = {_name(row): row for row in (read(path) if path.exists() else [])}
+  kept |= {_name(row): row for row in rows}
+  write_json(path, {"ratios": [kept[name] for name in sorted(kept)]})
+
+
+def changes(rows: list[Row], before: list[Row]) -> list[Change]:
+  """The ratios that both have; `rows` as of `ratios_of`."""
+  known = {_name(row): row for row in before}
+  return [
+    Change(_name(row), ratio, known[_name(row)][ratio], row[ratio])
+    for row in rows
+    if _name(row) in known
+    for ratio in RATIOS
+    if ratio in row and ratio in known[_name(row)]
+  ]
+
+
+def _name(row: Row) -> str:
+  return ", ".join(str(row[key]) for key in _NAMES if key in row)
