@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -40,11 +41,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import configs.base
 from launch import baseline, benchmark_data, programs, trained
 from launch.benchmark_reference import TorchTraining
-from launch.engine import configuration, console, hardware, loop, mesh
+from launch.engine import configuration, console, flops, hardware, loop, mesh
 from launch.engine.checkpoint import Checkpoints, survey
 from launch.engine.circumstances import circumstances
 from launch.evaluation.generation import feature_options
-from launch.measuring import Prepared, matmul_rate, peak_memory, profile, timed
+from launch.measuring import Prepared, copy_rate, matmul_rate, peak_memory, profile, timed
 from lightningdit_jax.model import ATTENTIONS
 from vavae_jax import stages
 from vavae_jax.errors import InputError
@@ -64,6 +65,9 @@ COLUMNS = {
   "attention": "attention",
   "batch_size": "batch",
   "out_of_memory": "out of memory",
+  "tflop_per_image": "TFLOP an image",
+  "least_gib": "GiB at least",
+  "flop_per_byte": "FLOP a byte",
   "images_per_second": "images/s",
   "model_tflops_per_second": "TFLOP/s",
   "share_of_matmul": "of matmul",
@@ -152,6 +156,33 @@ def measure(
   if trace:
     row["operations"] = profile(prepared.run, trace / what)
   return row
+
+
+def count(config: FrozenConfigDict, what: str) -> Row:
+  """The two numbers of a program before it is measured: its FLOPs, and the bytes it cannot avoid.
+
+  Args:
+    config: of a training, resolved.
+    what: as of `programs.of`, or "fid".
+
+  Returns:
+    A row of the table. Bytes are those of arguments and results, each once: what is between them
+    may stay on the chip, and weights that a loop reads in each round are more.
+  """
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  program = _fid_program(devices) if what == "fid" else programs.of(config, devices, what, 1)
+  with jax.set_mesh(devices):
+    traced = program.function.trace(*program.arguments)
+  arrays = jax.tree.leaves((program.arrays, traced.out_info))
+  sizes = [math.prod(x.shape) * x.dtype.itemsize for x in arrays]
+  tflop, gib = flops.count(traced.jaxpr) / 1e12, sum(sizes) / 2**30
+  return {
+    "what": what,
+    "batch_size": program.images,
+    "tflop_per_image": tflop / program.images,
+    "least_gib": gib,
+    "flop_per_byte": tflop * 1e12 / sum(sizes),
+  }
 
 
 def _fresh_state(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
@@ -252,6 +283,7 @@ def benchmark(
   reference: Path | None = None,
   torch_python: str = sys.executable,
   trace: Path | None = None,
+  count_only: bool = False,
 ) -> dict[str, Any]:
   """All combinations; see the module's docstring."""
   if reference and not (reference / "models" / "lightningdit.py").is_file():
@@ -269,6 +301,9 @@ def benchmark(
     for attention in attentions if kind == "train" else attentions[:1]:
       for batch_size in batch_sizes:
         frozen = _resolved(config, kind, batch_size, attention)
+        if count_only:
+          rows.append(count(frozen, kind))
+          continue
         torch = None
         if reference and kind == "train" and task == "diffusion":
           torch = TorchTraining(torch_python, reference, frozen)
@@ -293,6 +328,7 @@ def benchmark(
     "matmul_tflops_per_second": {
       row["dtype"]: matmul_rate(row["dtype"]) / 1e12 for row in rows if "dtype" in row
     },
+    "copy_gib_per_second": None if count_only else copy_rate() / 2**30,
     **about,
     "config": config.to_dict(),
     "rows": rows,
@@ -341,6 +377,8 @@ def main(argv: list[str]) -> None:
   del argv
   if unknown := [word for word in FLAGS.what if word not in WHAT]:
     raise InputError(f"--what={unknown[0]} is none of {', '.join(WHAT)}.")
+  if FLAGS.count_only and (wrong := {"loader", "checkpoint"} & {*FLAGS.what}):
+    raise InputError(f"--count_only is of programs, and {' and '.join(wrong)} is none.")
   try:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
@@ -356,11 +394,16 @@ def main(argv: list[str]) -> None:
     reference=Path(FLAGS.reference) if FLAGS.reference else None,
     torch_python=FLAGS.torch_python,
     trace=Path(FLAGS.profile) if FLAGS.profile else None,
+    count_only=FLAGS.count_only,
   )
   names = [name for name in COLUMNS if any(name in row for row in result["rows"])]
   cells = [[_cell(row.get(name, "")) for name in names] for row in result["rows"]]
   told = ", ".join(f"{x:.3g} in {n}" for n, x in result["matmul_tflops_per_second"].items())
   title = f"{result['device']}; a matrix product in TFLOP/s a device: {told}"
+  if FLAGS.count_only:
+    title = "counted, not measured"
+  else:
+    title += f"; a copy in GiB/s: {result['copy_gib_per_second']:.3g}"
   console.table(title, [COLUMNS[name] for name in names], cells)
   for row in result["rows"]:
     if row.get("operations"):
@@ -396,6 +439,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
+  flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
   flags.DEFINE_string("profile", "", "A folder for a trace.")
   flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/baseline.json.")
   flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")

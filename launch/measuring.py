@@ -35,6 +35,16 @@ def matmul_rate(dtype: str) -> float:
   return 2 * size**3 / float(np.median(seconds[2:]))
 
 
+@functools.cache
+def copy_rate() -> float:
+  """Bytes/s of reading a large array and writing another on one device: what there is to be had."""
+  count = 2**26 if jax.default_backend() == "cpu" else 2**29
+  x = jax.random.normal(jax.random.key(0), (count,), jnp.float32)
+  negated = jax.jit(jnp.negative)
+  seconds = [timed(functools.partial(negated, x)) for _ in range(10)]
+  return 2 * x.nbytes / float(np.median(seconds[2:]))
+
+
 def timed(work: Callable[[], Any]) -> float:
   """Seconds until the arrays that `work` returns are there."""
   began = time.perf_counter()

@@ -198,3 +198,12 @@ def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
   path.write_text('{"rows": []}')
   with pytest.raises(InputError, match="no baseline that --update wrote"):
     baseline.read(path)
+
+
+def test_counts_are_of_products_and_of_what_goes_in_and_out(monkeypatch):
+  a, b = jax.ShapeDtypeStruct((6, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
+  program = programs.Program(jax.jit(lambda a, b: a @ b), (a, b), {}, 1, 3)
+  monkeypatch.setattr(benchmark.programs, "of", lambda *_: program)
+  row = benchmark.count(benchmark._resolved(tiny(), "train", 8, "xla"), "train")
+  assert row["tflop_per_image"] * 3e12 == pytest.approx(2 * 6 * 5 * 7)
+  assert row["least_gib"] * 2**30 == pytest.approx(4 * 6 * 5 + 2 * 5 * 7 + 4 * 6 * 7)
