@@ -9,6 +9,8 @@ r"""Evaluates samples, a tokenizer or a latent space, by a protocol that the res
   python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
   python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
     --grid=cfg_interval_start=0,0.1 --num_samples=2000 --reference=REFERENCE --output=RUNS/sweep
+  python -m launch.evaluate solvers --workdir=RUNS/diffusion --num_steps=250 \
+    --grid=method=euler,heun --grid=num_steps=25,50,100 --output=RUNS/solvers
   python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
   python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
 
@@ -17,8 +19,9 @@ latent store, an image source), or of samples that --workdir's model draws, whic
 memory; against --reference (an npz of ADM's or pytorch-fid's, a folder, a latent store, an image
 source). reconstruction: rFID, PSNR, SSIM, LPIPS. latents: the paper's uniformity figures, channels,
 signal to noise. sweep: a distance over a grid of sampling settings, of checkpoints (step) and
-averages (ema). frontier: reconstruction against generation of several tokenizers. statistics: mean
-and covariance of a reference, once and for all.
+averages (ema). solvers: latents by cheaper settings of the solver beside those by the given ones,
+from the same noise. frontier: reconstruction against generation of several tokenizers. statistics:
+mean and covariance of a reference, once and for all.
 
 --protocol=adm is what the paper's numbers are (TensorFlow 1's resize), pytorch-fid the other one in
 use; both need FID's Inception (--weights). efficientnet_lite0, a teacher's name with --weights=its
@@ -46,7 +49,7 @@ import configs.base
 from launch import trained
 from launch.engine import console
 from launch.engine.checkpoint import steps_of
-from launch.evaluation import generation, reconstruction, space, sweep
+from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import FromSource, PictureSet, Sampled, open_pictures, own_pictures
@@ -74,6 +77,7 @@ ACCEPTED = {
   ),
   "latents": (*COMMON, "latents", "runs", "cells", "seed", "path"),
   "sweep": (*COMMON, *NETWORK, *SAMPLER, "precision_recall", *SOURCE, "grid"),
+  "solvers": (*COMMON, *SAMPLER, "grid"),
   "frontier": (*COMMON, "point", "x", "y"),
   "statistics": (*COMMON, *NETWORK, *SOURCE, "tokenizer"),
 }
@@ -223,6 +227,20 @@ def _sweep(output: Output) -> None:
   )
 
 
+def _solvers(output: Output) -> None:
+  _needed("workdir")
+  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  solvers.evaluate(
+    diffusion,
+    given_settings(diffusion),
+    sweep.parse_grid(FLAGS.grid, configs.base.sample().to_dict()),
+    output,
+    count=FLAGS.num_samples if FLAGS["num_samples"].present else solvers.DEFAULT_SAMPLES,
+    labels=FLAGS.labels,
+    seed=FLAGS.seed,
+  )
+
+
 def _frontier(output: Output) -> None:
   sweep.frontier(FLAGS.point, output, FLAGS.x, FLAGS.y)
 
@@ -258,6 +276,7 @@ EVALUATIONS = {
   "reconstruction": _reconstruction,
   "latents": _latents,
   "sweep": _sweep,
+  "solvers": _solvers,
   "frontier": _frontier,
 }
 

@@ -10,10 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from launch import evaluate
-from launch.evaluation import generation, pictures, reconstruction, space, statistics, sweep
+from launch.evaluation import (
+  generation,
+  pictures,
+  reconstruction,
+  solvers,
+  space,
+  statistics,
+  sweep,
+)
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.output import Output
 from launch.sample_files import read_samples
@@ -458,6 +467,22 @@ def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipelin
   for ours, theirs in zip(one["points"], two["points"], strict=True):
     assert theirs == pytest.approx(ours, rel=1e-4)
   assert "300 samples are fewer" in one["warnings"][1]
+
+
+def test_solvers_are_compared_on_the_same_noise(diffusion, tmp_path):
+  """The settings themselves are at distance 0, and more steps of Euler come nearer."""
+  settings = FrozenConfigDict(diffusion.config.sample.to_dict() | {"num_steps": 33})
+  grid = {"method": ["euler"], "num_steps": [5, 17, 33]}
+  output = Output(tmp_path / "solvers", "solvers")
+  points = solvers.evaluate(diffusion, settings, grid, output, count=9)
+  far, near, same = (point["distance"] for point in points)
+  assert same == 0 < near < far < 1
+  assert [point["evaluations"] for point in points] == [4, 16, 32]
+  assert all(point["distance_95"] >= point["distance"] for point in points)
+  assert json.loads(output.json.read_text())["points"] == points
+  assert output.png.stat().st_size > 1_000
+  with pytest.raises(InputError, match="leap"):
+    solvers.evaluate(diffusion, settings, {"method": ["euler", "leap"]}, output)
 
 
 def test_a_sweep_is_refused_before_its_first_point(command, pipeline, tmp_path):

@@ -1,0 +1,163 @@
+"""What a cheaper solver costs: samples by several settings beside those of the best one.
+
+From the same noise and labels, so that a sample has a counterpart, and the distance needs no
+pictures: |x - y| / |y| of normalised latents.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from launch import plots, trained
+from launch.engine import console, mesh
+from launch.engine.batches import in_batches
+from launch.evaluation.output import Output
+from launch.evaluation.sweep import Point, points_of
+from launch.report import Section, data_uri_of_file, table
+from launch.sample import labels_for
+from lightningdit_jax import checks
+from lightningdit_jax.solvers import TABLEAUX
+from lightningdit_jax.training import sample_latents
+
+DEFAULT_SAMPLES = 64
+
+
+def evaluate(
+  diffusion: trained.Trained,
+  settings: FrozenConfigDict,
+  grid: dict[str, list[Any]],
+  output: Output,
+  *,
+  count: int = DEFAULT_SAMPLES,
+  labels: str = "balanced",
+  seed: int = 0,
+) -> list[Point]:
+  """Compares all points of a grid with `settings`; writes JSON, picture and page.
+
+  Args:
+    diffusion: the trained model.
+    settings: of the samples that the others should be, as `config.sample`; an ODE's.
+    grid: from `sweep.parse_grid`; what differs.
+    output: where to.
+    count: samples.
+    labels: see `labels_for`.
+    seed: of noise and labels.
+
+  Returns:
+    For each point its settings, "evaluations" (of the velocity for one sample; None where the
+    solver chooses), "seconds" a sample, "distance" (the mean over samples), "distance_95" (of the
+    sample that 95 % are nearer than).
+
+  Raises:
+    InputError: settings that cannot be.
+  """
+  all_settings = [FrozenConfigDict(ConfigDict(settings.to_dict() | p)) for p in points_of(grid)]
+  for each in (settings, *all_settings):  # before the first takes its time
+    checks.check_sampling(each, diffusion.config.model, has_guide=False)
+  label_N = labels_for(labels, count, diffusion.config.model.num_classes, seed)
+  console.say(f"what the others are compared with: {_told(settings)}")
+  best, _ = _samples(diffusion, settings, label_N, seed)
+  scale_N = np.linalg.norm(best, axis=1)
+  points: list[Point] = []
+  for point, each in zip(points_of(grid), all_settings, strict=True):
+    found, seconds = _samples(diffusion, each, label_N, seed)
+    distance_N = np.linalg.norm(found - best, axis=1) / scale_N
+    points.append(
+      {
+        **point,
+        "evaluations": _evaluations(each),
+        "seconds": seconds,
+        "distance": float(distance_N.mean()),
+        "distance_95": float(np.quantile(distance_N, 0.95)),
+      }
+    )
+    console.say(f"[{len(points)}/{len(all_settings)}] {points[-1]}")
+  _draw(points, list(grid), output.png)
+  rows = [[_text(value) for value in point.values()] for point in points]
+  console.table(f"{len(points)} solvers", list(points[0]), rows)
+  summary = f"{count} samples each, beside {_told(settings)}."
+  output.write(
+    {
+      "grid": grid,
+      "points": points,
+      "compared_with": settings.to_dict(),
+      "diffusion": {"step": diffusion.step, "sha256": diffusion.sha256, "ema": diffusion.ema},
+      "samples": count,
+      "labels": labels,
+      "seed": seed,
+    },
+    title="Solvers",
+    summary=summary,
+    figures=[],
+    sections=[
+      Section("Cost and distance", summary, data_uri_of_file(output.png)),
+      Section("Table", "", table(list(points[0]), rows)),
+    ],
+  )
+  output.show([])
+  return points
+
+
+def _samples(
+  diffusion: trained.Trained, settings: FrozenConfigDict, label_N: np.ndarray, seed: int
+) -> tuple[np.ndarray, float]:
+  """Normalised latents [N, h w Z], and seconds for one of them without compiling."""
+  devices = mesh.make_mesh()
+
+  @jax.jit
+  def run(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    index, label = batch["index"], batch["label"]
+    return sample_latents(diffusion.config, params, index, label, seed=seed, sample=settings)
+
+  batch = {"index": np.arange(len(label_N), dtype=np.int32), "label": label_N}
+  draw = functools.partial(
+    in_batches, functools.partial(run, diffusion.params), batch, settings.batch_size, devices
+  )
+  next(draw())  # compiles
+  began = time.perf_counter()
+  found = np.concatenate(list(draw()))
+  return found.reshape(len(found), -1), (time.perf_counter() - began) / len(found)
+
+
+def _evaluations(settings: FrozenConfigDict) -> int | None:
+  """How often the velocity is asked for; a stage of each method for each step."""
+  if settings.mode == "SDE":
+    return None
+  if settings.method not in TABLEAUX:
+    return None
+  stages, _ = TABLEAUX[settings.method]
+  return (settings.num_steps - 1) * (len(stages) + 1)
+
+
+def _told(settings: FrozenConfigDict) -> str:
+  names = ("mode", "method", "num_steps", "timestep_shift", "cfg_scale", "cfg_interval_start")
+  return ", ".join(f"{name}={settings[name]}" for name in names)
+
+
+def _text(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _draw(points: list[Point], names: list[str], path: Path) -> None:
+  """Distance over seconds; points that differ in the last setting alone are joined."""
+  figure, ((axis,),) = plots.panels(size=(7, 5))
+  lines: dict[tuple[Any, ...], list[Point]] = {}
+  for point in points:
+    lines.setdefault(tuple(point[name] for name in names[:-1]), []).append(point)
+  for key, line in lines.items():
+    label = ", ".join(f"{k}={v}" for k, v in zip(names[:-1], key, strict=True))
+    x, y = [p["seconds"] for p in line], [max(p["distance"], 1e-9) for p in line]
+    axis.plot(x, y, "o-", label=label or names[-1])
+    for point, place in zip(line, zip(x, y, strict=True), strict=True):
+      axis.annotate(str(point[names[-1]]), place, xytext=(4, 4), textcoords="offset points")
+  axis.set(xscale="log", yscale="log", xlabel="seconds a sample", ylabel="distance of latents")
+  axis.grid(alpha=0.3, which="both")
+  axis.legend()
+  plots.save(figure, path, dpi=120)
