@@ -207,7 +207,7 @@ def experiment(size: str = "cifar") -> ConfigDict:
       "source": "tfds:cifar10/train",
       # Pictures that nobody trained on, for the distance that perfect samples would have; "": none.
       "test_source": "tfds:cifar10/test",
-      "widths": (4, 16, 48),  # channels of the latents
+      "widths": (4, 16, 48, 128),  # channels of the latents
       # Beside plain and aligned, at the widest latents.
       "ablations": (
         "no_cos",
