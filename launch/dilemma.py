@@ -33,6 +33,7 @@ from vavae_jax import sources
 from vavae_jax.errors import InputError
 
 CONFIG = f"{dilemma.__file__}:cifar"
+MAIN = dilemma_page.MAIN
 # Jobs that use a cache which another job makes need it first.
 BUILDERS = ("aligned", "other_teacher", "finer_teacher")
 
@@ -52,13 +53,13 @@ def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
 
 def tokenizers(config: FrozenConfigDict) -> list[tuple[str, int]]:
   """(variant, width) of all tokenizers: the experiment's, then the ablations'."""
-  main = [(variant, width) for width in config.widths for variant in ("plain", "aligned")]
+  main = [(variant, width) for width in config.widths for variant in MAIN]
   return main + [(variant, max(config.widths)) for variant in config.ablations]
 
 
 def seeds_of(config: FrozenConfigDict, variant: str) -> tuple[int, ...]:
   """Those of the diffusion models on a tokenizer's latents."""
-  return config.seeds if variant in ("plain", "aligned") else config.ablation_seeds
+  return config.seeds if variant in MAIN else config.ablation_seeds
 
 
 def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
@@ -85,7 +86,8 @@ def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
       ("reference",),
     )
   names = tokenizers(config)
-  main, others = names[: 2 * len(config.widths)], names[2 * len(config.widths) :]
+  count = len(MAIN) * len(config.widths)
+  main, others = names[:count], names[count:]
   for part in (main, others):
     for variant, width in part:
       yield from _tokenizer(config, root, variant, width, names)
@@ -148,7 +150,7 @@ def _diffusion(
     "--precision_recall=false",
   )
   needs = (f"diffusion/{run_name}", "reference")
-  main = variant in ("plain", "aligned")
+  main = variant in MAIN
   for kind, scale, weight in (("samples", 1.0, 2), ("guided", config.cfg_scale, 4)):
     if kind == "samples" or (main and seed == config.seeds[0]):
       words = (*_evaluate(root, "generation", f"{kind}/{run_name}"), *drawn)
@@ -211,6 +213,8 @@ def check(config: FrozenConfigDict) -> None:
     raise InputError(
       f"config.ablations names {unknown[0]!r}; there are {', '.join(dilemma.VARIANTS)}."
     )
+  if len({*MAIN, *config.ablations}) < len(MAIN) + len(config.ablations):
+    raise InputError(f"config.ablations has a name twice, or one of {' and '.join(MAIN)}.")
   if len(set(config.widths)) < 2 or min(config.widths) < 1 or not config.seeds:
     raise InputError("config.widths needs two widths or more, and config.seeds a seed.")
   for spec in (config.source, config.test_source):

@@ -75,6 +75,7 @@ def test_arguments_that_mean_nothing_are_refused(argument, message):
   ("changes", "message"),
   [
     ({"ablations": ("no_sense",)}, "names 'no_sense'; there are"),
+    ({"ablations": ("no_cos", "plain")}, "a name twice, or one of plain and aligned"),
     ({"widths": (4, 4)}, "two widths or more"),
     ({"seeds": ()}, "a seed"),
     ({"source": "folder:/nowhere"}, "nowhere"),
