@@ -19,7 +19,8 @@ Arguments, joined by commas:
   dN                             channels of the latents
   plain, aligned                 the tokenizer without and with a teacher, and at the widest latents
   no_cos | no_distmat | no_margin | fixed_weight    aligned without a part of the method,
-  other_teacher | finer_teacher | strong | weak     or with another teacher or weight
+  other_teacher | finer_teacher | strong            or with another teacher or weight,
+  plain_deep | aligned_deep                         or without the linear way past the networks
 """
 
 from __future__ import annotations
@@ -42,8 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "fixed_weight": {"loss.adaptive_vf": False},
   "other_teacher": {"teacher.name": "efficientnet_lite2"},
   "finer_teacher": {"teacher.scale": 4},
-  "strong": {"stages.vf_weight": (0.5,)},
-  "weak": {"stages.vf_weight": (0.02,)},
+  # As the first of the published stages.
+  "strong": {
+    "stages.vf_weight": (0.5,),
+    "stages.cos_margin": (0.0,),
+    "stages.distmat_margin": (0.0,),
+  },
+  "plain_deep": {"teacher.name": "", "model.linear_shortcut": False},
+  "aligned_deep": {"model.linear_shortcut": False},
 }
 SIZES = ("cifar", "emoji", "gpu", "tiny")
 
@@ -210,13 +217,15 @@ def experiment(size: str = "cifar") -> ConfigDict:
       "widths": (4, 16, 48, 128),  # channels of the latents
       # Beside plain and aligned, at the widest latents.
       "ablations": (
+        "strong",
+        "finer_teacher",
+        "no_margin",
+        "aligned_deep",
+        "plain_deep",
+        "other_teacher",
         "no_cos",
         "no_distmat",
-        "no_margin",
         "fixed_weight",
-        "other_teacher",
-        "finer_teacher",
-        "strong",
       ),
       "seeds": (0, 1),  # of the diffusion models on plain and aligned latents
       "ablation_seeds": (0,),

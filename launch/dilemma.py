@@ -112,7 +112,7 @@ def _tokenizer(
     name,
     f"--config={_file()}:{config.size},tokenizer,{variant},d{width}",
     (f"data.source={config.source}", f"teacher.cache={root / 'features'}"),
-    () if variant == "plain" or name == first else (first,),
+    () if variant.startswith("plain") or name == first else (first,),
     weight=4,
   )
   for kind, more in (("latents", ()), ("held_out", ("--held_out",))):
