@@ -87,8 +87,8 @@ def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
     )
   names = tokenizers(config)
   count = len(MAIN) * len(config.widths)
-  main, others = names[:count], names[count:]
-  for part in (main, others):
+  # The experiment as a whole, then one ablation after the other.
+  for part in (names[:count], *([name] for name in names[count:])):
     for variant, width in part:
       yield from _tokenizer(config, root, variant, width, names)
     for seed in range(max(len(config.seeds), len(config.ablation_seeds))):
