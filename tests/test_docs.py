@@ -13,6 +13,7 @@ from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 
 PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md", "docs/data.md", "docs/evaluation.md")
+OWN_CONFIG = {"launch.dilemma": "configs/dilemma.py"}  # where none is given
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
 
@@ -32,7 +33,7 @@ def test_commands_of_the_documents_can_be_given(words):
     known |= set(base.sample())
   given = dict(word.removeprefix("--").partition("=")[::2] for word in options if word[0] == "-")
   config = None
-  if path := given.get("config"):
+  if path := given.get("config", OWN_CONFIG.get(module)):
     name, _, argument = path.removeprefix("configs/").partition(".py")
     arguments = [argument[1:]] if argument else []
     config = importlib.import_module(f"configs.{name}").get_config(*arguments)
@@ -42,7 +43,7 @@ def test_commands_of_the_documents_can_be_given(words):
       assert option.removeprefix("config.") in dict(flat(config.to_dict())), option
     else:
       assert option in known | {"config"}, option
-  if config is not None:
+  if config is not None and "task" in config:
     resolve(config, getattr(base, config.task)())
 
 
