@@ -128,7 +128,7 @@ def encode(
   mine = range(jax.process_index(), count, jax.process_count())
   todo = [number for number in mine if not paths[number].exists()]
   first = (BEGUN, latents.STATISTICS, latents.MANIFEST) if jax.process_index() == 0 else ()
-  for name in (*(paths[number].name for number in todo), *first):  # left by a run that was killed
+  for name in (*(paths[number].name for number in mine), *first):  # left by a run that was killed
     remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)

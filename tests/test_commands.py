@@ -84,7 +84,10 @@ def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
     ({"data__held_out": 0.999}, "has 2 pictures for training, fewer than one batch of 8"),
     ({"teacher__name": "resnet"}, "resnet"),
     ({"teacher__weights": "no/such/file.pth"}, "no/such/file.pth"),
-    ({"model__patch_size": 8}, "stride 16, the model downsamples by 8"),
+    (
+      {"model__patch_size": 8},
+      "feature for every 16 pixels along each axis, the model a latent for every 8",
+    ),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"teacher__dtype": "bf16"}, 'take "float32" or "bfloat16"'),
     ({"train": "decoder"}, "name the weights"),

@@ -15,10 +15,12 @@ from tests.conftest import ROOT
 from vavae_jax.errors import InputError
 
 RUNNER = """
+import signal
 import sys
 from pathlib import Path
 from launch.engine import console
 from launch.jobs import Job, run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs without it
 def main(argv):
   folder = Path(sys.argv[1])
   waits = (
