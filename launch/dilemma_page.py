@@ -85,8 +85,7 @@ def write(config: FrozenConfigDict, workdir: Path, page: Path, command: str) -> 
     *_judge(config, workdir, name),
     *_picture(pictures["frontier"], f"{name} over PSNR; arrows from plain to aligned"),
     f"Reconstruction (held-out pictures, posterior's mode) and generation ({name} of "
-    f"{config.num_samples:,} samples; lower is better; ± is the standard deviation over "
-    f"{len(config.seeds)} seeds of the diffusion model):",
+    f"{config.num_samples:,} samples; lower is better; {_told_of_seeds(config)}):",
     "",
     *_table(main, name),
     "",
@@ -206,6 +205,12 @@ def _spread(values: Sequence[float]) -> str:
   return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
+def _told_of_seeds(config: FrozenConfigDict) -> str:
+  if len(config.seeds) == 1:
+    return "one seed of the diffusion model, so no spread"
+  return f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
+
+
 def _picture(path: Path | None, caption: str) -> list[str]:
   return [f"![{caption}]({path.name})", "", f"*{caption}.*", ""] if path else []
 
@@ -265,7 +270,11 @@ def _draw_frontier(
     is_main = variant in MAIN
     axis.scatter(x, y, s=60 if is_main else 20, color=COLOURS.get(variant, "grey"), zorder=3)
     label = f"{variant} d{width}" if is_main else variant
-    axis.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    place = {"plain": (6, -12), "aligned": (6, 5)}.get(variant, (-6, 0))
+    side = "left" if is_main else "right"
+    axis.annotate(
+      label, (x, y), xytext=place, textcoords="offset points", fontsize=8, ha=side, va="center"
+    )
     if variant == "plain" and ("aligned", width) in points:
       arrow = {"arrowstyle": "->", "color": "black"}
       axis.annotate("", points["aligned", width], (x, y), arrowprops=arrow)
