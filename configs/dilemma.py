@@ -21,6 +21,7 @@ Arguments, joined by commas:
   no_cos | no_distmat | no_margin | fixed_weight    aligned without a part of the method,
   other_teacher | finer_teacher | strong            or with another teacher or weight,
   plain_deep | aligned_deep                         or without the linear way past the networks
+  long                           the diffusion model with four times the steps
 """
 
 from __future__ import annotations
@@ -53,15 +54,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "aligned_deep": {"model.linear_shortcut": False},
 }
 SIZES = ("cifar", "emoji", "gpu", "tiny")
+LONG = "long"
+LONGER = 4  # times the steps of a diffusion model
 
 
 def get_config(argument: str = "cifar") -> ConfigDict:
   """The configuration of one part or of the whole experiment."""
   words = argument.split(",")
   widths = [word for word in words if word[:1] == "d" and word[1:].isdigit()]
-  known = {*SIZES, *PARTS, *VARIANTS, *widths}
+  known = {*SIZES, *PARTS, *VARIANTS, *widths, LONG}
   if unknown := [word for word in words if word not in known]:
-    choices = ", ".join([*SIZES, *PARTS, "dN", *VARIANTS])
+    choices = ", ".join([*SIZES, *PARTS, "dN", *VARIANTS, LONG])
     raise ValueError(f"{unknown[0]!r} is none of: {choices}.")
   groups: tuple[Collection[str], ...] = (SIZES, PARTS, VARIANTS, widths)
   for group in groups:
@@ -73,12 +76,14 @@ def get_config(argument: str = "cifar") -> ConfigDict:
     raise ValueError("tokenizer and diffusion, and nothing else, take a width such as d16.")
   if variant and part != "tokenizer":
     raise ValueError(f"{variant} is of a tokenizer.")
+  if LONG in words and part != "diffusion":
+    raise ValueError(f"{LONG} is of a diffusion model.")
   width = int(channels[1:] or 0)
   if part == "judge":
     return judge(size)
   if part == "tokenizer":
     return tokenizer(size, width, variant or "aligned")
-  return diffusion(size, width) if part == "diffusion" else experiment(size)
+  return diffusion(size, width, LONG in words) if part == "diffusion" else experiment(size)
 
 
 def judge(size: str = "cifar") -> ConfigDict:
@@ -151,7 +156,7 @@ def tokenizer(size: str, width: int, variant: str) -> ConfigDict:
   return config
 
 
-def diffusion(size: str, width: int) -> ConfigDict:
+def diffusion(size: str, width: int, long: bool = False) -> ConfigDict:
   """LightningDiT of one size, whatever the channels of the latents."""
   config = base.diffusion()
   config.batch_size = 64
@@ -185,6 +190,9 @@ def diffusion(size: str, width: int) -> ConfigDict:
     config.model.update(hidden_size=32, depth=2, scan_unroll=1)
     config.sample.update(num_steps=3, batch_size=9)
     config.optimizer.ema_decays = (0.5,)
+  if long:
+    config.num_steps *= LONGER
+    config.keep_every_steps *= 2
   config.optimizer.decay_steps = config.num_steps
   return config
 
@@ -229,6 +237,7 @@ def experiment(size: str = "cifar") -> ConfigDict:
       ),
       "seeds": (0, 1),  # of the diffusion models on plain and aligned latents
       "ablation_seeds": (0,),
+      "long": True,  # plain and aligned at the widest latents, also with more steps of diffusion
       "num_samples": 10_000,
       "curve_samples": 2_000,  # at each kept step of the first seed
       "cfg_scale": 2.0,  # of the guided samples, of the first seed
@@ -238,8 +247,8 @@ def experiment(size: str = "cifar") -> ConfigDict:
   )
   if size in ("emoji", "tiny"):
     config.update(source="embedded:emoji", test_source="")
-  if size == "emoji":
-    config.update(cells=1_500)
+  if size == "emoji":  # the second set: whether it goes the same way
+    config.update(widths=(4, 32, 128), ablations=(), seeds=(0,), long=False, cells=1_500)
   if size == "gpu":
     config.update(num_samples=50_000, curve_samples=10_000, seeds=(0, 1, 2))
   if size == "tiny":

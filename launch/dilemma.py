@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import dilemma
 from launch import dilemma_page
@@ -97,6 +97,9 @@ def _jobs(config: FrozenConfigDict, root: Path) -> Iterator[Job]:
           yield from _diffusion(config, root, variant, width, seeds_of(config, variant)[seed], own)
     for variant, width in part:
       yield from _judged(config, root, f"{variant}/d{width}", own)
+  if config.long:
+    for variant in MAIN:
+      yield from _longer(config, root, variant, max(config.widths), own)
 
 
 def _tokenizer(
@@ -128,41 +131,73 @@ def _file() -> str:
 def _diffusion(
   config: FrozenConfigDict, root: Path, variant: str, width: int, seed: int, own: tuple[str, ...]
 ) -> Iterator[Job]:
-  """A diffusion model and its samples."""
-  space = f"{variant}/d{width}"
-  run_name = f"{space}/seed{seed}"
-  yield _train(
+  """A diffusion model of one seed and its samples; of the first seed also guided, and a curve."""
+  name = f"{variant}/d{width}/seed{seed}"
+  yield _train_diffusion(config, root, name, f"diffusion,d{width}", (f"seed={seed}",), weight=5)
+  yield _samples(config, root, "samples", name, own)
+  if variant in MAIN and seed == config.seeds[0]:
+    yield _samples(config, root, "guided", name, own)
+    yield _curve(config, root, name, dilemma.diffusion(config.size, width), own)
+
+
+def _longer(
+  config: FrozenConfigDict, root: Path, variant: str, width: int, own: tuple[str, ...]
+) -> Iterator[Job]:
+  """A diffusion model of more steps."""
+  name = f"{variant}/d{width}/{dilemma.LONG}"
+  part = f"diffusion,d{width},{dilemma.LONG}"
+  yield _train_diffusion(config, root, name, part, (), weight=5 * dilemma.LONGER)
+  yield _samples(config, root, "samples", name, own)
+  yield _curve(config, root, name, dilemma.diffusion(config.size, width, long=True), own)
+
+
+def _train_diffusion(
+  config: FrozenConfigDict,
+  root: Path,
+  name: str,
+  part: str,
+  settings: tuple[str, ...],
+  weight: float,
+) -> Job:
+  space = name.rpartition("/")[0]
+  latents = (
+    f"latents.path={root / 'latents' / space}",
+    f"latents.valid_path={root / 'held_out' / space}",
+  )
+  return _train(
     root,
-    f"diffusion/{run_name}",
-    f"--config={_file()}:{config.size},diffusion,d{width}",
-    (
-      f"latents.path={root / 'latents' / space}",
-      f"latents.valid_path={root / 'held_out' / space}",
-      f"seed={seed}",
-    ),
+    f"diffusion/{name}",
+    f"--config={_file()}:{config.size},{part}",
+    (*latents, *settings),
     (f"latents/{space}", f"held_out/{space}"),
-    weight=5,
+    weight,
   )
-  drawn = (
-    *own,
-    f"--workdir={root / 'diffusion' / run_name}",
-    f"--reference={root / 'reference.npz'}",
-    "--precision_recall=false",
-  )
-  needs = (f"diffusion/{run_name}", "reference")
-  main = variant in MAIN
-  for kind, scale, weight in (("samples", 1.0, 2), ("guided", config.cfg_scale, 4)):
-    if kind == "samples" or (main and seed == config.seeds[0]):
-      words = (*_evaluate(root, "generation", f"{kind}/{run_name}"), *drawn)
-      more = (f"--num_samples={config.num_samples}", f"--cfg_scale={scale}")
-      yield Job(f"{kind}/{run_name}", (*words, *more), needs, weight)
-  if main and seed == config.seeds[0]:
-    steps = dilemma.diffusion(config.size, width)
-    kept = range(steps.keep_every_steps, steps.num_steps + 1, steps.keep_every_steps)
-    words = (*_evaluate(root, "sweep", f"curve/{run_name}"), *drawn)
-    grid = f"--grid=step={','.join(map(str, kept))}"
-    more = (f"--num_samples={config.curve_samples}", "--cfg_scale=1.0")
-    yield Job(f"curve/{run_name}", (*words, grid, *more), needs, 3)
+
+
+def _samples(
+  config: FrozenConfigDict, root: Path, kind: str, name: str, own: tuple[str, ...]
+) -> Job:
+  """Judged samples of a diffusion model: "samples", or "guided"."""
+  scale, weight = (1.0, 2) if kind == "samples" else (config.cfg_scale, 4)
+  words = (*_evaluate(root, "generation", f"{kind}/{name}"), *_drawn(root, name, own))
+  more = (f"--num_samples={config.num_samples}", f"--cfg_scale={scale}")
+  return Job(f"{kind}/{name}", (*words, *more), (f"diffusion/{name}", "reference"), weight)
+
+
+def _curve(
+  config: FrozenConfigDict, root: Path, name: str, trained: ConfigDict, own: tuple[str, ...]
+) -> Job:
+  """The distance at each step that a diffusion model kept."""
+  kept = range(trained.keep_every_steps, trained.num_steps + 1, trained.keep_every_steps)
+  words = (*_evaluate(root, "sweep", f"curve/{name}"), *_drawn(root, name, own))
+  grid = f"--grid=step={','.join(map(str, kept))}"
+  more = (f"--num_samples={config.curve_samples}", "--cfg_scale=1.0")
+  return Job(f"curve/{name}", (*words, grid, *more), (f"diffusion/{name}", "reference"), 3)
+
+
+def _drawn(root: Path, name: str, own: tuple[str, ...]) -> tuple[str, ...]:
+  model, reference = f"--workdir={root / 'diffusion' / name}", root / "reference.npz"
+  return (*own, model, f"--reference={reference}", "--precision_recall=false")
 
 
 def _judged(

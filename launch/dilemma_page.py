@@ -73,10 +73,11 @@ def write(config: FrozenConfigDict, workdir: Path, page: Path, command: str) -> 
   main = [_read(config, workdir, v, w) for w in config.widths for v in MAIN]
   widest = [s for s in main if s.width == max(config.widths)]
   others = [_read(config, workdir, v, max(config.widths)) for v in config.ablations]
+  longer = [_read_long(config, workdir, v) for v in MAIN] if config.long else []
   page.parent.mkdir(parents=True, exist_ok=True)
   pictures = {
     "frontier": _draw_frontier(main, others, name, _beside(page, "frontier")),
-    "curves": _draw_curves(main, name, _beside(page, "curves")),
+    "curves": _draw_curves([*main, *longer], name, _beside(page, "curves")),
     "samples": _draw_samples(config, workdir, main, _beside(page, "samples")),
   }
   text = [
@@ -95,9 +96,9 @@ def write(config: FrozenConfigDict, workdir: Path, page: Path, command: str) -> 
       "Without guidance (left) and with it (right): same labels in each row, and for the two "
       "tokenizers of a width the same noise",
     ),
-    f"Ablations at {max(config.widths)} channels:",
+    f"At {max(config.widths)} channels: with parts of the method or of the budget changed:",
     "",
-    *_table([*widest, *others], name),
+    *_table([*widest, *others, *longer], name),
     "",
     *_made(config, workdir, command),
     END,
@@ -123,17 +124,30 @@ def _beside(page: Path, name: str) -> Path:
 def _read(config: FrozenConfigDict, workdir: Path, variant: str, width: int) -> Space:
   space = f"{variant}/d{width}"
   seeds = config.seeds if variant in MAIN else config.ablation_seeds
+  return _read_runs(config, workdir, space, [f"seed{seed}" for seed in seeds])
+
+
+def _read_long(config: FrozenConfigDict, workdir: Path, variant: str) -> Space:
+  width = max(config.widths)
+  steps = dilemma.diffusion(config.size, width, long=True).num_steps
+  found = _read_runs(config, workdir, f"{variant}/d{width}", [dilemma.LONG])
+  return found._replace(variant=f"{variant}, {steps:,} steps")
+
+
+def _read_runs(config: FrozenConfigDict, workdir: Path, space: str, names: list[str]) -> Space:
+  """What was measured of a tokenizer, and of these of the diffusion models on its latents."""
   key = f"fd_{dilemma.judge(config.size).name.lower()}"
-  runs = [f"{space}/seed{seed}" for seed in seeds]
+  runs = [f"{space}/{name}" for name in names]
 
   def distances(kind: str) -> list[float]:
     return [found[key] for run in runs if (found := _figures(workdir / kind / f"{run}.json"))]
 
   swept = _json(workdir / "curve" / f"{runs[0]}.json")
   losses = [curve(read_metrics(workdir / "diffusion" / run), "validation/mse") for run in runs]
+  variant, _, width = space.partition("/d")
   return Space(
     variant,
-    width,
+    int(width),
     _figures(workdir / "reconstruction" / f"{space}.json")
     | _figures(workdir / "uniformity" / f"{space}.json"),
     distances("samples"),
@@ -294,9 +308,9 @@ def _draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
   for axis, width in zip(axes[0], widths, strict=True):
     for space in drawn:
       if space.width == width:
-        axis.plot(
-          *zip(*space.steps, strict=True), "o-", color=COLOURS[space.variant], label=space.variant
-        )
+        colour = COLOURS[space.variant.partition(",")[0]]
+        style = "o-" if space.variant in MAIN else "o--"
+        axis.plot(*zip(*space.steps, strict=True), style, color=colour, label=space.variant)
     axis.set(title=f"{width} channels", xlabel="diffusion steps", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend()

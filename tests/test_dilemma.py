@@ -42,6 +42,7 @@ def test_every_job_has_a_configuration_that_stands_and_what_it_needs(size, tmp_p
     if config.task == "diffusion":
       assert config.num_steps % config.keep_every_steps == 0
       assert config.model.in_channels == int(job.name.split("/")[2][1:])
+  assert any(job.name.endswith("/long") for job in found) == experiment(size).long
   assert {job.kind for job in found} >= {"judge", "tokenizer", "diffusion", "samples", "curve"}
 
 
@@ -64,6 +65,7 @@ def test_tokenizers_differ_by_what_their_name_says_alone():
     ("cifar,tokenizer", "take a width such as d16"),
     ("cifar,diffusion,aligned,d4", "aligned is of a tokenizer"),
     ("cifar,judge,d4", "nothing else"),
+    ("cifar,tokenizer,d4,long", "long is of a diffusion model"),
   ],
 )
 def test_arguments_that_mean_nothing_are_refused(argument, message):
@@ -99,6 +101,8 @@ def measured(tmp_path):
     write(f"samples/plain/d4/seed{seed}", figures={"fd_emoji": distance})
   write("reconstruction/plain/d4", figures={"psnr": 20.25, "ssim": 0.5, "rfd_emoji": 3.0})
   write("curve/plain/d4/seed0", points=[{"step": 2, "fd_emoji": 50.0}])
+  write("samples/plain/d8/long", figures={"fd_emoji": 7.25})
+  write("curve/plain/d8/long", points=[{"step": 4, "fd_emoji": 8.0}, {"step": 16, "fd_emoji": 7}])
   write("real", figures={"fd_emoji": 0.5}, samples={"pictures": 1234})
   return tmp_path / "run"
 
@@ -109,6 +113,7 @@ def test_the_page_shows_what_there_is_and_keeps_what_a_person_wrote(measured, tm
   first = page.read_text()
   assert "| plain | 4 | 20.25 | 0.500 | 3.00 | 12.00 ± 2.83 | - |" in first
   assert "| aligned | 4 | - |" in first
+  assert "| plain, 16 steps | 8 | - | - | - | 7.25 | - |" in first
   assert "1,234 real pictures that nobody trained on have 0.500." in first
   assert (tmp_path / "page_frontier.png").stat().st_size > 1_000
   page.write_text(f"before {first} after")
