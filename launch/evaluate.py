@@ -52,7 +52,14 @@ from launch.engine.checkpoint import steps_of
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.output import Output
-from launch.evaluation.pictures import FromSource, PictureSet, Sampled, open_pictures, own_pictures
+from launch.evaluation.pictures import (
+  FromSource,
+  PictureSet,
+  Sampled,
+  open_pictures,
+  own_pictures,
+  stored_statistics,
+)
 from launch.sample import SETTINGS, define_settings, given_settings
 from lightningdit_jax import checks, transport
 from lightningdit_jax.latents import LatentStore
@@ -248,14 +255,19 @@ def _frontier(output: Output) -> None:
 def _statistics() -> None:
   _needed("reference")
   path = Path(FLAGS.output)
-  if path.suffix != ".npz" or path.exists():
-    raise InputError(f"--output is {path}; give the name of a new file that ends in .npz.")
+  if path.suffix != ".npz":
+    raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
   network = _network()
   pictures = open_pictures(FLAGS.reference, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
+  about = json.dumps({"network": network.about, "pictures": pictures.about})
+  if path.exists():
+    if str(stored_statistics(FLAGS.output).get("about")) != about:
+      raise InputError(f"{path} holds something else; give --output the name of a new file.")
+    console.say(f"{path} has these statistics already")
+    return
   progress = path.with_suffix(".progress")
   found = generation.statistics_of(pictures, network, "reference", progress=progress)
-  about = {"network": network.about, "pictures": pictures.about}
-  arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
+  arrays: dict[str, Any] = {"about": np.array(about)}
   for name, ending in (("pool", ""), ("spatial", "_s")):
     if name in found.moments:
       arrays[f"mu{ending}"] = found.moments[name].mean

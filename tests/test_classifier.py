@@ -87,6 +87,11 @@ def test_it_is_trained_and_judges_by_the_released_commands(command, pictures, tm
   words = (*own, f"--reference=folder:{pictures}", f"--output={reference}")
   done = command("launch.evaluate", "statistics", *words)
   assert done.returncode == 0, done.stderr
+  done = command("launch.evaluate", "statistics", *words)
+  assert (done.returncode, "has these statistics already" in done.stdout) == (0, True)
+  other = [word.replace("--image_size=64", "--image_size=32") for word in words]
+  done = command("launch.evaluate", "statistics", *other)
+  assert (done.returncode, "holds something else" in done.stderr) == (2, True)
   network = load_network("classifier", str(judge))
   assert (network.distance, network.size) == ("FD-Drawn", 32)
   output = tmp_path / "same"

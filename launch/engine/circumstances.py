@@ -18,7 +18,7 @@ def circumstances() -> dict[str, str]:
   """Command, commit, date, devices and version of jax."""
   return {
     "command": shlex.join(sys.argv),
-    "commit": _commit(),
+    "commit": commit(),
     "date": datetime.date.today().isoformat(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
@@ -35,7 +35,7 @@ def processor() -> str:
   return f"{cores} cores of {name}"
 
 
-def _commit() -> str:
+def commit() -> str:
   """The commit of this checkout; "unknown" for an installed package."""
   words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
   try:

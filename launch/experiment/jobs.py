@@ -1,8 +1,15 @@
-"""Commands that need one another, run by a few workers and resumed where they were stopped."""
+"""Commands that need one another, run by a few workers and resumed where they were stopped.
+
+A job is done where it ended, its output is there, and neither its command, nor what the command
+reads, nor a job that it needs has changed since.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -10,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launch.engine import console
+from launch.engine.circumstances import commit, processor
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
@@ -28,8 +36,12 @@ class Job:
   """One command.
 
   Attributes:
-    name: of it, with slashes; what it writes lies in folders of that name.
+    name: of it, with slashes.
     words: `("launch.train", "--workdir=...")`, for `python -m`.
+    output: what is there when it has ended.
+    resumes: whether it goes on with an output that is there, which must then be its own; others
+      write theirs anew.
+    content: what else decides what it does, such as its configuration.
     needs: names of the jobs that must have ended before.
     weight: expected minutes, for the time that is left until jobs of its kind have been timed. The
       kind is the name's first part.
@@ -37,6 +49,9 @@ class Job:
 
   name: str
   words: tuple[str, ...]
+  output: Path
+  resumes: bool = False
+  content: str = ""
   needs: tuple[str, ...] = ()
   weight: float = 1.0
 
@@ -46,31 +61,79 @@ class Job:
     return self.name.partition("/")[0]
 
 
-class Record:
-  """Which jobs have ended, by which command, after how many seconds, over all runs of a folder."""
+def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+  """What identifies each job with all that it needs, wherever the folder lies.
 
-  def __init__(self, folder: Path):
+  Args:
+    jobs: all of them, each after what it needs.
+    folder: of all outputs.
+
+  Returns:
+    By the jobs' names.
+
+  Raises:
+    ValueError: a name twice, or a need that no job before it meets.
+  """
+  found: dict[str, str] = {}
+  for job in jobs:
+    if job.name in found or not {*job.needs} <= {*found}:
+      raise ValueError(f"{job.name} is there twice, or before one of {', '.join(job.needs)}.")
+    words = [word.replace(str(folder), ".") for word in job.words]
+    told = json.dumps([words, job.content, [found[name] for name in job.needs]])
+    found[job.name] = hashlib.sha256(told.encode()).hexdigest()[:16]
+  return found
+
+
+class Record:
+  """What became of the jobs of a folder, over all runs.
+
+  Args:
+    folder: of `jobs.json` and of all outputs.
+    jobs: as they stand now.
+  """
+
+  def __init__(self, folder: Path, jobs: Sequence[Job]):
     self._path = folder / "jobs.json"
     self._told = json.loads(self._path.read_text()) if self._path.is_file() else {}
+    self._digests = digests(jobs, folder)
 
   def is_done(self, job: Job) -> bool:
     """Whether a job has ended as it stands now."""
     told = self._told.get(job.name, {})
-    return bool(told.get("done")) and told["words"] == list(job.words)
+    same = told.get("digest") == self._digests[job.name]
+    return same and told["done"] and job.output.exists()
 
-  def names(self) -> list[str]:
-    """Of the jobs that ran."""
-    return list(self._told)
+  def is_foreign(self, job: Job) -> bool:
+    """Whether a job would go on with the output of another one."""
+    told = self._told.get(job.name, {})
+    same = told.get("digest") == self._digests[job.name]
+    return job.resumes and not same and job.output.exists()
 
   def seconds(self, name: str) -> float:
     """What a job took so far."""
     return float(self._told.get(name, {}).get("seconds", 0.0))
 
+  def where(self, name: str) -> tuple[str, str]:
+    """The commit and the machine that a job last ran with."""
+    told = self._told.get(name, {})
+    return told.get("commit", ""), told.get("machine", "")
+
+  def begin(self, job: Job) -> None:
+    """Notes that a job is being run."""
+    self._note(job, self.seconds(job.name), done=False)
+
   def add(self, job: Job, seconds: float, *, done: bool) -> None:
     """Notes that a job ran so long, and whether it came to its end."""
-    before = self.seconds(job.name)
-    told = {"words": list(job.words), "seconds": round(before + seconds, 1), "done": done}
-    self._told[job.name] = told
+    self._note(job, self.seconds(job.name) + seconds, done=done)
+
+  def _note(self, job: Job, seconds: float, *, done: bool) -> None:
+    self._told[job.name] = {
+      "digest": self._digests[job.name],
+      "seconds": round(seconds, 1),
+      "done": done,
+      "commit": commit(),
+      "machine": processor(),
+    }
     write_json(self._path, self._told)
 
 
@@ -78,15 +141,42 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
   """Runs what has not ended yet, in the order given, as soon as what it needs has ended.
 
   Args:
-    jobs: all of them; each must resume if started again.
-    folder: of `jobs.json` and of the logs, `logs/NAME.log`.
-    workers: how many run at once.
+    jobs: all of them, each after what it needs.
+    folder: of `jobs.json`, of the logs, `logs/NAME.log`, and of all outputs.
+    workers: how many run at once, 1 or more.
     cores: of the processor, one for each worker to stay on; none: wherever the system likes.
 
   Raises:
-    InputError: some failed; all that does not need them was run.
+    InputError: some failed, and all that does not need them was run; or before anything is run,
+      another process is at work in the folder, or there are outputs of jobs as they were before.
   """
-  record = Record(folder)
+  with _alone(folder) as lock:
+    _run(jobs, folder, workers, cores, lock)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+  """Keeps others out of a folder while this process, or a command that it began, is at work."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "jobs.lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(
+        f"Others are at work in {folder}: this command, or a job that it left when it was killed. "
+        "Wait for them, or stop them."
+      ) from error
+    yield lock.fileno()
+
+
+def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], lock: int) -> None:
+  record = Record(folder, jobs)
+  if foreign := [job for job in jobs if record.is_foreign(job)]:
+    raise InputError(
+      f"{len(foreign)} of the jobs have changed since they were begun: "
+      f"{', '.join(str(job.output) for job in foreign)}. Move these away to run them and all that "
+      "needs them anew, or give another folder."
+    )
   waiting = [job for job in jobs if not record.is_done(job)]
   kept = len(jobs) - len(waiting)
   if kept:
@@ -104,7 +194,8 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
           for job in _ready(waiting, running, failed, len(free)):
             waiting.remove(job)
             core = free.pop(0)
-            running[job.name] = _Running(job, folder, core, cores[core : core + 1], compiled)
+            record.begin(job)
+            running[job.name] = _Running(job, folder, core, cores[core : core + 1], compiled, lock)
           if not running:
             break  # what is left needs what failed
           time.sleep(_PAUSE)
@@ -136,7 +227,15 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
 class _Running:
   """A job's process."""
 
-  def __init__(self, job: Job, folder: Path, worker: int, cores: Collection[int], compiled: str):
+  def __init__(
+    self,
+    job: Job,
+    folder: Path,
+    worker: int,
+    cores: Collection[int],
+    compiled: str,
+    lock: int,
+  ):
     self.job, self.worker = job, worker
     self.log = folder / "logs" / f"{job.name}.log"
     self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +248,7 @@ class _Running:
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=(lock,),
         # What one has compiled the others need not; not kept, for the next machine may be another.
         env={"JAX_COMPILATION_CACHE_DIR": compiled, **TUNABLES, **os.environ},
       )

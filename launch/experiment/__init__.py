@@ -1,0 +1,1 @@
+"""Experiments of many trainings and evaluations: their jobs, results and pages."""
