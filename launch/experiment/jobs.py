@@ -78,7 +78,8 @@ def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
   for job in jobs:
     if job.name in found or not {*job.needs} <= {*found}:
       raise ValueError(f"{job.name} is there twice, or before one of {', '.join(job.needs)}.")
-    words = [word.replace(str(folder), ".") for word in job.words]
+    # A configuration's file may lie elsewhere too; what it says is the job's content.
+    words = [w.replace(str(folder), ".") for w in job.words if not w.startswith("--config=")]
     told = json.dumps([words, job.content, [found[name] for name in job.needs]])
     found[job.name] = hashlib.sha256(told.encode()).hexdigest()[:16]
   return found
