@@ -1,17 +1,23 @@
-r"""Compiles a step ahead of time for a TPU slice, on any CPU machine, and says what it would take.
+r"""Compiles a step ahead of time for TPUs or GPUs, on any CPU machine, and says what it would take.
 
   python -m launch.compile --config=configs/lightningdit_xl_64ep.py --topology=v5e:4x4 --search
   python -m launch.compile --config=configs/vavae_f16d32.py --topology=v5p:2x2x4
   python -m launch.compile --config=configs/lightningdit_xl_64ep.py --topology=v5e:2x4 --what=sample
+  python -m launch.compile --config=configs/lightningdit.py:XL/1 --topology=h200:8 --kernels=20
   python -m launch.compile --all --output=docs/tpu.json
 
-Needs the extra [tpu] (libtpu) and no TPU. The plan: whether the program fits into the chips' memory
-and what of it the parts take; how much the devices tell each other; FLOPs by count; hours at
---mfu. --what=train takes the whole training step; sample the sampling of latents, without the
-decoder; encode the encoding of pictures and their mirror images. Where it does not fit, --search
-tries in turn to shard the state over all chips (fsdp), to go through the batch in parts
-(accumulate_steps), and to compute activations again (use_checkpoint), and gives the first that
-fits. --all makes the table of docs/tpu.md, and goes on with one that was begun.
+Needs the extra [tpu] (libtpu) or [cuda] (jax's CUDA plugin), and no TPU or GPU. The plan: whether
+the program fits into the chips' memory and what of it the parts take; how much the devices tell
+each other; FLOPs by count; hours at --mfu. --what=train takes the whole training step; sample the
+sampling of latents, without the decoder; encode the encoding of pictures and their mirror images.
+Where it does not fit, --search tries in turn to shard the state over all chips (fsdp), to go
+through the batch in parts (accumulate_steps), and to compute activations again (use_checkpoint),
+and gives the first that fits. --all makes the table of docs/tpu.md, and goes on with one that was
+begun.
+
+Of a program for GPUs it also tells what its kernels read and write, how long that takes at the rate
+of the data sheet, and with --kernels which of them move most: kernels tuned on the device may be
+others, but not what they have to move.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import configs.base
 import vavae_jax.training
 from launch import programs, trained
-from launch.engine import configuration, console, flops, hardware, hlo, slices
+from launch.engine import configuration, console, flops, hardware, hlo, kernels, slices
 from launch.engine.circumstances import circumstances
 from vavae_jax import functional, stages
 from vavae_jax.errors import InputError
@@ -78,6 +84,8 @@ class Plan:
     hours: for all runs, at the stated share of the chips' peak; 0 where it does not fit.
     images_per_second: likewise.
     compile_seconds: here.
+    kernels: of a GPU, alike ones together, those that move most first.
+    bandwidth: of a GPU's memory, bytes/s.
   """
 
   settings: Settings
@@ -92,6 +100,21 @@ class Plan:
   hours: float
   images_per_second: float
   compile_seconds: float
+  kernels: list[kernels.Kernel]
+  bandwidth: float = 0.0
+
+  @property
+  def moved(self) -> int:
+    """Bytes that a device's kernels read and write in one run."""
+    return sum(x.runs * x.bytes for x in self.kernels)
+
+  def to_dict(self) -> dict[str, Any]:
+    """For a JSON file."""
+    return dataclasses.asdict(self) | {
+      "traffic": {kind: t._asdict() for kind, t in self.traffic.items()},
+      "kernels": [x._asdict() for x in self.kernels],
+      "moved": self.moved,
+    }
 
 
 def _bytes_of_one_device(tree: Any) -> int:
@@ -147,7 +170,7 @@ def plan(
     mesh=f"{devices.shape['data']} x {devices.shape['fsdp']}",
     fits=compiled is not None,
     needed=_told_bytes(refused),
-    available=hardware.tpu_memory(devices),
+    available=hardware.memory(devices),
     parts={name: _bytes_of_one_device(tree) for name, tree in program.parts.items()},
     traffic={},
     flops=one_run,
@@ -155,6 +178,7 @@ def plan(
     hours=0.0,
     images_per_second=0.0,
     compile_seconds=time.perf_counter() - began,
+    kernels=[],
   )
   if compiled is None:
     return result
@@ -168,7 +192,15 @@ def plan(
     + sum(result.parts[name] for name in ("temporary", "program"))
   )
   result.parts["other"] = int(result.needed) - sum(result.parts.values())
-  result.traffic = hlo.collectives(compiled.as_text())
+  text = compiled.as_text()
+  result.traffic = hlo.collectives(text)
+  if topology.partition(":")[0] in slices.GPUS:
+    # Its compiler makes programs that do not fit, too.
+    result.fits = result.needed <= result.available
+    result.kernels = kernels.grouped(kernels.kernels(text))
+    result.bandwidth = hardware.bandwidth(devices)
+  if not result.fits:
+    return result
   result.hours = seconds / 3600
   result.images_per_second = program.runs * program.images / seconds
   return result
@@ -271,8 +303,8 @@ def _told(settings: Settings) -> str:
   return " ".join(f"--config.{key}={value}" for key, value in settings.items()) or "as given"
 
 
-def show(topology: str, what: str, found: list[Plan], mfu: float) -> None:
-  """Prints the plans of one configuration on one slice."""
+def show(topology: str, what: str, found: list[Plan], mfu: float, largest: int = 0) -> None:
+  """Prints the plans of one configuration on one slice, and so many kernels."""
   chosen = found[-1]
   if len(found) > 1:
     tried = [
@@ -300,11 +332,27 @@ def show(topology: str, what: str, found: list[Plan], mfu: float) -> None:
       f"{chosen.computed / 1e12:.2f} with what is computed again",
     ),
   ]
+  if chosen.kernels:
+    launched = sum(x.runs for x in chosen.kernels)
+    milliseconds = 1e3 * chosen.moved / chosen.bandwidth
+    rows.append(
+      (
+        "kernels",
+        f"{launched:,} move {_gib(chosen.moved)} GiB: {milliseconds:.1f} ms at "
+        f"{chosen.bandwidth / 1e12:g} TB/s",
+      )
+    )
   if chosen.fits:
     rows.append((f"at {mfu:.0%} of the peak", f"{chosen.images_per_second:,.0f} images/s"))
     rows.append(("all of it", f"{chosen.hours:,.1f} hours"))
   rows.append(("compiled in", f"{chosen.compile_seconds:.0f} s"))
   console.table(f"{what} on {topology}", ("", ""), rows)
+  if largest:
+    cells = [
+      (x.name, f"{x.runs:,}", f"{x.bytes / 2**20:,.1f}", _gib(x.runs * x.bytes), x.operation)
+      for x in chosen.kernels[:largest]
+    ]
+    console.table("The kernels that move most", ("kernel", "runs", "MiB", "GiB", "of"), cells)
   if not chosen.fits and len(found) == 1:
     console.say("--search looks for settings that fit.")
 
@@ -392,13 +440,10 @@ def main(argv: list[str]) -> None:
   ):
     found.append(one)
     console.say(f"{_told(one.settings)}: {'fits' if one.fits else 'does not fit'}")
-  show(FLAGS.topology, FLAGS.what, found, FLAGS.mfu)
+  show(FLAGS.topology, FLAGS.what, found, FLAGS.mfu, FLAGS.kernels)
   if FLAGS.output:
-    plans_of = [
-      dataclasses.asdict(one) | {"traffic": {kind: t._asdict() for kind, t in one.traffic.items()}}
-      for one in found
-    ]
-    write_json(Path(FLAGS.output), {**circumstances(), "mfu": FLAGS.mfu, "plans": plans_of})
+    told = {**circumstances(), "mfu": FLAGS.mfu, "plans": [one.to_dict() for one in found]}
+    write_json(Path(FLAGS.output), told)
     console.say(f"written to {FLAGS.output}")
 
 
@@ -409,6 +454,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("topology", "v5e:4x4", "The slice: chip and chips along each axis.")
   flags.DEFINE_enum("what", "train", ("train", "sample", "encode"), "Which program.")
   flags.DEFINE_boolean("search", False, "Look for settings that fit where it does not.")
+  flags.DEFINE_integer("kernels", 0, "Of GPUs: show so many, those that move most.", 0)
   flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak for the hours.", lower_bound=0.01)
   flags.DEFINE_integer(
     "num_images", 0, "Of an epoch or to encode, 0: ImageNet's; to sample, 0: 50,000.", 0

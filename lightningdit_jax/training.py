@@ -30,6 +30,7 @@ from vavae_jax.optimizer import (
   start_emas,
   update_emas,
 )
+from vavae_jax.sharding import platform
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
@@ -65,7 +66,7 @@ def build_model(config: FrozenConfigDict) -> functional.Build:
 def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> LightningDiT:
   dtype = dtype or config.dtype
   kwargs = config.model.to_dict()
-  if dtype != "bfloat16" or jax.default_backend() != "gpu":
+  if dtype != "bfloat16" or platform() != "gpu":
     # What was trained with the fused kernel is also sampled in float32 and on other devices;
     # `check_model` refuses to train so.
     kwargs["attention"] = "xla"

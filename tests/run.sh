@@ -11,7 +11,7 @@ cd "$root"
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
 # Compiling for TPUs takes libtpu. It lies apart: where it is installed, jax looks for a TPU.
-marks="not torch and not gpu and not tpu_aot"
+marks="not torch and not gpu and not cuda_aot and not tpu_aot"
 if [ "$(uname -sm)" = "Linux x86_64" ]; then
   wanted=$("$venv/bin/python" -c '
 import importlib.metadata
@@ -23,7 +23,7 @@ print(next(x.split(";")[0] for x in importlib.metadata.requires("jax") if x.star
     echo "$wanted" >"$venv/libtpu/wanted"
   fi
   export TPU_LIBRARY_PATH=$venv/libtpu/libtpu/libtpu.so
-  marks="not torch and not gpu"
+  marks="not torch and not gpu and not cuda_aot"
 fi
 # The tests compare with float32 numbers of a CPU, and make devices of their own.
 exec env JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 
 import jax
@@ -12,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch import compile as planning
-from launch.engine import flops, hlo, slices
+from launch.engine import flops, hlo, kernels, slices
 from lightningdit_jax import training
 from vavae_jax.errors import InputError
 
@@ -90,6 +91,61 @@ def test_collectives_count_as_often_as_they_run():
   }
 
 
+KERNELS = """
+HloModule step
+
+%slice (p0: f32[28,8,16], p1: s32[]) -> f32[8,16] {
+  %p0 = f32[28,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %all = f32[28,8,16]{2,1,0} bitcast(%p0)
+  %one = f32[1,8,16]{2,1,0} dynamic-slice(%all, %p1, %p1, %p1), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%one)
+}
+
+%update (p0: bf16[28,4], p1: bf16[1,4], p2: s32[]) -> bf16[28,4] {
+  %p0 = bf16[28,4]{1,0} parameter(0)
+  %p1 = bf16[1,4]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %set = bf16[28,4]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%body (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
+  %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %w = f32[28,8,16]{2,1,0} get-tuple-element(%t), index=1
+  %kept = bf16[28,4]{1,0} get-tuple-element(%t), index=2
+  %fusion.1 = f32[8,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice, metadata={op_name="a"}
+  %new = bf16[1,4]{1,0} custom-call(%fusion.1), custom_call_target="f", metadata={op_name="f/g"}
+  %fusion.2 = bf16[28,4]{1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%update
+  ROOT %next = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) tuple(%i, %w, %fusion.2)
+}
+
+%condition (t: (s32[], f32[28,8,16], bf16[28,4])) -> pred[] {
+  %limit = s32[] constant(3)
+}
+
+ENTRY %main (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
+  %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) while(%t), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"28"}}
+}
+""".replace("\\\n", "")
+
+
+def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
+  read, called, written = kernels.kernels(KERNELS)
+  # The slice is read and written; the scalar index is read.
+  assert read == kernels.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
+  assert called == kernels.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
+  assert written == kernels.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)
+  alike = [kernels.Kernel(f"gemm.{i}", "dot", 2, 10) for i in range(3)]
+  other = kernels.Kernel("gemm.9", "dot", 1, 100)
+  assert kernels.grouped([*alike, other]) == [
+    kernels.Kernel("gemm", "dot", 1, 100),
+    kernels.Kernel("gemm", "dot", 6, 10),
+  ]
+
+
 def test_remedies_go_from_the_cheapest_and_divide_the_batch():
   config = configs.base.diffusion()
   config.batch_size = 128
@@ -99,9 +155,9 @@ def test_remedies_go_from_the_cheapest_and_divide_the_batch():
   assert tried[-1]["model.remat_policy"] == "full"
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "v5e:4by4", "4x4"])
+@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "v5e:4by4", "4x4", "h200", "h200:2x2x2"])
 def test_a_slice_that_is_none_is_refused(topology):
-  with pytest.raises(InputError, match=f"--topology is '{topology}'.*v5e:4x4"):
+  with pytest.raises(InputError, match=f"--topology is '{topology}'.*v5e:4x4.*h200:8"):
     slices.make_mesh(topology)
 
 
@@ -109,6 +165,34 @@ def test_a_program_of_another_task_is_refused(command):
   done = command("launch.compile", "--config=configs/vavae_f16d32.py", "--what=sample")
   assert done.returncode == 2
   assert "--what=sample is not of a tokenizer; there are train, encode" in done.stderr
+
+
+def test_without_the_plugin_it_is_told_what_to_install():
+  if importlib.util.find_spec("jax_cuda13_plugin"):
+    pytest.skip("the plugin is here")
+  with pytest.raises(InputError, match=r"pip install -e '\.\[cuda\]'"):
+    slices.make_mesh("h200:8")
+
+
+@pytest.mark.cuda_aot
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attention):
+  done = command(
+    *("launch.compile", "--config=configs/lightningdit.py:XL/1", "--topology=h200:8"),
+    *("--config.batch_size=256", f"--config.model.attention={attention}"),
+    f"--output={tmp_path / 'plan.json'}",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+  assert plan["fits"]
+  names = {kernel["name"] for kernel in plan["kernels"]}
+  assert ("dot_product_attention_bwd" in names) == (attention == "cudnn")
+  # The work of the products, whichever kernel does them; cuDNN computes the logits again.
+  assert plan["flops"] == pytest.approx(32 * 0.712e12, rel=0.03)
+  # Gradients are summed, in the dtype of the products, and nothing is gathered.
+  assert plan["traffic"]["all-reduce"]["bytes"] == pytest.approx(2 * 675e6, rel=0.01)
+  assert "all-gather" not in plan["traffic"]
 
 
 @pytest.mark.tpu_aot

@@ -52,6 +52,12 @@ def gather(weights: T, dtype: jax.typing.DTypeLike) -> T:
   return jax.tree.map(lambda x: whole(x.astype(dtype) if x.ndim >= 2 else x), weights)
 
 
+def platform() -> str:
+  """Of the mesh's devices, such as "gpu", also of ones that are not here; or of jax's default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   if set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
     return jax.lax.with_sharding_constraint(x, spec)

@@ -14,6 +14,9 @@ import jax.extend
 
 from lightningdit_jax.dense import dense_p
 
+# Matrix products of jax's cuDNN attention; backward, the logits are computed again.
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def count(jaxpr: Any) -> float:
   """FLOPs, 2 a multiply-add.
@@ -45,6 +48,10 @@ def _of(equation: Any) -> float:
     # Zeros between the pixels of a dilated input are multiplied with nothing.
     spread = math.prod(params["lhs_dilation"])
     return 2.0 * per_output / spread * math.prod(equation.outvars[0].aval.shape)
+  if name in CUDNN_PRODUCTS:
+    batch, queries, heads, size = equation.invars[0].aval.shape
+    keys = equation.invars[1].aval.shape[1]
+    return 2.0 * CUDNN_PRODUCTS[name] * batch * heads * queries * keys * size
   inner = [
     count(x) for x in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)
   ]

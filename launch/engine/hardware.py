@@ -56,13 +56,21 @@ def prepare() -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(PROGRAMS))
 
 
-# GiB that a program can have of one TPU device, as the compiler says when it refuses one.
-TPU_MEMORY = {
+# GiB that a program can have of one device: of TPUs as the compiler says when it refuses one; of
+# GPUs 0.95 of the memory, which XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives instead of 0.75.
+MEMORY = {
   "TPU v4": 30.75,
   "TPU v5 lite": 15.75,
   "TPU v5": 95.74,
   "TPU v6 lite": 31.25,
   "TPU7x": 94.75,
+  "NVIDIA H100": 70.8,
+  "NVIDIA H200": 124.7,
+}
+# Bytes/s of a device's memory, by the makers' data sheets.
+BANDWIDTH = {
+  "NVIDIA H100": 3.35e12,
+  "NVIDIA H200": 4.8e12,
 }
 
 
@@ -71,9 +79,14 @@ def peak_flops(mesh: Mesh) -> float:
   return _of_kind(PEAK_FLOPS, mesh.devices.flat[0].device_kind) * mesh.size
 
 
-def tpu_memory(mesh: Mesh) -> float:
-  """Bytes that a program can have of one device of a TPU mesh; 0 where the kind is not known."""
-  return _of_kind(TPU_MEMORY, mesh.devices.flat[0].device_kind) * 2**30
+def memory(mesh: Mesh) -> float:
+  """Bytes that a program can have of one device of a mesh; 0 where the kind is not known."""
+  return _of_kind(MEMORY, mesh.devices.flat[0].device_kind) * 2**30
+
+
+def bandwidth(mesh: Mesh) -> float:
+  """Bytes/s of the memory of one device of a mesh; 0 where the kind is not known."""
+  return _of_kind(BANDWIDTH, mesh.devices.flat[0].device_kind)
 
 
 def _of_kind(table: dict[str, float], kind: str) -> float:

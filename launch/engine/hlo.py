@@ -6,6 +6,7 @@ often it runs, which for a scan is the constant its condition compares with.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -22,6 +23,7 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
@@ -43,18 +45,18 @@ def collectives(text: str) -> dict[str, Traffic]:
   Returns:
     Kind -> what of it there is; bytes are of the results on one device, all runs together.
   """
-  bodies, entry = _computations(text)
-  times = _times(bodies, entry)
+  bodies, entry = computations(text)
+  runs_of = times(bodies, entry)
   # One operation may stand in several computations: pieces of it run beside others' work.
   found: dict[tuple[str, str], tuple[int, int]] = {}
   for name, lines in bodies.items():
     for line in lines:
       match = _COLLECTIVE.search(line)
-      if not match or not times.get(name):
+      if not match or not runs_of.get(name):
         continue
       channel = _CHANNEL.search(line)
       key = (match[2], channel[1] if channel else line.split(" = ")[0].strip())
-      here = (times[name], _result_bytes(match[1], match[2], starts=bool(match[3])))
+      here = (runs_of[name], _result_bytes(match[1], match[2], starts=bool(match[3])))
       found[key] = max(found.get(key, (0, 0)), here)
   sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
   for (kind, _), (runs, size) in found.items():
@@ -63,7 +65,7 @@ def collectives(text: str) -> dict[str, Traffic]:
   return {kind: Traffic(*sums[kind]) for kind in KINDS if kind in sums}
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
   """The lines of each computation by its name, and the name of the one that begins."""
   bodies: dict[str, list[str]] = {}
   entry, current = "", ""
@@ -78,39 +80,45 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+def times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
   """How often each computation runs in one run of the program."""
-  times: dict[str, int] = defaultdict(int)
+  found: dict[str, int] = defaultdict(int)
 
   def visit(name: str, factor: int) -> None:
-    if factor <= times[name]:
+    if factor <= found[name]:
       return  # been here, from where it runs as often
-    times[name] = factor
+    found[name] = factor
     for line in bodies.get(name, ()):
-      loop = _LOOP.search(line)
-      count = _trips(bodies.get(loop[1], [])) if loop else 1
+      count = _trips(line, bodies)
       for match in _CALLED.finditer(line):
         for called in (match[1] or match[2]).split(","):
           visit(called.strip().lstrip("%"), factor * count)
 
   visit(entry, 1)
-  return times
+  return found
 
 
-def _trips(condition: list[str]) -> int:
-  """How often a loop runs: the constant that its counter is compared with, or 1."""
-  numbers = [int(number) for line in condition for number in _CONSTANT.findall(line)]
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+  """How often a loop runs: what XLA notes, or the constant that its counter is compared with."""
+  loop = _LOOP.search(line)
+  if not loop:
+    return 1
+  if noted := _NOTED.search(line):
+    return int(noted[1])
+  numbers = [int(x) for told in bodies.get(loop[1], []) for x in _CONSTANT.findall(told)]
   return max(numbers, default=1)
 
 
+def sizes(shapes: str, scalars: bool = True) -> list[int]:
+  """Bytes of each array in the text of a shape, or of a tuple of them."""
+  return [
+    math.prod(int(dim) for dim in dims.split(",") if dim) * _BYTES.get(dtype, 4)
+    for dtype, dims in _SHAPE.findall(shapes)
+    if scalars or dims
+  ]
+
+
 def _result_bytes(shapes: str, kind: str, starts: bool) -> int:
-  sizes = []
-  for dtype, dims in _SHAPE.findall(shapes):
-    if starts and not dims:
-      continue  # a counter of an asynchronous operation
-    elements = 1
-    for dim in filter(None, dims.split(",")):
-      elements *= int(dim)
-    sizes.append(elements * _BYTES.get(dtype, 4))
+  found = sizes(shapes, scalars=not starts)  # a scalar is a counter of an asynchronous operation
   # What starts one has its inputs before its results, but for an all-reduce.
-  return sum(sizes[len(sizes) // 2 :] if starts and kind != "all-reduce" else sizes)
+  return sum(found[len(found) // 2 :] if starts and kind != "all-reduce" else found)
