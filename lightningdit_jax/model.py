@@ -340,6 +340,7 @@ class LightningDiT(nnx.Module):
     self.use_rope = use_rope
     self.keeps = REMAT_POLICIES[remat_policy] if use_checkpoint else is_costly
     self.scan_unroll = scan_unroll
+    self.keeps_apart = use_checkpoint and scan_unroll >= depth
     self.dtype = dtype
 
     layers = Layers(use_rmsnorm, dtype, rngs)
@@ -407,8 +408,9 @@ class LightningDiT(nnx.Module):
       block = nnx.merge(graph, gather(weights_of_block, self.dtype))
       return pin_batch(block(x_BND, c_BD, rope)), None
 
-    # A scan keeps the recomputation from being merged away, so the barriers against that can go.
-    run_block = jax.checkpoint(run_block, prevent_cse=False, policy=self.keeps)
+    # A scan keeps the recomputation from being merged away, so the barriers against that can go;
+    # unrolled they stay where memory matters, and where it does not a merge is a gain.
+    run_block = jax.checkpoint(run_block, prevent_cse=self.keeps_apart, policy=self.keeps)
     x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=self.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)

@@ -70,6 +70,10 @@ def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> Lightni
     # What was trained with the fused kernel is also sampled in float32 and on other devices;
     # `check_model` refuses to train so.
     kwargs["attention"] = "xla"
+  if not kwargs["scan_unroll"]:
+    # There a scan copies what the backward pass needs into arrays of all blocks: a third of what is
+    # read and written in a step. TPUs write it in place.
+    kwargs["scan_unroll"] = kwargs["depth"] if platform() == "gpu" else 1
   return LightningDiT(**kwargs, dtype=jnp.dtype(dtype), rngs=rngs)
 
 

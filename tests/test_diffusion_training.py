@@ -16,8 +16,10 @@ from configs import base, quickstart
 from lightningdit_jax import checks, convert, sampling, training
 from tests import cases
 from tests.reference import procedural
+from vavae_jax import functional
 from vavae_jax.errors import InputError
 from vavae_jax.optimizer import make_optimizer, start_emas
+from vavae_jax.sharding import BATCH_AXES
 
 
 @pytest.mark.parametrize("name", ["dit_default", "dit_variant"])
@@ -232,3 +234,20 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
 def test_settings_that_cannot_work_are_refused_by_name(changes, message):
   with pytest.raises(InputError, match=message):
     training.check_model(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+  ("platform", "unroll", "attention"), [("cpu", 1, "xla"), ("tpu", 1, "xla"), ("gpu", 12, "cudnn")]
+)
+def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, attention):
+  """Also of devices that are not here, for which `launch.compile` traces it."""
+  config = base.diffusion("LightningDiT-B/1")
+  config.model.attention = "cudnn"
+  device = jax.sharding.AbstractDevice("kind", 1, platform)
+  mesh = jax.sharding.AbstractMesh((1, 1), BATCH_AXES, abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    model = functional.outline(training.build_model(FrozenConfigDict(config)), "config.model")
+    assert (model.scan_unroll, model.blocks.attn.implementation) == (unroll, attention)
+    config.model.scan_unroll = 3
+    model = functional.outline(training.build_model(FrozenConfigDict(config)), "config.model")
+    assert model.scan_unroll == 3

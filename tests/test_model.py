@@ -136,6 +136,7 @@ def test_positions_of_an_oblong_grid():
   [
     *({"use_checkpoint": True, "remat_policy": name} for name in REMAT_POLICIES),
     {"scan_unroll": 2},
+    {"scan_unroll": 2, "use_checkpoint": True},
   ],
 )
 def test_recomputing_and_unrolling_change_no_gradient(change):
