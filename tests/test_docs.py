@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import shlex
+import tarfile
 
+import numpy as np
 import pytest
 
 from configs import base
 from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
+from vavae_jax import sources
 
-PAGES = ("README.md", "docs/tutorial.md", "docs/tokenizer.md", "docs/data.md", "docs/evaluation.md")
+PAGES = (
+  "README.md",
+  *(
+    f"docs/{name}.md"
+    for name in ("tutorial", "tokenizer", "data", "evaluation", "dilemma", "performance")
+  ),
+)
 OWN_CONFIG = {"launch.dilemma": "configs/dilemma.py"}  # where none is given
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
@@ -42,7 +52,7 @@ def test_commands_of_the_documents_can_be_given(words):
       assert config is not None
       assert option.removeprefix("config.") in dict(flat(config.to_dict())), option
     else:
-      assert option in known | {"config"}, option
+      assert option in known | {"config", "help"}, option
   if config is not None and "task" in config:
     resolve(config, getattr(base, config.task)())
 
@@ -53,3 +63,31 @@ def test_the_keys_in_the_tutorial_exist():
   keys = re.findall(r"--config\.([\w.]+)", text)
   assert len(keys) > 10
   assert set(keys) <= set(known)
+
+
+def test_cifar10_becomes_zips_of_class_folders(tmp_path, monkeypatch):
+  """By the lines of docs/data.md, from files as its own page offers them."""
+  monkeypatch.chdir(tmp_path)
+  draw = np.random.default_rng(0)
+  records = draw.integers(0, 256, (2, 3, 3073), np.uint8)
+  records[:, :, 0] = [[0, 1, 1], [1, 0, 1]]
+  with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as archive:
+    for name, data in (
+      ("batches.meta.txt", b"airplane\ncar\n\n"),
+      ("data_batch_1.bin", records[0].tobytes()),
+      ("test_batch.bin", records[1].tobytes()),
+      ("readme.html", b"<html>"),
+    ):
+      member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+      member.size = len(data)
+      archive.addfile(member, io.BytesIO(data))
+  lines = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+  exec(lines[1], {})
+  for split, one in zip(("train", "test"), records, strict=True):
+    source = sources.open_source(f"zip:cifar10_{split}.zip")
+    assert source.class_names == ["airplane", "car"]
+    pictures = [source[i] for i in range(len(source))]
+    found = {picture["image"].tobytes(): picture["label"] for picture in pictures}
+    assert found == {
+      record[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes(): record[0] for record in one
+    }
