@@ -109,13 +109,23 @@ HloModule step
   ROOT %set = bf16[28,4]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
 }
 
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%called (p: f32[8,16]) -> bf16[1,4] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %least = f32[8]{0} reduce(%p), dimensions={1}, to_apply=%add
+  ROOT %new = bf16[1,4]{1,0} custom-call(%p), custom_call_target="f", metadata={op_name="f/g"}
+}
+
 %body (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
   %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%t), index=0
   %w = f32[28,8,16]{2,1,0} get-tuple-element(%t), index=1
   %kept = bf16[28,4]{1,0} get-tuple-element(%t), index=2
   %fusion.1 = f32[8,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice, metadata={op_name="a"}
-  %new = bf16[1,4]{1,0} custom-call(%fusion.1), custom_call_target="f", metadata={op_name="f/g"}
+  %new = bf16[1,4]{1,0} call(%fusion.1), to_apply=%called
   %fusion.2 = bf16[28,4]{1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%update
   ROOT %next = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) tuple(%i, %w, %fusion.2)
 }
@@ -133,9 +143,10 @@ body=%body, backend_config={"known_trip_count":{"n":"28"}}
 
 
 def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
-  read, called, written = kernels.kernels(KERNELS)
+  read, reduced, called, written = kernels.kernels(KERNELS)
   # The slice is read and written; the scalar index is read.
   assert read == kernels.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
+  assert reduced == kernels.Kernel("least", "reduce", 28, 8 * 16 * 4 + 8 * 4)
   assert called == kernels.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
   assert written == kernels.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)
   alike = [kernels.Kernel(f"gemm.{i}", "dot", 2, 10) for i in range(3)]

@@ -14,7 +14,7 @@ from launch.engine import hlo
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # They name memory and move none, or stand for computations that are counted themselves.
 _FREE = frozenset(
@@ -64,13 +64,13 @@ def kernels(text: str) -> list[Kernel]:
   """
   bodies, entry = hlo.computations(text)
   programs = {name: _parsed(lines) for name, lines in bodies.items()}
+  # What a kernel does inside; of a call, whose computation stands for kernels, it does not.
   inner = {
     called[1]
     for program in programs.values()
     for x in program.values()
-    if x.code == "fusion" and (called := _CALLS.search(x.attributes))
+    if x.code != "call" and (called := _CALLS.search(x.attributes))
   }
-  inner |= set(re.findall(r"to_apply=%?([\w.\-]+)", text))
   found = []
   for name, runs in hlo.times(bodies, entry).items():
     if name in inner or not runs:

@@ -174,9 +174,9 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
   record = Record(folder, jobs)
   if foreign := [job for job in jobs if record.is_foreign(job)]:
     raise InputError(
-      f"{len(foreign)} of the jobs have changed since they were begun: "
-      f"{', '.join(str(job.output) for job in foreign)}. Move these away to run them and all that "
-      "needs them anew, or give another folder."
+      f"{len(foreign)} outputs are there that are not of these jobs as they stand now, such as "
+      f"{', '.join(str(job.output) for job in foreign[:5])}: a configuration, a command or what "
+      "they need has changed. Move them away to make them anew, or give another folder."
     )
   waiting = [job for job in jobs if not record.is_done(job)]
   kept = len(jobs) - len(waiting)
