@@ -106,7 +106,7 @@ class Plan:
   @property
   def moved(self) -> int:
     """Bytes that a device's kernels read and write in one run."""
-    return sum(x.runs * x.bytes for x in self.kernels)
+    return kernels.moved(self.kernels)
 
   def to_dict(self) -> dict[str, Any]:
     """For a JSON file."""

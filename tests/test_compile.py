@@ -119,6 +119,16 @@ HloModule step
   ROOT %new = bf16[1,4]{1,0} custom-call(%p), custom_call_target="f", metadata={op_name="f/g"}
 }
 
+%cheap (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %kept = f32[8]{0} slice(%p), slice={[0:8]}
+}
+
+%dear (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %copied = f32[8,16]{1,0} copy(%p)
+}
+
 %body (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
   %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%t), index=0
@@ -126,6 +136,8 @@ HloModule step
   %kept = bf16[28,4]{1,0} get-tuple-element(%t), index=2
   %fusion.1 = f32[8,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice, metadata={op_name="a"}
   %new = bf16[1,4]{1,0} call(%fusion.1), to_apply=%called
+  %either = f32[8,16]{1,0} conditional(%i, %fusion.1, %fusion.1), true_computation=%cheap, \\
+false_computation=%dear
   %fusion.2 = bf16[28,4]{1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%update
   ROOT %next = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) tuple(%i, %w, %fusion.2)
 }
@@ -143,9 +155,10 @@ body=%body, backend_config={"known_trip_count":{"n":"28"}}
 
 
 def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
-  read, reduced, called, written = kernels.kernels(KERNELS)
+  read, copied, reduced, called, written = kernels.kernels(KERNELS)
   # The slice is read and written; the scalar index is read.
   assert read == kernels.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
+  assert copied == kernels.Kernel("copied", "copy", 28, 2 * 8 * 16 * 4)  # the larger branch
   assert reduced == kernels.Kernel("least", "reduce", 28, 8 * 16 * 4 + 8 * 4)
   assert called == kernels.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
   assert written == kernels.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)

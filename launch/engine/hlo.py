@@ -21,7 +21,7 @@ _BYTES = {
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -46,7 +46,7 @@ def collectives(text: str) -> dict[str, Traffic]:
     Kind -> what of it there is; bytes are of the results on one device, all runs together.
   """
   bodies, entry = computations(text)
-  runs_of = times(bodies, entry)
+  runs_of = _times(bodies, entry)
   # One operation may stand in several computations: pieces of it run beside others' work.
   found: dict[tuple[str, str], tuple[int, int]] = {}
   for name, lines in bodies.items():
@@ -80,7 +80,7 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
   """How often each computation runs in one run of the program."""
   found: dict[str, int] = defaultdict(int)
 
@@ -89,7 +89,7 @@ def times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
       return  # been here, from where it runs as often
     found[name] = factor
     for line in bodies.get(name, ()):
-      count = _trips(line, bodies)
+      count = trips(line, bodies)
       for match in _CALLED.finditer(line):
         for called in (match[1] or match[2]).split(","):
           visit(called.strip().lstrip("%"), factor * count)
@@ -98,7 +98,7 @@ def times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
   return found
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+def trips(line: str, bodies: dict[str, list[str]]) -> int:
   """How often a loop runs: what XLA notes, or the constant that its counter is compared with."""
   loop = _LOOP.search(line)
   if not loop:

@@ -7,20 +7,25 @@ an array that a loop keeps for all layers, only the layer that a kernel touches.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from launch.engine import hlo
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+# The computations of a call, of the branches of a condition, of a loop: its condition and body.
+_INNER = re.compile(
+  r"(?:calls|to_apply|condition|body|(?:true|false)_computation|branch_computations)="
+  r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-# They name memory and move none, or stand for computations that are counted themselves.
+# They name memory and move none.
 _FREE = frozenset(
   (
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "opt-barrier"),
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+    *("after-all", "partition-id", "replica-id", "opt-barrier"),
   )
 )
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
@@ -59,29 +64,34 @@ def kernels(text: str) -> list[Kernel]:
     text: of `compiled.as_text()` for a GPU, with one device's shapes.
 
   Returns:
-    All that run at least once. What a kernel writes and the next reads counts twice, though caches
-    may serve it.
+    All of them, of a condition those of the branch that moves most. What a kernel writes and the
+    next reads counts twice, though caches may serve it.
   """
   bodies, entry = hlo.computations(text)
   programs = {name: _parsed(lines) for name, lines in bodies.items()}
-  # What a kernel does inside; of a call, whose computation stands for kernels, it does not.
-  inner = {
-    called[1]
-    for program in programs.values()
-    for x in program.values()
-    if x.code != "call" and (called := _CALLS.search(x.attributes))
-  }
-  found = []
-  for name, runs in hlo.times(bodies, entry).items():
-    if name in inner or not runs:
-      continue
+
+  def within(name: str, runs: int) -> Iterator[Kernel]:
     for x in programs[name].values():
-      if x.code in _FREE or x.code.endswith("-done"):
-        continue
-      source = _OP_NAME.search(x.attributes)
-      moved = _moved(x, programs[name], programs)
-      found.append(Kernel(x.name, source[1] if source else x.code, runs, moved))
-  return sorted(found, key=lambda kernel: -kernel.runs * kernel.bytes)
+      found = (several or one for several, one in _INNER.findall(x.attributes))
+      called = [word.strip().lstrip("%") for words in found for word in words.split(",")]
+      if x.code == "while":
+        yield from within(called[-1], runs * hlo.trips(x.attributes, bodies))
+      elif x.code in ("call", "async-start"):
+        yield from within(called[0], runs)
+      elif x.code == "conditional":
+        yield from max((list(within(branch, runs)) for branch in called), key=moved)
+      elif x.code not in _FREE and not x.code.endswith(("-done", "-update")):
+        source = _OP_NAME.search(x.attributes)
+        yield Kernel(
+          x.name, source[1] if source else x.code, runs, _moved(x, programs[name], programs)
+        )
+
+  return sorted(within(entry, 1), key=lambda kernel: -kernel.runs * kernel.bytes)
+
+
+def moved(found: Iterable[Kernel]) -> int:
+  """Bytes that kernels read and write in one run of their program."""
+  return sum(x.runs * x.bytes for x in found)
 
 
 def grouped(found: Sequence[Kernel]) -> list[Kernel]:
