@@ -253,8 +253,9 @@ def experiment(size: str = "cifar") -> ConfigDict:
   )
   if size in ("emoji", "tiny"):
     config.update(source="embedded:emoji", test_source="")
-  if size == "emoji":  # the second set: whether it goes the same way
+  if size == "emoji":  # the second set, of 1,852 pictures: whether it goes the same way
     config.update(widths=(4, 32, 128), ablations=(), seeds=(0,), long=False, cells=1_500)
+    config.update(num_samples=5_000, curve_samples=1_000)
   if size == "gpu":
     config.update(num_samples=50_000, curve_samples=10_000, seeds=(0, 1, 2))
   if size == "tiny":
