@@ -203,14 +203,14 @@ def test_one_chain_of_jobs_runs_by_the_released_commands(environment, monkeypatc
   chain = [
     job
     for job in graph.jobs_of(config, tmp_path)
-    if job.name in ("judge", "reference") or ("plain/d4" in job.name and "seed1" not in job.name)
+    if job.name in ("judge", "reference") or ("aligned/d4" in job.name and "seed1" not in job.name)
   ]
   run(chain, tmp_path, 2)
   jobs = graph.jobs_of(config, tmp_path)
   page.write(config, tmp_path, jobs, tmp_path / "dilemma.md", "the command")
   row = next(
-    line for line in (tmp_path / "dilemma.md").read_text().splitlines() if "| plain | 4 |" in line
+    line for line in (tmp_path / "dilemma.md").read_text().splitlines() if "| aligned | 4 |" in line
   )
-  assert row.count(" - ") == 1  # no teacher, no cosine
+  assert row.count(" - ") == 0
   assert (tmp_path / "dilemma_samples.png").stat().st_size > 1_000
   assert (tmp_path / "dilemma_curves.png").stat().st_size > 1_000

@@ -23,8 +23,8 @@ NOTES = (
   "Validation MSE is the diffusion model's loss on held-out latents. It is of each latent space's "
   "own scale and compares with no other row. Density CV, Gini and entropy tell how evenly latents "
   "are spread (t-SNE, the mean of several; ± over those runs), effective dimensions over how many "
-  "directions. Teacher cosine is that of a latent's projection with the teacher's feature at the "
-  "end of training."
+  "directions. Teacher cosine is that of projected latents with the teacher's features, on "
+  "held-out pictures at the end of training."
 )
 
 

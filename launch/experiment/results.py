@@ -98,7 +98,7 @@ class Results:
     spread = uniformity.get("standard_deviation_over_runs", {})
     figures = self.read(f"reconstruction/{space}").get("figures", {})
     figures |= uniformity.get("figures", {}) | {f"{k}_std": v for k, v in spread.items()}
-    cosine = self.figure(f"tokenizer/{space}", "train/teacher_cosine")
+    cosine = self.figure(f"tokenizer/{space}", "reconstruction/teacher_cosine")
     losses = [self.figure(f"diffusion/{run}", "validation/mse") for run in runs]
     points = self.read(f"curve/{runs[0]}").get("points", [])
     return Space(
