@@ -27,7 +27,8 @@ def draw_frontier(
     return None
   figure, axes = plots.panels(1, 2 if changed else 1, size=(13 if changed else 7, 5))
   _draw_spaces(axes[0, 0], shown)
-  axes[0, 0].set(yscale="log", ylabel=f"{name}, lower is better")
+  _by_factors(axes[0, 0])
+  axes[0, 0].set(ylabel=f"{name}, lower is better")
   if changed:
     widest = max(space.width for space in shown)
     _draw_spaces(axes[0, 1], [s for s in shown if s.width == widest])
@@ -41,9 +42,17 @@ def draw_frontier(
       )
     axes[0, 1].legend(fontsize=8)
   for axis in axes[0]:
+    axis.margins(x=0.15)
     axis.set(xlabel="PSNR of held-out pictures (dB), higher is better")
     axis.grid(alpha=0.3, which="both")
   return plots.save(figure, path, dpi=110)
+
+
+def _by_factors(axis: Any) -> None:
+  """A logarithmic axis with its numbers written out."""
+  axis.set_yscale("log")
+  for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+    which("{x:g}")
 
 
 def _draw_spaces(axis: Any, spaces: Sequence[Space]) -> None:
@@ -75,7 +84,8 @@ def draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
         colour = COLOURS[space.variant.partition(",")[0]]
         style = "o-" if space.variant in MAIN else "o--"
         axis.plot(*zip(*space.steps, strict=True), style, color=colour, label=space.variant)
-    axis.set(title=f"{width} channels", xlabel="diffusion steps", yscale="log")
+    axis.set(title=f"{width} channels", xlabel="diffusion steps")
+    _by_factors(axis)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
   axes[0, 0].set_ylabel(name)
