@@ -58,6 +58,14 @@ def write(
   widest = [s for s in main if s.width == found.widest]
   others = [found.space(v, found.widest) for v in config.ablations]
   longer = [found.longer(v) for v in MAIN] if config.long else []
+  changed = [
+    f"At {found.widest} channels, with parts of the method or of the budget changed:",
+    "",
+    *_table([*widest, *others, *longer], name),
+    "",
+  ]
+  if not others and not longer:
+    changed = []
   page.parent.mkdir(parents=True, exist_ok=True)
   drawn = {
     "frontier": pictures.draw_frontier(main, others, name, _beside(page, "frontier")),
@@ -70,8 +78,8 @@ def write(
     *_judge(found),
     *_picture(
       drawn["frontier"],
-      f"{name} over PSNR. Left: arrows from plain to aligned at each width. Right: what was "
-      f"changed at {found.widest} channels, in a frame of its own",
+      f"{name} over PSNR, with arrows from plain to aligned"
+      + (f"; on the right what was changed at {found.widest} channels" if others else ""),
     ),
     f"Reconstruction of held-out pictures by the posterior's mode, and generation, {name} of "
     f"{config.num_samples:,} samples, lower is better; {_told_of_seeds(config)}. "
@@ -87,10 +95,7 @@ def write(
       f"Without guidance (left) and with it ({config.cfg_scale:g}, right): same labels in each "
       "row, and for the two tokenizers of a width the same noise",
     ),
-    f"At {found.widest} channels, with parts of the method or of the budget changed:",
-    "",
-    *_table([*widest, *others, *longer], name),
-    "",
+    *changed,
     *_made(found, command),
     END,
   ]
