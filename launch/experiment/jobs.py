@@ -130,7 +130,7 @@ class Record:
   def _note(self, job: Job, seconds: float, *, done: bool) -> None:
     self._told[job.name] = {
       "digest": self._digests[job.name],
-      "seconds": round(seconds, 1),
+      "seconds": round(seconds, 3),
       "done": done,
       "commit": commit(),
       "machine": processor(),
