@@ -30,6 +30,8 @@ NOTES = (
 
 def check(page: Path) -> None:
   """Raises InputError where a page cannot be written, before what it would show is made."""
+  if page.is_dir():
+    raise InputError(f"--page is {page}, a folder; give the name of a file in it.")
   _around(page)
   page.parent.mkdir(parents=True, exist_ok=True)
   if not os.access(page.parent, os.W_OK):
