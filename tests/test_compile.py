@@ -12,7 +12,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 import configs.base
-from launch import compile as planning
+from launch import planning
 from launch.engine import flops, hlo, kernels, slices
 from lightningdit_jax import training
 from vavae_jax.errors import InputError
@@ -136,7 +136,7 @@ HloModule step
   %kept = bf16[28,4]{1,0} get-tuple-element(%t), index=2
   %fusion.1 = f32[8,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice, metadata={op_name="a"}
   %new = bf16[1,4]{1,0} call(%fusion.1), to_apply=%called
-  %either = f32[8,16]{1,0} conditional(%i, %fusion.1, %fusion.1), true_computation=%cheap, \\
+  %either = f32[8,16]{1,0} conditional(%i, %fusion.1, %fusion.1), true_computation=%cheap, \
 false_computation=%dear
   %fusion.2 = bf16[28,4]{1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%update
   ROOT %next = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) tuple(%i, %w, %fusion.2)
@@ -151,7 +151,7 @@ ENTRY %main (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16
   ROOT %loop = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) while(%t), condition=%condition, \
 body=%body, backend_config={"known_trip_count":{"n":"28"}}
 }
-""".replace("\\\n", "")
+"""
 
 
 def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
@@ -218,6 +218,18 @@ def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attent
   # Gradients are summed, in the dtype of the products, and nothing is gathered.
   assert plan["traffic"]["all-reduce"]["bytes"] == pytest.approx(2 * 675e6, rel=0.01)
   assert "all-gather" not in plan["traffic"]
+
+
+@pytest.mark.parametrize(
+  ("words", "told"),
+  [
+    (("--kernels=5",), "--kernels is of GPUs, and --topology is v5e:4x4"),
+    (("--all", "--chips=v5e,v9", "--output=plans.json"), "--chips=v9 is none of v5e, v6e"),
+  ],
+)
+def test_options_that_mean_nothing_are_refused(command, words, told):
+  done = command("launch.compile", "--config=configs/lightningdit.py:B/1", *words)
+  assert (done.returncode, told in done.stderr) == (2, True)
 
 
 @pytest.mark.tpu_aot
