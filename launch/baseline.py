@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.engine import console
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
@@ -41,17 +42,16 @@ class Change(NamedTuple):
     return 1 - better / worse
 
 
-def ratios_of(result: dict[str, Any], config: str) -> list[Row]:
+def ratios_of(result: dict[str, Any]) -> list[Row]:
   """What a baseline keeps of the result of a benchmark.
 
   Args:
-    result: of `launch.benchmark`.
-    config: what it was of, as a person gives it on the command line.
+    result: of `launch.benchmark`; its "asked" is the configuration as a person gave it.
 
   Returns:
     A row for each measurement that has a ratio.
   """
-  told = {"config": config, "device": result["device"], "commit": result["commit"]}
+  told = {"config": result["asked"], "device": result["device"], "commit": result["commit"]}
   rows = []
   for row in result["rows"]:
     found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}
@@ -88,6 +88,26 @@ def changes(rows: list[Row], before: list[Row]) -> list[Change]:
     for ratio in RATIOS
     if ratio in row and ratio in known[_name(row)]
   ]
+
+
+def check(rows: list[Row], path: Path, tolerance: float) -> None:
+  """Shows what has changed against a baseline.
+
+  Raises:
+    InputError: a ratio is worse by more than the tolerance, or the baseline has none of them.
+  """
+  found = changes(rows, read(path))
+  if not found:
+    raise InputError(f"{path} has nothing of what was measured; --update={path} puts it there.")
+  cells = [
+    (x.name, x.ratio, console.number(x.before), console.number(x.now), f"{-x.loss:+.1%}")
+    for x in found
+  ]
+  console.table(f"against {path}", ("what", "ratio", "before", "now", "better by"), cells)
+  worse = [change for change in found if change.loss > tolerance]
+  if worse:
+    told = "; ".join(f"{x.ratio} of {x.name} by {x.loss:.1%}" for x in worse)
+    raise InputError(f"Worse than {path} by more than {tolerance:.0%}: {told}.")
 
 
 def _name(row: Row) -> str:

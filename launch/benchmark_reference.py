@@ -1,19 +1,20 @@
-"""The reference's training step in PyTorch, timed in turns with ours by `launch.benchmark`."""
+"""The PyTorch reference at work in a process of its own, in turns with ours."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from ml_collections import FrozenConfigDict
 
+import configs.base
 from vavae_jax.errors import InputError
 
 TORCH_SCRIPT = Path(__file__).parent / "benchmark_torch.py"
 # What the reference's constructor knows.
-TORCH_ARGUMENTS = (
+_LIGHTNINGDIT = (
   "input_size",
   "patch_size",
   "in_channels",
@@ -30,12 +31,115 @@ TORCH_ARGUMENTS = (
   "use_rmsnorm",
   "wo_shift",
 )
+_SAMPLE = ("num_steps", "method", "timestep_shift", "cfg_scale", "cfg_interval_start")
+_AUTOENCODER = ("z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")
+_LOSS = ("kl_weight", "disc_weight", "adaptive_vf", "pp_style", "perceptual_weight")
+_STAGE = ("vf_weight", "cos_margin", "distmat_margin")
 
 
-class TorchTraining:
-  """The reference's training in a process of its own, which waits while ours works."""
+class Checkouts(NamedTuple):
+  """Where the reference is, and what runs it.
 
-  def __init__(self, python: str, checkout: Path, config: FrozenConfigDict):
+  Attributes:
+    lightningdit: a checkout of hustvl/LightningDiT.
+    taming: one of CompVis/taming-transformers, which the tokenizer's losses need; "" without.
+    python: an interpreter with torch, numpy, einops, torchdiffeq, pillow; timm for tokenizers.
+    compiled: whether it compiles blocks, as the reference is published; False: eager.
+  """
+
+  lightningdit: Path
+  taming: str
+  python: str
+  compiled: bool
+
+  def check(self) -> None:
+    """Raises InputError where these are no checkouts."""
+    if not (self.lightningdit / "models" / "lightningdit.py").is_file():
+      raise InputError(
+        f"--reference is {self.lightningdit}, which has no models/lightningdit.py; give a checkout "
+        "of hustvl/LightningDiT."
+      )
+
+
+def job_of(checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int) -> Any:
+  """What the script is asked for.
+
+  Args:
+    checkouts: see there.
+    config: of a training, resolved.
+    what: as of `programs.of`.
+    images: of a batch.
+
+  Raises:
+    InputError: the reference has no such thing.
+  """
+  job = {
+    "work": f"{config.task} {what}",
+    "checkout": str(checkouts.lightningdit.absolute()),
+    "compile": checkouts.compiled,
+    "batch_size": images,
+  }
+  if config.task == "diffusion":
+    job["model"] = {name: config.model[name] for name in _LIGHTNINGDIT}
+    if what == "sample":
+      job["sample"] = {name: config.sample[name] for name in _SAMPLE}
+      return job | {"dtype": config.sample.dtype}
+    optimizer = config.optimizer
+    betas, decays = [optimizer.b1, optimizer.b2], list(optimizer.ema_decays)
+    rate = {"learning_rate": optimizer.learning_rate}
+    return job | rate | {"dtype": config.dtype, "betas": betas, "decays": decays}
+  model, side = config.model, {"image_size": config.data.image_size}
+  plain = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
+  if other := [name for name, value in plain.items() if model[name] != value]:
+    raise InputError(f"The reference's autoencoder has no config.model.{other[0]}.")
+  if what != "train":
+    ours = configs.base.tokenizer().model
+    fixed = ("ch", "num_res_blocks", "attn_resolutions")
+    if other := [name for name in fixed if model[name] != ours[name]]:
+      raise InputError(f"The reference's AutoencoderKL has config.model.{other[0]} as published.")
+    kind = "vavae" if model.decoder_attn_resolutions is None else "marvae"
+    arguments = {"embed_dim": model.embed_dim, "ch_mult": model.ch_mult, "model_type": kind}
+    return job | side | {"model": arguments}
+  return job | side | training_job(config, checkouts.taming)
+
+
+def training_job(config: FrozenConfigDict, taming: str) -> dict[str, Any]:
+  """The arguments of the reference's tokenizer training, in the last stage of ours.
+
+  Raises:
+    InputError: one that it does not have.
+  """
+  if not (Path(taming) / "taming" / "modules" / "losses" / "lpips.py").is_file():
+    raise InputError(
+      f"--taming is {taming!r}, which has no taming/modules/losses/lpips.py; give a checkout of "
+      "CompVis/taming-transformers, which the reference's losses need."
+    )
+  if config.data.image_size != 256 or config.teacher.name != "dinov2_vitl14":
+    raise InputError(
+      f"config.data.image_size={config.data.image_size} and config.teacher.name="
+      f"{config.teacher.name!r}; the reference trains tokenizers at 256 pixels, and beside ours "
+      "with dinov2_vitl14."
+    )
+  loss = {name: config.loss[name] for name in _LOSS}
+  loss |= {name: config.stages[name][-1] for name in _STAGE}
+  ends = {"double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+  return {
+    "taming": str(Path(taming).absolute()),
+    "embed_dim": config.model.embed_dim,
+    "ddconfig": {name: config.model[name] for name in _AUTOENCODER} | ends,
+    "loss": loss | {"disc_start": 0},
+    "learning_rate": config.optimizer.learning_rate,
+  }
+
+
+class Reference:
+  """The reference in a process that waits while ours works.
+
+  Attributes:
+    about: what it says of itself.
+  """
+
+  def __init__(self, python: str, job: Any):
     try:
       self._process = subprocess.Popen(
         [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -43,19 +147,11 @@ class TorchTraining:
     except OSError as error:
       raise InputError(f"--torch_python is {python}, which does not start: {error}.") from error
     self._to, self._from = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-    arguments = {
-      "checkout": str(checkout),
-      "model": {name: config.model[name] for name in TORCH_ARGUMENTS},
-      "batch_size": config.batch_size,
-      "learning_rate": config.optimizer.learning_rate,
-      "betas": [config.optimizer.b1, config.optimizer.b2],
-      "decays": list(config.optimizer.ema_decays),
-    }
-    self.about = self._ask(json.dumps(arguments))
+    self.about = self._ask(json.dumps(job))
 
-  def seconds(self) -> float:
-    """The time of one step."""
-    return self._ask("step")["seconds"]
+  def seconds(self) -> float | None:
+    """The time of its work, done once; None where it does not fit into the memory."""
+    return self._ask("again").get("seconds")
 
   def _ask(self, line: str) -> dict[str, Any]:
     try:
@@ -67,7 +163,8 @@ class TorchTraining:
     if not answer:
       raise InputError(
         "The reference in PyTorch has ended (its message is above); give --torch_python an "
-        "interpreter with torch, numpy and einops, and --reference a checkout of the reference."
+        "interpreter with torch, numpy, einops, torchdiffeq, pillow, and timm for tokenizers, "
+        "and --reference a checkout of the reference."
       )
     return json.loads(answer)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ import lightningdit_jax.training
 from configs import dilemma
 from launch import trained
 from launch.engine import configuration, console
+from launch.engine.circumstances import own_command
 from launch.evaluation import space
 from launch.experiment import graph, page
 from launch.experiment.jobs import run
@@ -100,8 +100,10 @@ def main(argv: list[str]) -> None:
   workdir = Path(FLAGS.workdir).absolute()
   jobs = graph.jobs_of(config, workdir)
   file = Path(FLAGS.page) if FLAGS.page else workdir / "dilemma.md"
-  page.check(file)
-  write_page = functools.partial(page.write, config, workdir, jobs, file, own_command())
+  page.REGION.check(file)
+  write_page = functools.partial(
+    page.write, config, workdir, jobs, file, own_command(("page", "page_only"))
+  )
   if not FLAGS.page_only:
     check_parts(config)
     workers, cores = _workers()
@@ -114,18 +116,6 @@ def main(argv: list[str]) -> None:
       raise
   write_page()
   console.table("Dilemma", ("what", "where"), [("page", str(file)), ("workdir", str(workdir))])
-
-
-def own_command() -> str:
-  """The command line that started this process, without what is of the page alone."""
-  words, given = [], iter(sys.argv[1:])
-  for word in given:
-    name, assigned, _ = word.lstrip("-").partition("=")
-    if name == "page" and not assigned:
-      next(given)
-    elif name not in ("page", "page_only", "nopage_only"):
-      words.append(word)
-  return shlex.join(["python", "-m", "launch.dilemma", *words])
 
 
 FLAGS = flags.FLAGS

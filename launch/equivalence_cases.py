@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 import lightningdit_jax.convert
-from launch import equivalence_training
+from launch import benchmark_reference, equivalence_training
 from launch.weights import Weights, recognise
 from lightningdit_jax import sampling, training
 from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
@@ -237,11 +237,6 @@ def tokenizer_training_case(settings: Settings) -> Case:
     raise InputError(
       f"--image_size is {settings.image_size}; the reference trains tokenizers at 256 pixels alone."
     )
-  if not (Path(settings.taming) / "taming" / "modules" / "losses" / "lpips.py").is_file():
-    raise InputError(
-      f"--taming is {settings.taming!r}, which has no taming/modules/losses/lpips.py; give a "
-      "checkout of CompVis/taming-transformers, which the reference's losses need."
-    )
   config = configs.base.tokenizer()
   config.model.update(autoencoder.preset(TRAINED[settings.model]))
   last = {name: column[-1:] for name, column in config.stages.items() if column}
@@ -253,18 +248,10 @@ def tokenizer_training_case(settings: Settings) -> Case:
   for i in range(settings.steps):
     inputs[f"image_{i}"] = draw.integers(256, size=shape, dtype=np.uint8)
     inputs[f"noise_{i}"] = draw.standard_normal(noise_shape, np.float32)
-  loss = {name: config.loss[name] for name in ("kl_weight", "disc_weight", "adaptive_vf")}
-  loss |= {name: last[name][0] for name in ("vf_weight", "cos_margin", "distmat_margin")}
-  architecture = ("z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")
   job = {
     "model": "tokenizer_training",
-    "taming": str(Path(settings.taming).absolute()),
-    "embed_dim": config.model.embed_dim,
-    "ddconfig": {name: config.model[name] for name in architecture}
-    | {"double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0},
-    "loss": loss | {"disc_start": 0},
-    "learning_rate": config.optimizer.learning_rate,
     "steps": settings.steps,
+    **benchmark_reference.training_job(FrozenConfigDict(config), settings.taming),
   }
   run = functools.partial(equivalence_training.run, FrozenConfigDict(config), settings.steps)
   # Softmax takes no notice of what all keys have in common.

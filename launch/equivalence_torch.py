@@ -10,9 +10,6 @@ timm); of modules that these import and do not need, empty ones stand in.
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import sys
 import types
@@ -23,14 +20,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import reference_torch
 import torch
-from benchmark_torch import load_reference
+from reference_torch import ABSENT, REPLACED, vgg16
 from torch import nn
 
 Arrays = dict[str, torch.Tensor]
 Named = Iterator[tuple[str, torch.Tensor]]
-# Imported for what is not needed here: downloads, progress bars, pictures, other models' operators.
-UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq", "scipy")
 TEACHERS = {
   "dinov2_vits14": "vit_small_patch14_dinov2",
   "dinov2_vitb14": "vit_base_patch14_dinov2",
@@ -48,58 +44,6 @@ TEACHERS = {
   "sam_vitb16": "samvit_base_patch16",
   "sam_vitl16": "samvit_large_patch16",
 }
-
-
-def loads(name: str) -> bool:
-  """Whether a module is there and works: torchvision without its operators raises RuntimeError."""
-  try:
-    importlib.import_module(name)
-  except (ImportError, RuntimeError):
-    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
-      del sys.modules[module]
-    return False
-  return True
-
-
-ABSENT = [name for name in UNNEEDED if not loads(name)]
-REPLACED = [
-  *(f"{name} (empty)" for name in ABSENT),
-  "pytorch_lightning (its module is PyTorch's)",
-  "fairscale, timm's two layers (of LightningDiT) and torchvision's VGG16 (written anew)",
-]
-
-
-class Empty(type):
-  """A class without content; what is asked of it is another."""
-
-  def __getattr__(cls, name: str) -> Any:
-    if name.startswith("__"):
-      raise AttributeError(name)
-    return Empty(name, (), {})
-
-
-class StandIn(types.ModuleType):
-  """A module in which every name is an empty class."""
-
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("__"):
-      raise AttributeError(name)
-    return Empty(name, (), {})
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-  """Finds the modules of `ABSENT`, and whatever is in them."""
-
-  def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-    if fullname.partition(".")[0] not in ABSENT:
-      return None
-    return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-  def create_module(self, spec: Any) -> types.ModuleType:
-    return StandIn(spec.name)
-
-  def exec_module(self, module: types.ModuleType) -> None:
-    pass
 
 
 @contextlib.contextmanager
@@ -120,21 +64,6 @@ def watched(model: nn.Module, classes: list[str], found: Arrays) -> Iterator[Non
   yield
   for handle in handles:
     handle.remove()
-
-
-def vgg16(pretrained: bool = True) -> nn.Module:
-  """torchvision's VGG16, its convolutions alone; the job gives the weights."""
-  del pretrained
-  layers: list[nn.Module] = []
-  channels = 3
-  for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
-    for width in widths:
-      layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-      channels = width
-    layers.append(nn.MaxPool2d(2, 2))
-  model = nn.Module()
-  model.features = nn.Sequential(*layers)
-  return model
 
 
 def load(model: nn.Module, job: dict[str, Any]) -> nn.Module:
@@ -175,7 +104,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
   """Forward, the reference's loss, its gradients, steps of AdamW, a trajectory."""
-  model = load(load_reference(job["checkout"])(**job["arguments"]), job)
+  model = load(reference_torch.lightningdit(job["checkout"])(**job["arguments"]), job)
   found: Arrays = {}
   latent, noise, t, label = (given[name] for name in ("latent", "noise", "t", "label"))
   with torch.no_grad(), watched(model, job["watch"], found), precision(job):
@@ -214,10 +143,7 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
 
 def autoencoder(job: dict[str, Any], given: Arrays) -> Named:
   """Moments of a picture's posterior, and the picture of its mean."""
-  sys.path.insert(0, job["checkout"])
-  from tokenizer.autoencoder import AutoencoderKL
-
-  model = load(AutoencoderKL(**job["arguments"]), job)
+  model = load(reference_torch.autoencoder(job["checkout"])(**job["arguments"]), job)
   found: Arrays = {}
   with torch.no_grad(), watched(model, job["watch"], found), precision(job):
     posterior = model.encode(given["image"])
@@ -251,12 +177,9 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
 
 def tokenizer_training(job: dict[str, Any], given: Arrays) -> Named:
   """Steps of the reference's own training_step: what it logs, gradients, what becomes of it all."""
-  model = load(_lightning_module(job), job).train()
+  model = load(reference_torch.tokenizer_training(job), job).train()
   model.loss.perceptual_loss.eval()  # without dropout
-  optimizers, _ = model.configure_optimizers()
   logged: dict[str, torch.Tensor] = {}
-  model.optimizers = lambda: optimizers
-  model.manual_backward = lambda loss: loss.backward()
   model.log = lambda *_, **__: None
   model.log_dict = lambda found, **_: logged.update(found)
   trained = {
@@ -288,31 +211,6 @@ TRAINED_BY_OPTIMIZERS = (
   "linear_proj.",
   "loss.discriminator.",
 )
-
-
-def _lightning_module(job: dict[str, Any]) -> nn.Module:
-  """The reference's AutoencoderKL of `vavae/`, whose files nothing is fetched for."""
-  import timm
-  import torchvision.models
-
-  create = timm.create_model
-  timm.create_model = lambda name, pretrained, **kwargs: create(
-    name.rpartition("/")[2].partition(".")[0], **kwargs
-  )
-  torchvision.models.vgg16 = vgg16
-  lightning: Any = types.ModuleType("pytorch_lightning")
-  lightning.LightningModule = nn.Module
-  sys.modules["pytorch_lightning"] = lightning
-  sys.path[:0] = [f"{job['checkout']}/vavae", job["taming"]]
-  from taming.modules.losses.lpips import LPIPS
-
-  LPIPS.load_from_pretrained = lambda self: None
-  from ldm.models.autoencoder import AutoencoderKL
-
-  loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": job["loss"]}
-  model = AutoencoderKL(job["ddconfig"], loss, job["embed_dim"], use_vf="dinov2", reverse_proj=True)
-  model.learning_rate = job["learning_rate"]
-  return model
 
 
 def inception(job: dict[str, Any], given: Arrays) -> Named:
@@ -390,7 +288,7 @@ MODELS = {
 
 def main() -> None:
   """The script."""
-  sys.meta_path.append(StandIns())
+  reference_torch.stand_in()
   job = json.loads(sys.stdin.readline())
   with np.load(job["inputs"]) as arrays:
     given = {name: torch.tensor(array) for name, array in arrays.items()}

@@ -21,12 +21,12 @@ from launch import trained
 from launch.encode import columns
 from launch.engine import loop, mesh
 from lightningdit_jax.training import sample_latents
-from vavae_jax import frozen, stages
+from vavae_jax import frozen, images, stages
 from vavae_jax.errors import InputError
 from vavae_jax.sharding import BATCH_AXES
 
-WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode")}
-ENCODED_PER_DEVICE = 64
+WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode")}
+CODED_PER_DEVICE = 64  # pictures
 
 
 class Program(NamedTuple):
@@ -64,14 +64,17 @@ def check(config: FrozenConfigDict, what: str) -> None:
     )
 
 
-def of(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> Program:
+def of(
+  config: FrozenConfigDict, devices: Mesh, what: str, num_images: int, coded: int = 0
+) -> Program:
   """One of the programs.
 
   Args:
     config: of a training, resolved.
     devices: to compile for.
     what: one of `WHAT[config.task]`.
-    num_images: to encode, or to sample.
+    num_images: to encode or decode, or to sample.
+    coded: a batch to encode or decode; 0: `CODED_PER_DEVICE`.
 
   Returns:
     The program, not traced yet.
@@ -83,7 +86,8 @@ def of(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> P
     return train_program(config, devices)
   if what == "sample":
     return sample_program(config, devices, num_images)
-  return encode_program(config, devices, ENCODED_PER_DEVICE * devices.size, num_images)
+  make = encode_program if what == "encode" else decode_program
+  return make(config, devices, coded or CODED_PER_DEVICE * devices.size, num_images)
 
 
 def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
@@ -149,6 +153,22 @@ def encode_program(
   batch["index"] = rows((batch_size,), jnp.int32, devices)
   parts = {"parameters": params, "batch": batch}
   return Program(jax.jit(run), (params, batch), parts, num_images / batch_size, batch_size)
+
+
+def decode_program(
+  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
+) -> Program:
+  """Decoding of latents to pictures of uint8, as `launch.sample` does behind its solver."""
+  mesh.check_batch_size(batch_size, devices)
+  params = _params(config, devices)
+  tokenizer = trained.Trained(Path(), config, 0, None)
+  z_BhwZ = rows((batch_size, *vavae_jax.training.latent_shape(config)), jnp.float32, devices)
+
+  def run(params: Any, z_BhwZ: jax.Array) -> jax.Array:
+    return images.to_uint8(trained.autoencoder(tokenizer, params).decode(z_BhwZ))
+
+  parts = {"parameters": params, "batch": z_BhwZ}
+  return Program(jax.jit(run), (params, z_BhwZ), parts, num_images / batch_size, batch_size)
 
 
 def _params(config: FrozenConfigDict, devices: Mesh) -> Any:

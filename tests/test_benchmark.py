@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import FrozenConfigDict
 
-from configs import lightningdit, quickstart
+from configs import lightningdit, quickstart, vavae_f16d32
 from launch import (
   baseline,
   benchmark,
   benchmark_reference,
+  benchmark_rows,
   benchmark_tokenizer,
   measuring,
   programs,
@@ -38,14 +40,17 @@ def measure(**changes):
     "batch_sizes": [8, 16],
     "attentions": ["xla"],
     "steps": 2,
-    "reference": None,
-    "torch_python": sys.executable,
   }
   return benchmark.benchmark(tiny(), **(settings | changes))
 
 
+def checkouts(folder, python=sys.executable):
+  return benchmark_reference.Checkouts(folder, "", python, compiled=False)
+
+
 def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
-  monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype: 1e9)
+  monkeypatch.setattr(benchmark_rows, "matmul_rate", lambda dtype: 1e9)
+  monkeypatch.setattr(benchmark_rows, "copy_rate", lambda: 1e3)
   result = measure()
   assert [row["batch_size"] for row in result["rows"]] == [8, 16]
   json.dumps(result)  # goes into a file
@@ -55,18 +60,23 @@ def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
     assert row["images_per_second"] == pytest.approx(speed)
     assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
     assert row["fastest"] <= row["seconds"]
+    least = row["least_gib"] * 2**30
+    assert least > 8 * 4 * training.macs_per_image(tiny().model) / 256  # AdamW and EMA, in and out
+    # So slow a copy bounds it.
+    assert row["share_of_ceiling"] == pytest.approx(least / 1e3 / row["seconds"])
+    assert row["share_of_ceiling"] > row["share_of_matmul"]
 
 
 def test_a_folder_without_the_reference_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"no models/lightningdit\.py"):
-    measure(reference=tmp_path)
+    measure(checkouts=checkouts(tmp_path))
 
 
 def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd):
   (tmp_path / "models").mkdir()
   (tmp_path / "models" / "lightningdit.py").write_text("raise ImportError('not here')\n")
   with pytest.raises(InputError, match="give --torch_python an interpreter with torch"):
-    measure(reference=tmp_path)
+    measure(checkouts=checkouts(tmp_path))
   assert "Error" in capfd.readouterr().err
 
 
@@ -74,7 +84,7 @@ def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
   (tmp_path / "models").mkdir()
   (tmp_path / "models" / "lightningdit.py").touch()
   with pytest.raises(InputError, match="--torch_python is /nowhere/python, which does not start"):
-    measure(reference=tmp_path, torch_python="/nowhere/python")
+    measure(checkouts=checkouts(tmp_path, "/nowhere/python"))
 
 
 def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
@@ -87,9 +97,9 @@ def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
     "for _ in sys.stdin: print('{\"seconds\": 0.5}', flush=True)\n"
   )
   monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
-  result = measure(reference=tmp_path, batch_sizes=[8])
-  (row,) = result["rows"]
-  assert result["torch"] == "3"
+  (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
+  assert row["torch"] == "3"
+  assert row["torch_images_per_second"] == 8 / 0.5
   assert row["times_torch"] == pytest.approx(0.5 / row["seconds"])
 
 
@@ -126,8 +136,8 @@ def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypa
 
 
 def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
-  monkeypatch.setattr(benchmark, "_arithmetic_seconds", lambda: 1.5)
-  monkeypatch.setattr(benchmark, "_fid_program", lambda devices: small(devices))
+  monkeypatch.setattr(benchmark_rows, "_arithmetic_seconds", lambda: 1.5)
+  monkeypatch.setattr(benchmark_rows, "_fid_program", lambda devices: small(devices))
 
   def small(devices):
     x = programs.rows((8, 16), jnp.float32, devices)
@@ -159,42 +169,47 @@ def test_a_step_is_measured_on_the_state_that_the_last_one_left():
   config = benchmark._resolved(tiny(), "train", 8, "xla")
   devices = mesh.make_mesh()
   program = programs.of(config, devices, "train", 1)
-  prepared = measuring.Prepared(program, devices, benchmark._fresh_state(config, devices))
+  prepared = measuring.Prepared(program, devices, benchmark_rows._fresh_state(config, devices))
   states = [prepared.run()[0] for _ in range(3)]
   assert int(states[-1].step) == 3
 
 
-def result(speed, memory=2.0, batch_size=8):
+def result(speed, memory=2.0, batch_size=8, asked="a.py:B"):
   row = {"what": "train", "attention": "xla", "batch_size": batch_size, "dtype": "float32"}
   row |= {"share_of_matmul": speed, "program_gib": memory, "seconds": 3.0}
-  return {"device": "1 x cpu", "commit": "abc", "rows": [row, {"what": "loader", "batch_size": 8}]}
+  return {
+    "asked": asked,
+    "device": "1 x cpu",
+    "commit": "abc",
+    "rows": [row, {"what": "loader", "batch_size": 8}],
+  }
 
 
 def test_a_baseline_keeps_ratios_alone_and_tells_what_is_worse(tmp_path):
   path = tmp_path / "baseline.json"
-  baseline.update(path, baseline.ratios_of(result(0.4), "a.py:B"))
-  baseline.update(path, baseline.ratios_of(result(0.3, batch_size=16), "a.py:B"))
-  baseline.update(path, baseline.ratios_of(result(0.5), "a.py:B"))  # in the place of the first
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  baseline.update(path, baseline.ratios_of(result(0.3, batch_size=16)))
+  baseline.update(path, baseline.ratios_of(result(0.5)))  # in the place of the first
   kept = baseline.read(path)
   assert [(row["batch_size"], row["share_of_matmul"]) for row in kept] == [(16, 0.3), (8, 0.5)]
   assert "seconds" not in kept[0]
-  slower, larger = baseline.changes(baseline.ratios_of(result(0.4, 1.6), "a.py:B"), kept)
+  slower, larger = baseline.changes(baseline.ratios_of(result(0.4, 1.6)), kept)
   assert (slower.ratio, larger.ratio) == ("share_of_matmul", "program_gib")
   assert slower.loss == pytest.approx(0.2)
   assert larger.loss == pytest.approx(-0.25)
-  assert not baseline.changes(baseline.ratios_of(result(0.1), "another.py"), kept)
+  assert not baseline.changes(baseline.ratios_of(result(0.1, asked="another.py")), kept)
 
 
 def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
   path = tmp_path / "baseline.json"
-  baseline.update(path, baseline.ratios_of(result(0.4), "a.py:B"))
-  now = baseline.ratios_of(result(0.35), "a.py:B")
-  benchmark._compared(now, path, 0.15)
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  now = baseline.ratios_of(result(0.35))
+  baseline.check(now, path, 0.15)
   assert "-12.5%" in capsys.readouterr().out
   with pytest.raises(InputError, match=r"by more than 10%: share_of_matmul of a\.py:B.* by 12\.5%"):
-    benchmark._compared(now, path, 0.1)
+    baseline.check(now, path, 0.1)
   with pytest.raises(InputError, match="nothing of what was measured"):
-    benchmark._compared(baseline.ratios_of(result(0.4), "b.py"), path, 0.1)
+    baseline.check(baseline.ratios_of(result(0.4, asked="b.py")), path, 0.1)
   path.write_text('{"rows": []}')
   with pytest.raises(InputError, match="no baseline that --update wrote"):
     baseline.read(path)
@@ -203,7 +218,51 @@ def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
 def test_counts_are_of_products_and_of_what_goes_in_and_out(monkeypatch):
   a, b = jax.ShapeDtypeStruct((6, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
   program = programs.Program(jax.jit(lambda a, b: a @ b), (a, b), {}, 1, 3)
-  monkeypatch.setattr(benchmark.programs, "of", lambda *_: program)
-  row = benchmark.count(benchmark._resolved(tiny(), "train", 8, "xla"), "train")
+  monkeypatch.setattr(benchmark_rows.programs, "of", lambda *_, **__: program)
+  row = benchmark_rows.count(benchmark._resolved(tiny(), "train", 8, "xla"), "train")
   assert row["tflop_per_image"] * 3e12 == pytest.approx(2 * 6 * 5 * 7)
   assert row["least_gib"] * 2**30 == pytest.approx(4 * 6 * 5 + 2 * 5 * 7 + 4 * 6 * 7)
+
+
+def test_sampling_is_charged_for_no_half_that_guidance_leaves_out():
+  config = tiny()
+  config.sample.update(num_steps=5, timestep_shift=0.0, cfg_scale=4.0, cfg_interval_start=0.4)
+  macs = training.macs_per_image(tiny().model)
+  # t = 0, 0.25, 0.5, 0.75: two below the start.
+  assert benchmark_rows._spared(FrozenConfigDict(config), 3) == 2 * macs * 3 * 2
+  config.sample.cfg_scale = 1.0
+  assert benchmark_rows._spared(FrozenConfigDict(config), 3) == 0
+
+
+def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
+  config = quickstart.tokenizer(tiny=True)
+  config.data.image_size = config.model.resolution = 32
+  frozen = benchmark._resolved(config, "decode", 4, "")
+  program = programs.of(frozen, mesh.make_mesh(), "decode", 1, coded=8)
+  (z,) = program.arguments[1:]
+  assert z.shape == (8, 2, 2, 48)
+  out = jax.eval_shape(program.function, *program.arguments)
+  assert (out.shape, out.dtype) == ((8, 32, 32, 3), jnp.uint8)
+
+
+def test_the_reference_is_asked_for_what_ours_does(tmp_path):
+  config = benchmark._resolved(tiny(), "sample", 8, "xla")
+  job = benchmark_reference.job_of(checkouts(tmp_path), config, "sample", 8)
+  assert job["work"] == "diffusion sample"
+  assert (job["batch_size"], job["dtype"], job["model"]["depth"]) == (8, "float32", 2)
+  assert job["sample"]["num_steps"] == config.sample.num_steps
+  json.dumps(job)
+  published = vavae_f16d32.get_config("d16,50ep")
+  coder = benchmark._resolved(published, "decode", 2, "")
+  job = benchmark_reference.job_of(checkouts(tmp_path), coder, "decode", 2)
+  assert job["model"] == {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "model_type": "vavae"}
+  with pytest.raises(InputError, match=r"no taming/modules/losses/lpips\.py"):
+    benchmark_reference.job_of(checkouts(tmp_path), coder, "train", 2)
+  published.model.ch = 64
+  with pytest.raises(InputError, match=r"has config\.model\.ch as published"):
+    benchmark_reference.job_of(
+      checkouts(tmp_path), benchmark._resolved(published, "encode", 2, ""), "encode", 2
+    )
+  toy = benchmark._resolved(quickstart.tokenizer(tiny=True), "encode", 2, "")
+  with pytest.raises(InputError, match=r"no config\.model\.patch_size"):
+    benchmark_reference.job_of(checkouts(tmp_path), toy, "encode", 2)

@@ -168,9 +168,9 @@ def test_the_page_shows_what_there_is_and_keeps_what_a_person_wrote(measured, tm
   assert second == f"before {first} after".replace("the command", "another command")
   file.write_text("a page of another kind")
   with pytest.raises(InputError, match="has no place for results"):
-    page.check(file)
+    page.REGION.check(file)
   with pytest.raises(InputError, match="a folder; give the name of a file"):
-    page.check(tmp_path)
+    page.REGION.check(tmp_path)
   with pytest.raises(InputError, match="has no place for results"):
     page.write(config, measured, jobs, file, "the command")
   assert file.read_text() == "a page of another kind"

@@ -9,9 +9,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
+from absl import flags
 
 
 def circumstances() -> dict[str, str]:
@@ -23,6 +25,22 @@ def circumstances() -> dict[str, str]:
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
   }
+
+
+def own_command(without: Collection[str]) -> str:
+  """The command line that started this process.
+
+  Args:
+    without: flags that are left out.
+  """
+  words, given = [], iter(sys.argv[1:])
+  for word in given:
+    name, assigned, _ = word.lstrip("-").partition("=")
+    if name not in without and name.removeprefix("no") not in without:
+      words.append(word)
+    elif not assigned and not flags.FLAGS[name.removeprefix("no")].boolean:
+      next(given)
+  return shlex.join(["python", "-m", f"launch.{Path(sys.argv[0]).stem}", *words])
 
 
 def processor() -> str:

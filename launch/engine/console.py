@@ -140,6 +140,11 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
     console.print(grid)
 
 
+def number(value: float) -> str:
+  """A number of three digits, or whole with commas."""
+  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def printable(text: str) -> str:
   """The text without what would steer a terminal; names in files come from strangers."""
   return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -36,6 +36,21 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
 
 
+def use(count: int) -> None:
+  """Confines this process to so many devices, of a CPU virtual ones, before any has been asked for.
+
+  Raises:
+    InputError: there are not so many.
+  """
+  jax.config.update("jax_num_cpu_devices", count)
+  jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(count))))
+  if jax.device_count() != count:
+    raise InputError(
+      f"--devices is {count}, but there are {jax.device_count()} of {jax.default_backend()}; GPUs "
+      "and virtual devices of CPUs can be chosen, others are used together."
+    )
+
+
 def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
   """The axes of a mesh of `count` devices; arguments and error as of `make_mesh`."""
   sizes = {"data": data, "fsdp": fsdp}

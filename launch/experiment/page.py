@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,13 @@ from configs import dilemma
 from launch.experiment import pictures
 from launch.experiment.jobs import Job
 from launch.experiment.results import MAIN, Results, Space
-from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file
+from launch.pages import Region, beside, picture, table
 
-# What stands between these lines of a page is written anew; the rest is somebody's own.
-BEGIN, END = "<!-- results: written by launch.dilemma -->", "<!-- end of the results -->"
+REGION = Region(
+  "<!-- results: written by launch.dilemma -->",
+  "<!-- end of the results -->",
+  "Reconstruction against generation",
+)
 NOT_RUN = "-"
 NOTES = (
   "Validation MSE is the diffusion model's loss on held-out latents. It is of each latent space's "
@@ -26,16 +27,6 @@ NOTES = (
   "directions. Teacher cosine is that of projected latents with the teacher's features, on "
   "held-out pictures at the end of training."
 )
-
-
-def check(page: Path) -> None:
-  """Raises InputError where a page cannot be written, before what it would show is made."""
-  if page.is_dir():
-    raise InputError(f"--page is {page}, a folder; give the name of a file in it.")
-  _around(page)
-  page.parent.mkdir(parents=True, exist_ok=True)
-  if not os.access(page.parent, os.W_OK):
-    raise InputError(f"--page is {page}, in a folder that cannot be written to.")
 
 
 def write(
@@ -53,7 +44,6 @@ def write(
   Raises:
     InputError: the page has no place for results.
   """
-  before, after = _around(page)
   found = Results(config, workdir, jobs)
   name = found.name
   main = [found.space(v, w) for w in config.widths for v in MAIN]
@@ -68,17 +58,15 @@ def write(
   ]
   if not others and not longer:
     changed = []
-  page.parent.mkdir(parents=True, exist_ok=True)
+  REGION.check(page)
   drawn = {
-    "frontier": pictures.draw_frontier(main, others, name, _beside(page, "frontier")),
-    "curves": pictures.draw_curves([*main, *longer], name, _beside(page, "curves")),
-    "samples": pictures.draw_samples(found, main, _beside(page, "samples")),
+    "frontier": pictures.draw_frontier(main, others, name, beside(page, "frontier")),
+    "curves": pictures.draw_curves([*main, *longer], name, beside(page, "curves")),
+    "samples": pictures.draw_samples(found, main, beside(page, "samples")),
   }
   text = [
-    BEGIN,
-    "",
     *_judge(found),
-    *_picture(
+    *picture(
       drawn["frontier"],
       f"{name} over PSNR, with arrows from plain to aligned"
       + (f"; on the right what was changed at {found.widest} channels" if others else ""),
@@ -91,32 +79,16 @@ def write(
     "",
     NOTES,
     "",
-    *_picture(drawn["curves"], f"{name} of {config.curve_samples:,} samples over steps"),
-    *_picture(
+    *picture(drawn["curves"], f"{name} of {config.curve_samples:,} samples over steps"),
+    *picture(
       drawn["samples"],
       f"Without guidance (left) and with it ({config.cfg_scale:g}, right): same labels in each "
       "row, and for the two tokenizers of a width the same noise",
     ),
     *changed,
     *_made(found, command),
-    END,
   ]
-  with atomic_file(page) as file:
-    file.write((before + "\n".join(text) + after).encode())
-
-
-def _around(page: Path) -> tuple[str, str]:
-  """What stands before and after the results of a page."""
-  if not page.is_file():
-    return "# Reconstruction against generation\n\n", "\n"
-  text = page.read_text()
-  if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-    raise InputError(f"{page} has no place for results: a line {BEGIN} and below it a line {END}.")
-  return text.partition(BEGIN)[0], text.partition(END)[2]
-
-
-def _beside(page: Path, name: str) -> Path:
-  return page.with_name(f"{page.stem}_{name}.png")
+  REGION.write(page, text)
 
 
 def _judge(found: Results) -> list[str]:
@@ -151,7 +123,7 @@ def _table(spaces: Sequence[Space], name: str) -> list[str]:
     *("tokenizer", "channels", "PSNR (dB)", "SSIM", f"r{name}", name, f"{name}, guided"),
     *("density CV", "Gini", "entropy", "effective dimensions", "teacher cosine", "validation MSE"),
   ]
-  rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+  rows = []
   for space in spaces:
     found = space.figures
     distance = next((v for k, v in found.items() if k.startswith("rfd_")), None)
@@ -173,7 +145,7 @@ def _table(spaces: Sequence[Space], name: str) -> list[str]:
         _number(float(np.mean(space.mse)) if space.mse else None, 3),
       ]
     )
-  return [f"| {' | '.join(row)} |" for row in rows]
+  return table(head, rows)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -190,10 +162,6 @@ def _told_of_seeds(config: FrozenConfigDict) -> str:
   if len(config.seeds) == 1:
     return "one seed of the diffusion model, so no spread"
   return f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
-
-
-def _picture(path: Path | None, caption: str) -> list[str]:
-  return [f"![{caption}]({path.name})", "", f"*{caption}.*", ""] if path else []
 
 
 def _made(found: Results, command: str) -> list[str]:
@@ -214,7 +182,7 @@ def _made(found: Results, command: str) -> list[str]:
     {run["device"] for run in runs if "device" in run and "cpu" not in run["device"]}
   )
   seeds = ", ".join(map(str, found.config.seeds))
-  rows = [f"| {kind} | {len(s)} | {sum(s) / 60:.0f} |" for kind, s in kinds.items()]
+  rows = [(kind, str(len(s)), f"{sum(s) / 60:.0f}") for kind, s in kinds.items()]
   return [
     "How this was made:",
     "",
@@ -226,8 +194,6 @@ def _made(found: Results, command: str) -> list[str]:
     f"models: {seeds}; of everything else 0. All jobs together took {total / 3600:.1f} hours of "
     "one worker, with what was stopped and done again:",
     "",
-    "| jobs | how many | minutes |",
-    "| --- | ---: | ---: |",
-    *rows,
+    *table(("jobs", "how many", "minutes"), rows),
     "",
   ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launch.benchmark_torch import load_reference
+from launch.reference_torch import lightningdit
 from tests.reference import procedural
 
 FORMATS = Path(__file__).parent / "formats"
@@ -48,7 +48,7 @@ AUTOENCODER = {
 def main() -> None:
   """The script."""
   inputs = {name: torch.tensor(procedural.normal(name, shape)) for name, shape in INPUTS.items()}
-  network = load_reference(sys.argv[1])
+  network = lightningdit(sys.argv[1])
   outputs = {}
   for file, part in (
     ("lightningdit_bare_state_dict", ""),

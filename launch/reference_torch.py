@@ -1,0 +1,194 @@
+"""The reference's PyTorch models, out of a checkout of hustvl/LightningDiT.
+
+For the scripts beside this one, which an interpreter with PyTorch runs; nothing of this project is
+imported. Of modules that the reference imports and does not need, empty ones stand in; of timm and
+fairscale, of which its LightningDiT uses two layers, those are given here, and so is torchvision's
+VGG16: none of them has to be installed for what does not compute with it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Imported for what is not needed here: downloads, progress bars, pictures, other models' operators.
+UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq", "scipy")
+
+
+def loads(name: str) -> bool:
+  """Whether a module is there and works: torchvision without its operators raises RuntimeError."""
+  try:
+    importlib.import_module(name)
+  except (ImportError, RuntimeError):
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+      del sys.modules[module]
+    return False
+  return True
+
+
+ABSENT = [name for name in UNNEEDED if not loads(name)]
+REPLACED = [
+  *(f"{name} (empty)" for name in ABSENT),
+  "pytorch_lightning (its module is PyTorch's)",
+  "fairscale, timm's two layers (of LightningDiT) and torchvision's VGG16 (written anew)",
+]
+
+
+class Empty(type):
+  """A class without content; what is asked of it is another."""
+
+  def __getattr__(cls, name: str) -> Any:
+    if name.startswith("__"):
+      raise AttributeError(name)
+    return Empty(name, (), {})
+
+
+class StandIn(types.ModuleType):
+  """A module in which every name is an empty class."""
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("__"):
+      raise AttributeError(name)
+    return Empty(name, (), {})
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Finds the modules of `ABSENT`, and whatever is in them."""
+
+  def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+    if fullname.partition(".")[0] not in ABSENT:
+      return None
+    return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+  def create_module(self, spec: Any) -> types.ModuleType:
+    return StandIn(spec.name)
+
+  def exec_module(self, module: types.ModuleType) -> None:
+    pass
+
+
+def stand_in() -> None:
+  """From now on the modules of `ABSENT` can be imported."""
+  sys.meta_path.append(StandIns())
+
+
+class PatchEmbed(nn.Module):
+  """timm's: a strided convolution, then tokens."""
+
+  def __init__(
+    self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True
+  ):
+    super().__init__()
+    self.num_patches = (img_size // patch_size) ** 2
+    self.patch_size = (patch_size, patch_size)
+    self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+  """timm's: two matrices around an activation."""
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    act_layer: Callable[[], nn.Module],
+    drop: float = 0.0,
+  ):
+    del drop  # the reference asks for none
+    super().__init__()
+    self.fc1 = nn.Linear(in_features, hidden_features)
+    self.act = act_layer()
+    self.fc2 = nn.Linear(hidden_features, in_features)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return self.fc2(self.act(self.fc1(x)))
+
+
+def _module(name: str, **contents: Any) -> None:
+  module = types.ModuleType(name)
+  module.__dict__.update(contents)
+  sys.modules[name] = module
+
+
+def lightningdit(checkout: str, compiled: bool = False) -> Any:
+  """The class LightningDiT of a checkout, with its torch.compile of each block or without."""
+  for name in ("timm", "timm.models", "fairscale", "fairscale.nn"):
+    _module(name)
+  _module("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Mlp=Mlp)
+  _module("fairscale.nn.model_parallel")
+  _module("fairscale.nn.model_parallel.initialize")
+  # Of a part of the reference's file that LightningDiT does not use.
+  unused = ("ColumnParallelLinear", "ParallelEmbedding", "RowParallelLinear")
+  _module("fairscale.nn.model_parallel.layers", **dict.fromkeys(unused))
+  if not compiled:
+    torch.compile = lambda function=None, **_: function if function else lambda f: f
+  sys.path.insert(0, checkout)
+  from models.lightningdit import LightningDiT
+
+  return LightningDiT
+
+
+def autoencoder(checkout: str) -> Any:
+  """The class AutoencoderKL of a checkout, which encodes and decodes."""
+  sys.path.insert(0, checkout)
+  from tokenizer.autoencoder import AutoencoderKL
+
+  return AutoencoderKL
+
+
+def vgg16(pretrained: bool = True) -> nn.Module:
+  """torchvision's VGG16, its convolutions alone; the job gives the weights."""
+  del pretrained
+  layers: list[nn.Module] = []
+  channels = 3
+  for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
+    for width in widths:
+      layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+      channels = width
+    layers.append(nn.MaxPool2d(2, 2))
+  model = nn.Module()
+  model.features = nn.Sequential(*layers)
+  return model
+
+
+def tokenizer_training(job: dict[str, Any]) -> nn.Module:
+  """The reference's AutoencoderKL of `vavae/`, which trains; no weights are fetched for it.
+
+  Args:
+    job: "checkout" and "taming" (one of CompVis/taming-transformers), "ddconfig", "embed_dim",
+      "loss" (the arguments of LPIPSWithDiscriminator), "learning_rate".
+  """
+  import timm
+  import torchvision.models
+
+  create = timm.create_model
+  timm.create_model = lambda name, pretrained, **kwargs: create(
+    name.rpartition("/")[2].partition(".")[0], **kwargs
+  )
+  torchvision.models.vgg16 = vgg16
+  lightning: Any = types.ModuleType("pytorch_lightning")
+  lightning.LightningModule = nn.Module
+  sys.modules["pytorch_lightning"] = lightning
+  sys.path[:0] = [f"{job['checkout']}/vavae", job["taming"]]
+  from taming.modules.losses.lpips import LPIPS
+
+  LPIPS.load_from_pretrained = lambda self: None
+  from ldm.models.autoencoder import AutoencoderKL
+
+  loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": job["loss"]}
+  model = AutoencoderKL(job["ddconfig"], loss, job["embed_dim"], use_vf="dinov2", reverse_proj=True)
+  model.learning_rate = job["learning_rate"]
+  optimizers, _ = model.configure_optimizers()
+  model.optimizers = lambda: optimizers
+  model.manual_backward = lambda loss: loss.backward()
+  return model
