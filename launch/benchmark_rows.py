@@ -146,8 +146,10 @@ def _beside_limits(
   work: float, least_bytes: float, seconds: float, dtype: str, devices: jax.sharding.Mesh
 ) -> Row:
   """How far from what the devices can do: products alone, by the data sheet, and with memory."""
-  products = work / matmul_rate(dtype) / devices.size
-  copies = least_bytes / copy_rate() / devices.size
+  # Virtual devices share a CPU, all of which a product on one of them takes.
+  count = 1 if jax.default_backend() == "cpu" else devices.size
+  products = work / matmul_rate(dtype) / count
+  copies = least_bytes / copy_rate() / count
   row = {
     "least_gib": least_bytes / 2**30,
     "share_of_matmul": products / seconds,

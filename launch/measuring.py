@@ -7,7 +7,6 @@ import functools
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from launch.engine import flops
+from launch.engine import flops, tracing
 from launch.programs import Program
 
 PROFILED_RUNS = 3
-# What holds other operations, whose time is told with theirs.
-_CONTAINERS = ("while", "cond", "call")
 
 
 @functools.cache
@@ -164,17 +161,8 @@ def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
     (operation, its share of the time of all), the ten largest; empty where the profile of this kind
     of device has no operations.
   """
+  began = time.perf_counter()
   with jax.profiler.trace(str(folder)):
     for _ in range(PROFILED_RUNS):
       jax.block_until_ready(run())
-  file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-  spent: Counter[str] = Counter()
-  for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-    for line in plane.lines:
-      for event in line.events:
-        # On TPUs operations have a line of their own; elsewhere a note that they are one.
-        is_one = line.name == "XLA Ops" or any(name == "hlo_op" for name, _ in event.stats)
-        if is_one and not event.name.removeprefix("%").startswith(_CONTAINERS):
-          spent[event.name] += event.duration_ns
-  total = sum(spent.values())
-  return [(name, nanoseconds / total) for name, nanoseconds in spent.most_common(10)]
+  return tracing.read(folder, time.perf_counter() - began).largest

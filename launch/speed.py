@@ -88,7 +88,11 @@ def write_page(config: ConfigDict, workdir: Path, page: Path, command: str) -> N
       continue
     results.append(json.loads(path.read_text()))
     rows.setdefault(each["group"], []).extend((each["label"], x) for x in results[-1]["rows"])
-  growth = {name: rows[name] for name in PLOTS if name in rows}
+  fitting = {
+    name: [(label, row) for label, row in rows.get(name, []) if not row.get("out_of_memory")]
+    for name in PLOTS
+  }
+  growth = {name: found for name, found in fitting.items() if found}
   drawn = _draw(growth, pages.beside(page, "growth")) if growth else None
   text = [
     *_made(results, command),
@@ -169,7 +173,6 @@ def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
   """Images/s and the share of a product's rate, a column for each plot."""
   figure, axes = plots.panels(2, len(growth), size=(3.6 * len(growth), 6))
   for (name, rows), column in zip(growth.items(), axes.T, strict=True):
-    rows = [(label, row) for label, row in rows if not row.get("out_of_memory")]
     series: dict[str, list[tuple[Any, Row]]] = {}
     for label, row in rows:
       key, x = (label, row["batch_size"]) if name == "batch" else ("", label)

@@ -34,6 +34,8 @@ COMMANDS = (
   "quickstart",
   "dilemma",
   "benchmark",
+  "speed",
+  "compile",
   "benchmark_tokenizer",
   "convert",
   "equivalence",

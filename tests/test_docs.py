@@ -23,7 +23,8 @@ PAGES = (
     for name in ("tutorial", "tokenizer", "data", "evaluation", "dilemma", "performance")
   ),
 )
-OWN_CONFIG = {"launch.dilemma": "configs/dilemma.py"}  # where none is given
+# Where none is given.
+OWN_CONFIG = {"launch.dilemma": "configs/dilemma.py", "launch.speed": "configs/speed.py"}
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
 
@@ -52,7 +53,7 @@ def test_commands_of_the_documents_can_be_given(words):
       assert config is not None
       assert option.removeprefix("config.") in dict(flat(config.to_dict())), option
     else:
-      assert option in known | {"config", "help"}, option
+      assert option in known | {"config", "help", "trace", "trace_after", "trace_seconds"}, option
   if config is not None and "task" in config:
     resolve(config, getattr(base, config.task)())
 

@@ -22,10 +22,12 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launch.engine import hardware, processes
+from launch.engine import hardware, processes, tracing
 from vavae_jax.errors import InputError
 from vavae_jax.files import DISK_FULL, allow_open_files
 
+# Flags that are defined in here are those of the command that asks for them.
+flags.disclaim_key_flags()
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 # A path that a person gave and that cannot be written or read; other system errors may be ours.
@@ -226,7 +228,8 @@ def run_command(
       allow_open_files()
       hardware.prepare()
       processes.start()
-      main(argv)
+      with tracing.traced(say):
+        main(argv)
     except SystemExit:
       raise
     except BaseException as error:
@@ -239,6 +242,7 @@ def run_command(
         processes.abandon(code or 1)
       sys.exit(code or 1)
 
+  tracing.define_flags()
   # Not as the flag's default: that is parsed before errors can be caught.
   argv = list(sys.argv)
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):

@@ -1,0 +1,137 @@
+"""What the devices did: a trace of any command, how busy they were, and with what.
+
+Every command has `--trace=FOLDER`: it is traced for a while in the midst of its work, so that what
+the device waits for (data, the host, a file) shows.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import flags
+
+# The flags are those of the command that defines them, and of its --help.
+flags.disclaim_key_flags()
+LARGEST = 10
+# What holds other operations, whose time is told with theirs.
+_CONTAINERS = ("while", "cond", "call")
+
+
+class Operation(NamedTuple):
+  """Something that a device did; times in nanoseconds."""
+
+  device: str
+  name: str
+  begin: float
+  end: float
+
+
+class Told(NamedTuple):
+  """What a trace tells.
+
+  Attributes:
+    busy: the share of the time in which a device computed something; the mean over devices.
+    largest: (operation, its share of the time of all), the ten largest.
+  """
+
+  busy: float
+  largest: list[tuple[str, float]]
+
+
+def define_flags() -> None:
+  """Defines the flags of `traced`, once."""
+  if "trace" in flags.FLAGS:
+    return
+  flags.DEFINE_string("trace", "", "A folder for a trace, which tells how busy the device was.")
+  flags.DEFINE_float("trace_after", 60.0, "Seconds of the command before it.", lower_bound=0)
+  flags.DEFINE_float("trace_seconds", 5.0, "How long it is traced.", lower_bound=0.1)
+
+
+def read(folder: Path, seconds: float) -> Told:
+  """What the newest trace in a folder tells.
+
+  Args:
+    folder: that jax.profiler wrote into.
+    seconds: how long was traced.
+
+  Returns:
+    See `Told`; nothing and 0 where the profile of this kind of device has no operations.
+  """
+  file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+  spent: dict[str, float] = collections.defaultdict(float)
+  spans: dict[str, list[tuple[float, float]]] = {}
+  for operation in _operations(file):
+    spans.setdefault(operation.device, []).append((operation.begin, operation.end))
+    if not operation.name.removeprefix("%").startswith(_CONTAINERS):
+      spent[operation.name] += operation.end - operation.begin
+  total = sum(spent.values())
+  busy = [union(each) / 1e9 / seconds for each in spans.values()]
+  largest = sorted(spent, key=lambda name: -spent[name])[:LARGEST]
+  return Told(
+    min(sum(busy) / len(busy), 1.0) if busy else 0.0,
+    [(name, spent[name] / total) for name in largest],
+  )
+
+
+def _operations(file: Path) -> Iterator[Operation]:
+  for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+    for line in plane.lines:
+      for event in line.events:
+        # On TPUs operations have a line of their own; elsewhere a note that they are one.
+        if line.name == "XLA Ops" or any(name == "hlo_op" for name, _ in event.stats):
+          begin = event.start_ns
+          yield Operation(plane.name, event.name, begin, begin + event.duration_ns)
+
+
+def union(spans: Sequence[tuple[float, float]]) -> float:
+  """How long at least one of some spans (begin, end) lasts."""
+  total, until = 0.0, float("-inf")
+  for begin, end in sorted(spans):
+    total += max(end - max(begin, until), 0.0)
+    until = max(until, end)
+  return total
+
+
+@contextlib.contextmanager
+def traced(say: Callable[[str], None]) -> Iterator[None]:
+  """Traces what runs in this block as the flags ask, and says what was seen.
+
+  Args:
+    say: takes a line.
+  """
+  if not flags.FLAGS.trace:
+    yield
+    return
+  folder = Path(flags.FLAGS.trace)
+  folder.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+  ended = threading.Event()
+
+  def trace() -> None:
+    if ended.wait(flags.FLAGS.trace_after):
+      say(f"no trace: the command ended before --trace_after={flags.FLAGS.trace_after:g} seconds")
+      return
+    with jax.profiler.trace(str(folder)):
+      began = time.perf_counter()
+      ended.wait(flags.FLAGS.trace_seconds)
+      seconds = time.perf_counter() - began
+    told = read(folder, seconds)
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in told.largest)
+    say(
+      f"traced {seconds:.1f} s into {folder}: the device was busy {told.busy:.1%} of the time; "
+      f"largest operations: {parts or 'none seen'}"
+    )
+
+  thread = threading.Thread(target=trace, name="trace")
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
