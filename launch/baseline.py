@@ -51,7 +51,9 @@ def ratios_of(result: dict[str, Any]) -> list[Row]:
   Returns:
     A row for each measurement that has a ratio.
   """
-  told = {"config": result["asked"], "device": result["device"], "commit": result["commit"]}
+  # Of CPUs a name says little, and a ratio of one holds for no other.
+  kind = f", {result['processor']}" if result["device"].endswith(" cpu") else ""
+  told = {"config": result["asked"], "device": result["device"] + kind, "commit": result["commit"]}
   rows = []
   for row in result["rows"]:
     found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}

@@ -40,7 +40,7 @@ from launch import baseline, trained
 from launch.benchmark_reference import Checkouts
 from launch.benchmark_rows import Row, count, measure, measure_checkpoint, measure_loader
 from launch.engine import configuration, console, mesh
-from launch.engine.circumstances import circumstances
+from launch.engine.circumstances import circumstances, processor
 from launch.measuring import copy_rate, matmul_rate
 from launch.programs import CODED_PER_DEVICE
 from lightningdit_jax.model import ATTENTIONS
@@ -123,6 +123,7 @@ def benchmark(
     },
     "copy_gib_per_second": None if count_only else copy_rate() / 2**30,
     "asked": asked,
+    "processor": processor(),
     "config": config.to_dict(),
     "rows": rows,
   }
@@ -155,6 +156,16 @@ def _asked() -> str:
   return " ".join([words[0], *sorted(words[1:])]) if words else ""
 
 
+def _checkouts() -> Checkouts | None:
+  """The reference as the flags have it."""
+  if not FLAGS.reference:
+    return None
+  compiled = FLAGS.torch_compile
+  if compiled is None:
+    compiled = jax.default_backend() != "cpu"
+  return Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -166,25 +177,20 @@ def main(argv: list[str]) -> None:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
     raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
-  if FLAGS.devices:
-    mesh.use(FLAGS.devices)
   if FLAGS.compare:
     baseline.read(Path(FLAGS.compare))  # before anything is measured
-  checkouts = None
   if FLAGS.reference:
-    # Both are to have room on one device.
+    # Both are to have room on one device; read when jax first asks for it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    compiled = FLAGS.torch_compile
-    if compiled is None:
-      compiled = jax.default_backend() != "cpu"
-    checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
+  if FLAGS.devices:
+    mesh.use(FLAGS.devices)
   result = benchmark(
     FLAGS.config,
     what=FLAGS.what,
     batch_sizes=sorted(batch_sizes),
     attentions=FLAGS.attention,
     steps=FLAGS.steps,
-    checkouts=checkouts,
+    checkouts=_checkouts(),
     trace=Path(FLAGS.profile) if FLAGS.profile else None,
     count_only=FLAGS.count_only,
     asked=_asked(),

@@ -50,8 +50,9 @@ NOTES = (
   "TFLOP by count: of a training step the model's alone, of sampling without the halves that "
   "guidance leaves out. GiB at least are arguments and results, each once. The ceiling is products "
   "at the rate of one large product, or those bytes at the rate of one large copy, whichever takes "
-  "longer, both measured in the same process; the gap is how many times as long ours takes. The "
-  "reference took its turns with ours on the same device, on random data of the same shapes."
+  "longer, both measured in the same process; the gap is how many times as long ours takes. "
+  "Samples are latents; a picture takes a decoding, too: images/s of both are 1 / (1 / a + 1 / b). "
+  "The reference took turns with ours on the same device, on random data of the same shapes."
 )
 Row = dict[str, Any]
 

@@ -180,6 +180,7 @@ def result(speed, memory=2.0, batch_size=8, asked="a.py:B"):
   return {
     "asked": asked,
     "device": "1 x cpu",
+    "processor": "an i486",
     "commit": "abc",
     "rows": [row, {"what": "loader", "batch_size": 8}],
   }
@@ -193,6 +194,7 @@ def test_a_baseline_keeps_ratios_alone_and_tells_what_is_worse(tmp_path):
   kept = baseline.read(path)
   assert [(row["batch_size"], row["share_of_matmul"]) for row in kept] == [(16, 0.3), (8, 0.5)]
   assert "seconds" not in kept[0]
+  assert kept[0]["device"] == "1 x cpu, an i486"
   slower, larger = baseline.changes(baseline.ratios_of(result(0.4, 1.6)), kept)
   assert (slower.ratio, larger.ratio) == ("share_of_matmul", "program_gib")
   assert slower.loss == pytest.approx(0.2)
