@@ -18,6 +18,8 @@ Each of `measurements`:
   reference   whether the reference is measured beside it, where launch.speed is given one
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 DIFFUSION, TOKENIZER = "configs/lightningdit.py", "configs/vavae_f16d32.py"
@@ -35,10 +37,12 @@ def get_config(argument: str = "cpu") -> ConfigDict:
   return ConfigDict({"size": argument, "measurements": tuple(sizes[argument]())})
 
 
-def _path(name: str, label: str, *flags: str, reference: bool = True) -> Measurement:
+def _path(
+  name: str, label: str, *flags: str, reference: bool = True, devices: int = 0
+) -> Measurement:
   """A row of the table, or one for each batch size and attention."""
   about = {"name": name, "group": "paths", "label": label}
-  return about | {"flags": flags, "devices": 0, "reference": reference}
+  return about | {"flags": flags, "devices": devices, "reference": reference}
 
 
 def _point(group: str, label: str, *flags: str, devices: int = 0) -> Measurement:
@@ -57,16 +61,18 @@ def _gpu() -> list[Measurement]:
   sample = (f"--config={xl}", "--what=sample", "--steps=1")
   code = (f"--config={TOKENIZER}", "--batch_sizes=64")
   exact, fast = "--config.sample.dtype=float32", "--config.sample.dtype=bfloat16"
+  path = functools.partial(_path, devices=1)  # as many as the reference takes
   return [
-    _path("train", "train XL/1", *_train(xl, FITTING, cudnn, "--attention=xla")),
-    _path("sample_bfloat16", "sample XL/1", *sample, "--batch_sizes=64", fast, cudnn),
-    _path("sample_float32", "sample XL/1", *sample, "--batch_sizes=32", exact),
-    _path("tokenizer", "train f16d32", *_train(TOKENIZER, 8)),
-    _path("tokenizer_bfloat16", "train f16d32", *_train(TOKENIZER, "8,32", *low), reference=False),
-    _path("encode", "encode f16d32", *code, "--what=encode"),
-    _path("decode", "decode f16d32", *code, "--what=decode"),
-    _path("loader", "load latents", f"--config={xl}", "--what=loader", "--batch_sizes=256"),
-    _path("fid", "Inception", f"--config={xl}", "--what=fid"),
+    path("train", "train XL/1", *_train(xl, FITTING, cudnn)),
+    path("train_xla", "train XL/1", *_train(xl, FITTING), reference=False),
+    path("sample_bfloat16", "sample XL/1", *sample, "--batch_sizes=64", fast, cudnn),
+    path("sample_float32", "sample XL/1", *sample, "--batch_sizes=32", exact),
+    path("tokenizer", "train f16d32", *_train(TOKENIZER, 8)),
+    path("tokenizer_bfloat16", "train f16d32", *_train(TOKENIZER, "8,32", *low), reference=False),
+    path("encode", "encode f16d32", *code, "--what=encode"),
+    path("decode", "decode f16d32", *code, "--what=decode"),
+    path("loader", "load latents", f"--config={xl}", "--what=loader", "--batch_sizes=256"),
+    path("fid", "Inception", f"--config={xl}", "--what=fid"),
     _point("batch", "XL/1", *_train(xl, "16,32,64,128,256,512", cudnn)),
     *(
       _point("model", size, *_train(f"{DIFFUSION}:{size}", FITTING, cudnn))

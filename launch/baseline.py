@@ -7,13 +7,18 @@ turns with it, and bytes of a compiled program. They hold on any machine of a ki
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from absl import flags
 
 from launch.engine import console
 from vavae_jax.errors import InputError
 from vavae_jax.files import write_json
 
+# Flags that are defined in here are those of the command that asks for them.
+flags.disclaim_key_flags()
 Row = dict[str, Any]
 # Ratio -> whether more of it is better.
 RATIOS = {"share_of_matmul": True, "times_torch": True, "program_gib": False}
@@ -49,7 +54,7 @@ def ratios_of(result: dict[str, Any]) -> list[Row]:
     result: of `launch.benchmark`; its "asked" is the configuration as a person gave it.
 
   Returns:
-    A row for each measurement that has a ratio.
+    A row for each measurement that has a ratio, or that the device's memory did not hold.
   """
   # Of CPUs a name says little, and a ratio of one holds for no other.
   kind = f", {result['processor']}" if result["device"].endswith(" cpu") else ""
@@ -57,6 +62,8 @@ def ratios_of(result: dict[str, Any]) -> list[Row]:
   rows = []
   for row in result["rows"]:
     found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}
+    if row.get("out_of_memory"):
+      found["program_gib"] = math.inf
     if found:
       rows.append({**told, **{k: row[k] for k in _NAMES if k in row}, **found})
   return rows
@@ -74,9 +81,12 @@ def read(path: Path) -> list[Row]:
 
 
 def update(path: Path, rows: list[Row]) -> None:
-  """Puts rows into a baseline, in the place of those of the same name; begins one if need be."""
+  """Puts rows into a baseline, in the place of those of the same name; begins one if need be.
+
+  What did not fit into the memory stays as it was.
+  """
   kept = {_name(row): row for row in (read(path) if path.exists() else [])}
-  kept |= {_name(row): row for row in rows}
+  kept |= {_name(row): row for row in rows if math.inf not in row.values()}
   write_json(path, {"ratios": [kept[name] for name in sorted(kept)]})
 
 
@@ -90,6 +100,29 @@ def changes(rows: list[Row], before: list[Row]) -> list[Change]:
     for ratio in RATIOS
     if ratio in row and ratio in known[_name(row)]
   ]
+
+
+def define_flags() -> None:
+  """Defines the flags of `settle`."""
+  flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/baseline.json.")
+  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
+  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
+
+
+def check_flags() -> None:
+  """Raises InputError where there is no baseline, before anything is measured."""
+  if flags.FLAGS.compare:
+    read(Path(flags.FLAGS.compare))
+
+
+def settle(rows: list[Row]) -> None:
+  """Compares with a baseline and puts rows into one, as the flags say; raises as `check` does."""
+  given = flags.FLAGS
+  if given.compare:
+    check(rows, Path(given.compare), given.tolerance)
+  if given.update:
+    update(Path(given.update), rows)
+    console.say(f"ratios kept in {given.update}")
 
 
 def check(rows: list[Row], path: Path, tolerance: float) -> None:

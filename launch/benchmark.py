@@ -36,7 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-from launch import baseline, trained
+from launch import baseline, benchmark_reference, trained
 from launch.benchmark_reference import Checkouts
 from launch.benchmark_rows import Row, count, measure, measure_checkpoint, measure_loader
 from launch.engine import configuration, console, mesh
@@ -72,6 +72,7 @@ SHOWN = {
   "arithmetic_seconds": "distance, s",
   "torch_images_per_second": "torch images/s",
   "times_torch": "times torch",
+  "torch_out_of_memory": "torch out of memory",
   "checkpoint_gib": "saved GiB",
   "blocked_seconds": "blocked, s",
   "cost": "cost of saving",
@@ -177,8 +178,9 @@ def main(argv: list[str]) -> None:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
     raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
-  if FLAGS.compare:
-    baseline.read(Path(FLAGS.compare))  # before anything is measured
+  if FLAGS.profile and FLAGS.trace:
+    raise InputError("--profile and --trace are given; there can be one trace at a time.")
+  baseline.check_flags()
   if FLAGS.reference:
     # Both are to have room on one device; read when jax first asks for it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -214,12 +216,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.output:
     write_json(Path(FLAGS.output), result)
     console.say(f"written to {FLAGS.output}")
-  ratios = baseline.ratios_of(result)
-  if FLAGS.compare:
-    baseline.check(ratios, Path(FLAGS.compare), FLAGS.tolerance)
-  if FLAGS.update:
-    baseline.update(Path(FLAGS.update), ratios)
-    console.say(f"ratios kept in {FLAGS.update}")
+  baseline.settle(baseline.ratios_of(result))
 
 
 def _cell(value: Any) -> str:
@@ -236,16 +233,12 @@ if __name__ == "__main__":
   flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
   flags.DEFINE_integer("devices", 0, "So many; of a CPU virtual ones. 0: all.", lower_bound=0)
   flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
-  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
-  flags.DEFINE_string("taming", "", "One of CompVis/taming-transformers, to train a tokenizer.")
   flags.DEFINE_boolean(
     "torch_compile", None, "Whether the reference compiles; on GPUs if not given."
   )
-  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
   flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
   flags.DEFINE_string("profile", "", "A folder for a trace.")
-  flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/baseline.json.")
-  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
-  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
+  benchmark_reference.define_flags()
+  baseline.define_flags()
   console.run_command(main)

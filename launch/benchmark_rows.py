@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,6 @@ from launch.evaluation.generation import feature_options
 from launch.measuring import (
   Prepared,
   copy_rate,
-  least_bytes,
   matmul_rate,
   peak_memory,
   profile,
@@ -135,7 +135,8 @@ def _spared(config: FrozenConfigDict, images: int) -> float:
   Where guidance is off, by Euler's method; of others it is not known without running them.
   """
   settings = config.sample
-  if (settings.mode, settings.method) != ("ODE", "euler") or settings.cfg_scale == 1:
+  both = settings.cfg_scale != 1 and settings.cfg_interval_start < 1
+  if (settings.mode, settings.method) != ("ODE", "euler") or not both:
     return 0.0
   t = time_grid(settings.num_steps, settings.timestep_shift)[:-1]
   unguided = int((t < settings.cfg_interval_start).sum())
@@ -164,16 +165,17 @@ def _beside_reference(
   reference: Reference, theirs: list[float | None], seconds: float, images: int
 ) -> Row:
   """What the reference took in turns with ours."""
+  about = {name: x for name, x in reference.about.items() if name.startswith("torch")}
   fitting = [each for each in theirs if each is not None]
   if len(fitting) < len(theirs):
-    return {"torch_out_of_memory": True, **reference.about}
+    return {"torch_out_of_memory": True, **about}
   median = float(np.median(fitting))
   return {
     "torch_seconds": median,
     "torch_fastest": min(fitting),
     "torch_images_per_second": images / median,
     "times_torch": median / seconds,
-    **reference.about,
+    **about,
   }
 
 
@@ -192,7 +194,9 @@ def count(config: FrozenConfigDict, what: str) -> Row:
   program = _program(config, devices, what)
   with jax.set_mesh(devices):
     traced = program.function.trace(*program.arguments)
-  work, least = flops.count(traced.jaxpr), least_bytes(program, traced)
+  arrays = jax.tree.leaves((program.arrays, traced.out_info))
+  work = flops.count(traced.jaxpr)
+  least = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
   return {
     "what": what,
     "batch_size": program.images,

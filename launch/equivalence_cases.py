@@ -248,10 +248,13 @@ def tokenizer_training_case(settings: Settings) -> Case:
   for i in range(settings.steps):
     inputs[f"image_{i}"] = draw.integers(256, size=shape, dtype=np.uint8)
     inputs[f"noise_{i}"] = draw.standard_normal(noise_shape, np.float32)
+  checkouts = benchmark_reference.Checkouts(
+    settings.reference, settings.taming, settings.torch_python, compiled=False
+  )
   job = {
     "model": "tokenizer_training",
     "steps": settings.steps,
-    **benchmark_reference.training_job(FrozenConfigDict(config), settings.taming),
+    **benchmark_reference.training_job(FrozenConfigDict(config), checkouts),
   }
   run = functools.partial(equivalence_training.run, FrozenConfigDict(config), settings.steps)
   # Softmax takes no notice of what all keys have in common.

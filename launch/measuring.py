@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ class Prepared:
 
   Attributes:
     flops: of one run on all devices.
-    least_bytes: of all arguments and results, each once.
+    least_bytes: of all arguments and results, each once on every device that has it.
     memory: bytes of one device that the compiled program takes: arguments, results, temporaries.
     compile_cold: seconds to trace, lower and compile.
     compile_warm: the same where the compiler's result is in the cache.
@@ -73,6 +72,8 @@ class Prepared:
       jax.clear_caches()
       self.compile_warm, self._compiled = self._compile()
     memory = self._compiled.memory_analysis()
+    each = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    self.least_bytes = each * devices.size
     self.memory = (
       memory.argument_size_in_bytes
       + memory.output_size_in_bytes
@@ -91,7 +92,6 @@ class Prepared:
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     self.flops = flops.count(traced.jaxpr)
-    self.least_bytes = least_bytes(self._program, traced)
     return seconds, compiled
 
   def run(self) -> Any:
@@ -101,12 +101,6 @@ class Prepared:
     if self._program.handed_on is not None:
       self._arguments[self._program.handed_on] = result[0]
     return result
-
-
-def least_bytes(program: Program, traced: Any) -> int:
-  """Bytes that a run cannot avoid to move: of arguments and results on all devices, each once."""
-  arrays = jax.tree.leaves((program.arrays, traced.out_info))
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 @contextlib.contextmanager

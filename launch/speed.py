@@ -14,8 +14,8 @@ where a ratio is worse than in a stored baseline. Other work on the machine spoi
 
 from __future__ import annotations
 
-import functools
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +27,11 @@ from ml_collections import ConfigDict
 
 from configs import speed
 from launch import baseline, pages, plots
+from launch.benchmark_reference import Checkouts, define_flags
 from launch.engine import configuration, console
-from launch.engine.circumstances import own_command, processor
-from launch.experiment.jobs import Job, run
+from launch.engine.circumstances import commit, own_command, processor
+from launch.experiment.jobs import Job, Record, run
+from vavae_jax.errors import InputError
 
 CONFIG = f"{speed.__file__}:cpu"
 REGION = pages.Region(
@@ -47,12 +49,12 @@ HEADER = (
   *("reference, images/s", "times the reference"),
 )
 NOTES = (
-  "TFLOP by count: of a training step the model's alone, of sampling without the halves that "
-  "guidance leaves out. GiB at least are arguments and results, each once. The ceiling is products "
-  "at the rate of one large product, or those bytes at the rate of one large copy, whichever takes "
-  "longer, both measured in the same process; the gap is how many times as long ours takes. "
-  "Samples are latents; a picture takes a decoding, too: images/s of both are 1 / (1 / a + 1 / b). "
-  "The reference took turns with ours on the same device, on random data of the same shapes."
+  "TFLOP by count: of a diffusion model's training the model's alone, of a tokenizer's with all "
+  "its networks, of sampling without the halves that guidance leaves out. GiB at least are "
+  "arguments and results, each once. The ceiling is products at the rate of one large product, or "
+  "those bytes at the rate of one large copy, whichever takes longer, both measured in the same "
+  "process; the gap is how many times as long ours takes. Samples are latents. The reference took "
+  "turns with ours on the same device, on random data of the same shapes."
 )
 Row = dict[str, Any]
 
@@ -67,45 +69,75 @@ def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Jo
   """
   jobs = []
   for each in config.measurements:
-    name = each["name"]
-    output = workdir / "results" / f"{name}.json"
+    output = workdir / "results" / f"{each['name']}.json"
     words = ["launch.benchmark", *each["flags"], f"--output={output}"]
     if each["devices"]:
       words.append(f"--devices={each['devices']}")
     if each["reference"]:
       words += beside
-    jobs.append(Job(name, tuple(words), output, content=json.dumps(each["flags"])))
+    jobs.append(Job(each["name"], tuple(words), output, content=json.dumps(each["flags"])))
   return jobs
 
 
-def write_page(config: ConfigDict, workdir: Path, page: Path, command: str) -> None:
-  """Writes what has been measured; pictures go beside the page."""
-  results, missing = [], []
+def results_of(jobs: Sequence[Job], workdir: Path) -> dict[str, Row]:
+  """What launch.benchmark wrote, by name, of the jobs that have ended as they stand now."""
+  record = Record(workdir, jobs)
+  return {job.name: json.loads(job.output.read_text()) for job in jobs if record.is_done(job)}
+
+
+def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command: str) -> None:
+  """Writes what has been measured; pictures go beside the page.
+
+  Args:
+    config: of `configs/speed.py`.
+    results: from `results_of`.
+    page: whose region is written.
+    command: that measured it.
+  """
   rows: dict[str, list[tuple[str, Row]]] = {}
   for each in config.measurements:
-    path = workdir / "results" / f"{each['name']}.json"
-    if not path.is_file():
-      missing.append(each["name"])
-      continue
-    results.append(json.loads(path.read_text()))
-    rows.setdefault(each["group"], []).extend((each["label"], x) for x in results[-1]["rows"])
+    measured = results.get(each["name"], {}).get("rows", [])
+    rows.setdefault(each["group"], []).extend((each["label"], row) for row in measured)
   fitting = {
     name: [(label, row) for label, row in rows.get(name, []) if not row.get("out_of_memory")]
     for name in PLOTS
   }
   growth = {name: found for name, found in fitting.items() if found}
   drawn = _draw(growth, pages.beside(page, "growth")) if growth else None
+  missing = [each["name"] for each in config.measurements if each["name"] not in results]
   text = [
-    *_made(results, command),
+    *_made(list(results.values()), command),
     *pages.table(HEADER, [_cells(label, row) for label, row in rows.get("paths", [])]),
     "",
     NOTES,
     "",
+    *_pictures(rows.get("paths", [])),
     *pages.picture(drawn, "How images/s grow; below, the share of a product's rate"),
   ]
   if missing:
     text += [f"Not measured, or failed: {', '.join(missing)}.", ""]
   REGION.write(page, text)
+
+
+def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
+  """Sampling with decoding behind it, of those rows that have the reference beside them."""
+
+  def both(a: float, b: float) -> float:
+    return 1 / (1 / a + 1 / b)
+
+  whole = [(label, row) for label, row in paths if "times_torch" in row]
+  decoding = next((row for _, row in whole if row["what"] == "decode"), None)
+  sampling = [(label, row) for label, row in whole if row["what"] == "sample"]
+  if decoding is None or not sampling:
+    return []
+  rows = []
+  for label, row in sampling:
+    ours, theirs = (
+      both(row[name], decoding[name]) for name in ("images_per_second", "torch_images_per_second")
+    )
+    rows.append([f"{label}, {row['dtype']}", *map(_number, (ours, theirs, ours / theirs))])
+  header = ("sampling and decoding", "images/s", "reference, images/s", "times the reference")
+  return [*pages.table(header, rows), ""]
 
 
 def _made(results: Sequence[Row], command: str) -> list[str]:
@@ -140,7 +172,7 @@ def _cells(label: str, row: Row) -> list[str]:
   """A row of the table of paths."""
   if row.get("out_of_memory"):
     named = (row.get(name, "") for name in ("dtype", "attention", "batch_size"))
-    return [label, *map(str, named), *["out of memory"] * (len(HEADER) - 4)]
+    return [label, *map(str, named), "", "", "out of memory", *[""] * (len(HEADER) - 7)]
   work = row.get("model_tflops_per_second")
   ceiling = row.get("share_of_ceiling")
   theirs = "out of memory" if row.get("torch_out_of_memory") else ""
@@ -199,45 +231,76 @@ def _decades(rows: Sequence[tuple[str, Row]]) -> tuple[float, float]:
   return min(values) / 2, max(values) * 2
 
 
+def _fitting(config: ConfigDict) -> ConfigDict:
+  """The measurements that this machine has devices for; of CPUs virtual ones serve."""
+  # Asked in a process of its own: one that has asked keeps the accelerator's memory.
+  words = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
+  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  backend, count = done.stdout.split()[-2:]
+  if backend == "cpu":
+    return config
+  kept = tuple(each for each in config.measurements if each["devices"] <= int(count))
+  if left := [each["name"] for each in config.measurements if each not in kept]:
+    console.say(f"left out, for there are {count} devices: {', '.join(left)}")
+  return ConfigDict({"size": config.size, "measurements": kept})
+
+
+def _beside(config: ConfigDict) -> list[str]:
+  """What launch.benchmark is told of the reference, which is checked here."""
+  if not FLAGS.reference:
+    console.say("no --reference: there will be no PyTorch beside ours")
+    return []
+  checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled=False)
+  checkouts.check()
+  checkouts.check_python()
+  training = (f"--config={speed.TOKENIZER}", "--what=train")
+  if any(x["reference"] and x["flags"][:2] == training for x in config.measurements):
+    checkouts.check_taming()
+  words = [f"--reference={checkouts.lightningdit.absolute()}"]
+  if FLAGS.taming:
+    words.append(f"--taming={Path(FLAGS.taming).absolute()}")
+  return [*words, f"--torch_python={FLAGS.torch_python}"]
+
+
+def _command() -> str:
+  """The command as a page shows it: where things lie is each reader's own."""
+  own = {"reference": "LIGHTNINGDIT", "taming": "TAMING", "torch_python": "PYTHON"}
+  without = {*own, "workdir", "page", "page_only", "compare", "tolerance", "update"}
+  given = [f"--{name}={word}" for name, word in own.items() if FLAGS[name].present]
+  return " ".join([own_command(without), "--workdir=runs/speed", *given])
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
   jax.config.update("jax_platforms", "cpu")  # of this process; the measurements have the device
-  config = FLAGS.config
-  if config.get("size") != "tiny" and not FLAGS.reference:
-    console.say("no --reference: there will be no PyTorch beside ours")
-  beside = []
-  if FLAGS.reference:
-    for name in ("reference", "taming"):
-      if value := FLAGS[name].value:
-        beside.append(f"--{name}={Path(value).absolute()}")
-    beside.append(f"--torch_python={FLAGS.torch_python}")
   workdir = Path(FLAGS.workdir).absolute()
   page = Path(FLAGS.page) if FLAGS.page else workdir / "speed.md"
   REGION.check(page)
-  if FLAGS.compare:
-    baseline.read(Path(FLAGS.compare))
-  jobs = jobs_of(config, workdir, beside)
-  write = functools.partial(write_page, config, workdir, page, own_command(("page", "page_only")))
+  baseline.check_flags()
+  config = _fitting(FLAGS.config)
+  jobs = jobs_of(config, workdir, _beside(config))
+  failure = None
   try:
     if not FLAGS.page_only:
       run(jobs, workdir, 1)
+  except InputError as error:  # what has been measured is told all the same
+    failure = error
   finally:
-    write()
+    results = results_of(jobs, workdir)
+    write_page(config, results, page, _command())
   where = [("page", str(page)), ("results", str(workdir / "results"))]
   console.table("Speed", ("what", "where"), where)
-  ratios = [row for job in jobs for row in _ratios(job)]
-  if FLAGS.compare:
-    baseline.check(ratios, Path(FLAGS.compare), FLAGS.tolerance)
-  if FLAGS.update:
-    baseline.update(Path(FLAGS.update), ratios)
-    console.say(f"ratios kept in {FLAGS.update}")
-
-
-def _ratios(job: Job) -> list[Row]:
-  if not job.output.is_file():
-    return []
-  return baseline.ratios_of(json.loads(job.output.read_text()))
+  if FLAGS.compare and (old := {x["commit"] for x in results.values()} - {commit()}):
+    raise InputError(
+      f"{workdir} has results of {', '.join(sorted(old))}, and this is {commit()}: --compare tells "
+      "nothing of it. Give a new --workdir."
+    )
+  # Points of plots have the same names as rows of the table, and no reference beside them.
+  paths = [x["name"] for x in config.measurements if x["group"] == "paths" and x["name"] in results]
+  baseline.settle([row for name in paths for row in baseline.ratios_of(results[name])])
+  if failure:
+    raise failure
 
 
 FLAGS = flags.FLAGS
@@ -245,12 +308,8 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   configuration.define_flag("The measurements; configs/speed.py:cpu if not given.")
   flags.DEFINE_string("workdir", "runs/speed", "Where everything is written.")
-  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
-  flags.DEFINE_string("taming", "", "One of CompVis/taming-transformers, to train a tokenizer.")
-  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
   flags.DEFINE_string("page", "", "The page; speed.md in the workdir if not given.")
   flags.DEFINE_boolean("page_only", False, "Run nothing, write the page of what is there.")
-  flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/baseline.json.")
-  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
-  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
+  define_flags()
+  baseline.define_flags()
   console.run_command(main, config=CONFIG)

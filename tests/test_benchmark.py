@@ -80,6 +80,13 @@ def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd
   assert "Error" in capfd.readouterr().err
 
 
+def test_an_interpreter_is_asked_for_what_the_reference_needs(tmp_path):
+  with pytest.raises(InputError, match=r"python, which lacks .*torch.*; give an interpreter with"):
+    checkouts(tmp_path).check_python()  # the project's own has none of it
+  with pytest.raises(InputError, match="--torch_python is /nowhere, which does not start"):
+    checkouts(tmp_path, "/nowhere").check_python()
+
+
 def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
   (tmp_path / "models").mkdir()
   (tmp_path / "models" / "lightningdit.py").touch()
@@ -94,7 +101,8 @@ def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
   script = tmp_path / "script.py"
   script.write_text(
     'import sys\nsys.stdin.readline()\nprint(\'{"torch": "3"}\', flush=True)\n'
-    "for _ in sys.stdin: print('{\"seconds\": 0.5}', flush=True)\n"
+    "for i, _ in enumerate(sys.stdin): print('{\"seconds\": %f}' % (9 if i % 3 == 0 else 0.5),\n"
+    "  flush=True)\n"
   )
   monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
   (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
@@ -217,6 +225,35 @@ def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
     baseline.read(path)
 
 
+def test_what_no_longer_fits_is_worse_and_leaves_the_baseline_as_it_was(tmp_path):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  full = result(0.4)
+  full["rows"][0] = {
+    **{name: full["rows"][0][name] for name in ("what", "attention", "batch_size", "dtype")},
+    "out_of_memory": True,
+  }
+  with pytest.raises(InputError, match=r"program_gib of a\.py:B.* by 100\.0%"):
+    baseline.check(baseline.ratios_of(full), path, 0.15)
+  baseline.update(path, baseline.ratios_of(full))
+  assert baseline.read(path)[0]["program_gib"] == 2.0
+
+
+def test_a_reference_without_the_memory_says_so_and_ours_is_told(tmp_path, monkeypatch):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").touch()
+  script = tmp_path / "script.py"
+  script.write_text(
+    "import sys\nsys.stdin.readline()\nprint('{\"out_of_memory\": true}', flush=True)\n"
+    "sys.stdin.read()\n"
+  )
+  monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
+  (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
+  assert row["torch_out_of_memory"]
+  assert row["images_per_second"] > 0
+  assert "times_torch" not in row
+
+
 def test_counts_are_of_products_and_of_what_goes_in_and_out(monkeypatch):
   a, b = jax.ShapeDtypeStruct((6, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
   program = programs.Program(jax.jit(lambda a, b: a @ b), (a, b), {}, 1, 3)
@@ -232,8 +269,9 @@ def test_sampling_is_charged_for_no_half_that_guidance_leaves_out():
   macs = training.macs_per_image(tiny().model)
   # t = 0, 0.25, 0.5, 0.75: two below the start.
   assert benchmark_rows._spared(FrozenConfigDict(config), 3) == 2 * macs * 3 * 2
-  config.sample.cfg_scale = 1.0
-  assert benchmark_rows._spared(FrozenConfigDict(config), 3) == 0
+  for never in ({"cfg_scale": 1.0}, {"cfg_scale": 4.0, "cfg_interval_start": 1.0}):
+    config.sample.update(never)
+    assert benchmark_rows._spared(FrozenConfigDict(config), 3) == 0
 
 
 def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
@@ -254,6 +292,11 @@ def test_the_reference_is_asked_for_what_ours_does(tmp_path):
   assert (job["batch_size"], job["dtype"], job["model"]["depth"]) == (8, "float32", 2)
   assert job["sample"]["num_steps"] == config.sample.num_steps
   json.dumps(job)
+  stochastic = tiny()
+  stochastic.sample.mode = "SDE"
+  sde = benchmark._resolved(stochastic, "sample", 8, "xla")
+  with pytest.raises(InputError, match=r"beside the reference: ODE"):
+    benchmark_reference.job_of(checkouts(tmp_path), sde, "sample", 8)
   published = vavae_f16d32.get_config("d16,50ep")
   coder = benchmark._resolved(published, "decode", 2, "")
   job = benchmark_reference.job_of(checkouts(tmp_path), coder, "decode", 2)

@@ -35,14 +35,17 @@ def test_time_in_which_two_things_happen_counts_once(spans, length):
 def test_busy_is_the_mean_of_devices_and_loops_are_told_by_what_is_in_them(tmp_path, monkeypatch):
   (tmp_path / "host.xplane.pb").touch()
   seen = [
-    Operation("GPU:0", "while.3", 0, 3 * SECOND),
-    Operation("GPU:0", "gemm", 0, 2 * SECOND),
-    Operation("GPU:0", "add", 2 * SECOND, 3 * SECOND),
-    Operation("GPU:1", "add", 1 * SECOND, 2 * SECOND),
+    Operation("/device:GPU:0", "while.3", 0, 3 * SECOND),
+    Operation("/device:GPU:0", "gemm", 0, 2 * SECOND),
+    Operation("/device:GPU:0", "add", 2 * SECOND, 3 * SECOND),
+    Operation("/device:GPU:1", "add", 1 * SECOND, 2 * SECOND),
+    Operation("/host:CPU", "add", 0, 0),
   ]
   monkeypatch.setattr(tracing, "_operations", lambda file: iter(seen))
+  monkeypatch.setattr(tracing.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(tracing.jax, "local_device_count", lambda: 4)  # two of them idle
   told = tracing.read(tmp_path, 4.0)
-  assert told.busy == pytest.approx((3 / 4 + 1 / 4) / 2)
+  assert told.busy == pytest.approx((3 / 4 + 1 / 4) / 4)
   assert told.largest == [("gemm", 0.5), ("add", 0.5)]
 
 

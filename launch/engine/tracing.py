@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
+from launch.engine import processes
+
 # The flags are those of the command that defines them, and of its --help.
 flags.disclaim_key_flags()
 LARGEST = 10
@@ -37,7 +39,8 @@ class Told(NamedTuple):
   """What a trace tells.
 
   Attributes:
-    busy: the share of the time in which a device computed something; the mean over devices.
+    busy: the share of the time in which a device computed something; the mean over this process's
+      devices. Virtual devices of a CPU are one.
     largest: (operation, its share of the time of all), the ten largest.
   """
 
@@ -49,7 +52,7 @@ def define_flags() -> None:
   """Defines the flags of `traced`, once."""
   if "trace" in flags.FLAGS:
     return
-  flags.DEFINE_string("trace", "", "A folder for a trace, which tells how busy the device was.")
+  flags.DEFINE_string("trace", "", "A folder for a trace of this process: how busy is the device?")
   flags.DEFINE_float("trace_after", 60.0, "Seconds of the command before it.", lower_bound=0)
   flags.DEFINE_float("trace_seconds", 5.0, "How long it is traced.", lower_bound=0.1)
 
@@ -72,10 +75,14 @@ def read(folder: Path, seconds: float) -> Told:
     if not operation.name.removeprefix("%").startswith(_CONTAINERS):
       spent[operation.name] += operation.end - operation.begin
   total = sum(spent.values())
-  busy = [union(each) / 1e9 / seconds for each in spans.values()]
+  cpu = jax.default_backend() == "cpu"
+  if not cpu:  # what the host did besides
+    spans = {device: each for device, each in spans.items() if device.startswith("/device:")}
+  count = 1 if cpu else jax.local_device_count()
+  busy = sum(union(each) for each in spans.values()) / 1e9 / seconds / count
   largest = sorted(spent, key=lambda name: -spent[name])[:LARGEST]
   return Told(
-    min(sum(busy) / len(busy), 1.0) if busy else 0.0,
+    min(busy, 1.0),
     [(name, spent[name] / total) for name in largest],
   )
 
@@ -110,6 +117,8 @@ def traced(say: Callable[[str], None]) -> Iterator[None]:
     yield
     return
   folder = Path(flags.FLAGS.trace)
+  if processes.several():
+    folder /= f"process{jax.process_index()}"
   folder.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
   ended = threading.Event()
 
@@ -117,11 +126,15 @@ def traced(say: Callable[[str], None]) -> Iterator[None]:
     if ended.wait(flags.FLAGS.trace_after):
       say(f"no trace: the command ended before --trace_after={flags.FLAGS.trace_after:g} seconds")
       return
-    with jax.profiler.trace(str(folder)):
-      began = time.perf_counter()
-      ended.wait(flags.FLAGS.trace_seconds)
-      seconds = time.perf_counter() - began
-    told = read(folder, seconds)
+    try:
+      with jax.profiler.trace(str(folder)):
+        began = time.perf_counter()
+        ended.wait(flags.FLAGS.trace_seconds)
+        seconds = time.perf_counter() - began
+      told = read(folder, seconds)
+    except (RuntimeError, OSError, ValueError) as error:
+      say(f"no trace: {error}")  # the command's own work goes on
+      return
     parts = ", ".join(f"{name} {share:.1%}" for name, share in told.largest)
     say(
       f"traced {seconds:.1f} s into {folder}: the device was busy {told.busy:.1%} of the time; "
