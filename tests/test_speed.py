@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -165,6 +166,15 @@ def test_what_failed_keeps_no_ratio_from_the_baseline(tmp_path, command):
   done = command("launch.speed", *flags[:2], f"--compare={kept}", "--page_only")
   assert done.returncode == 2
   assert "has results of abc, and this is" in done.stderr
+
+
+def test_the_stored_baseline_is_of_configurations_that_are_there():
+  rows = baseline.read(Path(speed.__file__).parents[1] / "docs" / "baseline.json")
+  assert {"train", "sample", "encode", "decode", "fid"} <= {row["what"] for row in rows}
+  for row in rows:
+    path, *changes = row["config"].split(" ")
+    configuration_of((f"--config={path}", *changes))
+    assert any(row.get(name) for name in baseline.RATIOS)
 
 
 def test_a_page_without_the_place_is_refused(tmp_path):
