@@ -9,11 +9,11 @@ r"""Compiles a step ahead of time for TPUs or GPUs, on any CPU machine, and says
 Needs the extra [tpu] (libtpu) or [cuda] (jax's CUDA plugin), and no TPU or GPU. The plan: whether
 the program fits into the chips' memory and what of it the parts take; how much the devices tell
 each other; FLOPs by count; hours at --mfu. --what=train takes the whole training step; sample the
-sampling of latents, without the decoder; encode the encoding of pictures and their mirror images.
-Where it does not fit, --search tries in turn to shard the state over all chips (fsdp), to go
-through the batch in parts (accumulate_steps), and to compute activations again (use_checkpoint),
-and gives the first that fits. --all makes the table of docs/tpu.md, and goes on with one that was
-begun.
+sampling of latents, without the decoder; encode the encoding of pictures and their mirror images;
+decode the decoding of latents. Where it does not fit, --search tries in turn to shard the state
+over all chips (fsdp), to go through the batch in parts (accumulate_steps), and to compute
+activations again (use_checkpoint), and gives the first that fits. --all makes the table of
+docs/tpu.md, and goes on with one that was begun.
 
 Of a program for GPUs it also tells what its kernels read and write, how long that takes at the rate
 of the data sheet, and with --kernels which of them move most: kernels tuned on the device may be
@@ -214,7 +214,7 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   configuration.define_flag("A training, such as configs/lightningdit_xl_64ep.py.")
   flags.DEFINE_string("topology", "v5e:4x4", "The slice: chip and chips along each axis.")
-  flags.DEFINE_enum("what", "train", ("train", "sample", "encode"), "Which program.")
+  flags.DEFINE_enum("what", "train", ("train", "sample", "encode", "decode"), "Which program.")
   flags.DEFINE_boolean("search", False, "Look for settings that fit where it does not.")
   flags.DEFINE_integer("kernels", 0, "Of GPUs: show so many, those that move most.", 0)
   flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak for the hours.", lower_bound=0.01)
