@@ -5,8 +5,8 @@
 Arguments:
 
   gpu     the published models, on one or more GPUs of 80 GB; about half an hour an H200
-  cpu     small models and small batches, for two cores; about forty minutes
-  tiny    seconds: whether all of it runs
+  cpu     small models and small batches, for two cores; about twenty minutes
+  tiny    whether all of it runs; about two minutes on two cores
 
 Each of `measurements`:
 

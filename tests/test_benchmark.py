@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +45,14 @@ def measure(**changes):
 
 def checkouts(folder, python=sys.executable):
   return benchmark_reference.Checkouts(folder, "", python, compiled=False)
+
+
+def stand_in(folder, monkeypatch):
+  """A checkout of the reference, and where the script goes that runs in place of PyTorch's."""
+  (folder / "models").mkdir()
+  (folder / "models" / "lightningdit.py").touch()
+  monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", folder / "script.py")
+  return folder / "script.py"
 
 
 def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
@@ -96,15 +103,12 @@ def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
 
 def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
   """A script in place of PyTorch's that answers alike."""
-  (tmp_path / "models").mkdir()
-  (tmp_path / "models" / "lightningdit.py").touch()
-  script = tmp_path / "script.py"
+  script = stand_in(tmp_path, monkeypatch)
   script.write_text(
     'import sys\nsys.stdin.readline()\nprint(\'{"torch": "3"}\', flush=True)\n'
     "for i, _ in enumerate(sys.stdin): print('{\"seconds\": %f}' % (9 if i % 3 == 0 else 0.5),\n"
     "  flush=True)\n"
   )
-  monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
   (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
   assert row["torch"] == "3"
   assert row["torch_images_per_second"] == 8 / 0.5
@@ -240,14 +244,11 @@ def test_what_no_longer_fits_is_worse_and_leaves_the_baseline_as_it_was(tmp_path
 
 
 def test_a_reference_without_the_memory_says_so_and_ours_is_told(tmp_path, monkeypatch):
-  (tmp_path / "models").mkdir()
-  (tmp_path / "models" / "lightningdit.py").touch()
-  script = tmp_path / "script.py"
+  script = stand_in(tmp_path, monkeypatch)
   script.write_text(
     "import sys\nsys.stdin.readline()\nprint('{\"out_of_memory\": true}', flush=True)\n"
     "sys.stdin.read()\n"
   )
-  monkeypatch.setattr(benchmark_reference, "TORCH_SCRIPT", Path(script))
   (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
   assert row["torch_out_of_memory"]
   assert row["images_per_second"] > 0

@@ -39,7 +39,7 @@ def test_busy_is_the_mean_of_devices_and_loops_are_told_by_what_is_in_them(tmp_p
     Operation("/device:GPU:0", "gemm", 0, 2 * SECOND),
     Operation("/device:GPU:0", "add", 2 * SECOND, 3 * SECOND),
     Operation("/device:GPU:1", "add", 1 * SECOND, 2 * SECOND),
-    Operation("/host:CPU", "add", 0, 0),
+    Operation("/host:CPU", "copy", 0, 4 * SECOND),
   ]
   monkeypatch.setattr(tracing, "_operations", lambda file: iter(seen))
   monkeypatch.setattr(tracing.jax, "default_backend", lambda: "gpu")

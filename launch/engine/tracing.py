@@ -70,21 +70,18 @@ def read(folder: Path, seconds: float) -> Told:
   file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   spent: dict[str, float] = collections.defaultdict(float)
   spans: dict[str, list[tuple[float, float]]] = {}
+  cpu = jax.default_backend() == "cpu"
   for operation in _operations(file):
+    if not cpu and not operation.device.startswith("/device:"):
+      continue  # what the host did besides
     spans.setdefault(operation.device, []).append((operation.begin, operation.end))
     if not operation.name.removeprefix("%").startswith(_CONTAINERS):
       spent[operation.name] += operation.end - operation.begin
   total = sum(spent.values())
-  cpu = jax.default_backend() == "cpu"
-  if not cpu:  # what the host did besides
-    spans = {device: each for device, each in spans.items() if device.startswith("/device:")}
   count = 1 if cpu else jax.local_device_count()
   busy = sum(union(each) for each in spans.values()) / 1e9 / seconds / count
   largest = sorted(spent, key=lambda name: -spent[name])[:LARGEST]
-  return Told(
-    min(busy, 1.0),
-    [(name, spent[name] / total) for name in largest],
-  )
+  return Told(min(busy, 1.0), [(name, spent[name] / total) for name in largest])
 
 
 def _operations(file: Path) -> Iterator[Operation]:
