@@ -114,6 +114,8 @@ def benchmark(
           rows.append(measure(frozen, kind, steps, checkouts, trace))
         console.say(json.dumps(rows[-1]))
         if rows[-1].get("out_of_memory"):
+          if checkouts:
+            console.say("ours did not fit with the reference in the same memory; alone it may")
           break  # larger ones do not fit either
         if kind == "fid":
           break  # it has a batch of its own
