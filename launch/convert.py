@@ -38,23 +38,24 @@ from ml_collections import ConfigDict
 
 import configs.base
 import lightningdit_jax.convert
-from launch import released, trained, weights
+from launch import restore
 from launch.engine import configuration, console
 from launch.engine.checkpoint import read_config, save_weights, survey
-from lightningdit_jax.latents import STATISTICS
-from vavae_jax import functional
+from launch.weights import recognition, released
+from lightningdit_jax.store.latents import STATISTICS
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url, place, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
-from vavae_jax.errors import InputError
-from vavae_jax.files import is_url, place, write_safetensors
-from vavae_jax.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
-from vavae_jax.torch_weights import StateDict
-from vavae_jax.torch_writer import write_torch_file
+from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
+from vavae_jax.weights.torch_weights import StateDict
+from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMS = ("folder", "safetensors", "pt")
 _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
 STATISTICS_KIND = "latent statistics"
 # Which training a model's workdir is one of.
-_TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", weights.SD_VAE: "tokenizer"}
+_TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", recognition.SD_VAE: "tokenizer"}
 # What the reference's autoencoder has no argument for: the value that it always has.
 _ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
 
@@ -108,7 +109,7 @@ def convert(
   if path.is_dir():
     _refuse(f"{path} is a workdir", part=part, heads=heads, latents=latents, tokenizer=tokenizer)
     task = read_config(path).get("task")
-    if task not in trained.TASKS:
+    if task not in restore.TASKS:
       raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
     if to == "folder":
       raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
@@ -117,10 +118,10 @@ def convert(
     return Converted(what, tensors, {}, dest, _sha256(dest), {})
   _refuse(f"{path} is a file", step=step, ema=ema)
   console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-  found = weights.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
+  found = recognition.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
   what = " ".join(filter(None, (found.kind, found.name)))
   console.say(f"recognised: {what}, of {found.part}")
-  if heads and found.kind != weights.LPIPS:
+  if heads and found.kind != recognition.LPIPS:
     raise InputError(f"--heads is for VGG16, and {path} is {what}.")
   if found.kind != "LightningDiT" or to != "folder":
     _refuse("no workdir of a LightningDiT is made", latents=latents, tokenizer=tokenizer)
@@ -138,12 +139,12 @@ def convert(
   if config.task == "tokenizer":
     params = {"autoencoder": params}
   save_weights(dest, params, config.to_dict())
-  sha256 = trained.load(dest, config.task).sha256
+  sha256 = restore.load(dest, config.task).sha256
   return Converted(what, found.tensors, found.aside, dest, sha256, found.arguments)
 
 
 def _workdir_config(
-  found: weights.Weights, source: str, latents: str, tokenizer: str
+  found: recognition.Weights, source: str, latents: str, tokenizer: str
 ) -> ConfigDict:
   """The published configuration with the architecture that the weights have."""
   task = _TASKS[found.kind]
@@ -179,7 +180,7 @@ def _refuse(why: str, **options: Any) -> None:
 
 def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tuple[str, StateDict]:
   """(what it is, the reference's state dict) of a training."""
-  model = trained.load(workdir, task, step, ema)
+  model = restore.load(workdir, task, step, ema)
   if task == "diffusion":
     graph = functional.graph_of(lightningdit_jax.training.build_model(model.config))
     tensors = lightningdit_jax.convert.to_torch(nnx.merge(graph, model.params))
@@ -191,7 +192,7 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
         f"{workdir} was trained with config.model.{key}={arguments[key]}; the reference knows only "
         f"{only}, so that no file of its kind can hold these weights."
       )
-  return f"tokenizer of step {model.step}", autoencoder_to_torch(trained.autoencoder(model))
+  return f"tokenizer of step {model.step}", autoencoder_to_torch(restore.autoencoder(model))
 
 
 def _check_free(dest: Path) -> None:
@@ -255,7 +256,7 @@ def inspect(source: str) -> None:
   ]
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
   try:
-    found = weights.recognise(content)
+    found = recognition.recognise(content)
     what = f"{found.kind} {found.name}".strip()
     console.say(f"{what}, of {found.part}; {_describe(found.tensors)}")
     _say_aside(found.aside)
@@ -322,7 +323,7 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_enum("to", "", ("", *FORMS), "What to write; by DEST's ending if not given.")
   flags.DEFINE_boolean("inspect", False, "Only list what SOURCE holds.")
-  flags.DEFINE_enum("part", "", ("", *weights.PARTS), "Of a checkpoint; the average, if any.")
+  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Of a checkpoint; the average, if any.")
   flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
   flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
   flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from launch import check_latents, trained
+from launch import restore
 from launch.engine import console, mesh, processes
-from lightningdit_jax import latents, shards
-from vavae_jax import images, sources
-from vavae_jax.errors import InputError
-from vavae_jax.files import is_url, place, remove_partial, write_json
+from launch.evaluation import check_latents
+from lightningdit_jax.store import latents, shards
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url, place, remove_partial, write_json
+from vavae_jax.data import images, sources
 
 BEGUN = "encoding.json"
 DTYPES = ("float32", "bfloat16")
@@ -55,7 +56,7 @@ class _Batch:
 
 
 def encode(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   output: Path,
   *,
   source: str = "",
@@ -253,7 +254,7 @@ def _one_late(
 
 
 def columns(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   params: Any,
   batch: dict[str, jax.Array],
   *,
@@ -274,7 +275,7 @@ def columns(
   Returns:
     Arrays [B, h, w, Z] by the names of `shards.SAMPLES` or `shards.POSTERIORS`.
   """
-  model = trained.autoencoder(tokenizer, params)
+  model = restore.autoencoder(tokenizer, params)
   picture = images.to_float(batch["image"])
   posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
   if moments:
@@ -296,7 +297,7 @@ def columns(
 
 
 def _encoder(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   devices: jax.sharding.Mesh,
   *,
   seed: int,
@@ -331,7 +332,7 @@ def main(argv: list[str]) -> None:
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
   store = encode(
-    trained.load(place(FLAGS.workdir), "tokenizer", FLAGS.step),
+    restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step),
     Path(FLAGS.output),
     source=FLAGS.source,
     held_out=FLAGS.held_out,

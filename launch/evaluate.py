@@ -46,7 +46,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 import configs.base
-from launch import trained
+from launch import restore
 from launch.engine import console
 from launch.engine.checkpoint import steps_of
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
@@ -62,10 +62,10 @@ from launch.evaluation.pictures import (
 )
 from launch.sample import SETTINGS, define_settings, given_settings
 from lightningdit_jax import checks, transport
-from lightningdit_jax.latents import LatentStore
-from vavae_jax import images
-from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, place
+from lightningdit_jax.store.latents import LatentStore
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file, place
+from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
 COMMON = ("output",)
@@ -124,10 +124,10 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   """A function from settings, which may be none, to samples of --workdir's model."""
 
   @functools.lru_cache(maxsize=1)
-  def models(step: int | None, ema: float | None) -> tuple[trained.Trained, trained.Trained]:
-    diffusion = trained.load(place(FLAGS.workdir), "diffusion", step, ema)
+  def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
+    diffusion = restore.load(place(FLAGS.workdir), "diffusion", step, ema)
     override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
-    return diffusion, trained.tokenizer_of(diffusion, override)
+    return diffusion, restore.tokenizer_of(diffusion, override)
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
@@ -169,7 +169,7 @@ def _generation(output: Output) -> None:
 
 def _reconstruction(output: Output) -> None:
   _needed("workdir")
-  tokenizer = trained.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
+  tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
   source = FLAGS.source or data.valid_source
@@ -213,7 +213,7 @@ def _sweep(output: Output) -> None:
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   network, draw = _network(), _drawer()
-  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
+  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
   steps = steps_of(place(FLAGS.workdir))
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
@@ -236,7 +236,7 @@ def _sweep(output: Output) -> None:
 
 def _solvers(output: Output) -> None:
   _needed("workdir")
-  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   solvers.evaluate(
     diffusion,
     given_settings(diffusion),

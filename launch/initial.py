@@ -12,16 +12,19 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from launch import trained
+import lightningdit_jax.warm_start
+import vavae_jax.warm_start
+from launch import restore
 from launch.engine import console
-from lightningdit_jax import finetune
-from vavae_jax import continuation
-from vavae_jax.errors import InputError
-from vavae_jax.files import place
-from vavae_jax.optimizer import start_emas
-from vavae_jax.state_dicts import SUFFIXES, read_state_dict
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+from vavae_jax.common.optimizer import start_emas
+from vavae_jax.weights.state_dicts import SUFFIXES, read_state_dict
 
-PARTS: dict[str, Any] = {"tokenizer": continuation, "diffusion": finetune}
+PARTS: dict[str, Any] = {
+  "tokenizer": vavae_jax.warm_start,
+  "diffusion": lightningdit_jax.warm_start,
+}
 
 
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
@@ -54,7 +57,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any]:
 def _params_of(path: Path, config: FrozenConfigDict) -> Any:
   if path.is_dir():
     # As in the reference the weights themselves, whose averages begin anew.
-    return trained.load(path, config.task, ema=0.0).params
+    return restore.load(path, config.task, ema=0.0).params
   if not path.is_file():
     raise InputError(
       f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "

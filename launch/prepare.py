@@ -19,11 +19,11 @@ from typing import Any
 from absl import flags
 
 from launch.engine import console
-from vavae_jax import sources
-from vavae_jax.errors import InputError
-from vavae_jax.files import remove_partial, write_json
-from vavae_jax.sources.base import decode
-from vavae_jax.sources.records import DESCRIPTION, Records, write_records
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import remove_partial, write_json
+from vavae_jax.data import sources
+from vavae_jax.data.sources.base import decode
+from vavae_jax.data.sources.records import DESCRIPTION, Records, write_records
 
 BEGUN = "preparing.json"
 

@@ -27,7 +27,7 @@ import configs.base
 import lightningdit_jax.training
 import vavae_jax.training
 from configs import quickstart
-from launch import trained
+from launch import restore
 from launch.encode import encode
 from launch.engine import configuration, console, loop
 from launch.engine.writers import curve, read_metrics
@@ -35,13 +35,13 @@ from launch.evaluation import generation, reconstruction
 from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import Npz, own_pictures, take
-from launch.report import Curve, Figure, Report, write_report
+from launch.evaluation.sample_files import read_samples
+from launch.report.html import Curve, Figure, Report, write_report
 from launch.sample import sample_set
-from launch.sample_files import read_samples
 from launch.train import train
-from lightningdit_jax import latents
-from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from lightningdit_jax.store import latents
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
 
 CONFIG = f"{quickstart.__file__}:pipeline"
 SHOWN_RECONSTRUCTIONS = 24
@@ -85,12 +85,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   workdir.mkdir(parents=True, exist_ok=True)
   stages = Stages(workdir)
   stages.run("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
-  tokenizer = trained.load(workdir / "tokenizer", "tokenizer")
+  tokenizer = restore.load(workdir / "tokenizer", "tokenizer")
   store = stages.run(
     "Latents", lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict())
   )
   stages.run("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
-  diffusion = trained.load(workdir / "diffusion", "diffusion")
+  diffusion = restore.load(workdir / "diffusion", "diffusion")
   stages.run(
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
@@ -136,7 +136,7 @@ def _check(config: FrozenConfigDict) -> None:
       raise InputError(f"config.{key} is {config[part][name]}; at least {bound} is needed.")
 
 
-def _evaluate(tokenizer: trained.Trained, workdir: Path) -> dict[str, float]:
+def _evaluate(tokenizer: restore.Trained, workdir: Path) -> dict[str, float]:
   held_out = own_pictures(tokenizer, held_out=True)
   output = Output(workdir / "reconstruction", "reconstruction")
   rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
@@ -162,7 +162,7 @@ def _evaluate(tokenizer: trained.Trained, workdir: Path) -> dict[str, float]:
 def _report(
   config: FrozenConfigDict,
   workdir: Path,
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   store: latents.LatentStore,
   pictures: np.ndarray,
   labels: np.ndarray,
@@ -190,7 +190,7 @@ def _report(
     class_names=class_names,
     samples=np.stack([row[:columns] for row in rows]),
     originals=originals,
-    reconstructions=trained.reconstruct(tokenizer, originals),
+    reconstructions=restore.reconstruct(tokenizer, originals),
     curves=_curves(workdir),
     latents_2d=_project(store),
     latents_label=store.labels,

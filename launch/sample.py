@@ -25,14 +25,15 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 import lightningdit_jax.training
-from launch import trained
+from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.sample_files import claim_png_folder, part_path, write_npz, write_pngs
-from lightningdit_jax import checks, latents
-from vavae_jax import images
-from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, place, write_json
+from launch.evaluation.sample_files import claim_png_folder, part_path, write_npz, write_pngs
+from lightningdit_jax import checks
+from lightningdit_jax.store import latents
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file, place, write_json
+from vavae_jax.data import images
 
 Sampler = Callable[..., np.ndarray]
 SETTINGS = {
@@ -85,12 +86,12 @@ def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.n
 
 
 def make_sampler(
-  diffusion: trained.Trained,
-  tokenizer: trained.Trained,
+  diffusion: restore.Trained,
+  tokenizer: restore.Trained,
   settings: FrozenConfigDict,
   seed: int,
   devices: jax.sharding.Mesh,
-  guide: trained.Trained | None = None,
+  guide: restore.Trained | None = None,
 ) -> Sampler:
   """A compiled function from indices and labels to pictures.
 
@@ -107,7 +108,7 @@ def make_sampler(
     `settings.batch_size`, the last one filled up. Takes other parameters as third argument.
   """
   config = diffusion.config
-  store = trained.open_latents(config)
+  store = restore.open_latents(config)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
   @jax.jit
@@ -122,7 +123,7 @@ def make_sampler(
       guide=(guide.config, away) if guide else None,
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
-    return images.to_uint8(trained.autoencoder(tokenizer, decoder).decode(z_BhwZ))
+    return images.to_uint8(restore.autoencoder(tokenizer, decoder).decode(z_BhwZ))
 
   def sample(index_B: np.ndarray, label_B: np.ndarray, params: Any = None) -> np.ndarray:
     params = diffusion.params if params is None else params
@@ -134,15 +135,15 @@ def make_sampler(
 
 
 def sample_set(
-  diffusion: trained.Trained,
-  tokenizer: trained.Trained,
+  diffusion: restore.Trained,
+  tokenizer: restore.Trained,
   output: Path,
   *,
   num_samples: int,
   labels: str = "balanced",
   seed: int = 0,
   settings: FrozenConfigDict | None = None,
-  guide: trained.Trained | None = None,
+  guide: restore.Trained | None = None,
   png: bool = False,
 ) -> None:
   """Samples a set and writes it, or what is missing of it.
@@ -208,7 +209,7 @@ def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> 
       bar.update(start + len(index_B))
 
 
-def _check_guide(diffusion: trained.Trained, guide: trained.Trained) -> None:
+def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:
   for part, keys in (
     ("model", ("input_size", "in_channels", "num_classes")),
     ("transport", ("path_type", "prediction")),
@@ -243,7 +244,7 @@ def define_settings() -> None:
     define[type(default)](name, None, SETTINGS[name])
 
 
-def given_settings(diffusion: trained.Trained, **changes: Any) -> FrozenConfigDict:
+def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:
   """The model's own `config.sample`, but for the flags that were given, and those `changes`."""
   settings = diffusion.config.sample.to_dict()
   settings |= {k: flags.FLAGS[k].value for k in settings if flags.FLAGS[k].value is not None}
@@ -253,15 +254,15 @@ def given_settings(diffusion: trained.Trained, **changes: Any) -> FrozenConfigDi
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  diffusion = trained.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
-  guide = trained.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
+  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  guide = restore.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
   output = Path(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
   sample_set(
     diffusion,
-    trained.tokenizer_of(diffusion, override),
+    restore.tokenizer_of(diffusion, override),
     output,
     num_samples=FLAGS.num_samples,
     labels=FLAGS.labels,

@@ -23,21 +23,21 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 import vavae_jax.training
-from launch import trained
+from launch import restore
 from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.generation import gaussian_of, key_of, statistics_of
 from launch.evaluation.pictures import Array, own_pictures
+from launch.evaluation.sample_files import contact_sheet
 from launch.initial import initial_weights
 from launch.sample import make_sampler
-from launch.sample_files import contact_sheet
-from vavae_jax import feature_cache
-from vavae_jax.errors import InputError
-from vavae_jax.files import place
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+from vavae_jax.common.optimizer import averaged
+from vavae_jax.data import feature_cache
 from vavae_jax.frozen import uses_teacher
 from vavae_jax.metrics.distribution import Gaussian
-from vavae_jax.optimizer import averaged
 
 PICTURE_SAMPLES = 36
 REFERENCE_PICTURES = 10_000
@@ -54,8 +54,8 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     The final state.
   """
   task_name = config.get("task")
-  if task_name not in trained.TASKS:
-    raise InputError(f"config.task is {task_name!r}; choose one of {sorted(trained.TASKS)}.")
+  if task_name not in restore.TASKS:
+    raise InputError(f"config.task is {task_name!r}; choose one of {sorted(restore.TASKS)}.")
   frozen = configuration.resolve(config, getattr(configs.base, task_name)())
   more = {}
   if task_name == "tokenizer":
@@ -65,12 +65,12 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   elif task_name == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
-    noted.latents.sha256 = trained.check_latents(frozen).sha256
+    noted.latents.sha256 = restore.check_latents(frozen).sha256
     noted.model.attention = choose(frozen, workdir)
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
   return loop.run(
-    trained.TASKS[task_name],
+    restore.TASKS[task_name],
     frozen,
     workdir,
     name=f"train {task_name}",
@@ -100,9 +100,9 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   if jax.process_count() > 1:
     console.say("no samples will be shown while training: not yet made for several processes")
     return {}
-  model = trained.Trained(Path(), config, 0, None)
+  model = restore.Trained(Path(), config, 0, None)
   try:
-    tokenizer = trained.tokenizer_of(model)
+    tokenizer = restore.tokenizer_of(model)
   except InputError as error:
     if config.tokenizer or config.evaluate_samples:
       raise
@@ -124,7 +124,7 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
 
 
 def _distance(
-  config: FrozenConfigDict, tokenizer: trained.Trained
+  config: FrozenConfigDict, tokenizer: restore.Trained
 ) -> Callable[[np.ndarray], dict[str, float]]:
   """FD-EfficientNet of few samples to pictures that the tokenizer saw: to compare steps by.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import sampling, solvers, transport
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 MODES = ("ODE", "SDE")
 DTYPES = ("float32", "bfloat16")

@@ -16,9 +16,9 @@ from flax import nnx
 
 from lightningdit_jax.model import SIZES, LightningDiT
 from lightningdit_jax.positions import position_embedding, rope_tables
-from vavae_jax import torch_weights
-from vavae_jax.errors import InputError
-from vavae_jax.torch_weights import StateDict
+from vavae_jax.common.errors import InputError
+from vavae_jax.weights import torch_weights
+from vavae_jax.weights.torch_weights import StateDict
 
 RENAMED = {
   "x_embedder.": "x_embedder.proj.",

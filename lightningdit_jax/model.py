@@ -27,8 +27,8 @@ from flax import nnx
 from lightningdit_jax.dense import dot_general
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from lightningdit_jax.remat import REMAT_POLICIES, is_costly
-from vavae_jax.errors import InputError
-from vavae_jax.sharding import gather, pin_batch
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import gather, pin_batch
 
 SIZES = {
   "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},

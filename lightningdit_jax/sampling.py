@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lightningdit_jax import transport
 from lightningdit_jax.model import LightningDiT
 from lightningdit_jax.solvers import integrate
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 Model = LightningDiT | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]

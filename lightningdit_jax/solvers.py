@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 # Explicit Runge-Kutta methods: what each stage takes of the earlier ones, what the step takes of
 # all. rk4 is the 3/8 rule, as torchdiffeq has it, whose name of Heun's method is heun2.

@@ -17,12 +17,13 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import fetching, latents, sampling, transport
+from lightningdit_jax import sampling, transport
 from lightningdit_jax.checks import check_sampling, check_transport
 from lightningdit_jax.model import LightningDiT, TimestepEmbedder, check_names
-from vavae_jax import functional, order
-from vavae_jax.errors import InputError
-from vavae_jax.optimizer import (
+from lightningdit_jax.store import fetching, latents
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.optimizer import (
   averaged,
   check_optimizer,
   make_optimizer,
@@ -30,7 +31,8 @@ from vavae_jax.optimizer import (
   start_emas,
   update_emas,
 )
-from vavae_jax.sharding import platform
+from vavae_jax.common.sharding import platform
+from vavae_jax.data import order
 
 if TYPE_CHECKING:
   import grain  # which takes half a second

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import trained
+from launch import restore
 from launch.engine.writers import read_metrics
 from vavae_jax.assets import load_emoji
 
@@ -206,12 +206,12 @@ def pipeline(
 
 
 @pytest.fixture(scope="session")
-def tokenizer(pipeline: Path) -> trained.Trained:
+def tokenizer(pipeline: Path) -> restore.Trained:
   """Its tokenizer."""
-  return trained.load(pipeline / "tokenizer", "tokenizer")
+  return restore.load(pipeline / "tokenizer", "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def diffusion(pipeline: Path) -> trained.Trained:
+def diffusion(pipeline: Path) -> restore.Trained:
   """Its diffusion model."""
-  return trained.load(pipeline / "diffusion", "diffusion")
+  return restore.load(pipeline / "diffusion", "diffusion")

@@ -21,7 +21,7 @@ from launch.engine.circumstances import circumstances
 from launch.engine.writers import curve, read_metrics
 from tests.conftest import start_job, write_pictures
 from tests.survive import ended
-from vavae_jax.files import write_json
+from vavae_jax.common.files import write_json
 
 STEPS = 20
 LIMIT = 1800.0

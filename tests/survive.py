@@ -36,7 +36,7 @@ from launch.engine.circumstances import circumstances
 from launch.engine.writers import read_metrics
 from tests import toy_task
 from tests.conftest import repeatable_metrics, start_job
-from vavae_jax.files import write_json
+from vavae_jax.common.files import write_json
 
 TOY = "tests.toy_task"
 LIMIT = 120.0  # seconds until a process that should end is said to hang

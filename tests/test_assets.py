@@ -13,7 +13,7 @@ from PIL import Image
 
 from vavae_jax import assets
 from vavae_jax.assets import build
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import CLOCK
 from tests.fake_gcs import FakeGcs
-from vavae_jax.errors import InputError
-from vavae_jax.files import place
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
 
 SETTINGS = "log_every_steps=5,num_steps="
 

@@ -11,7 +11,7 @@ from launch.engine import mesh
 from launch.engine.checkpoint import Checkpoints, read_config, restore_item, survey
 from tests import toy_task
 from tests.survive import DAMAGES, flip_a_bit, largest_file
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 SETTINGS = toy_task.config()
 

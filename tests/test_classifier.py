@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from configs import dilemma
+from configs.lab import dilemma
 from launch.engine import loop
 from launch.evaluation.features import load_network
 from vavae_jax import classification
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 from vavae_jax.metrics.classifier import Classifier
 
 
@@ -76,7 +76,10 @@ def test_what_cannot_be_trained_is_refused(pictures, changes, named):
 
 
 def test_it_is_trained_and_judges_by_the_released_commands(command, pictures, tmp_path):
-  settings = ("--config=configs/dilemma.py:tiny,judge", f"--config.data.source=folder:{pictures}")
+  settings = (
+    "--config=configs/lab/dilemma.py:tiny,judge",
+    f"--config.data.source=folder:{pictures}",
+  )
   judge = tmp_path / "judge"
   done = command("launch.train", *settings, f"--workdir={judge}", "--config.name=Drawn")
   assert done.returncode == 0, done.stderr

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 import launch.quickstart
 from configs import quickstart
-from launch import trained
+from launch import restore
 from launch.engine import configuration, console
-from launch.sample_files import read_samples
+from launch.evaluation.sample_files import read_samples
 from launch.train import train
-from lightningdit_jax.latents import MANIFEST, STATISTICS
-from vavae_jax.errors import InputError
+from lightningdit_jax.store.latents import MANIFEST, STATISTICS
+from tests.conftest import ROOT
+from vavae_jax.common.errors import InputError
 
 COMMANDS = (
   "train",
@@ -32,16 +33,16 @@ COMMANDS = (
   "sample",
   "evaluate",
   "quickstart",
-  "dilemma",
-  "benchmark",
-  "speed",
-  "compile",
-  "benchmark_tokenizer",
   "convert",
-  "equivalence",
   "prepare",
-  "benchmark_data",
-  "benchmark_fid",
+  "lab.dilemma",
+  "lab.benchmark steps",
+  "lab.benchmark page",
+  "lab.benchmark parts",
+  "lab.benchmark loading",
+  "lab.benchmark fid",
+  "lab.plan",
+  "lab.equivalence",
 )
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 
@@ -190,11 +191,11 @@ def test_a_workdir_of_another_configuration_is_refused(pipeline, pictures):
 
 def test_a_workdir_is_loaded_as_what_it_is(pipeline, tmp_path):
   with pytest.raises(InputError, match="workdir of a tokenizer, but a diffusion is needed"):
-    trained.load(pipeline / "tokenizer", "diffusion")
+    restore.load(pipeline / "tokenizer", "diffusion")
   with pytest.raises(InputError, match="is not a training's workdir"):
-    trained.load(pipeline, "tokenizer")
+    restore.load(pipeline, "tokenizer")
   with pytest.raises(InputError, match=r"no checkpoint of step 3 \(there: \[4, 6\]\)"):
-    trained.load(pipeline / "tokenizer", "tokenizer", 3)
+    restore.load(pipeline / "tokenizer", "tokenizer", 3)
 
 
 def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_path):
@@ -202,8 +203,8 @@ def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_pa
   shutil.copytree(pipeline / "tokenizer", other)
   shutil.rmtree(other / "checkpoints" / "6")  # an earlier state is another tokenizer
   with pytest.raises(InputError, match="no checkpoint of step 6"):
-    trained.tokenizer_of(diffusion, other)
-  assert trained.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
+    restore.tokenizer_of(diffusion, other)
+  assert restore.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
 
 
 def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
@@ -212,7 +213,7 @@ def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
   (store / MANIFEST).write_text(json.dumps(manifest))
   config = changed(ConfigDict(diffusion.config), latents__path=str(store))
   with pytest.raises(InputError, match="is not the one that made the latents"):
-    trained.tokenizer_of(dataclasses.replace(diffusion, config=FrozenConfigDict(config)))
+    restore.tokenizer_of(dataclasses.replace(diffusion, config=FrozenConfigDict(config)))
 
 
 def test_files_that_are_no_samples_are_refused(tmp_path):
@@ -350,12 +351,14 @@ SLOW = {
 
 def test_help_of_every_command_says_what_it_does_without_slow_imports(command):
   def ask(name: str):
-    return command(f"launch.{name}", "--help", PYTHONPROFILEIMPORTTIME="1")
+    return command(*f"launch.{name}".split(), "--help", PYTHONPROFILEIMPORTTIME="1")
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     answers = list(pool.map(ask, COMMANDS))
   for name, done in zip(COMMANDS, answers, strict=True):
-    source = (Path(launch.__file__).parent / f"{name}.py").read_text()
+    module = ROOT / "launch" / name.replace(".", "/").replace(" ", "/")
+    file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+    source = file.read_text()
     docstring = source.split('"""')[1].strip()
     told = " ".join(done.stdout.split())
     assert " ".join(docstring.split()) in told, name

@@ -20,11 +20,12 @@ from launch.engine import loop
 from launch.engine.configuration import flat, resolve
 from lightningdit_jax import training
 from lightningdit_jax.model import PRESETS, LightningDiT
-from vavae_jax import functional, stages
+from vavae_jax import stages
 from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
 from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
 from vavae_jax.discriminator import PatchDiscriminator
-from vavae_jax.errors import InputError
 from vavae_jax.update import build_autoencoder
 
 EXPERIMENTS = sorted(

@@ -16,10 +16,10 @@ from configs import base, quickstart
 from lightningdit_jax import checks, convert, sampling, training
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import functional
-from vavae_jax.errors import InputError
-from vavae_jax.optimizer import make_optimizer, start_emas
-from vavae_jax.sharding import BATCH_AXES
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.optimizer import make_optimizer, start_emas
+from vavae_jax.common.sharding import BATCH_AXES
 
 
 @pytest.mark.parametrize("name", ["dit_default", "dit_variant"])
@@ -240,7 +240,7 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, message):
   ("platform", "unroll", "attention"), [("cpu", 1, "xla"), ("tpu", 1, "xla"), ("gpu", 12, "cudnn")]
 )
 def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, attention):
-  """Also of devices that are not here, for which `launch.compile` traces it."""
+  """Also of devices that are not here, for which `launch.lab.plan` traces it."""
   config = base.diffusion("LightningDiT-B/1")
   config.model.attention = "cudnn"
   device = jax.sharding.AbstractDevice("kind", 1, platform)

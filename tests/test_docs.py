@@ -14,17 +14,20 @@ import pytest
 from configs import base
 from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
-from vavae_jax import sources
+from vavae_jax.data import sources
 
 PAGES = (
   "README.md",
   *(
     f"docs/{name}.md"
-    for name in ("tutorial", "tokenizer", "data", "evaluation", "dilemma", "performance")
+    for name in ("tutorial", "tokenizer", "data", "evaluation", "lab/dilemma", "lab/performance")
   ),
 )
 # Where none is given.
-OWN_CONFIG = {"launch.dilemma": "configs/dilemma.py", "launch.speed": "configs/speed.py"}
+OWN_CONFIG = {
+  "launch.lab.dilemma": "configs/lab/dilemma.py",
+  "launch.lab.benchmark page": "configs/lab/speed.py",
+}
 COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
 
 
@@ -38,18 +41,21 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_commands_of_the_documents_can_be_given(words):
   _, _, module, *options = words
-  source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+  if module == "launch.lab.benchmark":
+    module = f"{module} {options.pop(0)}"
+  folder = ROOT / module.replace(".", "/").replace(" ", "/")
+  source = (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
   known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
-  if module in ("launch.benchmark", "launch.speed"):
+  if module in ("launch.lab.benchmark steps", "launch.lab.benchmark page"):
     known |= {"reference", "taming", "torch_python", "compare", "tolerance", "update"}
   if module in ("launch.sample", "launch.evaluate"):
     known |= set(base.sample())
   given = dict(word.removeprefix("--").partition("=")[::2] for word in options if word[0] == "-")
   config = None
   if path := given.get("config", OWN_CONFIG.get(module)):
-    name, _, argument = path.removeprefix("configs/").partition(".py")
-    arguments = [argument[1:]] if argument else []
-    config = importlib.import_module(f"configs.{name}").get_config(*arguments)
+    name, _, argument = path.removesuffix(".py").partition(".py:")
+    arguments = [argument] if argument else []
+    config = importlib.import_module(name.replace("/", ".")).get_config(*arguments)
   for option in given:
     if option.startswith("config."):
       assert config is not None

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from launch import check_latents
 from launch.encode import encode
-from lightningdit_jax import latents, shards
+from launch.evaluation import check_latents
+from lightningdit_jax.store import latents, shards
 from tests.conftest import ROOT
-from vavae_jax.errors import InputError
-from vavae_jax.order import Share
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.order import Share
 
 SHARDS = [f"latents_rank00_shard{i:03d}.safetensors" for i in range(4)]
 

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from tests.test_tokenizer_training import configuration
 from vavae_jax import frozen
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers.enlarged import Enlarged
 
 

@@ -25,9 +25,9 @@ from launch.evaluation import (
 )
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.output import Output
-from launch.sample_files import read_samples
-from lightningdit_jax.latents import LatentStore
-from vavae_jax.errors import InputError
+from launch.evaluation.sample_files import read_samples
+from lightningdit_jax.store.latents import LatentStore
+from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import confidence
 from vavae_jax.metrics.distribution import Gaussian, Moments, inception_score
 

@@ -12,8 +12,9 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from tests.test_tokenizer_training import TinyNetwork, configuration
-from vavae_jax import feature_cache, frozen, images, training
-from vavae_jax.errors import InputError
+from vavae_jax import frozen, training
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import feature_cache, images
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from lightningdit_jax import fetching
-from lightningdit_jax.latents import LatentStore
+from lightningdit_jax.store import fetching
+from lightningdit_jax.store.latents import LatentStore
 from tests import cases
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 PUBLISHED = cases.FOLDER / "formats" / "latents"
 FILES = sorted(PUBLISHED.iterdir())

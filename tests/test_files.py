@@ -11,14 +11,14 @@ import sys
 import numpy as np
 import pytest
 
-from vavae_jax.files import (
+from vavae_jax.common.files import (
   allow_open_files,
   atomic_file,
   remove_partial,
   write_json,
   write_safetensors,
 )
-from vavae_jax.sources.records import write_records
+from vavae_jax.data.sources.records import write_records
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_what_a_killed_writer_leaves_is_hidden_and_removed(tmp_path):
   code = """
 import os, signal, sys
 from pathlib import Path
-from vavae_jax.files import atomic_path
+from vavae_jax.common.files import atomic_path
 with atomic_path(Path(sys.argv[1])) as path:
   path.with_name(".tmpShmcnc").write_bytes(b"half")
   os.kill(os.getpid(), signal.SIGKILL)

@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 from configs import base
 from launch.convert import convert
 from launch.initial import initial_weights
-from lightningdit_jax import finetune, training
+from lightningdit_jax import training, warm_start
 from lightningdit_jax.convert import from_torch
 from lightningdit_jax.model import LightningDiT
 from tests import cases
-from vavae_jax import functional
-from vavae_jax.errors import InputError
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
 
 TINY = {"in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -39,7 +39,7 @@ def leaf(tree, *path):
 
 def test_the_same_architecture_is_taken_over_whole():
   given = params(1)
-  taken, notes = finetune.adapt(params(0), given)
+  taken, notes = warm_start.adapt(params(0), given)
   assert notes == []
   jax.tree.map(np.testing.assert_array_equal, taken, given)
 
@@ -48,7 +48,7 @@ def test_the_same_architecture_is_taken_over_whole():
 def test_channels_that_both_have_are_kept_and_the_others_are_zero(there, here):
   """The reference's `weight[:, :16] = param[:, :16]`, for any number."""
   given, fresh = params(1, in_channels=there), params(0, in_channels=here)
-  taken, notes = finetune.adapt(fresh, given)
+  taken, notes = warm_start.adapt(fresh, given)
   old, new = given["x_embedder"]["kernel"], taken["x_embedder"]["kernel"]
   np.testing.assert_array_equal(new[:, :, :3], old[:, :, :3])
   assert not new[:, :, 3:].any()
@@ -59,7 +59,7 @@ def test_channels_that_both_have_are_kept_and_the_others_are_zero(there, here):
 
 def test_another_number_of_classes_starts_the_labels_afresh():
   given, fresh = params(1, num_classes=7), params(0)
-  taken, notes = finetune.adapt(fresh, given)
+  taken, notes = warm_start.adapt(fresh, given)
   np.testing.assert_array_equal(taken["y_embedder"]["embedding"], fresh["y_embedder"]["embedding"])
   np.testing.assert_array_equal(
     leaf(taken, "blocks", "attn", "qkv", "kernel"), leaf(given, "blocks", "attn", "qkv", "kernel")
@@ -70,13 +70,13 @@ def test_another_number_of_classes_starts_the_labels_afresh():
 
 def test_a_head_that_also_predicts_a_variance_is_another_architecture():
   with pytest.raises(InputError, match=r"final_layer/linear/bias \(\(3,\) here, \(6,\) there"):
-    finetune.adapt(params(0), params(1, learn_sigma=True))
+    warm_start.adapt(params(0), params(1, learn_sigma=True))
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"depth": 3}, {"use_qknorm": True}])
 def test_another_architecture_is_refused(change):
   with pytest.raises(InputError, match="another architecture: blocks/"):
-    finetune.adapt(params(0), params(1, **change))
+    warm_start.adapt(params(0), params(1, **change))
 
 
 def reference_config(path, **model):

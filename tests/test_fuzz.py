@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from launch.convert import convert
 from tests import cases
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.common.errors import InputError
+from vavae_jax.weights.state_dicts import read_content, read_state_dict
 
 FORMATS = cases.FOLDER / "formats"
 FILES = (

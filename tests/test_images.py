@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import images, sources
-from vavae_jax.errors import InputError
-from vavae_jax.order import Share
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import images, sources
+from vavae_jax.data.order import Share
 
 
 @pytest.fixture

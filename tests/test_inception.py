@@ -9,7 +9,7 @@ import pytest
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 
 SPEC, WEIGHTS, FID = cases.load("inception_fid")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lightningdit_jax import latents, shards
+from lightningdit_jax.store import latents, shards
 from tests import cases
-from vavae_jax.errors import InputError
-from vavae_jax.order import Share
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.order import Share
 
 PUBLISHED = cases.FOLDER / "formats" / "latents"
 

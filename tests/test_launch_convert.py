@@ -15,19 +15,21 @@ from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
-from launch import released, trained, weights
+from launch import restore
 from launch.convert import convert, inspect
 from launch.train import train
+from launch.weights import recognition as weights
+from launch.weights import released
 from lightningdit_jax import training
-from lightningdit_jax.latents import LatentStore
+from lightningdit_jax.store.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
 from tests.survive import flip_a_bit, largest_file
-from vavae_jax import functional
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_content, read_state_dict
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import recognition
-from vavae_jax.torch_writer import write_torch_file
+from vavae_jax.weights.state_dicts import read_content, read_state_dict
+from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
 LIGHTNINGDIT = {
@@ -69,7 +71,7 @@ def assert_same(a: dict, b: dict) -> None:
 )
 def test_a_converted_lightningdit_is_the_references_and_goes_back(name, part, tmp_path):
   convert(str(FORMATS / f"{name}.pt"), tmp_path / "run", part=part)
-  model = trained.load(tmp_path / "run", "diffusion")
+  model = restore.load(tmp_path / "run", "diffusion")
   config = FrozenConfigDict(model.config.to_dict() | {"dtype": "float32"})
   graph = functional.graph_of(training.build_model(config))
   velocity = nnx.merge(graph, model.params)(
@@ -92,7 +94,7 @@ def test_a_converted_tokenizer_is_the_references_and_goes_back(tmp_path):
     "linear_proj": 1,
     "foundation_model": 2,
   }
-  model = trained.autoencoder(trained.load(tmp_path / "run", "tokenizer"))
+  model = restore.autoencoder(restore.load(tmp_path / "run", "tokenizer"))
   posterior = model.encode(given("image"))
   with np.load(FORMATS / "outputs.npz") as outputs:
     mean = outputs["encoder"][:, :8]
@@ -177,7 +179,7 @@ def test_any_average_of_a_training_here_is_exported(pipeline, tmp_path):
   for decay, name in ((0.0, "raw.pt"), (0.5, "ema.pt")):
     convert(str(pipeline / "diffusion"), tmp_path / name, ema=decay)
     again = weights.recognise(read_content(tmp_path / name))
-    expected = trained.load(pipeline / "diffusion", "diffusion", ema=decay).params
+    expected = restore.load(pipeline / "diffusion", "diffusion", ema=decay).params
     state = nnx.to_pure_dict(nnx.state(again.module))
     np.testing.assert_array_equal(
       state["final_layer"]["linear"]["kernel"], expected["final_layer"]["linear"]["kernel"]

@@ -20,7 +20,7 @@ from launch.engine.writers import read_metrics
 from tests import toy_task
 from tests.conftest import ROOT
 from tests.conftest import repeatable_metrics as lines
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 
 def run(workdir, more_evaluators=None, **changes):

@@ -13,11 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from launch import trained
+from launch import restore
 from launch.engine import mesh
 from launch.engine.writers import read_metrics
 from tests.train_on_mesh import NUM_STEPS
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 BIG = mesh.MIN_SHARDED_SIZE
 
@@ -106,7 +106,7 @@ def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, name
 @pytest.mark.parametrize("task", ["tokenizer", "diffusion"])
 def test_weights_and_averages_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, ema):
   def weights(root, step):
-    flat = flatten_dict(trained.load(root / task, task, step, ema).params)
+    flat = flatten_dict(restore.load(root / task, task, step, ema).params)
     # A key's bias shifts all logits of a query alike: its gradient is but rounding, of which Adam
     # makes full steps.
     return {path: x for path, x in flat.items() if path[-2:] != ("k", "bias")}

@@ -16,7 +16,7 @@ from lightningdit_jax.positions import position_embedding, rope_tables
 from lightningdit_jax.remat import REMAT_POLICIES
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import functional
+from vavae_jax.common import functional
 
 TINY = {"in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from vavae_jax.errors import InputError
-from vavae_jax.optimizer import (
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.optimizer import (
   averaged,
   check_optimizer,
   learning_rate,

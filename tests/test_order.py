@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vavae_jax import order
-from vavae_jax.errors import InputError
-from vavae_jax.order import Order, Share
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import order
+from vavae_jax.data.order import Order, Share
 
 
 def taken(count: int, batch_size: int, processes: int, batches: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 
 from launch.engine import processes
 from launch.engine.writers import read_metrics
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 
 @pytest.fixture

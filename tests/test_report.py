@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.charts import Curve, line_chart, number
-from launch.report import Figure, Report, write_report
+from launch.report.charts import Curve, line_chart, number
+from launch.report.html import Figure, Report, write_report
 
 HOSTILE = "<script>alert(\"1\")</script> & 'co'"
 VOID = {"meta", "img", "path", "circle", "image", "rect"}

@@ -10,9 +10,9 @@ from flax import nnx
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_state_dict
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import sam
+from vavae_jax.weights.state_dicts import read_state_dict
 
 TOLERANCE = 1e-5
 SIZES = {

@@ -9,10 +9,16 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
-from launch import sample, trained
+from launch import restore, sample
 from launch.engine import mesh
-from launch.sample_files import claim_png_folder, contact_sheet, part_path, read_samples, write_npz
-from vavae_jax.errors import InputError
+from launch.evaluation.sample_files import (
+  claim_png_folder,
+  contact_sheet,
+  part_path,
+  read_samples,
+  write_npz,
+)
+from vavae_jax.common.errors import InputError
 
 
 def settings(diffusion, **changes):
@@ -198,7 +204,7 @@ def test_a_sample_of_any_sampler_does_not_depend_on_its_batch(diffusion, tokeniz
 
 
 def test_a_guide_changes_the_samples_and_must_see_the_same_latents(diffusion, tokenizer, tmp_path):
-  weaker = trained.load(diffusion.workdir, "diffusion", ema=0.0)
+  weaker = restore.load(diffusion.workdir, "diffusion", ema=0.0)
   chosen = settings(diffusion, cfg_scale=3.0)
   index = np.arange(9)
   plain, led = (
@@ -217,4 +223,4 @@ def test_a_guide_changes_the_samples_and_must_see_the_same_latents(diffusion, to
 
 def test_an_average_that_was_not_kept_is_named(diffusion):
   with pytest.raises(InputError, match=r"keeps no average of decay 0\.99, only \(0\.5,\)"):
-    trained.load(diffusion.workdir, "diffusion", ema=0.99)
+    restore.load(diffusion.workdir, "diffusion", ema=0.99)

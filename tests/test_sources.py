@@ -19,10 +19,10 @@ from PIL import Image
 
 from launch.prepare import prepare
 from tests.reference import procedural
-from vavae_jax import images, sources
-from vavae_jax.errors import InputError
-from vavae_jax.order import Share
-from vavae_jax.sources import base
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import images, sources
+from vavae_jax.data.order import Share
+from vavae_jax.data.sources import base
 
 CLASSES = ["cat", "dog"]
 

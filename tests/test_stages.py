@@ -10,7 +10,8 @@ from configs import quickstart
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
-from vavae_jax import frozen, sources, training
+from vavae_jax import frozen, training
+from vavae_jax.data import sources
 
 BATCH = 4
 

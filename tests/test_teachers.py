@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from tests import cases
 from tests.reference import procedural
 from vavae_jax import convert
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_state_dict, unwrap
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import NAMES, clip, efficientnet, load_teacher, sam, teacher_from_torch, vit
+from vavae_jax.weights.state_dicts import read_state_dict, unwrap
 
 FORMATS = cases.FOLDER / "formats"
 # Parameters of the published networks without heads, counted with timm.

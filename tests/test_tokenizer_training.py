@@ -14,12 +14,14 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import quickstart
-from launch.benchmark_tokenizer import reference_order
 from launch.engine import loop
+from launch.lab.benchmark.parts import reference_order
 from tests import cases
-from vavae_jax import continuation, frozen, functional, images, losses, stages, training, update
+from vavae_jax import frozen, losses, stages, training, update, warm_start
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
 from vavae_jax.convert import autoencoder_to_torch
-from vavae_jax.errors import InputError
+from vavae_jax.data import images
 from vavae_jax.stages import Phase
 
 FEATURES = 5
@@ -263,12 +265,12 @@ def test_stages_that_make_no_sense_are_refused(changes, message):
 def test_initial_weights_are_taken_over_and_another_teachers_projection_is_not():
   fresh = {"autoencoder": {"a": np.zeros(2)}, "projection": {"kernel": np.zeros((2, 3))}}
   given = {"autoencoder": {"a": np.ones(2)}, "projection": {"kernel": np.ones((2, 4))}}
-  taken, notes = continuation.adapt(fresh, given)
+  taken, notes = warm_start.adapt(fresh, given)
   assert taken["autoencoder"]["a"].all()
   assert not taken["projection"]["kernel"].any()
   assert notes == ["the projection to the teacher's features starts afresh"]
   with pytest.raises(InputError, match=r"another autoencoder: a \(\(2,\) here, \(3,\) there\)"):
-    continuation.adapt(fresh, {"autoencoder": {"a": np.ones(3)}})
+    warm_start.adapt(fresh, {"autoencoder": {"a": np.ones(3)}})
 
 
 def test_a_file_of_the_reference_is_a_beginning(setting):
@@ -280,8 +282,8 @@ def test_a_file_of_the_reference_is_a_beginning(setting):
   named["linear_proj.weight"] = np.asarray(given["projection"]["kernel"]).T[:, :, None, None]
   named["loss.logvar"] = np.zeros(())
   named = {f"module.{name}": value for name, value in named.items()}
-  taken, _ = continuation.adapt(given, continuation.from_state_dict(named, config.model))
+  taken, _ = warm_start.adapt(given, warm_start.from_state_dict(named, config.model))
   jax.tree.map(np.testing.assert_array_equal, taken, given)
   named["module.linear_proj.weight"] = np.zeros((5, 6, 3, 3))
   with pytest.raises(InputError, match=r"linear_proj\.weight \(5, 6, 3, 3\) is no finite 1x1"):
-    continuation.from_state_dict(named, config.model)
+    warm_start.from_state_dict(named, config.model)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests import cases
-from vavae_jax.errors import InputError
-from vavae_jax.torch_files import read_torch_file
-from vavae_jax.torch_writer import write_torch_file
+from vavae_jax.common.errors import InputError
+from vavae_jax.weights.torch_files import read_torch_file
+from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
 LAYOUTS = ("torch_zip.pt", "torch_legacy.pt")

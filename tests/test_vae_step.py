@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import base
-from launch.equivalence_training import LOGGED, first_gradients, training_names, training_state
+from launch.lab.equivalence.training import LOGGED, first_gradients, training_names, training_state
 from tests import cases
 from tests.reference import procedural
 from vavae_jax import update

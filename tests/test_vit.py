@@ -12,10 +12,10 @@ from flax import nnx
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_state_dict
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import teacher_from_torch, vit
 from vavae_jax.teachers.layers import resize
+from vavae_jax.weights.state_dicts import read_state_dict
 
 # Twelve layers in float32 differ from PyTorch's by 1e-6.
 TOLERANCE = 1e-5

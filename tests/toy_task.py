@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.engine import console, loop
-from vavae_jax import order
-from vavae_jax.files import place
+from vavae_jax.common.files import place
+from vavae_jax.data import order
 
 
 @flax.struct.dataclass

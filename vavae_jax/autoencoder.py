@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from vavae_jax.errors import InputError
-from vavae_jax.sharding import pin_batch
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import pin_batch
 
 # Name -> arguments, beside the defaults. "fN" is the factor between image and latent, "dN" the
 # latent's channels. The three without a prefix are the paper's.

@@ -14,10 +14,18 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import functional, images, order, training
-from vavae_jax.errors import InputError
+from vavae_jax import training
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.optimizer import (
+  averaged,
+  check_optimizer,
+  make_optimizer,
+  start_emas,
+  update_emas,
+)
+from vavae_jax.data import images, order
 from vavae_jax.metrics.classifier import Classifier
-from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas, update_emas
 
 if TYPE_CHECKING:
   import grain  # which takes half a second

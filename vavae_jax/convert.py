@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vavae_jax import torch_weights
 from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.common.errors import InputError
 from vavae_jax.discriminator import PatchDiscriminator
-from vavae_jax.errors import InputError
 from vavae_jax.perceptual import lpips_from_torch
 from vavae_jax.teachers import teacher_from_torch
-from vavae_jax.torch_weights import StateDict
+from vavae_jax.weights import torch_weights
+from vavae_jax.weights.torch_weights import StateDict
 
 __all__ = [
   "autoencoder_arguments",

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vavae_jax.errors import InputError
-from vavae_jax.sharding import pin_batch
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import pin_batch
 
 
 class BatchNorm(nnx.Module):

@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax import losses, teachers
 from vavae_jax.autoencoder import downsampling
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vavae_jax import torch_weights
-from vavae_jax.errors import InputError
-from vavae_jax.sharding import pin_batch
-from vavae_jax.state_dicts import read_state_dict
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import pin_batch
+from vavae_jax.weights import torch_weights
+from vavae_jax.weights.state_dicts import read_state_dict
 
 # Of each slice, PyTorch's numbers of the convolutions, which count activations and pools too, and
 # the width.

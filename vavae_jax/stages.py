@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 COLUMNS = ("vf_weight", "cos_margin", "distmat_margin", "disc_start")
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vavae_jax.autoencoder import Autoencoder, Posterior
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 
 def encode_tiled(

@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import feature_cache, frozen, functional, images, losses, order, sources, stages
-from vavae_jax.errors import InputError
+from vavae_jax import frozen, losses, stages
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.optimizer import averaged, check_optimizer, make_optimizer, start_emas
+from vavae_jax.common.sharding import whole
+from vavae_jax.data import feature_cache, images, order, sources
 from vavae_jax.metrics import pixels
-from vavae_jax.optimizer import averaged, check_optimizer, make_optimizer, start_emas
-from vavae_jax.sharding import whole
 from vavae_jax.stages import Phase
 from vavae_jax.teachers import feature_size
 from vavae_jax.update import (

@@ -25,10 +25,12 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import functional, images, losses
+from vavae_jax import losses
 from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.common import functional
+from vavae_jax.common.optimizer import make_optimizer, update_emas
+from vavae_jax.data import images
 from vavae_jax.discriminator import BatchNorm, PatchDiscriminator
-from vavae_jax.optimizer import make_optimizer, update_emas
 from vavae_jax.stages import Phase
 
 Metrics = dict[str, jax.Array]

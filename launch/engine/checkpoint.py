@@ -22,8 +22,8 @@ from absl import logging
 from etils import epath
 
 from launch.engine import console, manifest, processes
-from vavae_jax.errors import InputError
-from vavae_jax.files import full_disk_as_oserror, is_url, write_json
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import full_disk_as_oserror, is_url, write_json
 
 # The step of weights that were not trained here; a training's first checkpoint is of a later one.
 _CONVERTED = "0"

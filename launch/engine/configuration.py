@@ -12,8 +12,8 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
-from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
 
 # What may differ when a run is continued: how long, how often and by what means, not what is
 # computed. What happens to a step that is not finite is part of it, so that a run can get past one.

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.engine import hardware, processes, tracing
-from vavae_jax.errors import InputError
-from vavae_jax.files import DISK_FULL, allow_open_files
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import DISK_FULL, allow_open_files
 
 # Flags that are defined in here are those of the command that asks for them.
 flags.disclaim_key_flags()
@@ -159,7 +159,7 @@ def _interrupt(number: int, _frame: object) -> None:
 def resume_command() -> str:
   """The command line that started this process, to be given again from any folder."""
   spec = getattr(sys.modules["__main__"], "__spec__", None)
-  program = ["-m", spec.name] if spec else [sys.argv[0]]
+  program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
   return f"cd {shlex.quote(os.getcwd())} && " + shlex.join(
     [sys.executable, *program, *sys.argv[1:]]
   )

@@ -31,7 +31,7 @@ from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.prefetch import Prefetched
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer, curve, read_metrics
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:
   import grain  # which takes half a second

@@ -15,8 +15,8 @@ from typing import IO
 
 from etils import epath
 
-from vavae_jax.errors import InputError
-from vavae_jax.files import is_url
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url
 
 MANIFEST = "manifest.json"
 # Orbax writes these at its commit, afterwards, and nothing is read from them.

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vavae_jax.errors import InputError
-from vavae_jax.sharding import BATCH_AXES
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import BATCH_AXES
 
 # Below this many elements an array costs less to hold everywhere than to gather.
 MIN_SHARDED_SIZE = 2**14

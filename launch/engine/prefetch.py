@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 AHEAD = 2
 

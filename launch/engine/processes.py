@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 # After so long without a sign of one process the others give up.
 HEARTBEAT_SECONDS = 30

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vavae_jax.files import atomic_file, is_url
+from vavae_jax.common.files import atomic_file, is_url
 
 SECONDS_BETWEEN_WRITES = 30.0
 

@@ -13,13 +13,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from launch import trained, weights
-from vavae_jax import classification, functional, images
-from vavae_jax.errors import InputError
-from vavae_jax.files import place
+from launch import restore
+from launch.weights import recognition
+from vavae_jax import classification
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+from vavae_jax.data import images
 from vavae_jax.metrics import inception
-from vavae_jax.state_dicts import read_content
 from vavae_jax.teachers import NAMES, efficientnet, load_teacher
+from vavae_jax.weights.state_dicts import read_content
 
 EFFICIENTNET = "efficientnet_lite0"
 CLASSIFIER = "classifier"  # a network of one's own, by launch.train
@@ -109,9 +112,9 @@ def _classifier(path: str) -> Network:
   if not path:
     raise InputError(
       "Give --weights=WORKDIR of a classifier: python -m launch.train "
-      "--config=configs/dilemma.py:judge --workdir=WORKDIR trains one."
+      "--config=configs/lab/dilemma.py:judge --workdir=WORKDIR trains one."
     )
-  judge = trained.load(place(path), "classifier")
+  judge = restore.load(place(path), "classifier")
   graph = functional.graph_of(classification.build(judge.config))
 
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
@@ -132,7 +135,7 @@ def _classifier(path: str) -> Network:
 
 def _inception(protocol: str, path: str) -> Network:
   file = _find_inception(path)
-  found = weights.recognise(read_content(file))
+  found = recognition.recognise(read_content(file))
   if not isinstance(found.module, inception.InceptionV3):
     raise InputError(f"{file} holds {found.kind}; the weights of FID's Inception are needed.")
   graph, state = nnx.split(found.module)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from launch.charts import Curve
 from launch.engine import console
 from launch.engine.writers import curve, read_metrics
 from launch.evaluation.features import Network
@@ -25,8 +24,10 @@ from launch.evaluation.pictures import (
   stored_statistics,
   take,
 )
+from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, Statistics, compute
-from launch.report import (
+from launch.report.charts import Curve
+from launch.report.html import (
   Figure,
   Section,
   details,
@@ -35,8 +36,7 @@ from launch.report import (
   picture_rows,
   training_section,
 )
-from launch.sample_files import contact_sheet
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import confidence
 from vavae_jax.metrics.distribution import Gaussian, precision_recall
 

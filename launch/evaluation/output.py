@@ -14,9 +14,9 @@ from PIL import Image
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances
-from launch.report import Figure, Section, write_page
-from vavae_jax.errors import InputError
-from vavae_jax.files import atomic_file, write_json
+from launch.report.html import Figure, Section, write_page
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
 

@@ -20,14 +20,14 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
-from launch import trained
+from launch import restore
 from launch.engine import mesh
 from launch.engine.batches import in_batches
+from launch.evaluation.sample_files import FIRST
 from launch.sample import labels_for, make_sampler
-from launch.sample_files import FIRST
-from lightningdit_jax.latents import LatentStore, shard_files
-from vavae_jax import images, sources
-from vavae_jax.errors import InputError
+from lightningdit_jax.store.latents import LatentStore, shard_files
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import images, sources
 
 STATISTICS = ("mu", "sigma")
 
@@ -197,8 +197,8 @@ class Sampled:
 
   def __init__(
     self,
-    diffusion: trained.Trained,
-    tokenizer: trained.Trained,
+    diffusion: restore.Trained,
+    tokenizer: restore.Trained,
     settings: FrozenConfigDict,
     *,
     count: int,
@@ -240,7 +240,7 @@ class Sampled:
 class Decoded:
   """The pictures that a tokenizer makes of a latent store."""
 
-  def __init__(self, store: LatentStore, tokenizer: trained.Trained, batch_size: int = 64):
+  def __init__(self, store: LatentStore, tokenizer: restore.Trained, batch_size: int = 64):
     """Args:
     store: the latents.
     tokenizer: that made them.
@@ -253,7 +253,7 @@ class Decoded:
 
     @jax.jit
     def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
-      return images.to_uint8(trained.autoencoder(here, params).decode(z_BhwZ))
+      return images.to_uint8(restore.autoencoder(here, params).decode(z_BhwZ))
 
     self._decode = functools.partial(decode, here.params)
     self.about = {
@@ -276,7 +276,7 @@ class Decoded:
 
 
 def own_pictures(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   *,
   held_out: bool,
   size: int = 0,
@@ -323,7 +323,7 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
   path = Path(spec).expanduser()
   if path.is_dir() and shard_files(path):
     store = LatentStore(path)
-    pictures: PictureSet = Decoded(store, trained.tokenizer_of_latents(store, tokenizer))
+    pictures: PictureSet = Decoded(store, restore.tokenizer_of_latents(store, tokenizer))
   elif path.is_dir():
     pictures = FromSource(f"folder:{path}", image_size)
   elif path.suffix == ".npz" and ":" not in spec:

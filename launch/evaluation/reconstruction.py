@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from launch import trained
+from launch import restore
 from launch.engine import console, mesh
 from launch.evaluation.features import Network
 from launch.evaluation.generation import gaussian_of, key_of, rank_warnings
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet, take
+from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, compute
-from launch.report import Figure, Section, details, figures_table, picture_pairs
-from launch.sample_files import contact_sheet
-from vavae_jax import functional, images
-from vavae_jax.errors import InputError
+from launch.report.html import Figure, Section, details, figures_table, picture_pairs
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import images
 from vavae_jax.metrics import pixels
 from vavae_jax.perceptual import Lpips
 
@@ -29,7 +30,7 @@ SHOWN = 8
 
 
 def evaluate(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   pictures: PictureSet,
   network: Network | None,
   output: Output,
@@ -140,7 +141,7 @@ def evaluate(
 
 
 def _compiled(
-  tokenizer: trained.Trained,
+  tokenizer: restore.Trained,
   network: Network | None,
   lpips: Lpips | None,
   posterior: str,
@@ -157,7 +158,7 @@ def _compiled(
 
   @jax.jit
   def run(params: Any, batch: dict[str, jax.Array]) -> tuple[Part, jax.Array]:
-    model = trained.autoencoder(tokenizer, params["tokenizer"])
+    model = restore.autoencoder(tokenizer, params["tokenizer"])
     image = images.to_float(batch["image"])
     encoded = model.encode(image)
     z = encoded.mode()

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch import plots, trained
+from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.evaluation.output import Output
 from launch.evaluation.sweep import Point, points_of
-from launch.report import Section, data_uri_of_file, table
+from launch.report import plots
+from launch.report.html import Section, data_uri_of_file, table
 from launch.sample import labels_for
 from lightningdit_jax import checks
 from lightningdit_jax.solvers import TABLEAUX
@@ -30,7 +31,7 @@ DEFAULT_SAMPLES = 64
 
 
 def evaluate(
-  diffusion: trained.Trained,
+  diffusion: restore.Trained,
   settings: FrozenConfigDict,
   grid: dict[str, list[Any]],
   output: Output,
@@ -106,7 +107,7 @@ def evaluate(
 
 
 def _samples(
-  diffusion: trained.Trained, settings: FrozenConfigDict, label_N: np.ndarray, seed: int
+  diffusion: restore.Trained, settings: FrozenConfigDict, label_N: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float]:
   """Normalised latents [N, h w Z], and seconds for one of them without compiling."""
   devices = mesh.make_mesh()

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from launch import plots
-from launch.charts import Curve, line_chart, scatter
 from launch.engine import console
 from launch.evaluation.output import Output
-from launch.report import Figure, Section, details, figures_table
-from lightningdit_jax import latents, transport
-from vavae_jax.errors import InputError
-from vavae_jax.files import write_safetensors
+from launch.report import plots
+from launch.report.charts import Curve, line_chart, scatter
+from launch.report.html import Figure, Section, details, figures_table
+from lightningdit_jax import transport
+from lightningdit_jax.store import latents
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_safetensors
 from vavae_jax.metrics.uniformity import Uniformity, density, uniformity
 
 PERPLEXITY = 30.0

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from launch.engine import console, mesh, processes
 from launch.engine.batches import in_batches
 from launch.evaluation.pictures import PictureSet
-from vavae_jax.errors import InputError
-from vavae_jax.files import write_safetensors
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_safetensors
 from vavae_jax.metrics.distribution import Moments, ProbabilitySums
 
 BLOCK = 250

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import plots
 from launch.engine import console, processes
 from launch.evaluation.features import Network
 from launch.evaluation.generation import (
@@ -25,9 +24,10 @@ from launch.evaluation.generation import (
 )
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet
-from launch.report import Section, data_uri_of_file, table
-from vavae_jax.errors import InputError
-from vavae_jax.files import write_json
+from launch.report import plots
+from launch.report.html import Section, data_uri_of_file, table
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
 
 Point = dict[str, Any]
 

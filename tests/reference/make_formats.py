@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launch.reference_torch import lightningdit
+from launch.lab.torch.checkout import lightningdit
 from tests.reference import procedural
 
 FORMATS = Path(__file__).parent / "formats"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 TILE = 64  # pixels; a quarter of the source, and a multiple of 16 for an f16 tokenizer
 COLUMNS = 43  # 43 x 44 tiles make a nearly square atlas of 1,852, far below WebP's 16,383 pixels

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vavae_jax import torch_weights
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
+from vavae_jax.weights import torch_weights
 
 SIZE = 299
 NUM_FEATURES = 2048

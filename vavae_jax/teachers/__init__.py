@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vavae_jax.errors import InputError
-from vavae_jax.state_dicts import read_state_dict
+from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import clip, efficientnet, sam, vit
+from vavae_jax.weights.state_dicts import read_state_dict
 
 
 class Teacher(Protocol):

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vavae_jax import torch_weights
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
+from vavae_jax.weights import torch_weights
 
 # (repeats, kernel size, stride of the first, expansion, channels)
 _STAGES = (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 
 class Enlarged(nnx.Module):

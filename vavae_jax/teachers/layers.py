@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vavae_jax.errors import InputError
+from vavae_jax.common.errors import InputError
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 

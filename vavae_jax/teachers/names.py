@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vavae_jax import torch_weights
-from vavae_jax.state_dicts import unwrap
+from vavae_jax.weights import torch_weights
+from vavae_jax.weights.state_dicts import unwrap
 
 M = TypeVar("M", bound=nnx.Module)
 

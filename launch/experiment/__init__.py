@@ -1,1 +1,0 @@
-"""Experiments of many trainings and evaluations: their jobs, results and pages."""

@@ -1,0 +1,1 @@
+"""The lab: equipment for measuring, planning and comparing. Nothing outside imports it."""

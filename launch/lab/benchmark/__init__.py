@@ -1,0 +1,1 @@
+"""What steps, loading, FID and the tokenizer's parts cost, beside limits and the reference."""

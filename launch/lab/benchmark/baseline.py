@@ -1,0 +1,149 @@
+"""A stored baseline of ratios, and whether a measurement still has them.
+
+Ratios only: of a rate to a matrix product's in the same run, of our time to the reference's in
+turns with it, and bytes of a compiled program. They hold on any machine of a kind; seconds do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from launch.engine import console
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
+
+# Flags that are defined in here are those of the command that asks for them.
+flags.disclaim_key_flags()
+Row = dict[str, Any]
+# Ratio -> whether more of it is better.
+RATIOS = {"share_of_matmul": True, "times_torch": True, "program_gib": False}
+_NAMES = ("config", "device", "what", "attention", "dtype", "batch_size")
+
+
+class Change(NamedTuple):
+  """A ratio that two measurements have.
+
+  Attributes:
+    name: of the measurement.
+    ratio: one of `RATIOS`.
+    before: its value in the baseline.
+    now: its value here.
+  """
+
+  name: str
+  ratio: str
+  before: float
+  now: float
+
+  @property
+  def loss(self) -> float:
+    """The share by which it is worse now; below 0 if it is better."""
+    better, worse = (self.now, self.before) if RATIOS[self.ratio] else (self.before, self.now)
+    return 1 - better / worse
+
+
+def ratios_of(result: dict[str, Any]) -> list[Row]:
+  """What a baseline keeps of the result of a benchmark.
+
+  Args:
+    result: of `launch.lab.benchmark steps`; its "asked" is the configuration as a person gave it.
+
+  Returns:
+    A row for each measurement that has a ratio, or that the device's memory did not hold.
+  """
+  # Of CPUs a name says little, and a ratio of one holds for no other.
+  kind = f", {result['processor']}" if result["device"].endswith(" cpu") else ""
+  told = {"config": result["asked"], "device": result["device"] + kind, "commit": result["commit"]}
+  rows = []
+  for row in result["rows"]:
+    found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}
+    if row.get("out_of_memory"):
+      found["program_gib"] = math.inf
+    if found:
+      rows.append({**told, **{k: row[k] for k in _NAMES if k in row}, **found})
+  return rows
+
+
+def read(path: Path) -> list[Row]:
+  """The rows of a baseline; InputError if it is none."""
+  try:
+    rows = json.loads(path.read_text())["ratios"]
+    if not all(isinstance(row, dict) and "config" in row for row in rows):
+      raise ValueError("rows without a configuration")
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise InputError(f"{path} is no baseline that --update wrote ({error}).") from error
+  return rows
+
+
+def update(path: Path, rows: list[Row]) -> None:
+  """Puts rows into a baseline, in the place of those of the same name; begins one if need be.
+
+  What did not fit into the memory stays as it was.
+  """
+  kept = {_name(row): row for row in (read(path) if path.exists() else [])}
+  kept |= {_name(row): row for row in rows if math.inf not in row.values()}
+  write_json(path, {"ratios": [kept[name] for name in sorted(kept)]})
+
+
+def changes(rows: list[Row], before: list[Row]) -> list[Change]:
+  """The ratios that both have; `rows` as of `ratios_of`."""
+  known = {_name(row): row for row in before}
+  return [
+    Change(_name(row), ratio, known[_name(row)][ratio], row[ratio])
+    for row in rows
+    if _name(row) in known
+    for ratio in RATIOS
+    if ratio in row and ratio in known[_name(row)]
+  ]
+
+
+def define_flags() -> None:
+  """Defines the flags of `settle`."""
+  flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/lab/baseline.json.")
+  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
+  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
+
+
+def check_flags() -> None:
+  """Raises InputError where there is no baseline, before anything is measured."""
+  if flags.FLAGS.compare:
+    read(Path(flags.FLAGS.compare))
+
+
+def settle(rows: list[Row]) -> None:
+  """Compares with a baseline and puts rows into one, as the flags say; raises as `check` does."""
+  given = flags.FLAGS
+  if given.compare:
+    check(rows, Path(given.compare), given.tolerance)
+  if given.update:
+    update(Path(given.update), rows)
+    console.say(f"ratios kept in {given.update}")
+
+
+def check(rows: list[Row], path: Path, tolerance: float) -> None:
+  """Shows what has changed against a baseline.
+
+  Raises:
+    InputError: a ratio is worse by more than the tolerance, or the baseline has none of them.
+  """
+  found = changes(rows, read(path))
+  if not found:
+    raise InputError(f"{path} has nothing of what was measured; --update={path} puts it there.")
+  cells = [
+    (x.name, x.ratio, console.number(x.before), console.number(x.now), f"{-x.loss:+.1%}")
+    for x in found
+  ]
+  console.table(f"against {path}", ("what", "ratio", "before", "now", "better by"), cells)
+  worse = [change for change in found if change.loss > tolerance]
+  if worse:
+    told = "; ".join(f"{x.ratio} of {x.name} by {x.loss:.1%}" for x in worse)
+    raise InputError(f"Worse than {path} by more than {tolerance:.0%}: {told}.")
+
+
+def _name(row: Row) -> str:
+  return ", ".join(str(row[key]) for key in _NAMES if key in row)

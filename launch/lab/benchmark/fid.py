@@ -1,0 +1,179 @@
+r"""Measures FID's features and arithmetic beside pytorch-fid, torch-fidelity and torchmetrics.
+
+  python -m launch.lab.benchmark fid --source=zip:data/cifar10_test.zip --torch_python=PYTHON \
+    --weights=pt_inception-2015-12-05-6726825d.pth --output=benchmark.json
+
+--torch_python is an interpreter that has PyTorch, torchvision and the three. The same pictures, two
+halves of a random choice, go through all of them with the same weights; figures are shown beside
+each other, and pictures a second, of which all take turns. Without --weights the weights are
+random ones, which tell whether implementations agree, and nothing of pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch.engine import console
+from launch.engine.circumstances import circumstances
+from launch.evaluation.features import load_network
+from launch.evaluation.generation import compiled, gaussian_of, statistics_of
+from launch.evaluation.pictures import Array, FromSource
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
+from vavae_jax.metrics import inception
+
+TORCH_SCRIPT = Path(__file__).parents[1] / "torch" / "fid.py"
+BATCH = 50
+# Whose network is compared with ours of which protocol.
+BESIDE = {"pytorch-fid": "pytorch-fid", "torch-fidelity": "adm", "torchmetrics": ""}
+
+
+class Tools:
+  """The other process."""
+
+  def __init__(self, python: str, weights: Path, pictures: Path):
+    """Args:
+    python: the interpreter.
+    weights: of Inception; made there if there is no such file.
+    pictures: the npz.
+    """
+    self._process = subprocess.Popen(
+      [python, str(TORCH_SCRIPT), str(weights), str(pictures)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def ask(self, *words: Any) -> Any:
+    """What a command gives; InputError where the process has ended."""
+    assert self._process.stdin is not None
+    assert self._process.stdout is not None
+    try:
+      print(json.dumps(words), file=self._process.stdin, flush=True)
+      return json.loads(self._process.stdout.readline())
+    except (OSError, ValueError) as error:
+      raise InputError(
+        "The interpreter of --torch_python failed; it needs PyTorch, torchvision, pytorch-fid, "
+        "torch-fidelity and torchmetrics. Its own message stands above."
+      ) from error
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.terminate()
+    self._process.wait()
+
+
+def figures(halves: dict[str, np.ndarray], weights: Path) -> dict[str, Any]:
+  """FID of the halves, inception score of the second and seconds of the arithmetic, by protocol."""
+  found: dict[str, Any] = {}
+  for protocol in inception.PROTOCOLS:
+    network = load_network(protocol, str(weights))
+    a, b = (statistics_of(Array(x), network, f"{protocol} {n}") for n, x in halves.items())
+    began = time.perf_counter()
+    gaussian, moments = gaussian_of(a), b.moments["pool"]
+    distance = gaussian.distance(moments.mean, moments.cov)
+    seconds = time.perf_counter() - began
+    found[protocol] = {
+      "fid": distance.distance,
+      "negative_eigenvalue": distance.negative,
+      "inception_score": b.inception_score(),
+      "arithmetic_seconds": seconds,
+    }
+  return found
+
+
+def speeds(tools: Tools, weights: Path, rounds: int, batches: int, side: int) -> dict[str, float]:
+  """Pictures a second, the median of rounds in which all take turns."""
+  index: Any = np.arange(BATCH, dtype=np.int32)
+  image: Any = np.random.default_rng(0).integers(256, size=(BATCH, side, side, 3), dtype=np.uint8)
+  ours = {}
+  for protocol in inception.PROTOCOLS:
+    network = load_network(protocol, str(weights))
+    ours[f"ours, {protocol}"] = (compiled(network, keep=False), jax.device_put(network.params))
+  rates: dict[str, list[float]] = {name: [] for name in (*ours, *BESIDE)}
+  for _ in console.tracked(range(rounds), "rounds"):
+    for name, (run, params) in ours.items():
+      jax.block_until_ready(run(params, {"image": image, "index": index}))
+      began = time.perf_counter()
+      for _ in range(batches):
+        jax.block_until_ready(run(params, {"image": image, "index": index}))
+      rates[name].append(BATCH * batches / (time.perf_counter() - began))
+    for name in BESIDE:
+      rates[name].append(tools.ask("time", name, batches))
+  return {name: float(np.median(x)) for name, x in rates.items()}
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  with tempfile.TemporaryDirectory() as folder:
+    chosen = FromSource(FLAGS.source, FLAGS.image_size, limit=2 * FLAGS.pictures)
+    pictures = chosen.read(0, len(chosen))
+    mixed = np.random.default_rng(0).permutation(len(pictures))
+    halves = {"a": pictures[mixed[::2]], "b": pictures[mixed[1::2]]}
+    file = Path(folder) / "pictures.npz"
+    np.savez(file, a=halves["a"], b=halves["b"])
+    weights = Path(FLAGS.weights) if FLAGS.weights else Path(folder) / "random.pth"
+    tools = Tools(FLAGS.torch_python, weights, file)
+    versions = tools.ask("versions")
+    ours = figures(halves, weights)
+    others = {}
+    for name in BESIDE:
+      console.say(f"{name} ...")
+      others[name] = tools.ask("features", name)
+    rates = speeds(tools, weights, FLAGS.rounds, FLAGS.batches, pictures.shape[1])
+    tools.close()
+  rows = []
+  for protocol, found in ours.items():
+    told = f"{found['arithmetic_seconds']:.1f}"
+    rate = rates[f"ours, {protocol}"]
+    rows.append((f"ours, {protocol}", _number(found["fid"]), told, f"{rate:.2f}", ""))
+  for name, found in others.items():
+    beside = BESIDE[name]
+    off = found["fid"] / ours[beside]["fid"] - 1 if beside else None
+    rows.append(
+      (
+        name,
+        _number(found["fid"]),
+        f"{found['seconds']:.1f}",
+        f"{rates[name]:.2f}",
+        f"{off:+.1e} of ours, {beside}" if off is not None else "its own resize",
+      )
+    )
+  header = ("tool", "FID", "arithmetic, s", "pictures/s", "differs by")
+  console.table(f"{len(halves['a'])} and {len(halves['b'])} pictures", header, rows)
+  score = others["torch-fidelity"]["inception_score"]
+  console.say(f"inception score: ours {ours['adm']['inception_score']:.6f}, theirs {score:.6f}")
+  if FLAGS.output:
+    result = {"ours": ours, "others": others, "pictures_per_second": rates}
+    noted = {**circumstances(), "versions": versions, "pictures": chosen.about, **result}
+    write_json(Path(FLAGS.output), noted)
+    console.say(f"written to {FLAGS.output}")
+
+
+def _number(value: float) -> str:
+  return f"{value:.8g}"
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
+  flags.DEFINE_integer("pictures", 500, "Of each half.", lower_bound=10)
+  flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
+  flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
+  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
+  flags.DEFINE_integer("rounds", 3, "All take turns.", lower_bound=1)
+  flags.DEFINE_integer("batches", 2, "A round, of 50 pictures.", lower_bound=1)
+  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
+  console.run_command(main)

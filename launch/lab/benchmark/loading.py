@@ -1,0 +1,253 @@
+r"""Measures loading: latents beside the PyTorch reference's loader, pictures beside bare Pillow.
+
+  python -m launch.lab.benchmark loading --reference=LIGHTNINGDIT --torch_python=PYTHON \
+    --output=benchmark.json
+
+Latents: shuffled, normalised float32 batches of 256 out of a store of 20,000 records of 32x16x16,
+made here of random numbers and in memory after the first round, as after an epoch. The reference's
+way opens the file again for each record; it is timed in its own PyTorch loader where --reference
+and --torch_python are given, and always in NumPy, one record after the other in a thread. Pictures:
+500x375 JPEG, decoded and cropped to 256 as ADM does, beside a loop of Pillow calls. All take turns.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from safetensors import safe_open
+
+from launch.engine import console
+from launch.engine.circumstances import circumstances
+from lightningdit_jax.store import latents, shards
+from vavae_jax.common.files import write_json
+from vavae_jax.data import images, order
+from vavae_jax.data.sources.base import EncodedSource
+from vavae_jax.weights.torch_writer import write_torch_file
+
+TORCH_SCRIPT = Path(__file__).parents[1] / "torch" / "loading.py"
+BATCH = 256
+SHARD = 5_000
+SHAPE = (16, 16, 32)
+PICTURE_BATCH = 32
+PICTURES = 256
+WAYS = tuple((kind, number) for kind in ("threads", "workers") for number in (1, 2, 4))
+# Name -> takes a number of batches, gives the seconds that they took.
+Works = dict[str, Callable[[int], float]]
+
+
+def make_store(
+  folder: Path, count: int, shape: tuple[int, int, int] = SHAPE
+) -> latents.LatentStore:
+  """A store of random latents in the published layout."""
+  rng = np.random.default_rng(0)
+  for number, start in enumerate(range(0, count, SHARD)):
+    size = min(SHARD, count - start)
+    samples = {n: rng.standard_normal((size, *shape), np.float32) for n in shards.SAMPLES}
+    path = folder / shards.shard_name(number, count // SHARD)
+    shards.write_shard(path, samples, rng.integers(1000, size=size), [])
+  opened = [shards.Shard(file) for file in latents.shard_files(folder)]
+  columns = zip(("mean", "std"), latents.channel_statistics(opened, 0), strict=True)
+  stored = {name: x.reshape(1, -1, 1, 1) for name, x in columns}
+  # As published, since the reference takes every other .safetensors for a shard.
+  write_torch_file(folder / latents.PUBLISHED_STATISTICS, stored)
+  return latents.LatentStore(folder)
+
+
+def latent_works(store: latents.LatentStore, loaders: list[subprocess.Popen[str]]) -> Works:
+  """Ways of loading latents."""
+
+  works: Works = {
+    f"ours, {number} {kind}": timed_batches(
+      latent_batches(store, BATCH, _loader(kind, number)), 2 * number
+    )
+    for kind, number in WAYS
+  }
+  works["reference's way in NumPy, 1 thread"] = timed_batches(functools.partial(_reopening, store))
+  for loader in loaders:
+    works["reference in PyTorch, 2 workers"] = functools.partial(_ask, loader)
+  return works
+
+
+def latent_batches(
+  store: latents.LatentStore, batch_size: int, loader: Mapping[str, int]
+) -> Callable[[], Iterator[Any]]:
+  """Begins the batches of a training on a store; `loader` as `config.loader`."""
+  share = order.Share(batch_size, **loader)
+
+  def begin() -> Iterator[Any]:
+    mean, std = store.mean, store.std
+    return iter(latents.training_batches(store, share, seed=0, mean=mean, std=std, multiplier=1.0))
+
+  return begin
+
+
+def picture_batches(
+  batch_size: int, loader: Mapping[str, int], size: int = 256
+) -> Callable[[], Iterator[Any]]:
+  """Begins the batches of a tokenizer's training on photographs; `loader` as `config.loader`."""
+  source, share = Photographs(), order.Share(batch_size, **loader)
+
+  def begin() -> Iterator[Any]:
+    indices = np.arange(PICTURES)
+    return iter(images.training_batches(source, indices, share, size=size, seed=0, crop="center"))
+
+  return begin
+
+
+def _reopening(store: latents.LatentStore) -> Iterator[Any]:
+  """As the reference's ImgLatentDataset reads a record."""
+  rng = np.random.default_rng(0)
+  files = latents.shard_files(store.path)
+  mean, std = (x.reshape(1, -1, 1, 1) for x in (store.mean, store.std))
+  while True:
+    rows = []
+    for record in rng.integers(len(store), size=BATCH).tolist():
+      with safe_open(files[record // SHARD], framework="numpy") as file:
+        name = "latents" if rng.uniform() > 0.5 else "latents_flip"
+        row = record % SHARD
+        latent = file.get_slice(name)[row : row + 1]
+        label = file.get_slice("labels")[row : row + 1]
+      rows.append(((latent - mean) / std)[0])
+    yield {"latent": np.stack(rows), "label": label}
+
+
+def _ask(loader: subprocess.Popen[str], batches: int) -> float:
+  assert loader.stdin is not None
+  assert loader.stdout is not None
+  print(batches, file=loader.stdin, flush=True)
+  return float(json.loads(loader.stdout.readline())["seconds"])
+
+
+class Photographs(EncodedSource):
+  """Random but photograph-like JPEGs, in memory."""
+
+  def __init__(self) -> None:
+    self.class_names = ["all"]
+    rng = np.random.default_rng(0)
+    self._files = []
+    for _ in range(16):
+      coarse = rng.integers(256, size=(30, 40, 3), dtype=np.uint8)
+      smooth = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+      noisy = np.clip(np.asarray(smooth, int) + rng.normal(0, 8, (375, 500, 3)), 0, 255)
+      buffer = io.BytesIO()
+      Image.fromarray(noisy.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+      self._files.append(buffer.getvalue())
+
+  def __len__(self) -> int:
+    return PICTURES
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    return self._files[index % len(self._files)], 0
+
+  def name(self, index: int) -> str:
+    """As `Source` says."""
+    return str(index)
+
+  def identity(self) -> str:
+    """As `Source` says."""
+    return "photographs"
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return "photographs"
+
+
+def picture_works() -> Works:
+  """Ways of loading pictures."""
+  works: Works = {"bare Pillow, 1 thread": timed_batches(functools.partial(_bare, Photographs()))}
+  for kind, number in WAYS:
+    begin = picture_batches(PICTURE_BATCH, _loader(kind, number))
+    works[f"ours, {number} {kind}"] = timed_batches(begin, number)
+  return works
+
+
+def _bare(source: Photographs) -> Iterator[Any]:
+  """ADM's crop by nothing but Pillow; of these pictures no box halving is due."""
+  for start in itertools.count(0, PICTURE_BATCH):
+    batch = []
+    for index in range(start, start + PICTURE_BATCH):
+      picture = Image.open(io.BytesIO(source.encoded(index)[0])).convert("RGB")
+      picture = picture.resize((341, 256), Image.Resampling.BICUBIC).crop((42, 0, 298, 256))
+      batch.append(np.asarray(picture))
+    yield np.stack(batch)
+
+
+def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
+  """Seconds for a number of batches, after some; begun anew each time, so that none lie ready."""
+
+  def run(count: int) -> float:
+    batches = begin()
+    for _ in range(warmup):
+      next(batches)
+    began = time.perf_counter()
+    for _ in range(count):
+      next(batches)
+    return time.perf_counter() - began
+
+  return run
+
+
+def _loader(kind: str, number: int) -> dict[str, int]:
+  return {"threads": 1} | {kind: number}
+
+
+def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[str, float]:
+  """Records a second of each way: the median of rounds in which all take turns."""
+  seconds: dict[str, list[float]] = {name: [] for name in works}
+  for _ in console.tracked(range(rounds), "rounds"):
+    for name, work in works.items():
+      seconds[name].append(work(batches))
+  return {name: batches * batch_size / float(np.median(x)) for name, x in seconds.items()}
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  results: dict[str, dict[str, float]] = {}
+  with tempfile.TemporaryDirectory() as name:
+    store = make_store(Path(name), FLAGS.records)
+    loaders = []
+    if FLAGS.reference:
+      command = [FLAGS.torch_python, str(TORCH_SCRIPT), FLAGS.reference, name, str(BATCH)]
+      loaders = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      ]
+    results["latents"] = measure(latent_works(store, loaders), FLAGS.batches, FLAGS.rounds, BATCH)
+    for loader in loaders:
+      loader.terminate()
+  results["pictures"] = measure(
+    picture_works(), max(FLAGS.batches // 4, 1), FLAGS.rounds, PICTURE_BATCH
+  )
+  base = {"latents": "reference's way in NumPy, 1 thread", "pictures": "bare Pillow, 1 thread"}
+  for what, rates in results.items():
+    rows = [(n, f"{rate:,.0f}", f"{rate / rates[base[what]]:.2f}") for n, rate in rates.items()]
+    console.table(what, ("way", "records/s", f"of {base[what]}"), rows)
+  if FLAGS.output:
+    write_json(Path(FLAGS.output), {**circumstances(), **results})
+    console.say(f"written to {FLAGS.output}")
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
+  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
+  flags.DEFINE_integer("records", 20_000, "Of the store.", lower_bound=SHARD)
+  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures a quarter.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 5, "All ways take turns.", lower_bound=1)
+  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
+  console.run_command(main)

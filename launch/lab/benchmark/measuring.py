@@ -1,0 +1,162 @@
+"""How fast, how large and how long to compile a program is, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from launch.engine import flops, tracing
+from launch.lab.programs import Program
+
+PROFILED_RUNS = 3
+
+
+@functools.cache
+def matmul_rate(dtype: str) -> float:
+  """FLOP/s of a large square matrix product on one device: what there is to be had."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in (0, 1))
+  product = jax.jit(jnp.matmul)
+  seconds = [timed(functools.partial(product, a, b)) for _ in range(10)]
+  return 2 * size**3 / float(np.median(seconds[2:]))
+
+
+@functools.cache
+def copy_rate() -> float:
+  """Bytes/s of reading a large array and writing another on one device: what there is to be had."""
+  count = 2**26 if jax.default_backend() == "cpu" else 2**29
+  x = jax.random.normal(jax.random.key(0), (count,), jnp.float32)
+  negated = jax.jit(jnp.negative)
+  seconds = [timed(functools.partial(negated, x)) for _ in range(10)]
+  return 2 * x.nbytes / float(np.median(seconds[2:]))
+
+
+def timed(work: Callable[[], Any]) -> float:
+  """Seconds until the arrays that `work` returns are there."""
+  began = time.perf_counter()
+  jax.block_until_ready(work())
+  return time.perf_counter() - began
+
+
+class Prepared:
+  """A program compiled twice, without and with a filled compilation cache, and given arrays.
+
+  Attributes:
+    flops: of one run on all devices.
+    least_bytes: of all arguments and results, each once on every device that has it.
+    memory: bytes of one device that the compiled program takes: arguments, results, temporaries.
+    compile_cold: seconds to trace, lower and compile.
+    compile_warm: the same where the compiler's result is in the cache.
+  """
+
+  def __init__(self, program: Program, devices: Mesh, state: Any = None):
+    """Args:
+    program: from `launch.lab.programs`.
+    devices: that it is for.
+    state: what stands for the argument that each run hands on to the next; random if None.
+    """
+    self._devices, self._program = devices, program
+    with tempfile.TemporaryDirectory() as folder, _cache(folder), jax.set_mesh(devices):
+      self.compile_cold, _ = self._compile()
+      jax.clear_caches()
+      self.compile_warm, self._compiled = self._compile()
+    memory = self._compiled.memory_analysis()
+    each = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    self.least_bytes = each * devices.size
+    self.memory = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+    draw = np.random.default_rng(0)
+    self._arguments = [
+      state if place == program.handed_on and state is not None else _arrays(argument, draw)
+      for place, argument in enumerate(program.arrays)
+    ]
+
+  def _compile(self) -> tuple[float, Any]:
+    began = time.perf_counter()
+    traced = self._program.function.trace(*self._program.arguments)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    self.flops = flops.count(traced.jaxpr)
+    return seconds, compiled
+
+  def run(self) -> Any:
+    """Runs it once, a training step on the state that the last one left; does not wait."""
+    with jax.set_mesh(self._devices):
+      result = self._compiled(*self._arguments)
+    if self._program.handed_on is not None:
+      self._arguments[self._program.handed_on] = result[0]
+    return result
+
+
+@contextlib.contextmanager
+def _cache(folder: str) -> Iterator[None]:
+  """A compilation cache that is empty at first and takes everything."""
+  settings = {
+    "jax_compilation_cache_dir": folder,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _arrays(tree: Any, draw: np.random.Generator) -> Any:
+  """Random arrays of these shapes, where they are to be: never zeros, which some kernels like."""
+
+  def array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.device_put(jax.random.key(1), leaf.sharding)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      values = draw.integers(0, 10, size=leaf.shape).astype(leaf.dtype)
+    else:
+      values = (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+    return jax.device_put(values, leaf.sharding)
+
+  return jax.tree.map(array, tree)
+
+
+def peak_memory() -> int:
+  """Bytes that this process has had of its first device at most; 0 where that is not counted."""
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  return int(statistics.get("peak_bytes_in_use", 0))
+
+
+def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
+  """Writes a trace of some runs, and names the operations that took longest.
+
+  Args:
+    run: something that has run before.
+    folder: for the trace; TensorBoard's profile plugin and xprof show it.
+
+  Returns:
+    (operation, its share of the time of all), the ten largest; empty where the profile of this kind
+    of device has no operations.
+  """
+  began = time.perf_counter()
+  with jax.profiler.trace(str(folder)):
+    for _ in range(PROFILED_RUNS):
+      jax.block_until_ready(run())
+  return tracing.read(folder, time.perf_counter() - began).largest

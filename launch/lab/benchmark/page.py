@@ -1,0 +1,318 @@
+r"""How far every hot path is from what this machine allows, and from the reference, on one page.
+
+  python -m launch.lab.benchmark page --config=configs/lab/speed.py:gpu --workdir=runs/speed \
+    --reference=LIGHTNINGDIT --taming=TAMING --torch_python=PYTHON --update=docs/lab/baseline.json
+
+Runs `benchmark steps` for each measurement of configs/lab/speed.py (gpu, cpu, tiny), one after the
+other, and writes speed.md with a table of paths (ceilings, ours, the reference's, ratio, gap), and
+plots of images/s over batch size, model, resolution and devices. --reference is a checkout of
+hustvl/LightningDiT and --taming one of CompVis/taming-transformers, for an interpreter with torch;
+without them there is no reference beside ours. Stopped at any point, the same command goes on where
+it was; what failed is told at the end, and the page has the rest. --compare ends with exit code 2
+where a ratio is worse than in a stored baseline. Other work on the machine spoils the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs.lab import speed
+from launch.engine import configuration, console
+from launch.engine.circumstances import commit, own_command, processor
+from launch.lab.benchmark import baseline
+from launch.lab.jobs import Job, Record, run
+from launch.lab.reference import Checkouts, define_flags
+from launch.report import markdown, plots
+from vavae_jax.common.errors import InputError
+
+CONFIG = f"{speed.__file__}:cpu"
+REGION = markdown.Region(
+  "<!-- speed: written by launch.lab.benchmark page -->",
+  "<!-- end of speed -->",
+  "Speed beside the limits",
+)
+PLOTS = {
+  "batch": "batch size",
+  "model": "model",
+  "resolution": "pixels a side",
+  "devices": "devices",
+}
+HEADER = (
+  *("path", "dtype", "attention", "batch", "TFLOP an image", "GiB at least", "images/s"),
+  *("TFLOP/s", "of a product's rate", "of the ceiling", "gap", "GiB of memory"),
+  *("reference, images/s", "times the reference"),
+)
+NOTES = (
+  "TFLOP by count: of a diffusion model's training the model's alone, of a tokenizer's with all "
+  "its networks, of sampling without the halves that guidance leaves out. GiB at least are "
+  "arguments and results, each once. The ceiling is products at the rate of one large product, or "
+  "those bytes at the rate of one large copy, whichever takes longer, both measured in the same "
+  "process; the gap is how many times as long ours takes. Samples are latents. The reference took "
+  "turns with ours on the same device, on random data of the same shapes."
+)
+Row = dict[str, Any]
+
+
+def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Job]:
+  """A job for each measurement.
+
+  Args:
+    config: of `configs/lab/speed.py`.
+    workdir: where results go.
+    beside: what launch.lab.benchmark steps is told of the reference; empty without one.
+  """
+  jobs = []
+  for each in config.measurements:
+    output = workdir / "results" / f"{each['name']}.json"
+    words = ["launch.lab.benchmark", "steps", *each["flags"], f"--output={output}"]
+    if each["devices"]:
+      words.append(f"--devices={each['devices']}")
+    if each["reference"]:
+      words += beside
+    jobs.append(Job(each["name"], tuple(words), output, content=json.dumps(each["flags"])))
+  return jobs
+
+
+def results_of(jobs: Sequence[Job], workdir: Path) -> dict[str, Row]:
+  """What `benchmark steps` wrote, by name, of the jobs that have ended as they stand now."""
+  record = Record(workdir, jobs)
+  return {job.name: json.loads(job.output.read_text()) for job in jobs if record.is_done(job)}
+
+
+def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command: str) -> None:
+  """Writes what has been measured; pictures go beside the page.
+
+  Args:
+    config: of `configs/lab/speed.py`.
+    results: from `results_of`.
+    page: whose region is written.
+    command: that measured it.
+  """
+  rows: dict[str, list[tuple[str, Row]]] = {}
+  for each in config.measurements:
+    measured = results.get(each["name"], {}).get("rows", [])
+    rows.setdefault(each["group"], []).extend((each["label"], row) for row in measured)
+  fitting = {
+    name: [(label, row) for label, row in rows.get(name, []) if not row.get("out_of_memory")]
+    for name in PLOTS
+  }
+  growth = {name: found for name, found in fitting.items() if found}
+  drawn = _draw(growth, markdown.beside(page, "growth")) if growth else None
+  missing = [each["name"] for each in config.measurements if each["name"] not in results]
+  text = [
+    *_made(list(results.values()), command),
+    *markdown.table(HEADER, [_cells(label, row) for label, row in rows.get("paths", [])]),
+    "",
+    NOTES,
+    "",
+    *_pictures(rows.get("paths", [])),
+    *markdown.picture(drawn, "How images/s grow; below, the share of a product's rate"),
+  ]
+  if missing:
+    text += [f"Not measured, or failed: {', '.join(missing)}.", ""]
+  REGION.write(page, text)
+
+
+def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
+  """Sampling with decoding behind it, of those rows that have the reference beside them."""
+
+  def both(a: float, b: float) -> float:
+    return 1 / (1 / a + 1 / b)
+
+  whole = [(label, row) for label, row in paths if "times_torch" in row]
+  decoding = next((row for _, row in whole if row["what"] == "decode"), None)
+  sampling = [(label, row) for label, row in whole if row["what"] == "sample"]
+  if decoding is None or not sampling:
+    return []
+  rows = []
+  for label, row in sampling:
+    ours, theirs = (
+      both(row[name], decoding[name]) for name in ("images_per_second", "torch_images_per_second")
+    )
+    rows.append([f"{label}, {row['dtype']}", *map(_number, (ours, theirs, ours / theirs))])
+  header = ("sampling and decoding", "images/s", "reference, images/s", "times the reference")
+  return [*markdown.table(header, rows), ""]
+
+
+def _made(results: Sequence[Row], command: str) -> list[str]:
+  """Command, machine and ceilings."""
+
+  def told(name: str) -> str:
+    return ", ".join(sorted({str(result[name]) for result in results}))
+
+  def span(values: Sequence[float], unit: str) -> str:
+    ends = [f"{x:.3g}" for x in (min(values), max(values))]
+    return f"{' to '.join(dict.fromkeys(ends))} {unit}"
+
+  if not results:
+    return []
+  rates: dict[str, list[float]] = {}
+  for result in results:
+    for dtype, rate in result["matmul_tflops_per_second"].items():
+      rates.setdefault(dtype, []).append(rate)
+  products = ", ".join(f"{span(x, 'TFLOP/s')} in {dtype}" for dtype, x in rates.items())
+  copies = span([result["copy_gib_per_second"] for result in results], "GiB/s")
+  torch = sorted({row["torch"] for result in results for row in result["rows"] if "torch" in row})
+  versions = f"jax {told('jax')}" + (f", torch {', '.join(torch)}" if torch else "")
+  return [
+    *("```", command, "```", ""),
+    f"Commit {told('commit')}, {told('date')}; {told('device')}, {processor()}; {versions}. "
+    f"Ceilings of a device: a product {products}; a copy {copies}.",
+    "",
+  ]
+
+
+def _cells(label: str, row: Row) -> list[str]:
+  """A row of the table of paths."""
+  if row.get("out_of_memory"):
+    named = (row.get(name, "") for name in ("dtype", "attention", "batch_size"))
+    return [label, *map(str, named), "", "", "out of memory", *[""] * (len(HEADER) - 7)]
+  work = row.get("model_tflops_per_second")
+  ceiling = row.get("share_of_ceiling")
+  theirs = "out of memory" if row.get("torch_out_of_memory") else ""
+  return [
+    label,
+    row.get("dtype", ""),
+    row.get("attention", ""),
+    str(row["batch_size"]),
+    _number(work / row["images_per_second"] if work else None),
+    _number(row.get("least_gib")),
+    _number(row["images_per_second"]),
+    _number(work),
+    _share(row.get("share_of_matmul")),
+    _share(ceiling),
+    _number(1 / ceiling if ceiling else None),
+    _number(row.get("program_gib")),
+    theirs or _number(row.get("torch_images_per_second")),
+    _number(row.get("times_torch")),
+  ]
+
+
+def _number(value: float | None) -> str:
+  return "" if value is None else console.number(value)
+
+
+def _share(value: float | None) -> str:
+  return "" if value is None else f"{value:.0%}"
+
+
+def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
+  """Images/s and the share of a product's rate, a column for each plot."""
+  figure, axes = plots.panels(2, len(growth), size=(3.6 * len(growth), 6))
+  for (name, rows), column in zip(growth.items(), axes.T, strict=True):
+    series: dict[str, list[tuple[Any, Row]]] = {}
+    for label, row in rows:
+      key, x = (label, row["batch_size"]) if name == "batch" else ("", label)
+      series.setdefault(key, []).append((x, row))
+    for key, points in series.items():
+      places = [x for x, _ in points]
+      for axis, figures in zip(column, ("images_per_second", "share_of_matmul"), strict=True):
+        axis.plot(places, [row[figures] for _, row in points], "o-", label=key)
+    top, bottom = column
+    top.set(title=f"over {PLOTS[name]}", ylabel="images/s", yscale="log", ylim=_decades(rows))
+    bottom.set(xlabel=PLOTS[name], ylabel="share of a product's rate", ylim=(0, 1))
+    for axis in column:
+      axis.grid(alpha=0.3, which="both")
+      if name == "batch":
+        axis.set_xscale("log", base=2)
+        axis.legend()
+  return plots.save(figure, path)
+
+
+def _decades(rows: Sequence[tuple[str, Row]]) -> tuple[float, float]:
+  """Room around the numbers, so that a small change does not look like a large one."""
+  values = [row["images_per_second"] for _, row in rows]
+  return min(values) / 2, max(values) * 2
+
+
+def _fitting(config: ConfigDict) -> ConfigDict:
+  """The measurements that this machine has devices for; of CPUs virtual ones serve."""
+  # Asked in a process of its own: one that has asked keeps the accelerator's memory.
+  words = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
+  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  backend, count = done.stdout.split()[-2:]
+  if backend == "cpu":
+    return config
+  kept = tuple(each for each in config.measurements if each["devices"] <= int(count))
+  if left := [each["name"] for each in config.measurements if each not in kept]:
+    console.say(f"left out, for there are {count} devices: {', '.join(left)}")
+  return ConfigDict({"size": config.size, "measurements": kept})
+
+
+def _beside(config: ConfigDict) -> list[str]:
+  """What launch.lab.benchmark steps is told of the reference, which is checked here."""
+  if not FLAGS.reference:
+    console.say("no --reference: there will be no PyTorch beside ours")
+    return []
+  checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled=False)
+  checkouts.check()
+  checkouts.check_python()
+  training = (f"--config={speed.TOKENIZER}", "--what=train")
+  if any(x["reference"] and x["flags"][:2] == training for x in config.measurements):
+    checkouts.check_taming()
+  words = [f"--reference={checkouts.lightningdit.absolute()}"]
+  if FLAGS.taming:
+    words.append(f"--taming={Path(FLAGS.taming).absolute()}")
+  return [*words, f"--torch_python={FLAGS.torch_python}"]
+
+
+def _command() -> str:
+  """The command as a page shows it: where things lie is each reader's own."""
+  own = {"reference": "LIGHTNINGDIT", "taming": "TAMING", "torch_python": "PYTHON"}
+  without = {*own, "workdir", "page", "page_only", "compare", "tolerance", "update"}
+  given = [f"--{name}={word}" for name, word in own.items() if FLAGS[name].present]
+  return " ".join([own_command(without), "--workdir=runs/speed", *given])
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  jax.config.update("jax_platforms", "cpu")  # of this process; the measurements have the device
+  workdir = Path(FLAGS.workdir).absolute()
+  page = Path(FLAGS.page) if FLAGS.page else workdir / "speed.md"
+  REGION.check(page)
+  baseline.check_flags()
+  config = _fitting(FLAGS.config)
+  jobs = jobs_of(config, workdir, _beside(config))
+  failure = None
+  try:
+    if not FLAGS.page_only:
+      run(jobs, workdir, 1)
+  except InputError as error:  # what has been measured is told all the same
+    failure = error
+  finally:
+    results = results_of(jobs, workdir)
+    write_page(config, results, page, _command())
+  where = [("page", str(page)), ("results", str(workdir / "results"))]
+  console.table("Speed", ("what", "where"), where)
+  if FLAGS.compare and (old := {x["commit"] for x in results.values()} - {commit()}):
+    raise InputError(
+      f"{workdir} has results of {', '.join(sorted(old))}, and this is {commit()}: --compare tells "
+      "nothing of it. Give a new --workdir."
+    )
+  # Points of plots have the same names as rows of the table, and no reference beside them.
+  paths = [x["name"] for x in config.measurements if x["group"] == "paths" and x["name"] in results]
+  baseline.settle([row for name in paths for row in baseline.ratios_of(results[name])])
+  if failure:
+    raise failure
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
+  flags.DEFINE_string("workdir", "runs/speed", "Where everything is written.")
+  flags.DEFINE_string("page", "", "The page; speed.md in the workdir if not given.")
+  flags.DEFINE_boolean("page_only", False, "Run nothing, write the page of what is there.")
+  define_flags()
+  baseline.define_flags()
+  console.run_command(main, config=CONFIG)

@@ -1,0 +1,296 @@
+"""One row of a benchmark's table: what something costs here."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from launch import restore
+from launch.engine import flops, hardware, loop, mesh
+from launch.engine.checkpoint import Checkpoints, survey
+from launch.evaluation.generation import feature_options
+from launch.lab import programs
+from launch.lab.benchmark import loading
+from launch.lab.benchmark.measuring import (
+  Prepared,
+  copy_rate,
+  matmul_rate,
+  peak_memory,
+  profile,
+  timed,
+)
+from launch.lab.reference import Checkouts, Reference, job_of
+from lightningdit_jax.sampling import time_grid
+from lightningdit_jax.training import macs_per_image
+from vavae_jax.metrics import inception
+from vavae_jax.metrics.distribution import frechet_distance
+
+BESIDE_REFERENCE = ("train", "sample", "encode", "decode")
+ROUNDS = 2  # of ours and the reference's in turn
+FID_BATCH = 50
+RECORDS = 5_000
+Row = dict[str, Any]
+
+
+def measure(
+  config: FrozenConfigDict,
+  what: str,
+  steps: int,
+  checkouts: Checkouts | None = None,
+  trace: Path | None = None,
+) -> Row:
+  """Times runs of a program, in rounds with the reference's where it is given.
+
+  Not run by run: each of the two would pay for memory that the other has just given back.
+
+  Args:
+    config: of a training, resolved.
+    what: as of `programs.of`, or "fid".
+    steps: how many are timed, each round after one that is not.
+    checkouts: of the reference, which does the same in turns with ours.
+    trace: a folder for a profile.
+
+  Returns:
+    A row of the table; medians of seconds.
+  """
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  program = _program(config, devices, what)
+  row = _named(config, what, program)
+  before = peak_memory()
+  reference = None
+  if checkouts and what in BESIDE_REFERENCE:
+    reference = Reference(checkouts.python, job_of(checkouts, config, what, program.images))
+  try:
+    prepared = Prepared(
+      program, devices, _fresh_state(config, devices) if what == "train" else None
+    )
+    timed(prepared.run)
+    ours, theirs = [], []
+    for _ in range(ROUNDS if reference else 1):
+      ours += [timed(prepared.run) for _ in range(steps + 1)][1:]
+      if reference:
+        theirs += [reference.seconds() for _ in range(steps + 1)][1:]
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return row | {"out_of_memory": True}
+  finally:
+    if reference:
+      reference.close()
+  seconds = float(np.median(ours))
+  # What is computed again (remat) is work of the devices, but none of the model.
+  counted = restore.TASKS[config.task].flops_per_step(config) if what == "train" else 0.0
+  work = counted or prepared.flops
+  if what == "sample":
+    work -= _spared(config, program.images)
+  row |= {
+    "seconds": seconds,
+    "fastest": min(ours),
+    "images_per_second": program.images / seconds,
+    "model_tflops_per_second": work / seconds / 1e12,
+    "program_gib": prepared.memory / 2**30,
+    "compile_cold": prepared.compile_cold,
+    "compile_warm": prepared.compile_warm,
+    **_beside_limits(work, prepared.least_bytes, seconds, row["dtype"], devices),
+  }
+  # The device's count is of the whole process: it tells of this row where the row raised it.
+  if (most := peak_memory()) > before:
+    row["peak_gib"] = most / 2**30
+  if reference:
+    row |= _beside_reference(reference, theirs, seconds, program.images)
+  if what == "fid":
+    row["arithmetic_seconds"] = _arithmetic_seconds()
+  if trace:
+    row["operations"] = profile(prepared.run, trace / what)
+  return row
+
+
+def _program(config: FrozenConfigDict, devices: jax.sharding.Mesh, what: str) -> programs.Program:
+  if what == "fid":
+    return _fid_program(devices)
+  return programs.of(config, devices, what, 1, coded=config.batch_size)
+
+
+def _named(config: FrozenConfigDict, what: str, program: programs.Program) -> Row:
+  """What a row is of."""
+  dtype = config.sample.dtype if what == "sample" else config.dtype
+  row: Row = {"what": what, "dtype": "float32" if what == "fid" else dtype}
+  row["batch_size"] = program.images
+  if what == "train" and config.task == "diffusion":
+    row["attention"] = config.model.attention
+  return row
+
+
+def _spared(config: FrozenConfigDict, images: int) -> float:
+  """FLOPs of unconditional halves that are not computed, though the program counts them.
+
+  Where guidance is off, by Euler's method; of others it is not known without running them.
+  """
+  settings = config.sample
+  both = settings.cfg_scale != 1 and settings.cfg_interval_start < 1
+  if (settings.mode, settings.method) != ("ODE", "euler") or not both:
+    return 0.0
+  t = time_grid(settings.num_steps, settings.timestep_shift)[:-1]
+  unguided = int((t < settings.cfg_interval_start).sum())
+  return 2.0 * macs_per_image(config.model) * images * unguided
+
+
+def _beside_limits(
+  work: float, least_bytes: float, seconds: float, dtype: str, devices: jax.sharding.Mesh
+) -> Row:
+  """How far from what the devices can do: products alone, by the data sheet, and with memory."""
+  # Virtual devices share a CPU, all of which a product on one of them takes.
+  count = 1 if jax.default_backend() == "cpu" else devices.size
+  products = work / matmul_rate(dtype) / count
+  copies = least_bytes / copy_rate() / count
+  row = {
+    "least_gib": least_bytes / 2**30,
+    "share_of_matmul": products / seconds,
+    "share_of_ceiling": max(products, copies) / seconds,
+  }
+  if peak := hardware.peak_flops(devices):
+    row["mfu"] = work / seconds / peak
+  return row
+
+
+def _beside_reference(
+  reference: Reference, theirs: list[float | None], seconds: float, images: int
+) -> Row:
+  """What the reference took in turns with ours."""
+  about = {name: x for name, x in reference.about.items() if name.startswith("torch")}
+  fitting = [each for each in theirs if each is not None]
+  if len(fitting) < len(theirs):
+    return {"torch_out_of_memory": True, **about}
+  median = float(np.median(fitting))
+  return {
+    "torch_seconds": median,
+    "torch_fastest": min(fitting),
+    "torch_images_per_second": images / median,
+    "times_torch": median / seconds,
+    **about,
+  }
+
+
+def count(config: FrozenConfigDict, what: str) -> Row:
+  """The two numbers of a program before it is measured: its FLOPs, and the bytes it cannot avoid.
+
+  Args:
+    config: of a training, resolved.
+    what: as of `programs.of`, or "fid".
+
+  Returns:
+    A row of the table. Bytes are those of arguments and results, each once: what is between them
+    may stay on the chip, and weights that a loop reads in each round are more.
+  """
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  program = _program(config, devices, what)
+  with jax.set_mesh(devices):
+    traced = program.function.trace(*program.arguments)
+  arrays = jax.tree.leaves((program.arrays, traced.out_info))
+  work = flops.count(traced.jaxpr)
+  least = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+  return {
+    "what": what,
+    "batch_size": program.images,
+    "tflop_per_image": work / program.images / 1e12,
+    "least_gib": least / 2**30,
+    "flop_per_byte": work / least,
+  }
+
+
+def _fresh_state(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
+  init = functools.partial(restore.TASKS[config.task].init_state, config)
+  shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
+  with jax.set_mesh(devices):
+    return loop.jit_init(init, shardings)(jax.random.key(0))
+
+
+def _fid_program(devices: jax.sharding.Mesh) -> programs.Program:
+  """FID's Inception by ADM's protocol on pictures of 256 pixels, with random weights."""
+  graph, weights = nnx.split(nnx.eval_shape(lambda: inception.InceptionV3(rngs=nnx.Rngs(0))))
+  prepare = inception.PROTOCOLS["adm"]
+
+  def features(params: Any, image_BHWC: jax.Array) -> jax.Array:
+    return nnx.merge(graph, params)(prepare(image_BHWC))["pool3"]
+
+  size = mesh.round_up(FID_BATCH, devices)
+  params = programs.everywhere(nnx.to_pure_dict(weights), devices)
+  image = programs.rows((size, 256, 256, 3), jnp.uint8, devices)
+  return programs.Program(
+    jax.jit(features, compiler_options=feature_options()), (params, image), {}, 1, size
+  )
+
+
+def _arithmetic_seconds() -> float:
+  """Of one Frechet distance of 2,048 features."""
+  draw = np.random.default_rng(0)
+  halves = [np.cov(draw.standard_normal((2 * 2048, 2048)), rowvar=False) for _ in range(2)]
+  began = time.perf_counter()
+  frechet_distance(np.zeros(2048), halves[0], np.ones(2048), halves[1])
+  return time.perf_counter() - began
+
+
+def measure_loader(config: FrozenConfigDict, batches: int) -> Row:
+  """Times batches on the host as training loads them, out of a store or photographs made here."""
+  with tempfile.TemporaryDirectory() as folder:
+    if config.task == "diffusion":
+      side, channels = config.model.input_size, config.model.in_channels
+      shape = (side, side, channels)
+      store = loading.make_store(Path(folder), RECORDS, shape)
+      begin = loading.latent_batches(store, config.batch_size, config.loader)
+    else:
+      size = config.data.image_size
+      begin = loading.picture_batches(config.batch_size, config.loader, size)
+    seconds = loading.timed_batches(begin, 2)(batches)
+  return {
+    "what": "loader",
+    "batch_size": config.batch_size,
+    "seconds": seconds / batches,
+    "images_per_second": batches * config.batch_size / seconds,
+  }
+
+
+def measure_checkpoint(config: FrozenConfigDict, steps: int) -> Row:
+  """Times steps during which one checkpoint is written, in turns with as many without one."""
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  program = programs.of(config, devices, "train", 1)
+  prepared = Prepared(program, devices, _fresh_state(config, devices))
+  timed(prepared.run)
+  plain, saving, blocked, written = [], [], [], []
+  for _ in range(ROUNDS):
+    began = time.perf_counter()
+    for _ in range(steps):
+      jax.block_until_ready(prepared.run())
+    plain.append(time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder:
+      checkpoints = Checkpoints(Path(folder))
+      state, _ = jax.block_until_ready(prepared.run())
+      began = time.perf_counter()
+      checkpoints.save(state, config.to_dict())
+      blocked.append(time.perf_counter() - began)
+      for _ in range(steps):
+        jax.block_until_ready(prepared.run())
+      saving.append(time.perf_counter() - began)
+      checkpoints.close()
+      written.append(time.perf_counter() - began)
+      size = sum(found.size for found in survey(Path(folder)))
+  return {
+    "what": "checkpoint",
+    "batch_size": config.batch_size,
+    "steps": steps,
+    "seconds": float(np.median(plain)) / steps,
+    "checkpoint_gib": size / 2**30,
+    "blocked_seconds": float(np.median(blocked)),
+    "written_after_seconds": float(np.median(written)),
+    "cost": float(np.median(saving) / np.median(plain)) - 1,
+  }

@@ -1,0 +1,251 @@
+r"""Measures what a configuration costs here: steps, sampling, encoding, loading, FID.
+
+  python -m launch.lab.benchmark steps --config=configs/lightningdit.py:XL/1 \
+    --batch_sizes=32,64,128 --attention=xla --attention=cudnn --output=benchmark.json
+  python -m launch.lab.benchmark steps --config=configs/lightningdit.py:B/1 \
+    --what=train,sample,loader,fid
+  python -m launch.lab.benchmark steps --config=configs/vavae_f16d32.py \
+    --what=train,encode --profile=trace
+  python -m launch.lab.benchmark steps --config=configs/lightningdit.py:B/1 \
+    --compare=docs/lab/baseline.json
+
+--what: train (a whole training step), sample (latents, of a diffusion model), encode or decode (of
+a tokenizer), loader (batches on the host), checkpoint (--steps steps with one saved while they run,
+beside as many without), fid (Inception's features, and a distance's arithmetic). Of each: images/s,
+FLOP/s by count, its share of a matrix product's rate measured in the same run and, where the device
+is known, of its data sheet, memory, and seconds to compile without and with the compilation cache.
+"of ceiling" is the share of the most that the device could do: products at that rate, or every
+argument and result moved once at the rate of a copy, whichever takes longer. Everything is of
+random weights and data. --profile writes a trace and names the ten largest operations. --compare
+shows what changed against a stored baseline of ratios (share of a matrix product's rate, times the
+reference's speed, memory), and ends with exit code 2 where one is worse by more than --tolerance;
+--update puts this run's into a baseline. --reference is a checkout of hustvl/LightningDiT, which
+does the same in PyTorch on the same device, in turns with ours (train, sample, encode, decode;
+training a tokenizer needs --taming, too): on GPUs with its torch.compile and under autocast where
+ours computes in bfloat16, on CPUs eagerly. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which
+spares page faults. A batch size that does not fit is reported as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import configs.base
+from launch import restore
+from launch.engine import configuration, console, mesh
+from launch.engine.circumstances import circumstances, processor
+from launch.lab import reference
+from launch.lab.benchmark import baseline
+from launch.lab.benchmark.measuring import copy_rate, matmul_rate
+from launch.lab.benchmark.rows import Row, count, measure, measure_checkpoint, measure_loader
+from launch.lab.programs import CODED_PER_DEVICE
+from launch.lab.reference import Checkouts
+from lightningdit_jax.model import ATTENTIONS
+from vavae_jax import stages
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
+
+WHAT = ("train", "sample", "encode", "decode", "loader", "checkpoint", "fid")
+LOADED = 80  # batches; few would be those that lay ready
+# What the table shows of a measurement, and how it is called there.
+SHOWN = {
+  "what": "what",
+  "dtype": "dtype",
+  "attention": "attention",
+  "batch_size": "batch",
+  "out_of_memory": "out of memory",
+  "tflop_per_image": "TFLOP an image",
+  "least_gib": "GiB at least",
+  "flop_per_byte": "FLOP a byte",
+  "images_per_second": "images/s",
+  "model_tflops_per_second": "TFLOP/s",
+  "share_of_matmul": "of matmul",
+  "share_of_ceiling": "of ceiling",
+  "mfu": "MFU",
+  "program_gib": "GiB",
+  "peak_gib": "peak GiB",
+  "compile_cold": "cold, s",
+  "compile_warm": "warm, s",
+  "arithmetic_seconds": "distance, s",
+  "torch_images_per_second": "torch images/s",
+  "times_torch": "times torch",
+  "torch_out_of_memory": "torch out of memory",
+  "checkpoint_gib": "saved GiB",
+  "blocked_seconds": "blocked, s",
+  "cost": "cost of saving",
+}
+
+
+def benchmark(
+  config: ConfigDict,
+  *,
+  what: list[str],
+  batch_sizes: list[int],
+  attentions: list[str],
+  steps: int,
+  checkouts: Checkouts | None = None,
+  trace: Path | None = None,
+  count_only: bool = False,
+  asked: str = "",
+) -> dict[str, Any]:
+  """All combinations; see the module's docstring."""
+  if checkouts:
+    checkouts.check()
+  task = config.get("task")
+  if task not in restore.TASKS:
+    raise InputError(f"config.task is {task!r}; choose one of {sorted(restore.TASKS)}.")
+  attentions = attentions if task == "diffusion" else attentions[:1]
+  rows: list[Row] = []
+  for kind in what:
+    for attention in attentions if kind == "train" else attentions[:1]:
+      for batch_size in batch_sizes or [_usual_batch_size(config, kind)]:
+        frozen = _resolved(config, kind, batch_size, attention)
+        if count_only:
+          rows.append(count(frozen, kind))
+          continue
+        if kind == "loader":
+          rows.append(measure_loader(frozen, max(steps, LOADED)))
+        elif kind == "checkpoint":
+          rows.append(measure_checkpoint(frozen, steps))
+        else:
+          rows.append(measure(frozen, kind, steps, checkouts, trace))
+        console.say(json.dumps(rows[-1]))
+        if rows[-1].get("out_of_memory"):
+          if checkouts:
+            console.say("ours did not fit with the reference in the same memory; alone it may")
+          break  # larger ones do not fit either
+        if kind == "fid":
+          break  # it has a batch of its own
+  return {
+    **circumstances(),
+    "matmul_tflops_per_second": {
+      row["dtype"]: matmul_rate(row["dtype"]) / 1e12 for row in rows if "dtype" in row
+    },
+    "copy_gib_per_second": None if count_only else copy_rate() / 2**30,
+    "asked": asked,
+    "processor": processor(),
+    "config": config.to_dict(),
+    "rows": rows,
+  }
+
+
+def _usual_batch_size(config: ConfigDict, what: str) -> int:
+  if what in ("encode", "decode"):
+    return CODED_PER_DEVICE * jax.device_count()
+  return config.sample.batch_size if what == "sample" else config.batch_size
+
+
+def _resolved(config: ConfigDict, what: str, batch_size: int, attention: str) -> FrozenConfigDict:
+  changed = config.copy_and_resolve_references()
+  if what == "sample":
+    changed.sample.batch_size = batch_size
+  else:
+    changed.batch_size = batch_size
+  if config.task == "diffusion":
+    changed.model.attention = attention
+  frozen = configuration.resolve(changed, getattr(configs.base, config.task)())
+  if config.task == "tokenizer":
+    return stages.with_steps(frozen, 10**6)
+  restore.TASKS["diffusion"].check_model(frozen)
+  return frozen
+
+
+def _asked() -> str:
+  """The configuration as it was given, with what was changed of it."""
+  words = [word.removeprefix("--config=") for word in sys.argv if word.startswith("--config")]
+  return " ".join([words[0], *sorted(words[1:])]) if words else ""
+
+
+def _checkouts() -> Checkouts | None:
+  """The reference as the flags have it."""
+  if not FLAGS.reference:
+    return None
+  compiled = FLAGS.torch_compile
+  if compiled is None:
+    compiled = jax.default_backend() != "cpu"
+  return Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
+
+
+def main(argv: list[str]) -> None:
+  """The command."""
+  del argv
+  if unknown := [word for word in FLAGS.what if word not in WHAT]:
+    raise InputError(f"--what={unknown[0]} is none of {', '.join(WHAT)}.")
+  if FLAGS.count_only and (wrong := {"loader", "checkpoint"} & {*FLAGS.what}):
+    raise InputError(f"--count_only is of programs, and {' and '.join(wrong)} is none.")
+  try:
+    batch_sizes = [int(x) for x in FLAGS.batch_sizes]
+  except ValueError as error:
+    raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
+  if FLAGS.profile and FLAGS.trace:
+    raise InputError("--profile and --trace are given; there can be one trace at a time.")
+  baseline.check_flags()
+  if FLAGS.reference:
+    # Both are to have room on one device; read when jax first asks for it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  if FLAGS.devices:
+    mesh.use(FLAGS.devices)
+  result = benchmark(
+    FLAGS.config,
+    what=FLAGS.what,
+    batch_sizes=sorted(batch_sizes),
+    attentions=FLAGS.attention,
+    steps=FLAGS.steps,
+    checkouts=_checkouts(),
+    trace=Path(FLAGS.profile) if FLAGS.profile else None,
+    count_only=FLAGS.count_only,
+    asked=_asked(),
+  )
+  told = ", ".join(f"{x:.3g} in {n}" for n, x in result["matmul_tflops_per_second"].items())
+  title = f"{result['device']}; a matrix product in TFLOP/s a device: {told}"
+  if FLAGS.count_only:
+    title = "counted, not measured"
+  else:
+    title += f"; a copy in GiB/s: {result['copy_gib_per_second']:.3g}"
+  names = [name for name in SHOWN if any(name in row for row in result["rows"])]
+  # Many figures of few measurements: each of these has a column.
+  cells = [[SHOWN[n], *(_cell(row.get(n, "")) for row in result["rows"])] for n in names[1:]]
+  console.table(title, ["", *(row["what"] for row in result["rows"])], cells)
+  for row in result["rows"]:
+    if row.get("operations"):
+      largest = [(name, f"{share:.1%}") for name, share in row["operations"]]
+      console.table(f"{row['what']}: the largest operations", ("operation", "share"), largest)
+  if FLAGS.profile:
+    console.say(f"trace: {FLAGS.profile} (tensorboard --logdir, with its profile plugin)")
+  if FLAGS.output:
+    write_json(Path(FLAGS.output), result)
+    console.say(f"written to {FLAGS.output}")
+  baseline.settle(baseline.ratios_of(result))
+
+
+def _cell(value: Any) -> str:
+  return console.number(value) if isinstance(value, float) else str(value)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  configuration.define_flag("A training, such as configs/lightningdit.py:XL/1.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_list("what", ["train"], f"Some of {', '.join(WHAT)}.")
+  flags.DEFINE_list("batch_sizes", [], "Over all devices; the configuration's if not given.")
+  flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
+  flags.DEFINE_integer("devices", 0, "So many; of a CPU virtual ones. 0: all.", lower_bound=0)
+  flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
+  flags.DEFINE_boolean(
+    "torch_compile", None, "Whether the reference compiles; on GPUs if not given."
+  )
+  flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
+  flags.DEFINE_string("profile", "", "A folder for a trace.")
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  reference.define_flags()
+  baseline.define_flags()
+  console.run_command(main)

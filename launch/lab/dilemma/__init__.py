@@ -1,0 +1,1 @@
+"""Reconstruction against generation, with and without alignment, on CIFAR-10."""

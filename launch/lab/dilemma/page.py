@@ -1,0 +1,199 @@
+"""The page of `launch.lab.dilemma`: tables, pictures, how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from configs.lab import dilemma
+from launch.lab.dilemma import pictures
+from launch.lab.dilemma.results import MAIN, Results, Space
+from launch.lab.jobs import Job
+from launch.report.markdown import Region, beside, picture, table
+
+REGION = Region(
+  "<!-- results: written by launch.lab.dilemma -->",
+  "<!-- end of the results -->",
+  "Reconstruction against generation",
+)
+NOT_RUN = "-"
+NOTES = (
+  "Validation MSE is the diffusion model's loss on held-out latents. It is of each latent space's "
+  "own scale and compares with no other row. Density CV, Gini and entropy tell how evenly latents "
+  "are spread (t-SNE, the mean of several; ± over those runs), effective dimensions over how many "
+  "directions. Teacher cosine is that of projected latents with the teacher's features, on "
+  "held-out pictures at the end of training."
+)
+
+
+def write(
+  config: FrozenConfigDict, workdir: Path, jobs: Sequence[Job], page: Path, command: str
+) -> None:
+  """Writes the page of what is there; what has not been run as configured shows as a dash.
+
+  Args:
+    config: the experiment's.
+    workdir: where it ran.
+    jobs: all of it.
+    page: its results are put in the place of those it has, or make a new one; pictures go beside.
+    command: that runs the experiment.
+
+  Raises:
+    InputError: the page has no place for results.
+  """
+  found = Results(config, workdir, jobs)
+  name = found.name
+  main = [found.space(v, w) for w in config.widths for v in MAIN]
+  widest = [s for s in main if s.width == found.widest]
+  others = [found.space(v, found.widest) for v in config.ablations]
+  longer = [found.longer(v) for v in MAIN] if config.long else []
+  changed = [
+    f"At {found.widest} channels, with parts of the method or of the budget changed:",
+    "",
+    *_table([*widest, *others, *longer], name),
+    "",
+  ]
+  if not others and not longer:
+    changed = []
+  REGION.check(page)
+  drawn = {
+    "frontier": pictures.draw_frontier(main, others, name, beside(page, "frontier")),
+    "curves": pictures.draw_curves([*main, *longer], name, beside(page, "curves")),
+    "samples": pictures.draw_samples(found, main, beside(page, "samples")),
+  }
+  text = [
+    *_judge(found),
+    *picture(
+      drawn["frontier"],
+      f"{name} over PSNR, with arrows from plain to aligned"
+      + (f"; on the right what was changed at {found.widest} channels" if others else ""),
+    ),
+    f"Reconstruction of held-out pictures by the posterior's mode, and generation, {name} of "
+    f"{config.num_samples:,} samples, lower is better; {_told_of_seeds(config)}. "
+    f"{_told_of_samples(config)}",
+    "",
+    *_table(main, name),
+    "",
+    NOTES,
+    "",
+    *picture(drawn["curves"], f"{name} of {config.curve_samples:,} samples over steps"),
+    *picture(
+      drawn["samples"],
+      f"Without guidance (left) and with it ({config.cfg_scale:g}, right): same labels in each "
+      "row, and for the two tokenizers of a width the same noise",
+    ),
+    *changed,
+    *_made(found, command),
+  ]
+  REGION.write(page, text)
+
+
+def _judge(found: Results) -> list[str]:
+  """Who judges, and what perfect samples would get."""
+  accuracy = found.figure("judge", "held_out/accuracy")
+  told = NOT_RUN if accuracy is None else f"{100 * accuracy:.1f} %"
+  text = (
+    f"{found.name} is the Frechet distance in the features of a classifier that was trained on the "
+    f"same pictures and taught no tokenizer; its accuracy on the held-out tenth is {told}. It is "
+    "not FID and compares with nothing outside this page."
+  )
+  if real := found.read("real"):
+    distance = next(iter(real["figures"].values()))
+    count = real["samples"]["pictures"]
+    text += f" {count:,} real pictures that nobody trained on have {distance:.3f}."
+  return [text, ""]
+
+
+def _told_of_samples(config: FrozenConfigDict) -> str:
+  """How samples are drawn."""
+  sampler = dilemma.diffusion(config.size, 1).sample
+  return (
+    f"Samples are drawn by {sampler.method} at {sampler.num_steps} times, shifted by "
+    f"{sampler.timestep_shift:g}; the guided ones with a scale of {config.cfg_scale:g} where t is "
+    f"at least {sampler.cfg_interval_start:g}, in all channels, of the first seed alone."
+  )
+
+
+def _table(spaces: Sequence[Space], name: str) -> list[str]:
+  """A row for each tokenizer."""
+  head = [
+    *("tokenizer", "channels", "PSNR (dB)", "SSIM", f"r{name}", name, f"{name}, guided"),
+    *("density CV", "Gini", "entropy", "effective dimensions", "teacher cosine", "validation MSE"),
+  ]
+  rows = []
+  for space in spaces:
+    found = space.figures
+    distance = next((v for k, v in found.items() if k.startswith("rfd_")), None)
+    spread = found.get("density_cv_std")
+    rows.append(
+      [
+        space.variant,
+        str(space.width),
+        _number(found.get("psnr"), 2),
+        _number(found.get("ssim"), 3),
+        _number(distance, 2 if distance is None or distance >= 0.1 else 4),
+        _spread(space.distances),
+        _spread(space.guided),
+        _number(found.get("density_cv"), 3) + ("" if spread is None else f" ± {spread:.3f}"),
+        _number(found.get("gini"), 3),
+        _number(found.get("normalized_entropy"), 3),
+        _number(found.get("effective_dimensions"), 1),
+        _number(found.get("teacher_cosine"), 2),
+        _number(float(np.mean(space.mse)) if space.mse else None, 3),
+      ]
+    )
+  return table(head, rows)
+
+
+def _number(value: float | None, digits: int) -> str:
+  return NOT_RUN if value is None else f"{value:.{digits}f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+  if len(values) < 2:
+    return _number(values[0] if values else None, 2)
+  return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def _told_of_seeds(config: FrozenConfigDict) -> str:
+  if len(config.seeds) == 1:
+    return "one seed of the diffusion model, so no spread"
+  return f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
+
+
+def _made(found: Results, command: str) -> list[str]:
+  """Commands, machine and time."""
+  record = found.record
+  kinds: dict[str, list[float]] = {}
+  for job in found.jobs:
+    if seconds := record.seconds(job.name):
+      kinds.setdefault(job.kind, []).append(seconds)
+  total = sum(sum(seconds) for seconds in kinds.values())
+  commits, machines = (
+    ", ".join(sorted({*told} - {""}))
+    for told in zip(*(record.where(job.name) for job in found.jobs), strict=True)
+  )
+  runs = [found.read(job.name).get("run", {}) for job in found.jobs if not job.resumes]
+  jaxes = ", ".join(sorted({run["jax"] for run in runs if "jax" in run}))
+  devices = sorted(
+    {run["device"] for run in runs if "device" in run and "cpu" not in run["device"]}
+  )
+  seeds = ", ".join(map(str, found.config.seeds))
+  rows = [(kind, str(len(s)), f"{sum(s) / 60:.0f}") for kind, s in kinds.items()]
+  return [
+    "How this was made:",
+    "",
+    "```",
+    command,
+    "```",
+    "",
+    f"Commits {commits}; jax {jaxes}; {', '.join([machines, *devices])}. Seeds of the diffusion "
+    f"models: {seeds}; of everything else 0. All jobs together took {total / 3600:.1f} hours of "
+    "one worker, with what was stopped and done again:",
+    "",
+    *table(("jobs", "how many", "minutes"), rows),
+    "",
+  ]

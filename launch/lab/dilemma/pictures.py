@@ -1,0 +1,111 @@
+"""The pictures of the page of `launch.lab.dilemma`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from configs.lab import dilemma
+from launch.lab.dilemma.results import MAIN, Results, Space
+from launch.report import plots
+
+COLOURS = {"plain": "#cc6677", "aligned": "#117733"}
+SHOWN_ROWS = 2  # of each set's sheet
+
+
+def draw_frontier(
+  main: Sequence[Space], others: Sequence[Space], name: str, path: Path
+) -> Path | None:
+  """All widths on the left; on the right the widest alone, with what was changed there."""
+  shown = [s for s in main if s.distance is not None and "psnr" in s.figures]
+  changed = [s for s in others if s.distance is not None and "psnr" in s.figures]
+  if not shown:
+    return None
+  figure, axes = plots.panels(1, 2 if changed else 1, size=(13 if changed else 7, 5))
+  _draw_spaces(axes[0, 0], shown)
+  _by_factors(axes[0, 0])
+  axes[0, 0].set(ylabel=f"{name}, lower is better")
+  if changed:
+    widest = max(space.width for space in shown)
+    _draw_spaces(axes[0, 1], [s for s in shown if s.width == widest])
+    for number, space in enumerate(sorted(changed, key=lambda s: s.distance or 0), 1):
+      point = (space.figures["psnr"], space.distance)
+      axes[0, 1].scatter(*point, s=25, color="grey", label=f"{number} {space.variant}")
+      # Side by side where two lie on one another.
+      side = (-10, 0) if number % 2 else (10, 0)
+      axes[0, 1].annotate(
+        str(number), point, xytext=side, textcoords="offset points", ha="center", va="center"
+      )
+    axes[0, 1].legend(fontsize=8)
+  for axis in axes[0]:
+    axis.margins(x=0.15)
+    axis.set(xlabel="PSNR of held-out pictures (dB), higher is better")
+    axis.grid(alpha=0.3, which="both")
+  return plots.save(figure, path, dpi=110)
+
+
+def _by_factors(axis: Any) -> None:
+  """A logarithmic axis with its numbers written out."""
+  axis.set_yscale("log")
+  for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+    which("{x:g}")
+
+
+def _draw_spaces(axis: Any, spaces: Sequence[Space]) -> None:
+  """Plain and aligned of each width, an arrow from the one to the other."""
+  points = {(s.variant, s.width): (s.figures["psnr"], s.distance) for s in spaces}
+  for variant in MAIN:
+    line = [point for key, point in points.items() if key[0] == variant]
+    if line:
+      axis.plot(*zip(*line, strict=True), "o-", color=COLOURS[variant], alpha=0.5, ms=7)
+  for (variant, width), point in points.items():
+    place = (8, -12) if variant == "plain" else (8, 8)
+    axis.annotate(
+      f"{variant} d{width}", point, xytext=place, textcoords="offset points", fontsize=8
+    )
+    if variant == "plain" and ("aligned", width) in points:
+      arrow = {"arrowstyle": "->", "color": "black", "shrinkA": 0, "shrinkB": 0}
+      axis.annotate("", points["aligned", width], point, arrowprops=arrow, zorder=5)
+
+
+def draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
+  drawn = [space for space in main if space.steps]
+  if not drawn:
+    return None
+  widths = sorted({space.width for space in drawn})
+  figure, axes = plots.panels(1, len(widths), size=(4 * len(widths), 3.6), sharey=True)
+  for axis, width in zip(axes[0], widths, strict=True):
+    for space in drawn:
+      if space.width == width:
+        colour = COLOURS[space.variant.partition(",")[0]]
+        style = "o-" if space.variant in MAIN else "o--"
+        axis.plot(*zip(*space.steps, strict=True), style, color=colour, label=space.variant)
+    axis.set(title=f"{width} channels", xlabel="diffusion steps")
+    _by_factors(axis)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+  axes[0, 0].set_ylabel(name)
+  return plots.save(figure, path, dpi=110)
+
+
+def draw_samples(found: Results, main: Sequence[Space], path: Path) -> Path | None:
+  side = dilemma.judge(found.config.size).data.image_size
+  rows: list[tuple[str, list[np.ndarray]]] = []
+  for space in main:
+    files = [found.sheet(kind, space) for kind in ("samples", "guided")]
+    sheets = [np.asarray(Image.open(file))[: SHOWN_ROWS * side] for file in files if file]
+    if len(sheets) == len(files):
+      rows.append((f"{space.variant} d{space.width}", sheets))
+  if not rows:
+    return None
+  figure, axes = plots.panels(len(rows), 2, size=(12, 1.45 * len(rows)))
+  for (label, sheets), pair in zip(rows, axes, strict=True):
+    for sheet, axis in zip(sheets, pair, strict=True):
+      axis.imshow(sheet, interpolation="nearest")
+      axis.set(xticks=[], yticks=[])
+    pair[0].set_ylabel(label, fontsize=9)
+  return plots.save(figure, path, dpi=110)

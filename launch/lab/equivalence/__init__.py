@@ -1,0 +1,1 @@
+"""The PyTorch reference beside this project, layer by layer."""

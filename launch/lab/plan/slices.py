@@ -1,0 +1,152 @@
+"""Devices that are not here: meshes of TPUs or GPUs to compile for, on any CPU machine.
+
+libtpu, which the extra [tpu] installs (or TPU_LIBRARY_PATH names), compiles without a TPU. A slice
+is named by chip and topology in chips: v5e:4x4, v5p:2x2x4, v4:2x2x2, v6e:16x16, tpu7x:2x2x4.
+jax's CUDA plugin, of the extra [cuda], compiles without a GPU: h200:8 is one host of eight,
+h100:4x8 are four of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from launch.engine import hardware
+from launch.engine.mesh import axis_sizes
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import BATCH_AXES
+
+# Of each chip, the slices that the table of plans has: 16 chips, and one host.
+SLICES = {
+  "v5e": ("4x4", "2x4"),
+  "v6e": ("4x4", "2x4"),
+  "v5p": ("2x2x4", "2x2x1"),
+  "v4": ("2x2x4", "2x2x1"),
+  "tpu7x": ("2x2x4", "2x2x1"),
+}
+# What XLA asks to know of a GPU that is not here, by NVIDIA's data sheets and programming guide.
+_HOPPER = {
+  "threads_per_block_limit": 1024,
+  "threads_per_warp": 32,
+  "threads_per_core_limit": 2048,
+  "block_dim_limit_x": 2**31 - 1,
+  "block_dim_limit_y": 2**16 - 1,
+  "block_dim_limit_z": 2**16 - 1,
+  "shared_memory_per_block": 48 * 2**10,
+  "shared_memory_per_block_optin": 227 * 2**10,
+  "shared_memory_per_core": 228 * 2**10,
+  "registers_per_block_limit": 2**16,
+  "registers_per_core_limit": 2**16,
+  "core_count": 132,
+  "fpus_per_core": 128,
+  "l2_cache_size": 50 * 2**20,
+  "clock_rate_ghz": 1.98,
+}
+GPUS: dict[str, tuple[str, dict[str, Any]]] = {
+  "h100": ("NVIDIA H100", _HOPPER | {"device_memory_size": 80 * 10**9}),
+  "h200": ("NVIDIA H200", _HOPPER | {"device_memory_size": 141 * 10**9}),
+}
+_CUDA, _CUDNN = (13, 0, 0), (9, 28, 1)  # versions that programs are compiled for
+# What libtpu asks of a machine without a TPU; and two processes may compile at once.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Two cores of a v4 are one device.
+_OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
+
+
+def prepare() -> None:
+  """Makes this process one that compiles for TPUs and runs on its CPU; before jax has devices."""
+  os.environ.update(_ENVIRONMENT)
+  jax.config.update("jax_platforms", "cpu")
+
+
+def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
+  """The mesh of a configuration over the devices of a slice.
+
+  Args:
+    topology: such as "v5e:4x4".
+    data: as in `config.mesh`.
+    fsdp: as in `config.mesh`.
+
+  Returns:
+    A mesh that can be compiled for, and not run on.
+
+  Raises:
+    InputError: no such slice, no libtpu, or sizes that do not fit it.
+  """
+  chip, _, chips = topology.partition(":")
+  if chip in GPUS and re.fullmatch(r"\d+(x\d+)?", chips):
+    found = _gpus(chip, chips)
+  elif chip in SLICES and re.fullmatch(r"\d+(x\d+){1,2}", chips):
+    found = _tpus(chip, chips)
+  else:
+    raise InputError(
+      f"--topology is {topology!r}; give one of {', '.join(SLICES)}, a colon and the chips along "
+      f"each axis, such as v5e:4x4 or v5p:2x2x4; or one of {', '.join(GPUS)}, a colon and how many "
+      "GPUs, such as h200:8, or of several hosts h200:4x8."
+    )
+  sizes = axis_sizes(data, fsdp, len(found.devices))
+  try:
+    devices = mesh_utils.create_device_mesh(sizes, list(found.devices))
+  except NotImplementedError as error:
+    raise InputError(
+      f"A mesh of data={sizes[0]} x fsdp={sizes[1]} does not lie on {topology}: each must be a "
+      "product of sides of the slice."
+    ) from error
+  return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _tpus(chip: str, chips: str) -> Any:
+  options = dict(_OPTIONS.get(chip, {}))
+  if math.prod(int(side) for side in chips.split("x")) == 1:
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  topology = f"{chip}:{chips}"
+  try:
+    return topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
+  except RuntimeError as error:
+    if "not installed" in str(error):
+      raise InputError(
+        "Compiling for TPUs takes libtpu: pip install -e '.[tpu]', or TPU_LIBRARY_PATH=libtpu.so."
+      ) from error
+    reason = str(error).strip().splitlines()[0]
+    raise InputError(f"--topology={topology} is no slice that libtpu knows: {reason}") from error
+
+
+def _gpus(chip: str, count: str) -> Any:
+  kind, facts = GPUS[chip]
+  facts = facts | {"memory_bandwidth": int(hardware.BANDWIDTH[kind])}
+  hosts, _, each = count.rpartition("x")
+  versions = (
+    "{name} {{ major: {0} minor: {1} patch: {2} }}".format(*numbers, name=name)
+    for name, numbers in (("dnn_version_info", _CUDNN), ("runtime_version", _CUDA))
+  )
+  target = "\n".join(
+    (
+      "gpu_device_info { cuda_compute_capability { major: 9 minor: 0 }",
+      *(f"{name}: {value}" for name, value in facts.items()),
+      "}",
+      *versions,
+      f'platform_name: "CUDA" device_description_str: "{kind}"',
+    )
+  )
+  try:
+    # Each host is a domain of NVLink.
+    return topologies.get_topology_desc(
+      topology_name="", platform="cuda", topology=f"{hosts or 1}x1x{each}", target_config=target
+    )
+  except (RuntimeError, ValueError) as error:
+    raise InputError(
+      "Compiling for GPUs takes jax's CUDA plugin: pip install -e '.[cuda]'; jax says: "
+      + str(error).strip().splitlines()[0]
+    ) from error

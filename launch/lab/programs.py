@@ -1,0 +1,206 @@
+"""The programs that devices run, with shapes for arrays: what is planned ahead of time.
+
+Nothing is read: neither data nor weights of frozen networks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+import vavae_jax.training
+from launch import restore
+from launch.encode import columns
+from launch.engine import loop, mesh
+from lightningdit_jax.training import sample_latents
+from vavae_jax import frozen, stages
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import BATCH_AXES
+from vavae_jax.data import images
+
+WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode")}
+CODED_PER_DEVICE = 64  # pictures
+
+
+class Program(NamedTuple):
+  """What is compiled, and what it is given.
+
+  Attributes:
+    function: jitted.
+    arguments: static ones and shapes with shardings, in their order.
+    parts: name -> shapes, of which the memory is told.
+    runs: how often it would run.
+    images: of each run.
+    statics: how many of the first arguments are static.
+    handed_on: which of the others is the first result of the run before, if any.
+  """
+
+  function: Any
+  arguments: tuple[Any, ...]
+  parts: dict[str, Any]
+  runs: float
+  images: int
+  statics: int = 0
+  handed_on: int | None = None
+
+  @property
+  def arrays(self) -> tuple[Any, ...]:
+    """The arguments that a compiled program takes."""
+    return self.arguments[self.statics :]
+
+
+def check(config: FrozenConfigDict, what: str) -> None:
+  """Raises InputError where a task has no such program."""
+  if what not in WHAT[config.task]:
+    raise InputError(
+      f"--what={what} is not of a {config.task}; there are {', '.join(WHAT[config.task])}."
+    )
+
+
+def of(
+  config: FrozenConfigDict, devices: Mesh, what: str, num_images: int, coded: int = 0
+) -> Program:
+  """One of the programs.
+
+  Args:
+    config: of a training, resolved.
+    devices: to compile for.
+    what: one of `WHAT[config.task]`.
+    num_images: to encode or decode, or to sample.
+    coded: a batch to encode or decode; 0: `CODED_PER_DEVICE`.
+
+  Returns:
+    The program, not traced yet.
+
+  Raises:
+    InputError: a batch that does not divide over the devices.
+  """
+  if what == "train":
+    return train_program(config, devices)
+  if what == "sample":
+    return sample_program(config, devices, num_images)
+  make = encode_program if what == "encode" else decode_program
+  return make(config, devices, coded or CODED_PER_DEVICE * devices.size, num_images)
+
+
+def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
+  """The training step as the loop runs it, in its most expensive phase."""
+  task = restore.TASKS[config.task]
+  step: Any = task.train_step
+  weights: dict[str, Any] = {}
+  phase: Any = task.phase(config, 1)
+  if config.task == "tokenizer":
+    step, weights = _with_fresh_networks(config)
+    phase = stages.Phase(len(config.stages.epochs) - 1, gan=config.loss.disc_weight > 0)
+  state = jax.eval_shape(functools.partial(task.init_state, config), jax.random.key(0))
+  shardings = mesh.parameter_shardings(state, devices)
+  state = jax.tree.map(_sharded, state, shardings)
+  weights = everywhere(weights, devices)
+  batch = _batch(config, config.batch_size, devices)
+  key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), devices)
+  parts = {
+    "parameters": state.params,
+    "averages": state.ema,
+    "optimizer": [x for name, x in vars(state).items() if name not in ("params", "ema")],
+    "frozen networks": weights,
+    "batch": batch,
+  }
+  function = loop.jit_step(step, config, shardings)
+  arguments = (phase, state, weights, batch, key)
+  size = config.batch_size
+  return Program(function, arguments, parts, config.num_steps, size, statics=1, handed_on=0)
+
+
+def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], dict[str, Any]]:
+  """The tokenizer's step and the shapes of its frozen networks' weights, without their files."""
+  networks = nnx.eval_shape(lambda: frozen.fresh(config, nnx.Rngs(0)))
+  split = {name: nnx.split(network) for name, network in networks.items()}
+
+  def merge(_: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: nnx.merge(graph, weights[name]) for name, (graph, _) in split.items()}
+
+  weights = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
+  return functools.partial(vavae_jax.training.train_step, merge=merge), weights
+
+
+def sample_program(config: FrozenConfigDict, devices: Mesh, num_samples: int) -> Program:
+  """Sampling of latents, as `launch.sample` does before it decodes them."""
+  size = config.sample.batch_size
+  params = _params(config, devices)
+  batch = _batch(config, size, devices)
+  index = rows((size,), jnp.int32, devices)
+  run = functools.partial(sample_latents, config, seed=0, sample=config.sample)
+  function = jax.jit(run)
+  parts = {"parameters": params}
+  return Program(function, (params, index, batch["label"]), parts, num_samples / size, size)
+
+
+def encode_program(
+  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
+) -> Program:
+  """Encoding of pictures, as `launch.encode` does on each host."""
+  params = _params(config, devices)
+  tokenizer = restore.Trained(Path(), config, 0, None)
+  run = functools.partial(columns, tokenizer, seed=0, dtype="float32", moments=False)
+  batch = _batch(config, batch_size, devices)
+  batch["index"] = rows((batch_size,), jnp.int32, devices)
+  parts = {"parameters": params, "batch": batch}
+  return Program(jax.jit(run), (params, batch), parts, num_images / batch_size, batch_size)
+
+
+def decode_program(
+  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
+) -> Program:
+  """Decoding of latents to pictures of uint8, as `launch.sample` does behind its solver."""
+  mesh.check_batch_size(batch_size, devices)
+  params = _params(config, devices)
+  tokenizer = restore.Trained(Path(), config, 0, None)
+  z_BhwZ = rows((batch_size, *vavae_jax.training.latent_shape(config)), jnp.float32, devices)
+
+  def run(params: Any, z_BhwZ: jax.Array) -> jax.Array:
+    return images.to_uint8(restore.autoencoder(tokenizer, params).decode(z_BhwZ))
+
+  parts = {"parameters": params, "batch": z_BhwZ}
+  return Program(jax.jit(run), (params, z_BhwZ), parts, num_images / batch_size, batch_size)
+
+
+def _params(config: FrozenConfigDict, devices: Mesh) -> Any:
+  """What inference restores of a training: its parameters or an average, whole on every device."""
+  init = functools.partial(restore.TASKS[config.task].init_state, config)
+  return everywhere(jax.eval_shape(init, jax.random.key(0)).params, devices)
+
+
+def _batch(config: FrozenConfigDict, size: int, devices: Mesh) -> dict[str, Any]:
+  """A batch as the task's data have it."""
+  mesh.check_batch_size(size, devices)
+  if config.task == "tokenizer":
+    side = config.data.image_size
+    return {"image": rows((size, side, side, 3), jnp.uint8, devices)}
+  shape = (size, config.model.input_size, config.model.input_size, config.model.in_channels)
+  return {
+    "latent": rows(shape, jnp.float32, devices),
+    "label": rows((size,), jnp.int32, devices),
+  }
+
+
+def rows(shape: tuple[int, ...], dtype: Any, devices: Mesh) -> jax.ShapeDtypeStruct:
+  """The shape of a batch, its leading axis over all devices."""
+  sharding = NamedSharding(devices, PartitionSpec(BATCH_AXES))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def everywhere(tree: Any, devices: Mesh) -> Any:
+  """The shapes of a tree, each whole on every device."""
+  return jax.tree.map(lambda x: _sharded(x, mesh.replicated(devices)), tree)
+
+
+def _sharded(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

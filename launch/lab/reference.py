@@ -1,0 +1,234 @@
+"""The PyTorch reference at work in a process of its own, in turns with ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import jax
+from absl import flags
+from ml_collections import FrozenConfigDict
+
+import configs.base
+from vavae_jax.common.errors import InputError
+
+# Flags that are defined in here are those of the command that asks for them.
+flags.disclaim_key_flags()
+TORCH_SCRIPT = Path(__file__).parent / "torch" / "steps.py"
+# What the reference's constructor knows.
+_LIGHTNINGDIT = (
+  "input_size",
+  "patch_size",
+  "in_channels",
+  "hidden_size",
+  "depth",
+  "num_heads",
+  "mlp_ratio",
+  "class_dropout_prob",
+  "num_classes",
+  "learn_sigma",
+  "use_qknorm",
+  "use_swiglu",
+  "use_rope",
+  "use_rmsnorm",
+  "wo_shift",
+  "use_checkpoint",
+)
+_SAMPLE = (
+  *("num_steps", "method", "atol", "rtol"),
+  *("timestep_shift", "cfg_scale", "cfg_interval_start"),
+)
+_AUTOENCODER = ("z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")
+_LOSS = ("kl_weight", "disc_weight", "adaptive_vf", "pp_style", "perceptual_weight")
+_STAGE = ("vf_weight", "cos_margin", "distmat_margin")
+
+
+class Checkouts(NamedTuple):
+  """Where the reference is, and what runs it.
+
+  Attributes:
+    lightningdit: a checkout of hustvl/LightningDiT.
+    taming: one of CompVis/taming-transformers, which the tokenizer's losses need; "" without.
+    python: an interpreter with torch, numpy, einops, torchdiffeq, pillow; timm for tokenizers.
+    compiled: whether it compiles blocks, as the reference is published; False: eager.
+  """
+
+  lightningdit: Path
+  taming: str
+  python: str
+  compiled: bool
+
+  def check(self) -> None:
+    """Raises InputError where that is no checkout of the reference."""
+    if not (self.lightningdit / "models" / "lightningdit.py").is_file():
+      raise InputError(
+        f"--reference is {self.lightningdit}, which has no models/lightningdit.py; give a checkout "
+        "of hustvl/LightningDiT."
+      )
+
+  def check_taming(self) -> None:
+    """Raises InputError where that is no checkout of taming-transformers."""
+    if not (Path(self.taming) / "taming" / "modules" / "losses" / "lpips.py").is_file():
+      raise InputError(
+        f"--taming is {self.taming!r}, which has no taming/modules/losses/lpips.py; give a "
+        "checkout of CompVis/taming-transformers, which the reference's losses need."
+      )
+
+  def check_python(self) -> None:
+    """Raises InputError where the interpreter lacks something."""
+    look = "import importlib.util as u; print(*(x for x in {} if not u.find_spec(x)))"
+    words = [self.python, "-c", look.format(("torch", "einops", "torchdiffeq", "PIL"))]
+    try:
+      done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+      raise InputError(
+        f"--torch_python is {self.python}, which does not start: {error}."
+      ) from error
+    if missing := done.stdout.split():
+      raise InputError(
+        f"--torch_python is {self.python}, which lacks {', '.join(missing)}; give an interpreter "
+        f"with {_NEEDS}."
+      )
+
+
+_NEEDS = "torch, numpy, einops, torchdiffeq, pillow, and timm for tokenizers"
+
+
+def device() -> str:
+  """Where PyTorch is to compute beside ours, "cuda" or "cpu".
+
+  Raises:
+    InputError: it would not be the same device.
+  """
+  backend = jax.default_backend()
+  if backend not in ("cpu", "gpu"):
+    raise InputError(f"--reference is for GPUs and CPUs, and jax has {backend}.")
+  if backend == "gpu" and jax.device_count() > 1:
+    raise InputError(
+      f"--reference takes one GPU, and ours would take {jax.device_count()}; give --devices=1."
+    )
+  return "cuda" if backend == "gpu" else "cpu"
+
+
+def define_flags() -> None:
+  """Defines the flags that say where the reference is."""
+  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
+  flags.DEFINE_string("taming", "", "One of CompVis/taming-transformers, to train a tokenizer.")
+  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
+
+
+def job_of(checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int) -> Any:
+  """What the script is asked for.
+
+  Args:
+    checkouts: see there.
+    config: of a training, resolved.
+    what: as of `programs.of`.
+    images: of a batch.
+
+  Raises:
+    InputError: the reference has no such thing.
+  """
+  job = {
+    "work": f"{config.task} {what}",
+    "checkout": str(checkouts.lightningdit.absolute()),
+    "compile": checkouts.compiled,
+    "batch_size": images,
+    "device": device(),
+  }
+  if what == "train" and config.get("accumulate_steps", 1) > 1:
+    raise InputError("The reference does not take a batch in parts: config.accumulate_steps is 1.")
+  if config.task == "diffusion":
+    job["model"] = {name: config.model[name] for name in _LIGHTNINGDIT}
+    if what == "sample":
+      if config.sample.mode != "ODE":
+        raise InputError(f"config.sample.mode is {config.sample.mode}; beside the reference: ODE.")
+      job["sample"] = {name: config.sample[name] for name in _SAMPLE}
+      return job | {"dtype": config.sample.dtype}
+    optimizer = config.optimizer
+    betas, decays = [optimizer.b1, optimizer.b2], list(optimizer.ema_decays)
+    job |= {"learning_rate": optimizer.learning_rate, "clip_norm": optimizer.clip_norm}
+    return job | {"dtype": config.dtype, "betas": betas, "decays": decays}
+  if config.dtype != "float32":
+    raise InputError(f"config.dtype is {config.dtype}; the reference's tokenizers are of float32.")
+  model, side = config.model, {"image_size": config.data.image_size}
+  plain = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
+  if other := [name for name, value in plain.items() if model[name] != value]:
+    raise InputError(f"The reference's autoencoder has no config.model.{other[0]}.")
+  if what != "train":
+    ours = configs.base.tokenizer().model
+    fixed = ("ch", "num_res_blocks", "attn_resolutions")
+    if other := [name for name in fixed if model[name] != ours[name]]:
+      raise InputError(f"The reference's AutoencoderKL has config.model.{other[0]} as published.")
+    kind = "vavae" if model.decoder_attn_resolutions is None else "marvae"
+    arguments = {"embed_dim": model.embed_dim, "ch_mult": model.ch_mult, "model_type": kind}
+    return job | side | {"model": arguments}
+  return job | side | training_job(config, checkouts)
+
+
+def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, Any]:
+  """The arguments of the reference's tokenizer training, in the last stage of ours.
+
+  Raises:
+    InputError: one that it does not have.
+  """
+  checkouts.check_taming()
+  if config.data.image_size != 256 or config.teacher.name != "dinov2_vitl14":
+    raise InputError(
+      f"config.data.image_size={config.data.image_size} and config.teacher.name="
+      f"{config.teacher.name!r}; the reference trains tokenizers at 256 pixels, and beside ours "
+      "with dinov2_vitl14."
+    )
+  loss = {name: config.loss[name] for name in _LOSS}
+  loss |= {name: config.stages[name][-1] for name in _STAGE}
+  ends = {"double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+  return {
+    "taming": str(Path(checkouts.taming).absolute()),
+    "embed_dim": config.model.embed_dim,
+    "ddconfig": {name: config.model[name] for name in _AUTOENCODER} | ends,
+    "loss": loss | {"disc_start": 0},
+    "learning_rate": config.optimizer.learning_rate,
+  }
+
+
+class Reference:
+  """The reference in a process that waits while ours works.
+
+  Attributes:
+    about: what it says of itself.
+  """
+
+  def __init__(self, python: str, job: Any):
+    try:
+      self._process = subprocess.Popen(
+        [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      )
+    except OSError as error:
+      raise InputError(f"--torch_python is {python}, which does not start: {error}.") from error
+    self._to, self._from = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+    self.about = self._ask(json.dumps(job), f"give --torch_python an interpreter with {_NEEDS}")
+
+  def seconds(self) -> float | None:
+    """The time of its work, done once; None where it does not fit into the memory."""
+    if self.about.get("out_of_memory"):
+      return None
+    return self._ask("again", "it began, so it is no matter of installation").get("seconds")
+
+  def _ask(self, line: str, advice: str) -> dict[str, Any]:
+    try:
+      self._to.write(line + "\n")
+      self._to.flush()
+      answer = self._from.readline()
+    except BrokenPipeError:
+      answer = ""
+    if not answer:
+      raise InputError(f"The reference in PyTorch has ended (its message is above); {advice}.")
+    return json.loads(answer)
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.terminate()
+    self._process.wait()

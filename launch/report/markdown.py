@@ -1,0 +1,73 @@
+"""A part of a Markdown page that a command writes anew; the rest is somebody's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file
+
+
+class Region(NamedTuple):
+  """What stands between two lines of a page.
+
+  Attributes:
+    begin: the line above.
+    end: the line below.
+    heading: of a page that is not there yet.
+  """
+
+  begin: str
+  end: str
+  heading: str
+
+  def check(self, page: Path) -> None:
+    """Raises InputError where a page cannot be written, before what it would show is made."""
+    if page.is_dir():
+      raise InputError(f"--page is {page}, a folder; give the name of a file in it.")
+    self._around(page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(page.parent, os.W_OK):
+      raise InputError(f"--page is {page}, in a folder that cannot be written to.")
+
+  def write(self, page: Path, lines: Sequence[str]) -> None:
+    """Puts lines in the place of those that the region has, or makes a page of them.
+
+    Raises:
+      InputError: the page has no such region.
+    """
+    before, after = self._around(page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(page) as file:
+      file.write((before + "\n".join([self.begin, "", *lines, self.end]) + after).encode())
+
+  def _around(self, page: Path) -> tuple[str, str]:
+    """What stands before and after."""
+    if not page.is_file():
+      return f"# {self.heading}\n\n", "\n"
+    text = page.read_text()
+    begin, end = self.begin, self.end
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+      raise InputError(
+        f"{page} has no place for results: a line {begin} and below it a line {end}."
+      )
+    return text.partition(begin)[0], text.partition(end)[2]
+
+
+def beside(page: Path, name: str) -> Path:
+  """Where a picture of a page goes."""
+  return page.with_name(f"{page.stem}_{name}.png")
+
+
+def picture(path: Path | None, caption: str) -> list[str]:
+  """The lines that show a picture; none where there is none."""
+  return [f"![{caption}]({path.name})", "", f"*{caption}.*", ""] if path else []
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  """The lines of a table, whose first column is text and the others are numbers."""
+  lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+  return [f"| {' | '.join(line)} |" for line in lines]

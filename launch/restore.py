@@ -1,0 +1,213 @@
+"""Trained models out of workdirs: their configuration, and the parameters that inference uses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import lightningdit_jax.training
+import vavae_jax.classification
+import vavae_jax.training
+from launch.engine import console, mesh
+from launch.engine.batches import in_batches
+from launch.engine.checkpoint import read_config, restore_item
+from lightningdit_jax.store import fetching
+from lightningdit_jax.store.latents import LatentStore
+from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+from vavae_jax.common.optimizer import ema_name
+from vavae_jax.data import images
+
+TASKS: dict[str, Any] = {
+  "tokenizer": vavae_jax.training,
+  "diffusion": lightningdit_jax.training,
+  "classifier": vavae_jax.classification,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a training left for use.
+
+  Attributes:
+    workdir: where it was.
+    config: what it was trained with.
+    step: of the checkpoint.
+    params: the EMA that was asked for, or the parameters; on every device.
+    ema: its decay; 0: the parameters themselves.
+  """
+
+  workdir: Path
+  config: FrozenConfigDict
+  step: int
+  params: Any
+  ema: float = 0.0
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Identifies the parameters."""
+    return functional.fingerprint(self.params)
+
+  def on(self, devices: jax.sharding.Mesh) -> Trained:
+    """The same, the parameters on every device of a mesh: of several processes each has its own."""
+    here = jax.tree.map(lambda x: x.addressable_data(0), self.params)
+    return dataclasses.replace(self, params=jax.device_put(here, mesh.replicated(devices)))
+
+
+def load(
+  workdir: Path, task_name: str, step: int | None = None, ema: float | None = None
+) -> Trained:
+  """Restores what inference needs from a workdir.
+
+  Args:
+    workdir: a training's.
+    task_name: a key of `TASKS`.
+    step: which checkpoint; the newest if None.
+    ema: decay of the average that is wanted, 0 for the parameters themselves; None: the first one
+      of `config.optimizer.ema_decays`, or where there is none the parameters.
+
+  Returns:
+    The trained model.
+
+  Raises:
+    InputError: not a workdir, of the other task, or without a checkpoint or such an average.
+  """
+  config = FrozenConfigDict(ConfigDict(read_config(workdir)))
+  if config.task != task_name:
+    raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
+  init = functools.partial(TASKS[task_name].init_state, config)
+  state = jax.eval_shape(init, jax.random.key(0))
+  decays = config.optimizer.ema_decays
+  if ema is None:
+    ema = decays[0] if decays else 0.0
+  elif ema and ema not in decays:
+    raise InputError(
+      f"{workdir} keeps no average of decay {ema}, only {decays or 'none'}; 0 stands for the "
+      "parameters themselves."
+    )
+  item = f"ema_{ema_name(ema)}" if ema else "params"
+  everywhere = mesh.replicated(mesh.make_mesh())
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params
+  )
+  params, step = restore_item(workdir, item, like, step)
+  return Trained(workdir, config, step, params, ema)
+
+
+def autoencoder(tokenizer: Trained, params: Any | None = None) -> Autoencoder:
+  """The autoencoder of a trained tokenizer.
+
+  Args:
+    tokenizer: from `load`.
+    params: its parameters as traced by an enclosing jit; `tokenizer.params` if None.
+
+  Returns:
+    The module.
+  """
+  graph = functional.graph_of(vavae_jax.training.build_autoencoder(tokenizer.config))
+  return nnx.merge(graph, (params or tokenizer.params)["autoencoder"])
+
+
+def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
+  """The tokenizer whose latents a diffusion model was trained on.
+
+  Args:
+    diffusion: from `load`.
+    override: a tokenizer's workdir, for latents that do not say where theirs is.
+
+  Returns:
+    The trained tokenizer.
+
+  Raises:
+    InputError: unknown, or another one than the latents were made with; or these are not the
+      latents that the model was trained on.
+  """
+  return tokenizer_of_latents(
+    check_latents(diffusion.config), override or diffusion.config.tokenizer
+  )
+
+
+def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
+  """The tokenizer that made a latent store.
+
+  Args:
+    store: the latents.
+    workdir: the tokenizer's; "": as the store says.
+
+  Returns:
+    The trained tokenizer.
+
+  Raises:
+    InputError: unknown, or another one than the latents were made with.
+  """
+  noted = store.manifest.get("tokenizer", {})
+  workdir = workdir or noted.get("workdir", "")
+  if not workdir:
+    raise InputError(
+      f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
+    )
+  tokenizer = load(place(str(workdir)), "tokenizer", noted.get("step"))
+  if noted and noted["sha256"] != tokenizer.sha256:
+    raise InputError(
+      f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "
+      f"{tokenizer.sha256[:12]} and {noted['sha256'][:12]}): samples would decode to noise. Give "
+      "--tokenizer=WORKDIR of the right one, or encode and train again."
+    )
+  return tokenizer
+
+
+def open_latents(config: FrozenConfigDict) -> LatentStore:
+  """The latents of a diffusion configuration; a bar shows how far a copy is, where one is made."""
+  path, cache = config.latents.path, config.latents.cache
+  with contextlib.ExitStack() as stack:
+    bars: list[console.Bar] = []
+
+    def show(_: str, done: int, total: int) -> None:
+      if not bars:
+        bars.append(stack.enter_context(console.Bar("copy latents (MiB)", total >> 20)))
+      bars[0].update(done >> 20)
+
+    fetching.local_folder(path, cache, show)
+  return lightningdit_jax.training.open_store(path, cache)
+
+
+def check_latents(config: FrozenConfigDict) -> LatentStore:
+  """The latents of a diffusion configuration; InputError if it names others by `latents.sha256`."""
+  store = open_latents(config)
+  if config.latents.sha256 not in ("", store.sha256):
+    raise InputError(
+      f"The model was trained on other latents than those that {store.path} holds now: what it "
+      "draws would decode to noise. Bring those back, or give a new --workdir to train on these."
+    )
+  return store
+
+
+def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64) -> np.ndarray:
+  """Pictures through the autoencoder, by the posterior's mode.
+
+  Args:
+    tokenizer: from `load`.
+    image_BHWC: uint8.
+    batch_size: how many at once.
+
+  Returns:
+    uint8, the same shape.
+  """
+
+  @jax.jit
+  def run(params: Any, batch: jax.Array) -> jax.Array:
+    model = autoencoder(tokenizer, params)
+    return images.to_uint8(model.decode(model.encode(images.to_float(batch)).mode()))
+
+  rebuild = functools.partial(run, tokenizer.params)
+  return np.concatenate(list(in_batches(rebuild, image_BHWC, batch_size, mesh.make_mesh())))

@@ -1,0 +1,1 @@
+"""What a file of weights is, and where the released ones are."""

@@ -1,0 +1,196 @@
+"""What a file of weights holds, by the names and shapes of its tensors.
+
+A model is recognised only once its own module has taken every tensor: nothing is guessed further
+than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightningdit_jax import convert as dit
+from lightningdit_jax.model import PRESETS
+from vavae_jax import convert as vae
+from vavae_jax.common.errors import InputError
+from vavae_jax.metrics import inception
+from vavae_jax.perceptual import LEFT_ASIDE
+from vavae_jax.teachers import recognition, teacher_from_torch
+from vavae_jax.weights.torch_weights import StateDict
+
+# Parts under which checkpoints keep weights; the first that is there is taken, so the average
+# before the weights themselves, as published numbers are of averages.
+PARTS = ("ema", "model_ema", "state_dict", "model")
+ITSELF = "the file itself"
+
+
+class Weights(NamedTuple):
+  """The weights of one model.
+
+  Attributes:
+    kind: one of the names in `_KINDS`, such as "LightningDiT".
+    name: what is known more exactly, such as "dinov2_vitl14"; "" if nothing.
+    part: one of `PARTS` or `ITSELF`.
+    tensors: PyTorch name -> array, without prefixes; all of the model's and no other. Teachers'
+      files are kept whole, with heads and text towers that publishers ship with them.
+    aside: what else is in the file -> how many tensors or values.
+    arguments: the constructor's, where tensors tell them.
+    module: ours with these weights; None for statistics.
+  """
+
+  kind: str
+  name: str
+  part: str
+  tensors: StateDict
+  aside: dict[str, int]
+  arguments: dict[str, Any]
+  module: Any
+
+
+def recognise(
+  content: Mapping[str, Any], part: str = "", more: Mapping[str, Any] | None = None
+) -> Weights:
+  """The model whose weights a file has.
+
+  Args:
+    content: from `state_dicts.read_content`.
+    part: one of `PARTS`; "": the first that is there, or the file itself.
+    more: tensors of a second file that belong to the same model, as LPIPS' heads.
+
+  Returns:
+    The weights, checked.
+
+  Raises:
+    InputError: no such part, no known model, or a known one with unknown, missing, misshapen or
+      non-finite tensors, which are listed.
+  """
+  part, tensors, aside = _choose(content, part)
+  if twice := sorted(tensors.keys() & (more or {}).keys()):
+    raise InputError(f"Both files have {twice[0]}; give only one that has it.")
+  tensors |= more or {}
+  for kind, (is_it, read) in _KINDS.items():
+    if is_it(tensors):
+      own, name, arguments, module, left = read(tensors)
+      aside += Counter(map(_group, left))
+      return Weights(kind, name, part, own, dict(aside), arguments, module)
+  shown = ", ".join(sorted(tensors)[:6]) or "no tensor"
+  raise InputError(
+    f"No model is known by these tensors: {shown}. Known are: {', '.join(_KINDS)}. --inspect lists "
+    "what a file holds."
+  )
+
+
+def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Counter[str]]:
+  there = [name for name in PARTS if isinstance(content.get(name), Mapping)]
+  if part and part not in there:
+    raise InputError(f"The file has no part {part!r}; it has {', '.join(there) or 'none'}.")
+  part = part or (there[0] if there else ITSELF)
+  whole = content if part == ITSELF else content[part]
+  others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
+  if others:
+    raise InputError(f"Among the weights there is more than tensors: {', '.join(others[:8])}.")
+  aside = Counter(
+    {
+      str(name): len(value) if isinstance(value, Mapping) else 1
+      for name, value in content.items()
+      if part not in (ITSELF, name)
+    }
+  )
+  tensors = {str(name): value for name, value in whole.items()}
+  if tensors and all(name.startswith("module.") for name in tensors):
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+  return part, tensors, aside
+
+
+def _group(name: str) -> str:
+  """`loss.discriminator.main.0.weight` -> `loss.discriminator`."""
+  return ".".join(name.split(".")[: 2 if name.startswith("loss.") else 1])
+
+
+class _Read(NamedTuple):
+  """What a kind's reader gives: as in `Weights`, and the names of what it left aside."""
+
+  tensors: StateDict
+  name: str
+  arguments: dict[str, Any]
+  module: Any
+  left: Iterable[str] = ()
+
+
+def _read_statistics(tensors: StateDict) -> _Read:
+  mean, std = (np.asarray(tensors[name], np.float32) for name in ("mean", "std"))
+  if not mean.size or mean.shape != std.shape or mean.size != max(mean.shape, default=0):
+    raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
+  if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+    raise InputError("The statistics are not finite, or a deviation is not above 0.")
+  return _Read(tensors, "", {}, None)
+
+
+def _read_lightningdit(tensors: StateDict) -> _Read:
+  arguments = dit.arguments_of(tensors)
+  return _Read(tensors, _preset(arguments), arguments, dit.from_torch(tensors, **arguments))
+
+
+def _preset(arguments: Mapping[str, Any]) -> str:
+  for name, sizes in PRESETS.items():
+    if all(arguments[key] == value for key, value in sizes.items()):
+      return name
+  return ""
+
+
+def _read_autoencoder(tensors: StateDict) -> _Read:
+  arguments = vae.autoencoder_arguments(tensors)
+  module = vae.autoencoder_from_torch(tensors, **arguments)
+  own, left = _split(tensors, vae.TRAINING_ONLY)
+  factor = 2 ** (len(arguments["ch_mult"]) - 1)
+  return _Read(own, f"f{factor}d{arguments['embed_dim']}", arguments, module, left)
+
+
+def _read_diffusers(tensors: StateDict) -> _Read:
+  return _read_autoencoder(vae.autoencoder_from_diffusers(tensors))
+
+
+def _read_lpips(tensors: StateDict) -> _Read:
+  own, left = _split(tensors, LEFT_ASIDE)
+  try:
+    return _Read(own, "", {}, vae.lpips_from_torch(own), left)
+  except InputError as error:
+    raise InputError(
+      f"{error} LPIPS is VGG16 and heads: give the one as SOURCE, the other as --heads."
+    ) from error
+
+
+def _read_teacher(tensors: StateDict) -> _Read:
+  name = recognition.recognise(tensors)
+  return _Read(tensors, name, {}, teacher_from_torch(name, tensors))
+
+
+def _read_inception(tensors: StateDict) -> _Read:
+  return _Read(tensors, "", {}, inception.from_torch(tensors))
+
+
+def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, list[str]]:
+  """(what is the model's, names of what is not, by the beginnings of these)."""
+  left = [name for name in tensors if name.startswith(others)]
+  return {name: x for name, x in tensors.items() if name not in left}, left
+
+
+def _has(*names: str) -> Callable[[StateDict], bool]:
+  return lambda tensors: any(name in tensors for name in names)
+
+
+SD_VAE = "tokenizer (diffusers)"
+LPIPS = "LPIPS"
+# Kind -> (whether the tensors are of it, how they are read).
+_KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read]]] = {
+  "latent statistics": (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
+  "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
+  "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
+  SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
+  LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
+  "FID's Inception": (_has("Mixed_7c.branch_pool.conv.weight"), _read_inception),
+  "teacher": (lambda tensors: bool(recognition.recognise(tensors)), _read_teacher),
+}

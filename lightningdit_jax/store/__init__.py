@@ -1,0 +1,1 @@
+"""Latents on disk: shards in the published layout, statistics, copies of remote ones."""

@@ -1,0 +1,356 @@
+"""The latent store: posterior samples of pictures, their statistics, normalisation.
+
+Its files, in the published layout, are those of `shards.py`, with the statistics of the channels
+[1, Z, 1, 1] beside them. NCHW ends here: what comes out is [h, w, Z]. This file alone normalises
+and denormalises.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from lightningdit_jax.store import shards
+from lightningdit_jax.store.shards import Shard
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json, write_safetensors
+from vavae_jax.data import order
+from vavae_jax.weights.torch_files import read_torch_file
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
+
+MANIFEST = "manifest.json"
+STATISTICS = "latents_stats.safetensors"
+PUBLISHED_STATISTICS = "latents_stats.pt"
+_STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
+STATISTICS_SAMPLES = 10_000
+# Records that are normalised and transposed together: as many as the processor's cache holds.
+_CHUNK = 16
+_NOISE = 3  # which of a record's random numbers; see order.py
+
+
+class LatentStore:
+  """A folder of latent shards, read record by record; or of their statistics alone, of length 0."""
+
+  def __init__(self, path: Path | str):
+    """Args:
+      path: the folder, written by `launch.encode` or as published.
+
+    Raises:
+      InputError: it has neither shards nor statistics, shards are damaged or disagree, or the
+        statistics are missing.
+    """
+    self.path = Path(path)
+    self._files = [str(file) for file in shard_files(self.path)]
+    if not self._files and not any((self.path / name).is_file() for name in _STATISTICS_FILES):
+      raise InputError(f"{path} holds no latent shards; make them with python -m launch.encode.")
+    opened = [_open(file, os.getpid()) for file in self._files]
+    shapes = {shard.shape for shard in opened}
+    if len(shapes) > 1 or len({shard.has_posteriors for shard in opened}) > 1:
+      raise InputError(f"The shards of {path} disagree on the latents' shape or kind: {shapes}.")
+    self._starts = np.cumsum([0, *map(len, opened)])
+    self.has_posteriors = bool(opened) and opened[0].has_posteriors
+    self.mean, self.std = self._statistics(opened[0].shape[0] if opened else None)
+    # Of statistics alone, which sampling needs, without cells: none is stored.
+    channels, height, width = opened[0].shape if opened else (len(self.mean), 0, 0)
+    self.shape = (height, width, channels)
+    self._check_manifest(opened)
+
+  def _check_manifest(self, opened: Sequence[Shard]) -> None:
+    """Raises InputError unless the shards are those that were written."""
+    if self.manifest.get("records", len(self)) != len(self):
+      raise InputError(
+        f"{self.path} has {len(self)} of the {self.manifest['records']} latents that its "
+        f"{MANIFEST} names: it was not copied whole. Copy it again, or encode again."
+      )
+    listed = self.manifest.get("shards", {})
+    for shard in opened if listed else ():
+      noted = listed.get(shard.path.name)
+      sha256 = noted["sha256"] if isinstance(noted, dict) else None  # older ones have counts alone
+      if sha256 != (shard.note.sha256 if shard.note else None):
+        raise InputError(
+          f"{shard.path} is not the shard that {MANIFEST} names: it is of another store. Copy the "
+          "store again, or encode again."
+        )
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """One record as encoded, not flipped and not normalised; of posteriors, their mean.
+
+    Args:
+      index: in [0, len).
+
+    Returns:
+      {"latent": float32 [h, w, Z], "label": int}.
+    """
+    return self.record(index, flip=False)
+
+  def record(self, index: int, *, flip: bool) -> dict[str, Any]:
+    """Like `store[index]`, of the mirrored picture if `flip`."""
+    latent = np.empty((1, *self.shape), np.float32)
+    self.read(np.array([index]), np.array([flip]), out=latent)
+    return {"latent": latent[0], "label": int(self.labels_of(np.array([index]))[0])}
+
+  def read(
+    self,
+    records: np.ndarray,
+    flips: np.ndarray,
+    *,
+    out: np.ndarray,
+    mean: Any = 0.0,
+    scale: Any = 1.0,
+    noise: Any = None,
+  ) -> None:
+    """Fills a batch with (latent - mean) * scale.
+
+    Args:
+      records: int [B].
+      flips: bool [B], whether the mirrored picture's.
+      out: float32 [B, h, w, Z], contiguous.
+      mean: of each channel, [Z].
+      scale: of each channel, [Z].
+      noise: place in the batch -> standard normal [Z, h, w], of stores that have posteriors; their
+        means if None.
+    """
+    outside = (records < 0) | (records >= len(self))
+    if outside.any():
+      raise IndexError(f"record {records[outside][0]} of a store of {len(self)}")
+    names = ("mean", "mean_flip") if self.has_posteriors else shards.SAMPLES
+    height, width, channels = self.shape
+    chunk_BZN = np.empty((_CHUNK, channels, height * width), np.float32)
+    mean_Z1, scale_Z1 = (np.asarray(x, np.float32).reshape(-1, 1) for x in (mean, scale))
+    out_BND = out.reshape(len(records), height * width, channels)
+    places = self._places(records)
+    for begin in range(0, len(places), _CHUNK):
+      some = places[begin : begin + _CHUNK]
+      x_BZN = chunk_BZN[: len(some)]
+      for i, (shard, row) in enumerate(some):
+        flip = int(flips[begin + i])
+        x_BZN[i] = shard.tensors[names[flip]][row].reshape(channels, -1)
+        if noise is not None:
+          std_Zhw = shard.tensors[("std", "std_flip")[flip]][row]
+          x_BZN[i] += (std_Zhw * noise(begin + i)).reshape(channels, -1)
+      x_BZN -= mean_Z1
+      x_BZN *= scale_Z1
+      out_BND[begin : begin + _CHUNK] = x_BZN.transpose(0, 2, 1)
+
+  def labels_of(self, records: np.ndarray) -> np.ndarray:
+    """int64 [B]."""
+    return np.array([shard.labels[row] for shard, row in self._places(records)], np.int64)
+
+  def _places(self, records: np.ndarray) -> list[tuple[Shard, int]]:
+    process = os.getpid()
+    found = np.searchsorted(self._starts, records, "right") - 1
+    rows = records - self._starts[found]
+    places = zip(found.tolist(), rows.tolist(), strict=True)
+    return [(_open(self._files[shard], process), row) for shard, row in places]
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """All labels, int64 [len]."""
+    labels = [_open(file, os.getpid()).labels.astype(np.int64) for file in self._files]
+    return np.concatenate([np.empty(0, np.int64), *labels])
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Identifies the latents: a hash of their statistics, their shape and their labels."""
+    digest = hashlib.sha256(repr(self.shape).encode())
+    for array in (self.mean, self.std, self.labels):
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+  @functools.cached_property
+  def manifest(self) -> dict[str, Any]:
+    """What `launch.encode` noted; empty for a published store."""
+    path = self.path / MANIFEST
+    try:
+      manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+      raise InputError(f"{path} is damaged ({error}); copy or encode the store again.") from error
+    if not isinstance(manifest, dict):
+      raise InputError(f"{path} is no manifest; copy or encode the store again.")
+    return manifest
+
+  def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
+    ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS
+    if ours.is_file():
+      try:
+        stored: dict[str, Any] = load_file(ours)
+      except (SafetensorError, OSError) as error:
+        raise InputError(f"{ours} cannot be read ({error}); encode again.") from error
+    elif published.is_file():
+      stored = read_torch_file(published)
+    else:
+      raise InputError(
+        f"{self.path} has latents but no statistics ({STATISTICS} or {PUBLISHED_STATISTICS}): its "
+        "encoding was not finished; run the same python -m launch.encode again."
+      )
+    if channels is None:
+      channels = np.size(stored.get("mean", ()))
+    for name in ("mean", "std"):
+      if name not in stored or np.size(stored[name]) != channels:
+        raise InputError(
+          f"The statistics of {self.path} have no {name} of {channels} channels, as its latents do."
+        )
+    mean, std = (np.asarray(stored[name], np.float32).ravel() for name in ("mean", "std"))
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+      raise InputError(
+        f"The statistics of {self.path} are not finite, or a channel never varies: latents cannot "
+        "be normalised by them. Encode again with a trained tokenizer."
+      )
+    return mean, std
+
+
+def shard_files(path: Path) -> list[Path]:
+  """The shards of a store's folder, in the order of their records."""
+  return sorted(file for file in path.glob("*.safetensors") if file.name != STATISTICS)
+
+
+@functools.cache
+def _open(path: str, process: int) -> Shard:
+  """Kept open, in each process for itself: opening one for each record is seven times slower."""
+  del process
+  return Shard(Path(path))
+
+
+def normalise(latent: Any, mean: Any, std: Any, multiplier: float = 1.0) -> Any:
+  """(latent - mean) / std * multiplier per channel, the last axis."""
+  return (latent - mean) / std * multiplier
+
+
+def denormalise(latent: Any, mean: Any, std: Any, multiplier: float = 1.0) -> Any:
+  """The inverse of `normalise`."""
+  return latent / multiplier * std + mean
+
+
+def statistics(store: LatentStore, *, latent_norm: bool) -> tuple[np.ndarray, np.ndarray]:
+  """The (mean, std) that normalisation uses; 0 and 1 where it is off.
+
+  DEVIATION: with `latent_norm` off the reference still denormalises after sampling.
+  """
+  if latent_norm:
+    return store.mean, store.std
+  return np.zeros_like(store.mean), np.ones_like(store.std)
+
+
+def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequence[Path]) -> None:
+  """Writes the statistics and then the manifest of a folder whose shards are complete.
+
+  Args:
+    path: the folder.
+    manifest: what to note beside the counts.
+    seed: chooses the 10,000 records of the statistics.
+    files: its shards, in order.
+
+  Raises:
+    InputError: the folder has other shards, or not all of them.
+  """
+  if differing := sorted({*files} ^ {*shard_files(path)}):
+    odd = ", ".join(file.name for file in differing[:5])
+    raise InputError(f"{path} should hold the shards of one encoding, but not so: {odd}.")
+  opened = [Shard(file) for file in files]
+  mean, std = channel_statistics(opened, seed)
+  stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
+  write_safetensors(Path(path) / STATISTICS, stored)
+  notes = [shard.note for shard in opened if shard.note]
+  exact = shards.merge(note.moments for note in notes)
+  listed = {
+    shard.path.name: {"records": len(shard), "sha256": shard.note.sha256}
+    for shard in opened
+    if shard.note
+  }
+  told = {
+    "records": sum(map(len, opened)),
+    "skipped": [name for note in notes for name in note.skipped],
+    "exact_mean": exact.mean.tolist(),
+    "exact_std": exact.std.tolist(),
+    "shards": listed,
+  }
+  write_json(Path(path) / MANIFEST, manifest | told)
+
+
+def channel_statistics(opened: Sequence[Shard], seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and unbiased standard deviation of each channel over 10,000 random unflipped latents.
+
+  Of posteriors one sample each is drawn.
+
+  Args:
+    opened: the shards, in order.
+    seed: of the choice; with fewer latents all are taken.
+
+  Returns:
+    (mean, std), float32 [Z].
+  """
+  starts = np.cumsum([0, *map(len, opened)])
+  draw = np.random.default_rng(seed)
+  chosen = draw.permutation(starts[-1])[:STATISTICS_SAMPLES]
+  rows = []
+  for shard, start, end in zip(opened, starts, starts[1:], strict=False):
+    inside = np.sort(chosen[(chosen >= start) & (chosen < end)]) - start
+    if shard.has_posteriors:
+      mean, std = (shard.tensors[name][inside].astype(np.float64) for name in ("mean", "std"))
+      rows.append(mean + std * draw.standard_normal(mean.shape))
+    else:
+      rows.append(shard.tensors["latents"][inside].astype(np.float64))
+  values = np.concatenate(rows)
+  mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3), ddof=1)
+  return mean.astype(np.float32), std.astype(np.float32)
+
+
+def training_batches(
+  store: LatentStore,
+  share: order.Share,
+  *,
+  seed: int,
+  mean: np.ndarray,
+  std: np.ndarray,
+  multiplier: float,
+) -> grain.IterDataset:
+  """Endless shuffled batches of normalised latents, each record flipped or not by a seeded coin.
+
+  Args:
+    store: the latents; of posteriors each epoch draws a sample anew.
+    share: which part of the batches.
+    seed: of order, flips and noise.
+    mean: what to subtract, [Z].
+    std: what to divide by, [Z].
+    multiplier: what to multiply by.
+
+  Returns:
+    A grain dataset of {"latent": float32 [B, h, w, Z], "label": int32 [B]}.
+  """
+  places = order.Order(len(store), seed)
+  height, width, channels = store.shape
+  scale = (multiplier / std).astype(np.float32)
+
+  def load(positions: np.ndarray) -> dict[str, np.ndarray]:
+    records, epochs = places.records(positions)
+
+    def noise(place: int) -> np.ndarray:
+      rng = np.random.default_rng((seed, _NOISE, int(epochs[place]), int(records[place])))
+      return rng.standard_normal((channels, height, width), np.float32)
+
+    latent = np.empty((len(records), *store.shape), np.float32)
+    store.read(
+      records,
+      places.coins(records, epochs),
+      out=latent,
+      mean=mean,
+      scale=scale,
+      noise=noise if store.has_posteriors else None,
+    )
+    return {"latent": latent, "label": store.labels_of(records).astype(np.int32)}
+
+  return order.batches(share, load)

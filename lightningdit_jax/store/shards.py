@@ -1,0 +1,224 @@
+"""Files of the latent store: safetensors shards in the published layout, and what is noted in them.
+
+`latents`, `latents_flip` [n, Z, h, w] and `labels` [n] int64: posterior samples of pictures and of
+their mirror images. Or the posteriors themselves, `mean`, `std`, `mean_flip`, `std_flip`, of which
+each epoch may draw anew. Shards written here also carry, where other readers pass over it, a hash
+of their contents and the moments of their channels, so that a store's are known without reading it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_safetensors
+
+SAMPLES = ("latents", "latents_flip")
+POSTERIORS = ("mean", "std", "mean_flip", "std_flip")
+LABELS = "labels"
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_LABEL_DTYPES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+_MAX_HEADER = 2**24
+_NOTE = "vavae_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Of each channel: how many numbers, their mean and the sum of squares around it, float64 [Z]."""
+
+  count: int
+  mean: np.ndarray
+  m2: np.ndarray
+
+  @classmethod
+  def of(cls, latents_BZhw: np.ndarray, extra_variance_BZhw: np.ndarray | None = None) -> Moments:
+    """Of latents; or of all that posteriors of these means and variances would give."""
+    values = np.asarray(latents_BZhw, np.float64)
+    mean = values.mean((0, 2, 3))
+    m2 = np.square(values - mean[:, None, None]).sum((0, 2, 3))
+    if extra_variance_BZhw is not None:
+      m2 += np.asarray(extra_variance_BZhw, np.float64).sum((0, 2, 3))
+    return cls(values.size // len(mean), mean, m2)
+
+  def merged(self, other: Moments) -> Moments:
+    """Of both together (Chan, Golub and LeVeque 1983)."""
+    count = self.count + other.count
+    if not count:
+      return self
+    difference = other.mean - self.mean
+    mean = self.mean + difference * (other.count / count)
+    m2 = self.m2 + other.m2 + np.square(difference) * (self.count * other.count / count)
+    return Moments(count, mean, m2)
+
+  @property
+  def std(self) -> np.ndarray:
+    """Unbiased."""
+    return np.sqrt(self.m2 / max(self.count - 1, 1))
+
+
+def merge(moments: Iterable[Moments]) -> Moments:
+  """Of all together, in the order given."""
+  return functools.reduce(Moments.merged, moments)
+
+
+class Note(NamedTuple):
+  """What a shard says of itself.
+
+  Attributes:
+    sha256: of the tensors' bytes, in the order of `Shard.tensors`.
+    moments: of the unflipped latents.
+    skipped: names of pictures that could not be read and are not in it.
+  """
+
+  sha256: str
+  moments: Moments
+  skipped: list[str]
+
+
+class Shard:
+  """A shard, mapped into memory; its arrays cost nothing until they are read.
+
+  Attributes:
+    path: the file.
+    tensors: name -> array.
+    note: None in shards that others wrote.
+  """
+
+  def __init__(self, path: Path):
+    """Args:
+      path: the file.
+
+    Raises:
+      InputError: it is damaged, or no shard of latents.
+    """
+    self.path = Path(path)
+    try:
+      self.tensors, metadata = _map(self.path)
+      self.note = _parse_note(metadata.get(_NOTE))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+      raise InputError(
+        f"The latent shard {path} cannot be read ({error}); encode again."
+      ) from error
+    self.has_posteriors = POSTERIORS[0] in self.tensors
+    wanted = {*(POSTERIORS if self.has_posteriors else SAMPLES), LABELS}
+    if missing := sorted(wanted - self.tensors.keys()):
+      raise InputError(f"The latent shard {path} lacks {missing}.")
+    self.labels = self.tensors[LABELS]
+    shapes = {self.tensors[name].shape for name in wanted - {LABELS}}
+    kinds = {self.tensors[name].dtype for name in wanted - {LABELS}}
+    if (
+      len(shapes) > 1
+      or len(next(iter(shapes))) != 4
+      or self.labels.shape != next(iter(shapes))[:1]
+      or not kinds <= set(DTYPES.values())
+      or self.labels.dtype not in _LABEL_DTYPES.values()
+    ):
+      told = {name: (str(x.dtype), x.shape) for name, x in self.tensors.items()}
+      raise InputError(f"The latent shard {path} has tensors that do not belong together: {told}.")
+    self.shape = next(iter(shapes))[1:]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def compute_sha256(self) -> str:
+    """Of what the file holds now."""
+    return _sha256(self.tensors)
+
+  def compute_moments(self) -> Moments:
+    """Of what the file holds now."""
+    return _moments(self.tensors)
+
+
+def _map(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """(arrays by name, metadata) of a safetensors file, after checking that all of it is there."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    if not 0 < size <= min(_MAX_HEADER, path.stat().st_size - 8):
+      raise ValueError("its header is not whole")
+    header: dict[str, Any] = json.loads(file.read(size))
+    payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + size :]
+  metadata = header.pop("__metadata__", {})
+  tensors = {}
+  for name, entry in header.items():
+    dtype = (DTYPES | _LABEL_DTYPES).get(entry["dtype"])
+    begin, end = (int(x) for x in entry["data_offsets"])
+    shape = tuple(int(x) for x in entry["shape"])
+    if dtype is None or min(shape, default=0) < 0:
+      raise ValueError(f"{name} is {entry['dtype']} of shape {shape}")
+    if not 0 <= begin <= end <= len(payload) or end - begin != math.prod(shape) * dtype.itemsize:
+      raise ValueError(f"{name} is not whole")
+    tensors[name] = np.frombuffer(payload[begin:end], dtype).reshape(shape)
+  return tensors, metadata
+
+
+def write_shard(
+  path: Path, tensors_BhwZ: Mapping[str, np.ndarray], labels_B: np.ndarray, skipped: Sequence[str]
+) -> None:
+  """Writes one shard, whole or not at all.
+
+  Args:
+    path: its name, from `shard_name`.
+    tensors_BhwZ: those of `SAMPLES` or of `POSTERIORS`, float32 or bfloat16.
+    labels_B: int.
+    skipped: names of the pictures that are not in it.
+  """
+  tensors = {
+    name: np.ascontiguousarray(x.transpose(0, 3, 1, 2)) for name, x in tensors_BhwZ.items()
+  }
+  tensors[LABELS] = np.asarray(labels_B, np.int64)
+  moments = _moments(tensors)
+  note = {
+    "sha256": _sha256(tensors),
+    "count": moments.count,
+    "mean": moments.mean.tolist(),
+    "m2": moments.m2.tolist(),
+    "skipped": list(skipped),
+  }
+  write_safetensors(path, tensors, {_NOTE: json.dumps(note)})
+
+
+def shard_name(number: int, count: int) -> str:
+  """Of the `number`-th of `count` shards; names sort as numbers do."""
+  digits = max(3, len(str(count - 1)))
+  return f"latents_rank00_shard{number:0{digits}d}.safetensors"
+
+
+def _parse_note(text: str | None) -> Note | None:
+  if text is None:
+    return None
+  note = json.loads(text)
+  mean, m2 = (np.asarray(note[key], np.float64) for key in ("mean", "m2"))
+  return Note(str(note["sha256"]), Moments(int(note["count"]), mean, m2), list(note["skipped"]))
+
+
+def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(tensors):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def _moments(tensors: Mapping[str, np.ndarray]) -> Moments:
+  """In pieces, since float64 takes twice the room."""
+  name = POSTERIORS[0] if POSTERIORS[0] in tensors else SAMPLES[0]
+  channels = tensors[name].shape[1]
+  pieces = [Moments(0, np.zeros(channels), np.zeros(channels))]
+  for begin in range(0, len(tensors[name]), 1024):
+    rows = slice(begin, begin + 1024)
+    variance = None
+    if name == POSTERIORS[0]:
+      variance = np.square(np.asarray(tensors[POSTERIORS[1]][rows], np.float64))
+    pieces.append(Moments.of(tensors[name][rows], variance))
+  return merge(pieces)

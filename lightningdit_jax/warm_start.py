@@ -1,0 +1,101 @@
+"""Weights of one LightningDiT as the beginning of another: other channels, classes, another grid.
+
+Reference: `load_weights_with_shape_check` of `train.py`, which passes over whatever does not fit;
+here only the layers that depend on channels or classes may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lightningdit_jax import convert
+from vavae_jax.common.errors import InputError
+
+EMBEDDER = ("x_embedder", "kernel")
+HEAD = "final_layer"
+# What starts afresh where its shape differs: labels by the classes, the head by the channels, but
+# not the head alone, which would be another `learn_sigma`.
+MAY_START_AFRESH = (
+  ("y_embedder", "embedding"),
+  (HEAD, "linear", "kernel"),
+  (HEAD, "linear", "bias"),
+)
+
+
+def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
+  """Parameters for a new training out of those of another.
+
+  DEVIATION: of the patch embedding all channels that both have are kept, the others start at zero;
+  the reference keeps the first 16. The two are the same where one of the models has 16.
+
+  Args:
+    fresh: the new model's, nested dicts of arrays, randomly initialised.
+    given: the other model's.
+
+  Returns:
+    (parameters of the shapes of `fresh`, sentences on what could not be taken over as it was).
+
+  Raises:
+    InputError: any other layer differs.
+  """
+  new, old = flatten_dict(fresh), flatten_dict(given)
+  same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
+  notes, problems, taken = [], [], {}
+  for path, leaf in new.items():
+    name, shape = "/".join(path), np.shape(old.get(path))
+    if path in old and shape == leaf.shape:
+      taken[path] = jnp.asarray(old[path])
+    elif path == EMBEDDER and shape[:2] == leaf.shape[:2] and shape[3:] == leaf.shape[3:]:
+      common = min(shape[2], leaf.shape[2])
+      taken[path] = jnp.zeros_like(leaf).at[:, :, :common].set(old[path][:, :, :common])
+      notes.append(f"{name} keeps {common} of {leaf.shape[2]} channels, the others are zero")
+    elif path in old and path in MAY_START_AFRESH and not (same_channels and path[0] == HEAD):
+      taken[path] = leaf
+      notes.append(f"{name} starts afresh: {shape} there, {leaf.shape} here")
+    else:
+      there = f"{shape} there" if path in old else "missing there"
+      problems.append(f"{name} ({leaf.shape} here, {there})")
+  problems += [f"{'/'.join(path)} (only there)" for path in old.keys() - new.keys()]
+  if problems:
+    shown = ", ".join(sorted(problems)[:8]) + (" and more" if len(problems) > 8 else "")
+    raise InputError(
+      f"The initial weights are of another architecture: {shown}. Only the number of channels, of "
+      "classes and of cells may differ; set config.model to that of the weights."
+    )
+  return unflatten_dict(taken), notes
+
+
+def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> Any:
+  """Parameters out of PyTorch's names, with the file's own channels, classes and grid.
+
+  Args:
+    state_dict: PyTorch name -> array, of the reference's LightningDiT.
+    model: the arguments of the LightningDiT that is to be trained, for all that no shape tells.
+
+  Returns:
+    Nested dicts of arrays, as `adapt` takes them.
+
+  Raises:
+    InputError: the tensors are not those of a LightningDiT with these switches.
+  """
+  state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+  kwargs = dict(model)
+  try:
+    _, channels, patch, _ = np.shape(state_dict["x_embedder.proj.weight"])
+    rows, _ = np.shape(state_dict["y_embedder.embedding_table.weight"])
+  except (KeyError, ValueError) as error:
+    raise InputError(
+      f"The initial weights are not a LightningDiT's: they have no fitting {error}; known names "
+      f"begin with {', '.join(sorted(state_dict)[:3])}."
+    ) from error
+  kwargs |= {"in_channels": channels, "patch_size": patch}
+  kwargs["num_classes"] = rows - (kwargs["class_dropout_prob"] > 0)
+  if "pos_embed" in state_dict:
+    kwargs["input_size"] = int(np.shape(state_dict["pos_embed"])[1] ** 0.5) * patch
+  return nnx.to_pure_dict(nnx.state(convert.from_torch(state_dict, **kwargs)))

@@ -1,0 +1,306 @@
+"""launch.lab.benchmark steps: what a row holds, and a reference that does not start."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import lightningdit, quickstart, vavae_f16d32
+from launch.engine import mesh
+from launch.lab import programs, reference
+from launch.lab.benchmark import baseline, measuring, parts, steps
+from launch.lab.benchmark import rows as row_module
+from lightningdit_jax import training
+from vavae_jax.common.errors import InputError
+from vavae_jax.stages import Phase
+
+
+def tiny():
+  config = lightningdit.get_config("B/1")
+  config.model.update(hidden_size=32, depth=2, num_heads=2, input_size=4, in_channels=3)
+  config.dtype = "float32"
+  return config
+
+
+def measure(**changes):
+  settings = {
+    "what": ["train"],
+    "batch_sizes": [8, 16],
+    "attentions": ["xla"],
+    "steps": 2,
+  }
+  return steps.benchmark(tiny(), **(settings | changes))
+
+
+def checkouts(folder, python=sys.executable):
+  return reference.Checkouts(folder, "", python, compiled=False)
+
+
+def stand_in(folder, monkeypatch):
+  """A checkout of the reference, and where the script goes that runs in place of PyTorch's."""
+  (folder / "models").mkdir()
+  (folder / "models" / "lightningdit.py").touch()
+  monkeypatch.setattr(reference, "TORCH_SCRIPT", folder / "script.py")
+  return folder / "script.py"
+
+
+def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
+  monkeypatch.setattr(row_module, "matmul_rate", lambda dtype: 1e9)
+  monkeypatch.setattr(row_module, "copy_rate", lambda: 1e3)
+  result = measure()
+  assert [row["batch_size"] for row in result["rows"]] == [8, 16]
+  json.dumps(result)  # goes into a file
+  for row in result["rows"]:
+    speed = row["batch_size"] / row["seconds"]
+    flops = 6 * speed * training.macs_per_image(tiny().model)
+    assert row["images_per_second"] == pytest.approx(speed)
+    assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
+    assert row["fastest"] <= row["seconds"]
+    least = row["least_gib"] * 2**30
+    assert least > 8 * 4 * training.macs_per_image(tiny().model) / 256  # AdamW and EMA, in and out
+    # So slow a copy bounds it.
+    assert row["share_of_ceiling"] == pytest.approx(least / 1e3 / row["seconds"])
+    assert row["share_of_ceiling"] > row["share_of_matmul"]
+
+
+def test_a_folder_without_the_reference_is_refused(tmp_path):
+  with pytest.raises(InputError, match=r"no models/lightningdit\.py"):
+    measure(checkouts=checkouts(tmp_path))
+
+
+def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").write_text("raise ImportError('not here')\n")
+  with pytest.raises(InputError, match="give --torch_python an interpreter with torch"):
+    measure(checkouts=checkouts(tmp_path))
+  assert "Error" in capfd.readouterr().err
+
+
+def test_an_interpreter_is_asked_for_what_the_reference_needs(tmp_path):
+  with pytest.raises(InputError, match=r"python, which lacks .*torch.*; give an interpreter with"):
+    checkouts(tmp_path).check_python()  # the project's own has none of it
+  with pytest.raises(InputError, match="--torch_python is /nowhere, which does not start"):
+    checkouts(tmp_path, "/nowhere").check_python()
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "lightningdit.py").touch()
+  with pytest.raises(InputError, match="--torch_python is /nowhere/python, which does not start"):
+    measure(checkouts=checkouts(tmp_path, "/nowhere/python"))
+
+
+def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
+  """A script in place of PyTorch's that answers alike."""
+  script = stand_in(tmp_path, monkeypatch)
+  script.write_text(
+    'import sys\nsys.stdin.readline()\nprint(\'{"torch": "3"}\', flush=True)\n'
+    "for i, _ in enumerate(sys.stdin): print('{\"seconds\": %f}' % (9 if i % 3 == 0 else 0.5),\n"
+    "  flush=True)\n"
+  )
+  (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
+  assert row["torch"] == "3"
+  assert row["torch_images_per_second"] == 8 / 0.5
+  assert row["times_torch"] == pytest.approx(0.5 / row["seconds"])
+
+
+def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypatch):
+  """Steps that only add a product stand for those of minutes of compiling."""
+
+  def step(config, phase, state, networks, batch, noise, times=1):
+    x = jnp.ones((8, 8)) * noise.ravel()[0]
+    for _ in range(times):
+      x = x @ x
+    return state + 1, x
+
+  monkeypatch.setattr(parts.training, "init_state", lambda config, key: jnp.zeros(()))
+  monkeypatch.setattr(parts, "fresh", lambda config, rngs: {})
+  monkeypatch.setattr(parts.update, "update", step)
+  monkeypatch.setattr(
+    parts,
+    "reference_order",
+    lambda *words, recompute=False: step(*words, times=3 if recompute else 2),
+  )
+  config = quickstart.tokenizer(tiny=True)
+  config.loss.perceptual_weight = 1.0
+  config.model.update(ch=8, norm_groups=4)
+  monkeypatch.setattr(parts, "WITHOUT", dict.fromkeys(("GAN",), ({}, Phase(0, True))))
+  result = parts.benchmark(config, steps=2)
+  json.dumps(result)  # goes into a file
+  seconds, tflops = result["seconds"], result["tflops"]
+  rows = ["ours", "reference", "recomputed", "without GAN", "encode", "decode"]
+  assert list(seconds) == list(tflops) == list(result["fastest"]) == rows
+  assert tflops["reference"] - tflops["ours"] == pytest.approx(2 * 8**3 / 1e12)
+  assert tflops["recomputed"] - tflops["ours"] == pytest.approx(4 * 8**3 / 1e12)
+  assert result["times_reference"] == seconds["reference"] / seconds["ours"]
+  assert result["shares"]["GAN"] == 1 - seconds["without GAN"] / seconds["ours"]
+
+
+def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
+  monkeypatch.setattr(row_module, "_arithmetic_seconds", lambda: 1.5)
+  monkeypatch.setattr(row_module, "_fid_program", lambda devices: small(devices))
+
+  def small(devices):
+    x = programs.rows((8, 16), jnp.float32, devices)
+    return programs.Program(jax.jit(lambda x: jnp.tanh(x @ x.T)), (x,), {}, 1, 8)
+
+  config = tiny()
+  config.sample.update(num_steps=3)
+  result = steps.benchmark(
+    config,
+    what=["sample", "loader", "checkpoint", "fid"],
+    batch_sizes=[8],
+    attentions=["xla"],
+    steps=2,
+    trace=tmp_path,
+  )
+  sample, loader, checkpoint, fid = result["rows"]
+  json.dumps(result)
+  assert all(row["images_per_second"] > 0 for row in (sample, loader, fid))
+  assert fid["model_tflops_per_second"] * fid["seconds"] == pytest.approx(2 * 8 * 8 * 16 / 1e12)
+  assert 0 < checkpoint["blocked_seconds"] < checkpoint["written_after_seconds"]
+  assert checkpoint["checkpoint_gib"] * 2**30 > 4 * 4 * 32**2  # parameters, average, two moments
+  assert fid["arithmetic_seconds"] == 1.5
+  assert 0 < sum(share for _, share in fid["operations"]) <= 1 + 1e-6
+  assert list((tmp_path / "sample").rglob("*.xplane.pb"))
+  assert sample["compile_cold"] > 0 < sample["compile_warm"]
+
+
+def test_a_step_is_measured_on_the_state_that_the_last_one_left():
+  config = steps._resolved(tiny(), "train", 8, "xla")
+  devices = mesh.make_mesh()
+  program = programs.of(config, devices, "train", 1)
+  prepared = measuring.Prepared(program, devices, row_module._fresh_state(config, devices))
+  states = [prepared.run()[0] for _ in range(3)]
+  assert int(states[-1].step) == 3
+
+
+def result(speed, memory=2.0, batch_size=8, asked="a.py:B"):
+  row = {"what": "train", "attention": "xla", "batch_size": batch_size, "dtype": "float32"}
+  row |= {"share_of_matmul": speed, "program_gib": memory, "seconds": 3.0}
+  return {
+    "asked": asked,
+    "device": "1 x cpu",
+    "processor": "an i486",
+    "commit": "abc",
+    "rows": [row, {"what": "loader", "batch_size": 8}],
+  }
+
+
+def test_a_baseline_keeps_ratios_alone_and_tells_what_is_worse(tmp_path):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  baseline.update(path, baseline.ratios_of(result(0.3, batch_size=16)))
+  baseline.update(path, baseline.ratios_of(result(0.5)))  # in the place of the first
+  kept = baseline.read(path)
+  assert [(row["batch_size"], row["share_of_matmul"]) for row in kept] == [(16, 0.3), (8, 0.5)]
+  assert "seconds" not in kept[0]
+  assert kept[0]["device"] == "1 x cpu, an i486"
+  slower, larger = baseline.changes(baseline.ratios_of(result(0.4, 1.6)), kept)
+  assert (slower.ratio, larger.ratio) == ("share_of_matmul", "program_gib")
+  assert slower.loss == pytest.approx(0.2)
+  assert larger.loss == pytest.approx(-0.25)
+  assert not baseline.changes(baseline.ratios_of(result(0.1, asked="another.py")), kept)
+
+
+def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  now = baseline.ratios_of(result(0.35))
+  baseline.check(now, path, 0.15)
+  assert "-12.5%" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"by more than 10%: share_of_matmul of a\.py:B.* by 12\.5%"):
+    baseline.check(now, path, 0.1)
+  with pytest.raises(InputError, match="nothing of what was measured"):
+    baseline.check(baseline.ratios_of(result(0.4, asked="b.py")), path, 0.1)
+  path.write_text('{"rows": []}')
+  with pytest.raises(InputError, match="no baseline that --update wrote"):
+    baseline.read(path)
+
+
+def test_what_no_longer_fits_is_worse_and_leaves_the_baseline_as_it_was(tmp_path):
+  path = tmp_path / "baseline.json"
+  baseline.update(path, baseline.ratios_of(result(0.4)))
+  full = result(0.4)
+  full["rows"][0] = {
+    **{name: full["rows"][0][name] for name in ("what", "attention", "batch_size", "dtype")},
+    "out_of_memory": True,
+  }
+  with pytest.raises(InputError, match=r"program_gib of a\.py:B.* by 100\.0%"):
+    baseline.check(baseline.ratios_of(full), path, 0.15)
+  baseline.update(path, baseline.ratios_of(full))
+  assert baseline.read(path)[0]["program_gib"] == 2.0
+
+
+def test_a_reference_without_the_memory_says_so_and_ours_is_told(tmp_path, monkeypatch):
+  script = stand_in(tmp_path, monkeypatch)
+  script.write_text(
+    "import sys\nsys.stdin.readline()\nprint('{\"out_of_memory\": true}', flush=True)\n"
+    "sys.stdin.read()\n"
+  )
+  (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
+  assert row["torch_out_of_memory"]
+  assert row["images_per_second"] > 0
+  assert "times_torch" not in row
+
+
+def test_counts_are_of_products_and_of_what_goes_in_and_out(monkeypatch):
+  a, b = jax.ShapeDtypeStruct((6, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
+  program = programs.Program(jax.jit(lambda a, b: a @ b), (a, b), {}, 1, 3)
+  monkeypatch.setattr(row_module.programs, "of", lambda *_, **__: program)
+  row = row_module.count(steps._resolved(tiny(), "train", 8, "xla"), "train")
+  assert row["tflop_per_image"] * 3e12 == pytest.approx(2 * 6 * 5 * 7)
+  assert row["least_gib"] * 2**30 == pytest.approx(4 * 6 * 5 + 2 * 5 * 7 + 4 * 6 * 7)
+
+
+def test_sampling_is_charged_for_no_half_that_guidance_leaves_out():
+  config = tiny()
+  config.sample.update(num_steps=5, timestep_shift=0.0, cfg_scale=4.0, cfg_interval_start=0.4)
+  macs = training.macs_per_image(tiny().model)
+  # t = 0, 0.25, 0.5, 0.75: two below the start.
+  assert row_module._spared(FrozenConfigDict(config), 3) == 2 * macs * 3 * 2
+  for never in ({"cfg_scale": 1.0}, {"cfg_scale": 4.0, "cfg_interval_start": 1.0}):
+    config.sample.update(never)
+    assert row_module._spared(FrozenConfigDict(config), 3) == 0
+
+
+def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
+  config = quickstart.tokenizer(tiny=True)
+  config.data.image_size = config.model.resolution = 32
+  frozen = steps._resolved(config, "decode", 4, "")
+  program = programs.of(frozen, mesh.make_mesh(), "decode", 1, coded=8)
+  (z,) = program.arguments[1:]
+  assert z.shape == (8, 2, 2, 48)
+  out = jax.eval_shape(program.function, *program.arguments)
+  assert (out.shape, out.dtype) == ((8, 32, 32, 3), jnp.uint8)
+
+
+def test_the_reference_is_asked_for_what_ours_does(tmp_path):
+  config = steps._resolved(tiny(), "sample", 8, "xla")
+  job = reference.job_of(checkouts(tmp_path), config, "sample", 8)
+  assert job["work"] == "diffusion sample"
+  assert (job["batch_size"], job["dtype"], job["model"]["depth"]) == (8, "float32", 2)
+  assert job["sample"]["num_steps"] == config.sample.num_steps
+  json.dumps(job)
+  stochastic = tiny()
+  stochastic.sample.mode = "SDE"
+  sde = steps._resolved(stochastic, "sample", 8, "xla")
+  with pytest.raises(InputError, match=r"beside the reference: ODE"):
+    reference.job_of(checkouts(tmp_path), sde, "sample", 8)
+  published = vavae_f16d32.get_config("d16,50ep")
+  coder = steps._resolved(published, "decode", 2, "")
+  job = reference.job_of(checkouts(tmp_path), coder, "decode", 2)
+  assert job["model"] == {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "model_type": "vavae"}
+  with pytest.raises(InputError, match=r"no taming/modules/losses/lpips\.py"):
+    reference.job_of(checkouts(tmp_path), coder, "train", 2)
+  published.model.ch = 64
+  with pytest.raises(InputError, match=r"has config\.model\.ch as published"):
+    reference.job_of(checkouts(tmp_path), steps._resolved(published, "encode", 2, ""), "encode", 2)
+  toy = steps._resolved(quickstart.tokenizer(tiny=True), "encode", 2, "")
+  with pytest.raises(InputError, match=r"no config\.model\.patch_size"):
+    reference.job_of(checkouts(tmp_path), toy, "encode", 2)

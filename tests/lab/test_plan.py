@@ -1,0 +1,264 @@
+"""Plans for TPU slices: what they count, and the published step compiled for 16 chips."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import FrozenConfigDict
+
+import configs.base
+from launch.engine import flops
+from launch.lab.plan import hlo, kernels, planning, slices
+from lightningdit_jax import training
+from vavae_jax.common.errors import InputError
+
+
+def test_products_and_convolutions_are_counted():
+  def f(x, kernel, picture, filters):
+    def body(carry, _):
+      return jnp.tanh(carry @ kernel), None
+
+    y, _ = jax.lax.scan(body, x, length=5)
+    z = jax.lax.conv_general_dilated(
+      picture, filters, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.sum() + z.sum()
+
+  shapes = ((3, 7), (7, 7), (2, 8, 6, 4), (3, 3, 4, 5))
+  traced = jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes))
+  assert flops.count(traced) == 2 * 5 * 3 * 7 * 7 + 2 * (2 * 4 * 3 * 5) * (3 * 3 * 4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_traced_step_has_the_flops_that_the_task_counts(remat):
+  config = configs.base.diffusion("LightningDiT-B/1")
+  config.batch_size = 8
+  config.model.use_checkpoint = remat
+  config = FrozenConfigDict(config)
+  state = jax.eval_shape(functools.partial(training.init_state, config), jax.random.key(0))
+  batch = {
+    "latent": jax.ShapeDtypeStruct((8, 16, 16, 32), jnp.float32),
+    "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+  }
+  step = functools.partial(training.train_step, config, "logit-normal")
+  traced = jax.make_jaxpr(step)(state, {}, batch, jax.random.key(0))
+  wanted = training.flops_per_step(config) * (4 / 3 if remat else 1)
+  assert flops.count(traced) == pytest.approx(wanted, rel=0.02)
+
+
+PROGRAM = """
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(28)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %gathered = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %more = f32[4]{0} fusion(%gathered), kind=kCustom, calls=%pieces
+}
+
+%pieces (p: f32[4]) -> f32[4] {
+  %again = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %moved = (f32[2]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=3
+  %both = ((f32[2]{0}, f32[1]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%p, %q), channel_id=4
+  %sums = (f32[3]{0}, f32[2]{0}) all-reduce-start(%p, %q), channel_id=5, to_apply=%add
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %loop = (s32[], bf16[8,16]) while(%t), condition=%condition, body=%body
+  ROOT %total = (f32[4]{0}, bf16[6]{0}) all-reduce(%u, %v), channel_id=2, to_apply=%add
+}
+"""
+
+
+def test_collectives_count_as_often_as_they_run():
+  found = hlo.collectives(PROGRAM)
+  assert found == {
+    "all-gather": hlo.Traffic(ops=2, runs=56, bytes=28 * (8 * 16 * 2 + 24 * 4)),
+    "all-reduce": hlo.Traffic(ops=2, runs=29, bytes=4 * 4 + 6 * 2 + 28 * 5 * 4),
+    "collective-permute": hlo.Traffic(ops=1, runs=28, bytes=28 * 4 * 4),
+  }
+
+
+KERNELS = """
+HloModule step
+
+%slice (p0: f32[28,8,16], p1: s32[]) -> f32[8,16] {
+  %p0 = f32[28,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %all = f32[28,8,16]{2,1,0} bitcast(%p0)
+  %one = f32[1,8,16]{2,1,0} dynamic-slice(%all, %p1, %p1, %p1), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%one)
+}
+
+%update (p0: bf16[28,4], p1: bf16[1,4], p2: s32[]) -> bf16[28,4] {
+  %p0 = bf16[28,4]{1,0} parameter(0)
+  %p1 = bf16[1,4]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %set = bf16[28,4]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%called (p: f32[8,16]) -> bf16[1,4] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %least = f32[8]{0} reduce(%p), dimensions={1}, to_apply=%add
+  ROOT %new = bf16[1,4]{1,0} custom-call(%p), custom_call_target="f", metadata={op_name="f/g"}
+}
+
+%cheap (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %kept = f32[8]{0} slice(%p), slice={[0:8]}
+}
+
+%dear (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %copied = f32[8,16]{1,0} copy(%p)
+}
+
+%body (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
+  %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %w = f32[28,8,16]{2,1,0} get-tuple-element(%t), index=1
+  %kept = bf16[28,4]{1,0} get-tuple-element(%t), index=2
+  %fusion.1 = f32[8,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice, metadata={op_name="a"}
+  %new = bf16[1,4]{1,0} call(%fusion.1), to_apply=%called
+  %either = f32[8,16]{1,0} conditional(%i, %fusion.1, %fusion.1), true_computation=%cheap, \
+false_computation=%dear
+  %fusion.2 = bf16[28,4]{1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%update
+  ROOT %next = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) tuple(%i, %w, %fusion.2)
+}
+
+%condition (t: (s32[], f32[28,8,16], bf16[28,4])) -> pred[] {
+  %limit = s32[] constant(3)
+}
+
+ENTRY %main (t: (s32[], f32[28,8,16], bf16[28,4])) -> (s32[], f32[28,8,16], bf16[28,4]) {
+  %t = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[28,8,16]{2,1,0}, bf16[28,4]{1,0}) while(%t), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"28"}}
+}
+"""
+
+
+def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
+  read, copied, reduced, called, written = kernels.kernels(KERNELS)
+  # The slice is read and written; the scalar index is read.
+  assert read == kernels.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
+  assert copied == kernels.Kernel("copied", "copy", 28, 2 * 8 * 16 * 4)  # the larger branch
+  assert reduced == kernels.Kernel("least", "reduce", 28, 8 * 16 * 4 + 8 * 4)
+  assert called == kernels.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
+  assert written == kernels.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)
+  alike = [kernels.Kernel(f"gemm.{i}", "dot", 2, 10) for i in range(3)]
+  other = kernels.Kernel("gemm.9", "dot", 1, 100)
+  assert kernels.grouped([*alike, other]) == [
+    kernels.Kernel("gemm", "dot", 1, 100),
+    kernels.Kernel("gemm", "dot", 6, 10),
+  ]
+
+
+def test_remedies_go_from_the_cheapest_and_divide_the_batch():
+  config = configs.base.diffusion()
+  config.batch_size = 128
+  tried = list(planning.remedies(FrozenConfigDict(config), "train", 16))
+  assert tried[0] == {"mesh.data": 1, "mesh.fsdp": -1}
+  assert [x["accumulate_steps"] for x in tried if "accumulate_steps" in x] == [2, 2]
+  assert tried[-1]["model.remat_policy"] == "full"
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:4x4", "v5e:4by4", "4x4", "h200", "h200:2x2x2"])
+def test_a_slice_that_is_none_is_refused(topology):
+  with pytest.raises(InputError, match=f"--topology is '{topology}'.*v5e:4x4.*h200:8"):
+    slices.make_mesh(topology)
+
+
+def test_a_program_of_another_task_is_refused(command):
+  done = command("launch.lab.plan", "--config=configs/vavae_f16d32.py", "--what=sample")
+  assert done.returncode == 2
+  assert "--what=sample is not of a tokenizer; there are train, encode" in done.stderr
+
+
+def test_without_the_plugin_it_is_told_what_to_install():
+  if importlib.util.find_spec("jax_cuda13_plugin"):
+    pytest.skip("the plugin is here")
+  with pytest.raises(InputError, match=r"pip install -e '\.\[cuda\]'"):
+    slices.make_mesh("h200:8")
+
+
+@pytest.mark.cuda_aot
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attention):
+  done = command(
+    *("launch.lab.plan", "--config=configs/lightningdit.py:XL/1", "--topology=h200:8"),
+    *("--config.batch_size=256", f"--config.model.attention={attention}"),
+    "--config.model.scan_unroll=1",  # 28 blocks in a row take minutes to compile
+    f"--output={tmp_path / 'plan.json'}",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+  assert plan["fits"]
+  names = {kernel["name"] for kernel in plan["kernels"]}
+  assert ("dot_product_attention_bwd" in names) == (attention == "cudnn")
+  # The work of the products, whichever kernel does them; cuDNN computes the logits again.
+  assert plan["flops"] == pytest.approx(32 * 0.712e12, rel=0.03)
+  # Gradients are summed, in the dtype of the products, and nothing is gathered.
+  assert plan["traffic"]["all-reduce"]["bytes"] == pytest.approx(2 * 675e6, rel=0.01)
+  assert "all-gather" not in plan["traffic"]
+
+
+@pytest.mark.parametrize(
+  ("words", "told"),
+  [
+    (("--kernels=5",), "--kernels is of GPUs, and --topology is v5e:4x4"),
+    (("--all", "--chips=v5e,v9", "--output=plans.json"), "--chips=v9 is none of v5e, v6e"),
+  ],
+)
+def test_options_that_mean_nothing_are_refused(command, words, told):
+  done = command("launch.lab.plan", "--config=configs/lightningdit.py:B/1", *words)
+  assert (done.returncode, told in done.stderr) == (2, True)
+
+
+@pytest.mark.tpu_aot
+def test_the_published_step_fits_16_chips_without_moving_activations(command, tmp_path):
+  done = command(
+    *("launch.lab.plan", "--config=configs/lightningdit_xl_64ep.py", "--topology=v5e:4x4"),
+    *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.use_checkpoint"),
+    f"--output={tmp_path / 'plan.json'}",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+  assert plan["fits"]
+  assert plan["needed"] < 8 * 2**30 < plan["available"]
+  # Nothing but weights gathered, in bfloat16 and twice, and gradients summed.
+  assert set(plan["traffic"]) == {"all-gather", "all-reduce"}
+  parameters = 675e6
+  assert plan["traffic"]["all-gather"]["bytes"] == pytest.approx(2 * 2 * parameters, rel=0.05)
+  # The forward pass is computed again, a third of the model's work.
+  assert plan["computed"] == pytest.approx(4 / 3 * plan["flops"], rel=0.02)
+  assert sum(plan["parts"].values()) == pytest.approx(plan["needed"])
+
+
+@pytest.mark.tpu_aot
+def test_what_does_not_fit_is_told_with_what_it_needs(command):
+  done = command(
+    *("launch.lab.plan", "--config=configs/lightningdit_xl_64ep.py", "--topology=v5e:2x4"),
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "DOES NOT FIT" in done.stdout
+  assert "--search looks for settings that fit" in done.stdout

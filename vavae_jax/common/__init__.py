@@ -1,0 +1,1 @@
+"""What both packages use and nothing of which knows a model."""

@@ -1,0 +1,79 @@
+"""NNX modules as pure functions: parameters are plain nested dicts, modules exist only inside them.
+
+Training, sharding and checkpoints see `{"encoder": {"conv_in": {"kernel": array, ...}}}`; a module
+is put together from such a dict where it is called, and forgotten again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vavae_jax.common.errors import InputError
+
+M = TypeVar("M", bound=nnx.Module)
+Build = Callable[[nnx.Rngs], nnx.Module]
+Params = dict[str, Any]
+
+
+def graph_of(build: Build) -> nnx.GraphDef:
+  """The static half of the module that `build` makes; no array is computed.
+
+  Args:
+    build: makes the module from `nnx.Rngs`.
+
+  Returns:
+    A hashable graph definition for `nnx.merge(graph, params)`, where params is what `init` returns.
+  """
+  graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+  return graph
+
+
+def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
+  """The module that `build` makes, with shapes for arrays.
+
+  Args:
+    build: makes the module from `nnx.Rngs`.
+    name: of the settings it is made by, for the error.
+
+  Returns:
+    The module.
+
+  Raises:
+    InputError: it cannot be built.
+  """
+  try:
+    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+  except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+    raise InputError(f"{name} cannot be built: {error}") from error
+
+
+def fingerprint(params: Params) -> str:
+  """Identifies parameters: a hash of their names and bytes."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+def init(build: Build, key: jax.Array, *kinds: type[nnx.Variable]) -> Any:
+  """Fresh parameters as nested dicts of arrays, the names those of the module's attributes.
+
+  Args:
+    build: makes the module from `nnx.Rngs`.
+    key: seed of the initialisation.
+    *kinds: variable types that are wanted apart, such as nnx.Param, nnx.BatchStat.
+
+  Returns:
+    One dict of everything, or with `kinds` a tuple of one dict each.
+  """
+  module = build(nnx.Rngs(key))
+  if not kinds:
+    return nnx.to_pure_dict(nnx.state(module))
+  return tuple(nnx.to_pure_dict(state) for state in nnx.state(module, *kinds))

@@ -1,0 +1,150 @@
+"""What both trainings do with gradients: parts of a batch, clipping, Adam(W), moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import FrozenConfigDict
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import pin_batch
+
+
+def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
+  """The schedule: linear warm-up, then constant, or cosine to zero at `decay_steps` if that is set.
+
+  Args:
+    config: `learning_rate`, `warmup_steps`, `decay_steps`.
+
+  Returns:
+    A function of the step.
+
+  Raises:
+    InputError: the warm-up does not end before the decay.
+  """
+  if 0 < config.decay_steps <= config.warmup_steps:
+    raise InputError(
+      f"config.optimizer.decay_steps is {config.decay_steps}, but the warm-up alone takes "
+      f"{config.warmup_steps} steps; lower warmup_steps, or set decay_steps to 0 for no decay."
+    )
+  if config.decay_steps:
+    return optax.warmup_cosine_decay_schedule(
+      0.0 if config.warmup_steps else config.learning_rate,
+      config.learning_rate,
+      config.warmup_steps,
+      config.decay_steps,
+    )
+  return optax.linear_schedule(
+    0.0 if config.warmup_steps else config.learning_rate,
+    config.learning_rate,
+    max(config.warmup_steps, 1),
+  )
+
+
+def check_optimizer(config: FrozenConfigDict) -> None:
+  """Raises InputError for settings that cannot work."""
+  learning_rate(config)
+  if wrong := [decay for decay in config.ema_decays if not 0 < decay < 1]:
+    raise InputError(
+      f"config.optimizer.ema_decays has {wrong}; a decay lies between 0 and 1, such as 0.9999."
+    )
+
+
+def make_optimizer(
+  config: FrozenConfigDict, step: jax.Array | None = None
+) -> optax.GradientTransformation:
+  """AdamW as configured; eps 1e-8, float32 moments.
+
+  Args:
+    config: `learning_rate`, `b1`, `b2`, `weight_decay`, `warmup_steps`, `decay_steps`, `clip_norm`.
+    step: of the schedule, where it is not the number of updates made before.
+
+  Returns:
+    An optax transformation of gradients into updates.
+  """
+  schedule = learning_rate(config)
+  adam = optax.adamw(
+    lambda count: schedule(count if step is None else step),
+    b1=config.b1,
+    b2=config.b2,
+    weight_decay=config.weight_decay,
+  )
+  if config.clip_norm:
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+  return adam
+
+
+def start_emas(params: Any, decays: Sequence[float]) -> dict[str, Any]:
+  """Copies of the parameters to average into, one for each decay, by `ema_name`."""
+  return {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+
+
+def update_emas(emas: dict[str, Any], params: Any) -> dict[str, Any]:
+  """One step of each moving average, from step 0 and without debiasing.
+
+  Args:
+    emas: from `start_emas`: name -> the average so far.
+    params: the new parameters.
+
+  Returns:
+    The new averages.
+  """
+  return {
+    name: optax.incremental_update(params, ema, 1 - float(name)) for name, ema in emas.items()
+  }
+
+
+def ema_name(decay: float) -> str:
+  """What the average of a decay is called in a state and in checkpoints: "0.9999"."""
+  return repr(float(decay))
+
+
+def averaged(config: FrozenConfigDict, state: Any) -> Any:
+  """The parameters that inference uses: the average of the first decay, or where there is none the
+  parameters themselves.
+
+  Args:
+    config: `ema_decays`.
+    state: a training's, with `params` and `ema`.
+
+  Returns:
+    Parameters.
+  """
+  return state.ema[ema_name(config.ema_decays[0])] if config.ema_decays else state.params
+
+
+def mean_gradients(
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, batch: Any, count: int
+) -> tuple[Any, Any]:
+  """Gradients of a mean over a batch, taken in `count` parts one after the other to save memory.
+
+  Args:
+    loss_fn: (params, batch) -> (mean over the batch, pytree of scalars that are such means too).
+    params: to differentiate by.
+    batch: pytree of arrays [B, ...], B a multiple of `count`.
+    count: number of parts; 1 is the plain gradient.
+
+  Returns:
+    (gradients, the pytree of scalars).
+  """
+  gradients_of = jax.grad(loss_fn, has_aux=True)
+  if count == 1:
+    return gradients_of(params, batch)
+
+  def split(x: jax.Array) -> jax.Array:
+    # Every count-th record: a part lies on all devices as the batch does, and nothing moves.
+    return jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1)
+
+  def add_part(total: Any, part: Any) -> tuple[Any, None]:
+    part = jax.tree.map(pin_batch, part)
+    return jax.tree.map(jnp.add, total, gradients_of(params, part)), None
+
+  parts = jax.tree.map(split, batch)
+  first = jax.eval_shape(gradients_of, params, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  total, _ = jax.lax.scan(add_part, zeros, parts)
+  return jax.tree.map(lambda x: x / count, total)

@@ -1,0 +1,1 @@
+"""Pictures: where they come from, in which order, how they become batches."""

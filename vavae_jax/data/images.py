@@ -1,0 +1,170 @@
+"""Crops of pictures, and batches of them.
+
+Pictures stay uint8 until they are on the device: a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vavae_jax.data import order
+from vavae_jax.data.sources import Source
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
+
+
+class Rows(Protocol):
+  """An array [N, ...], or what gives its rows."""
+
+  def __getitem__(self, records: np.ndarray) -> np.ndarray: ...
+
+
+def center_crop(picture: Image.Image, size: int) -> np.ndarray:
+  """The crop of extraction and of generation's evaluation: box halvings, bicubic to the short side,
+  centre.
+
+  Args:
+    picture: RGB.
+    size: side of the result in pixels.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Source: ADM (openai/guided-diffusion), `center_crop_arr`.
+  """
+  while min(picture.size) >= 2 * size:
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+  picture = _short_side_to(picture, size, Image.Resampling.BICUBIC)
+  left, top = (picture.width - size) // 2, (picture.height - size) // 2
+  return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+  """The crop of tokenizer training: short side to `size`, random place, no flip.
+
+  Args:
+    picture: RGB.
+    size: side of the result in pixels.
+    rng: chooses the place.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  picture = _short_side_to(picture, size, Image.Resampling.BILINEAR)
+  left = int(rng.integers(picture.width - size + 1))
+  top = int(rng.integers(picture.height - size + 1))
+  return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def resize_crop(picture: Image.Image, size: int) -> np.ndarray:
+  """The crop of the tokenizer's evaluation: short side to `size`, bilinear, centre.
+
+  Args:
+    picture: RGB.
+    size: side of the result in pixels.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Source: torchvision's Resize (the long side rounded down) and CenterCrop, as the reference's
+  `evaluate_tokenizer.py` has them.
+  """
+  short = min(picture.size)
+  width, height = (size * side // short for side in picture.size)
+  picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+  left, top = round((width - size) / 2), round((height - size) / 2)
+  return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+# Those without chance; "random" is the other.
+FIXED_CROPS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {
+  "center": center_crop,
+  "resize": resize_crop,
+}
+CROPS = ("random", *FIXED_CROPS)
+
+
+def _short_side_to(picture: Image.Image, size: int, filter_: Image.Resampling) -> Image.Image:
+  scale = size / min(picture.size)
+  return picture.resize((round(picture.width * scale), round(picture.height * scale)), filter_)
+
+
+def training_batches(
+  source: Source,
+  indices: np.ndarray,
+  share: order.Share,
+  *,
+  size: int,
+  seed: int,
+  crop: str = "random",
+  flip: bool = False,
+  features: Rows | None = None,
+) -> grain.IterDataset:
+  """Endless shuffled batches of crops, the same for the same seed.
+
+  Args:
+    source: where pictures come from.
+    indices: which of them.
+    share: which part of the batches.
+    size: side of the crops in pixels.
+    seed: of order, crops and flips.
+    crop: one of `CROPS`.
+    flip: mirror each picture or not, by a seeded coin.
+    features: a teacher's of the pictures, to go with them.
+
+  Returns:
+    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, with "features"
+    where there are some.
+  """
+  places = order.Order(len(indices), seed)
+
+  def load(positions: np.ndarray) -> dict[str, np.ndarray]:
+    records, epochs = places.records(positions)
+    image = np.empty((len(records), size, size, 3), np.uint8)
+    label = np.empty(len(records), np.int32)
+    for i, (record, epoch) in enumerate(zip(records.tolist(), epochs.tolist(), strict=True)):
+      picture, label[i] = source.picture(int(indices[record]))
+      rng = places.rng(record, epoch)
+      cropped = (
+        random_crop(picture, size, rng) if crop == "random" else FIXED_CROPS[crop](picture, size)
+      )
+      image[i] = cropped[:, ::-1] if flip and rng.integers(2) else cropped
+    batch: dict[str, np.ndarray] = {"image": image, "label": label}
+    if features is not None:
+      batch["features"] = features[records]
+    return batch
+
+  return order.batches(share, load)
+
+
+def load_crops(source: Source, indices: np.ndarray, size: int) -> np.ndarray:
+  """Centre crops of some records.
+
+  Args:
+    source: where pictures come from.
+    indices: which of them.
+    size: side in pixels.
+
+  Returns:
+    uint8 [len(indices), size, size, 3].
+  """
+  if not len(indices):
+    return np.zeros((0, size, size, 3), np.uint8)
+  return np.stack([center_crop(source.picture(int(i))[0], size) for i in indices])
+
+
+def to_float(image_BHWC: jax.Array) -> jax.Array:
+  """uint8 in [0, 255] -> float32 in [-1, 1]."""
+  return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(image_BHWC: jax.Array) -> jax.Array:
+  """float in [-1, 1] -> uint8 of clip(127.5 x + 128, 0, 255), truncated as the reference does."""
+  return jnp.clip(127.5 * image_BHWC.astype(jnp.float32) + 128.0, 0, 255).astype(jnp.uint8)

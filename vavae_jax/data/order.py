@@ -1,0 +1,131 @@
+"""The order of records in training: endless, shuffled, every record once an epoch.
+
+It is a function of seed and position alone. So is all that is random about a record, by its epoch:
+nothing depends on how many processes, worker processes or threads load it, and a training goes on
+where it was by its step, on whatever number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from vavae_jax.common.errors import InputError
+
+if TYPE_CHECKING:
+  import grain
+
+# Batches in memory of each process, beside those that are on their way to the devices.
+BUFFERED = 4
+
+
+class Order:
+  """Which record stands at which position."""
+
+  def __init__(self, count: int, seed: int):
+    """Args:
+    count: records of an epoch.
+    seed: of the order.
+    """
+    self.count, self.seed = count, seed
+
+  def records(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(record, epoch) at positions from 0 on, int64 each."""
+    epochs, places = np.divmod(positions, self.count)
+    records = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+      inside = epochs == epoch
+      records[inside] = _permutation(self.count, self.seed, int(epoch))[places[inside]]
+    return records, epochs
+
+  def rng(self, record: int, epoch: int) -> np.random.Generator:
+    """What is random about a record in an epoch."""
+    return np.random.default_rng((self.seed, _RECORD, epoch, record))
+
+  def coins(self, records: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """A fair coin for each record and epoch, bool."""
+    coins = np.empty(records.shape, bool)
+    for epoch in np.unique(epochs):
+      inside = epochs == epoch
+      coins[inside] = _coins(self.count, self.seed, int(epoch))[records[inside]]
+    return coins
+
+
+_SHUFFLE, _COIN, _RECORD = range(3)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, _SHUFFLE, epoch)).permutation(count)
+
+
+@functools.lru_cache(maxsize=4)
+def _coins(count: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, _COIN, epoch)).integers(0, 2, count, bool)
+
+
+class Share(NamedTuple):
+  """Which part of the batches a process loads, and how.
+
+  Attributes:
+    batch_size: over all processes, which divide it.
+    process_index: this one.
+    process_count: how many there are.
+    start: how many batches were taken already.
+    threads: that load batches.
+    workers: processes that load batches, each with as many threads; 0 loads in this one.
+  """
+
+  batch_size: int
+  process_index: int = 0
+  process_count: int = 1
+  start: int = 0
+  threads: int = 2
+  workers: int = 0
+
+  def positions(self, batch: int) -> np.ndarray:
+    """Of this process's part of a batch: its rows, if all processes' parts are put together."""
+    size = self.batch_size // self.process_count
+    begin = batch * self.batch_size + self.process_index * size
+    return np.arange(begin, begin + size)
+
+
+def check(loader: Mapping[str, int]) -> None:
+  """Raises InputError unless `config.loader` can be those arguments of a `Share`."""
+  for name, least in (("threads", 1), ("workers", 0)):
+    if loader[name] < least:
+      raise InputError(f"config.loader.{name} is {loader[name]}; it must be at least {least}.")
+
+
+def batches(
+  share: Share, load: Callable[[np.ndarray], dict[str, Any]]
+) -> grain.IterDataset[dict[str, Any]]:
+  """Endless batches of a process, loaded ahead.
+
+  Args:
+    share: which.
+    load: positions of records -> a batch of them; it can be pickled where there are workers.
+
+  Returns:
+    A grain dataset.
+  """
+  import grain  # which takes half a second
+
+  data = grain.MapDataset.range(share.start, 2**62).map(
+    lambda batch: load(share.positions(int(batch)))
+  )
+  options = grain.ReadOptions(
+    num_threads=share.threads, prefetch_buffer_size=max(BUFFERED, share.threads)
+  )
+  iterated = data.to_iter_dataset(options)
+  if not share.workers:
+    return iterated
+  if not flags.FLAGS.is_parsed():  # grain asks for some of its own where it starts processes
+    flags.FLAGS.mark_as_parsed()
+  return iterated.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=share.workers, per_worker_buffer_size=BUFFERED)
+  )

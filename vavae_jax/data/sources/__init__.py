@@ -1,0 +1,86 @@
+"""Image sources: labelled pictures by index, chosen by one string.
+
+A further kind is a class in a file beside this one and an entry in `_KINDS`. The order of the
+records is a function of the data alone, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.sources.archives import open_tar, open_zip
+from vavae_jax.data.sources.base import Source, Unreadable
+from vavae_jax.data.sources.datasets import HuggingFace, TensorFlowDatasets
+from vavae_jax.data.sources.files import Embedded, Folder
+from vavae_jax.data.sources.records import Records
+from vavae_jax.data.sources.tolerant import Tolerant
+
+__all__ = ("Source", "Tolerant", "Unreadable", "check_readable", "open_source", "split")
+
+# What stands before the colon -> (how it is opened, how the whole is written).
+_KINDS: dict[str, tuple[Callable[[str], Source], str]] = {
+  "embedded": (Embedded, "embedded:emoji"),
+  "folder": (lambda rest: Folder(Path(rest)), "folder:DIR"),
+  "zip": (open_zip, "zip:FILE"),
+  "tar": (open_tar, "tar:FILES"),
+  "tfds": (TensorFlowDatasets, "tfds:NAME/SPLIT"),
+  "arrayrecord": (Records, "arrayrecord:DIR"),
+  "hf": (HuggingFace, "hf:PATH"),
+}
+
+
+def open_source(spec: str) -> Source:
+  """The source that a configuration names.
+
+  Args:
+    spec: "embedded:emoji", the pictures of the package; "folder:DIR" with class folders; "zip:FILE"
+      or "tar:FILES", one or more archives by a pattern, read in place; "tfds:NAME/SPLIT", prepared
+      by tensorflow-datasets as ArrayRecord; "arrayrecord:DIR", prepared by `launch.prepare`;
+      "hf:PATH", parquet files of a Hugging Face data set, or of OWNER/NAME on the hub.
+
+  Returns:
+    The source.
+
+  Raises:
+    InputError: unknown kind, or nothing usable there.
+  """
+  kind, _, rest = spec.partition(":")
+  if kind not in _KINDS or not rest:
+    known = ", ".join(form for _, form in _KINDS.values())
+    raise InputError(f"The image source is {spec!r}; choose one of {known}.")
+  return _KINDS[kind][0](str(Path(rest).expanduser()) if rest.startswith("~") else rest)
+
+
+def check_readable(source: Source, limit: int = 2_000) -> None:
+  """Decodes all pictures of a source, or `limit` of them spread over it, and throws them away.
+
+  A damaged one beyond those is named when its turn comes.
+
+  Raises:
+    InputError: one cannot be read.
+  """
+  chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for _ in pool.map(lambda index: source.picture(int(index)) and None, chosen):
+      pass
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Seeded disjoint indices for training and evaluation.
+
+  Args:
+    count: size of the source.
+    held_out: share for evaluation, in [0, 1).
+    seed: of the choice.
+
+  Returns:
+    (training, held-out), each int64 and ascending.
+  """
+  order = np.random.default_rng(seed).permutation(count)
+  size = round(count * held_out)
+  return np.sort(order[size:]), np.sort(order[:size])

@@ -1,0 +1,248 @@
+"""Pictures in zip and tar archives, read in place: an index of where each begins and ends.
+
+Nothing is unpacked, so that names in an archive never become paths. The index is a few arrays,
+which worker processes get cheaply; files are opened by each process for itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.sources.base import (
+  EXTENSIONS,
+  EncodedSource,
+  Unreadable,
+  classes_of,
+  listing_of,
+)
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths of name and extra
+_DEFLATED = 8
+_MAX_SIZE = 2**30  # of one picture's file; an archive may claim anything
+
+
+class _Member(NamedTuple):
+  """A picture: `start` is of its bytes in a tar, of its local header in a zip."""
+
+  name: str
+  file: int
+  start: int
+  stored: int
+  size: int
+  method: int
+
+
+class Archive(EncodedSource):
+  """Pictures by their places in one or more files."""
+
+  def __init__(
+    self, files: list[Path], members: list[_Member], class_names: list[str], labels: np.ndarray
+  ):
+    """Args:
+    files: the archives.
+    members: of them, pictures alone.
+    class_names: a name for each label.
+    labels: of each member.
+    """
+    order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
+    self._files = [str(file) for file in files]
+    self._names = [members[i].name for i in order]
+    columns = np.array([members[i][1:] for i in order], np.int64)
+    self._file, self._start, self._stored, self._size, self._method = columns.T
+    self.class_names, self._labels = class_names, labels[order]
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    file = _open(self._files[self._file[index]], os.getpid())
+    start, stored, size = (int(x[index]) for x in (self._start, self._stored, self._size))
+    method = int(self._method[index])
+    if max(stored, size) > _MAX_SIZE:
+      raise Unreadable(f"The picture {self.name(index)} would have {max(stored, size)} bytes.")
+    if method >= 0:  # of a zip
+      header = os.pread(file, _LOCAL_HEADER.size, start)
+      if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        raise Unreadable(f"The picture {self.name(index)} is not where the archive says.")
+      start += _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[1:])
+    data = os.pread(file, stored, start)
+    if method == _DEFLATED:
+      try:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+      except zlib.error as error:
+        raise Unreadable(f"The picture {self.name(index)} is damaged ({error}).") from error
+    if len(data) != size:
+      raise Unreadable(f"The picture {self.name(index)} is cut off, or not of the size it says.")
+    return data, int(self._labels[index])
+
+  def name(self, index: int) -> str:
+    """The archive's path and the name in it."""
+    return f"{self._files[self._file[index]]}/{self._names[index]}"
+
+  def identity(self) -> str:
+    """A hash of the files' names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for name in self._files:
+      status = os.stat(name)
+      digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self._names)
+
+
+@functools.cache
+def _open(path: str, process: int) -> int:
+  """A descriptor of this process, which reads by position, so that threads share it."""
+  del process
+  return os.open(path, os.O_RDONLY)
+
+
+def open_zip(pattern: str) -> Archive:
+  """A zip file, or several by a pattern; classes are folders, below any that all have in common."""
+  files = _files(pattern)
+  members: list[_Member] = []
+  for number, file in enumerate(files):
+    try:
+      with zipfile.ZipFile(file) as archive:
+        infos = archive.infolist()
+    except (zipfile.BadZipFile, OSError) as error:
+      raise InputError(f"{file} is damaged or no zip file ({error}).") from error
+    for info in infos:
+      name = info.filename.replace("\\", "/")  # as some programs of Windows write
+      if not _is_picture(name):
+        continue
+      if max(info.header_offset, info.compress_size, info.file_size) > file.stat().st_size * 1100:
+        raise InputError(f"{info.filename} of {file} is beyond all bounds: the archive is damaged.")
+      if info.flag_bits & 1:
+        raise InputError(f"{info.filename} of {file} is encrypted; give an archive without.")
+      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(
+          f"{info.filename} of {file} is packed by method {info.compress_type}, which cannot be "
+          "read here; store or deflate it."
+        )
+      place = (info.header_offset, info.compress_size, info.file_size, info.compress_type)
+      members.append(_Member(name, number, *place))
+  return _labelled(files, members, _below_common([member.name for member in members]))
+
+
+def open_tar(pattern: str) -> Archive:
+  """A tar file, or several by a pattern, not compressed.
+
+  The class of a picture is in a file of the same name ending in .cls, as WebDataset has it, or else
+  its folder, or, where it lies in none, the archive: ImageNet has a tar a class, in a tar of tars.
+  """
+  files = _files(pattern)
+  members: list[_Member] = []
+  labelled: list[str] = []
+  keys: list[tuple[int, str]] = []
+  classes: dict[tuple[int, str], int] = {}
+  for number, file in enumerate(files):
+    try:
+      with file.open("rb") as opened:
+        for stem, name, start, size, label in _tar_members(opened, 0, file.stem):
+          key = number, f"{stem}/{_key(name)}"
+          if label is not None:
+            classes[key] = label
+            continue
+          keys.append(key)
+          members.append(_Member(name, number, start, size, size, -1))
+          labelled.append(name if "/" in name else f"{stem}/{name}")
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+      raise InputError(
+        f"{file} is damaged or no plain tar file ({error}); a compressed one cannot be read at any "
+        "place: unpack the compression first."
+      ) from error
+  if not classes:
+    return _labelled(files, members, _below_common(labelled))
+  ((_, record), pictures), *_ = Counter(keys).most_common(1)
+  if pictures > 1:
+    raise InputError(f"{pattern}: the record {record} has several pictures; which one is meant?")
+  if lacking := [key for key in keys if key not in classes]:
+    raise InputError(f"{pattern}: {lacking[0][1]} has no .cls file, and others have.")
+  labels = np.array([classes[key] for key in keys], np.int32)
+  return Archive(files, members, [str(i) for i in range(int(labels.max()) + 1)], labels)
+
+
+def _key(name: str) -> str:
+  """What a WebDataset record's files share: the name until the first dot of its last part."""
+  folder, slash, last = name.rpartition("/")
+  return folder + slash + last.partition(".")[0]
+
+
+def _tar_members(
+  file: IO[bytes], begin: int, stem: str
+) -> Iterator[tuple[str, str, int, int, int | None]]:
+  """(archive's stem, name, place in the whole file, size, None) of pictures, also in tars in it;
+  of a .cls file its number instead of None.
+  """
+  file.seek(begin)
+  with tarfile.open(fileobj=file, mode="r:") as archive:
+    while (info := archive.next()) is not None:
+      archive.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
+      if not info.isreg():
+        continue
+      name = info.name.removeprefix("./")
+      if _is_picture(name):
+        yield stem, name, info.offset_data, info.size, None
+      elif name.endswith(".cls"):
+        yield stem, name, 0, 0, _class_number(file, info, name)
+      elif name.endswith(".tar"):
+        yield from _tar_members(file, info.offset_data, Path(name).stem)
+
+
+def _class_number(file: IO[bytes], info: tarfile.TarInfo, name: str) -> int:
+  file.seek(info.offset_data)
+  text = file.read(min(info.size, 20)).strip()
+  if not text.isdigit() or int(text) > 10**6:
+    raise ValueError(f"{name} holds no class's number")
+  return int(text)
+
+
+def _labelled(files: list[Path], members: list[_Member], names: list[str]) -> Archive:
+  where = ", ".join(map(str, files[:3]))
+  if not members:
+    raise InputError(
+      f"{where}: no pictures are in it; needed are files ending in {', '.join(EXTENSIONS)}."
+    )
+  return Archive(files, members, *classes_of(names, where))
+
+
+def _files(pattern: str) -> list[Path]:
+  found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+  files = [Path(name) for name in found if os.path.isfile(name)]
+  if not files:
+    raise InputError(f"There is no file {pattern}.")
+  return files
+
+
+def _is_picture(name: str) -> bool:
+  last = name.rpartition("/")[2]
+  hidden = last.startswith(".") or name.startswith("__MACOSX/")
+  return not hidden and last.lower().endswith(EXTENSIONS)
+
+
+def _below_common(names: list[str]) -> list[str]:
+  """Names without the folders that all share, as long as there are folders below."""
+  while names and all(name.count("/") > 1 for name in names):
+    first = names[0].partition("/")[0]
+    if any(name.partition("/")[0] != first for name in names):
+      break
+    names = [name.partition("/")[2] for name in names]
+  return names

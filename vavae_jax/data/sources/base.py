@@ -1,0 +1,157 @@
+"""What every image source offers, and how its bytes become a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vavae_jax.common.errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Of the longer side to the shorter: a few bytes may claim a line of which a crop fills all memory.
+_MAX_ASPECT = 50
+# The class of pictures that lie in no class folder.
+NO_CLASS = "all"
+
+
+class Unreadable(InputError):
+  """A picture that no decoder takes; its message names it."""
+
+
+class Source(Protocol):
+  """A random-access set of labelled pictures; it can be pickled, for worker processes."""
+
+  class_names: list[str]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """{"image": uint8 [H, W, 3], "label": int}."""
+
+  def picture(self, index: int) -> tuple[Image.Image, int]:
+    """(RGB picture, label); `Unreadable` where it is damaged."""
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """(the picture's file as it is, label)."""
+
+  def name(self, index: int) -> str:
+    """What a person knows the record by."""
+
+  def identity(self) -> str:
+    """Two sources with the same one have the same pictures in the same order."""
+
+  def listing(self) -> str:
+    """Of a copy elsewhere it is the same; it changes where records come, go or change places."""
+
+
+class EncodedSource:
+  """What sources of encoded pictures share: subclasses give `encoded` and `name`."""
+
+  class_names: list[str]
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """As `Source` says."""
+    picture, label = self.picture(index)
+    return {"image": np.asarray(picture), "label": label}
+
+  def picture(self, index: int) -> tuple[Image.Image, int]:
+    """As `Source` says."""
+    data, label = self.encoded(index)
+    return decode(data, self.name(index)), label
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    raise NotImplementedError
+
+  def name(self, index: int) -> str:
+    """As `Source` says."""
+    raise NotImplementedError
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+  """A picture's file -> RGB, 8 bits, as a person sees it.
+
+  Upright by its EXIF orientation, on white where it is transparent, 16 bits scaled to 8, the first
+  one of an animation.
+
+  Args:
+    data: in any format that Pillow knows.
+    name: for the message.
+
+  Raises:
+    Unreadable: it is damaged, huge, or no picture.
+  """
+  try:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+      if max(picture.size) > _MAX_ASPECT * min(picture.size):
+        raise ValueError(f"it is {picture.width} x {picture.height}; no crop of that makes sense")
+      return _as_rgb(picture)
+  except UnidentifiedImageError as error:
+    raise Unreadable(
+      f"The picture {name} is of no format that is known by its bytes; remove or replace it."
+    ) from error
+  except Exception as error:  # decoders raise whatever a damaged file leads them to
+    raise Unreadable(
+      f"The picture {name} cannot be read ({error}); remove or replace it."
+    ) from error
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+  if picture.mode == "RGB" and not picture.has_transparency_data and not picture.getexif():
+    picture.load()
+    return picture
+  picture = ImageOps.exif_transpose(picture)
+  if picture.mode.startswith("I"):  # 16 bits, grey; convert() would cut them off at 255
+    levels = np.array(picture, np.int64)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+      levels[levels == clear] = 65_535
+    if levels.min() < 0 or levels.max() > 65_535:
+      raise ValueError(f"its grey levels go from {levels.min()} to {levels.max()}")
+    shift = 0 if picture.mode == "I" and levels.max() < 256 else 8
+    return Image.fromarray((levels >> shift).astype(np.uint8)).convert("RGB")
+  if picture.mode == "F":
+    raise ValueError("its pixels are floats, whose white nobody can know; save it with 8 bits")
+  if picture.has_transparency_data:
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture)
+  return picture.convert("RGB")
+
+
+def listing_of(names: Iterable[str]) -> str:
+  """A hash of names in their order."""
+  return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:
+  """Classes of pictures by the first folder of their names.
+
+  Args:
+    names: "CLASS/.../picture.png" each; without folders all are of one class.
+    where: for the message.
+
+  Returns:
+    (class names, sorted; label of each picture, int32).
+
+  Raises:
+    InputError: some are in class folders and some beside them.
+  """
+  folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+  class_names = sorted(set(folders))
+  if class_names == [""]:
+    return [NO_CLASS], np.zeros(len(names), np.int32)
+  if "" in class_names:
+    stray = names[folders.index("")]
+    raise InputError(
+      f"In {where} there are class folders, such as {class_names[1]}, and pictures beside them, "
+      f"such as {stray}; move these into a class folder or away."
+    )
+  labels = {name: label for label, name in enumerate(class_names)}
+  return class_names, np.array([labels[folder] for folder in folders], np.int32)

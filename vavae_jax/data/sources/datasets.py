@@ -1,0 +1,216 @@
+"""Pictures in data sets that others have prepared: tensorflow-datasets, Hugging Face."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.sources.base import NO_CLASS, EncodedSource, Unreadable, listing_of
+
+
+class TensorFlowDatasets(EncodedSource):
+  """A prepared data set of tensorflow-datasets with an "image" and perhaps a "label"."""
+
+  def __init__(self, name_and_split: str):
+    """Args:
+      name_and_split: "NAME/SPLIT", such as "imagenet2012/train" or "cifar10:3.0.2/train[:90%]", in
+        TFDS_DATA_DIR or ~/tensorflow_datasets, prepared with file_format="array_record".
+
+    Raises:
+      InputError: it is not there, in another format, or without pictures.
+    """
+    import tensorflow_datasets as tfds  # slow, and only needed here
+
+    name, _, split = name_and_split.rpartition("/")
+    if not name:
+      raise InputError(f"tfds:{name_and_split} names no split; write tfds:NAME/SPLIT.")
+    self._name = name_and_split
+    try:
+      builder = tfds.builder(name)
+      features = builder.info.features
+      if features is None or "image" not in features:
+        raise InputError(f"tfds:{name} has no feature called image, but {features}.")
+      self._records = builder.as_data_source(
+        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+      )
+    except InputError:
+      raise
+    except Exception as error:  # its libraries raise kinds of their own
+      reason = " ".join(str(error).split())[:200]
+      raise InputError(
+        f"tfds:{name_and_split} cannot be opened ({reason}). Prepare it with "
+        f'tfds.builder("{name}", file_format="array_record").download_and_prepare(), and set '
+        "TFDS_DATA_DIR to the folder it is in."
+      ) from error
+    self._has_label = "label" in features
+    self.class_names = list(features["label"].names) if self._has_label else [NO_CLASS]
+    self._identity = f"{builder.info.full_name} {split} {len(self._records)}"
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    try:
+      record = self._records[index]
+    except (RuntimeError, ValueError) as error:
+      raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
+    return record["image"], int(record["label"]) if self._has_label else 0
+
+  def name(self, index: int) -> str:
+    """The data set and the record's number."""
+    return f"tfds:{self._name}#{index}"
+
+  def identity(self) -> str:
+    """A hash of name, version, split and size."""
+    return hashlib.sha256(self._identity.encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return self.identity()
+
+
+class HuggingFace(EncodedSource):
+  """Parquet files with pictures, as Hugging Face stores data sets.
+
+  A parquet file is read by groups of rows; whoever reads at random, as training does, reads a group
+  for each picture. `launch.prepare` makes ArrayRecord files of it, once.
+  """
+
+  def __init__(self, path: str):
+    """Args:
+      path: a parquet file, a pattern of such, a folder with some, or OWNER/NAME[/SPLIT] on the hub,
+        of which the parquet files (those whose names begin with the split) are fetched.
+
+    Raises:
+      InputError: nothing is there, or no column has pictures.
+    """
+    import pyarrow.parquet as parquet  # slow, and only needed here
+
+    self._files = _parquet_files(path)
+    try:
+      opened = [parquet.ParquetFile(file) for file in self._files]
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+      raise InputError(f"hf:{path} is damaged or not parquet ({error}).") from error
+    schema = opened[0].schema_arrow
+    pictures = [f.name for f in schema if f.name in ("image", "img", "webp", "jpg", "png")]
+    if not pictures or any(file.schema_arrow.names != schema.names for file in opened):
+      raise InputError(
+        f"hf:{path} has the columns {', '.join(schema.names)}; needed are image and label, the "
+        "same in all files."
+      )
+    labels = [name for name in ("label", "labels", "fine_label") if name in schema.names]
+    self._columns = pictures[:1] + labels[:1]
+    # Where each group of rows begins: [file, group, first row].
+    groups = [
+      (number, group, file.metadata.row_group(group).num_rows)
+      for number, file in enumerate(opened)
+      for group in range(file.num_row_groups)
+    ]
+    self._groups = [(number, group) for number, group, _ in groups]
+    self._starts = np.cumsum([0, *(rows for *_, rows in groups)])
+    self.class_names = self._names_of(schema, labels[:1])
+
+  def _names_of(self, schema: Any, label: list[str]) -> list[str]:
+    if not label:
+      return [NO_CLASS]
+    try:
+      noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+      names = [str(name) for name in noted["info"]["features"][label[0]]["names"]]
+    except (ValueError, LookupError, TypeError):
+      names = []  # not every set names its classes
+    if names:
+      return names
+    columns = (
+      _group(self._files[file], group, (label[0],))[label[0]] for file, group in self._groups
+    )
+    largest = max((x for column in columns for x in column if isinstance(x, int)), default=0)
+    if largest > 10**6:
+      raise InputError(f"hf:{self._files[0]} has a label {largest}, which is no class's number.")
+    return [str(i) for i in range(largest + 1)]
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    place = int(np.searchsorted(self._starts, index, "right")) - 1
+    file, group = self._groups[place]
+    try:
+      rows = _group(self._files[file], group, tuple(self._columns))
+    except (OSError, ValueError) as error:
+      raise Unreadable(f"The rows of {self.name(index)} are damaged ({error}).") from error
+    row = index - int(self._starts[place])
+    image = rows[self._columns[0]][row]
+    data = image["bytes"] if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+      raise Unreadable(f"{self.name(index)} is no picture's file, but {type(data).__name__}.")
+    label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0
+    if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+      raise InputError(
+        f"{self.name(index)} has the label {label!r} of {len(self.class_names)} classes: it is of "
+        "a split without labels, or of another set."
+      )
+    return data, label
+
+  def name(self, index: int) -> str:
+    """The files and the record's number."""
+    return f"hf:{Path(self._files[0]).parent}#{index}"
+
+  def identity(self) -> str:
+    """A hash of the files' names and sizes."""
+    told = [(file, os.path.getsize(file)) for file in self._files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(f"{Path(file).name} {os.path.getsize(file)}" for file in self._files)
+
+
+@functools.lru_cache(maxsize=8)
+def _group(file: str, group: int, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+  import pyarrow.parquet as parquet
+
+  with io.FileIO(file) as opened:
+    return parquet.ParquetFile(opened).read_row_group(group, columns=list(columns)).to_pydict()
+
+
+def _parquet_files(path: str) -> list[str]:
+  if os.path.isdir(path):
+    found = sorted(map(str, Path(path).rglob("*.parquet")))
+  else:
+    found = sorted(file for file in glob.glob(path) if os.path.isfile(file))
+  splits = {Path(file).name.partition("-")[0] for file in found if "-of-" in Path(file).name}
+  if len(splits) > 1:
+    raise InputError(
+      f"hf:{path} has the splits {', '.join(sorted(splits))}; choose one, such as "
+      f"hf:{Path(found[0]).parent}/{min(splits)}-*.parquet."
+    )
+  if found:
+    return found
+  if os.path.isdir(path) or path.count("/") not in (1, 2) or path.startswith((".", "/")):
+    raise InputError(f"hf:{path} has no parquet files.")
+  owner, name, *split = path.split("/")
+  pattern = f"{split[0]}*.parquet" if split else "*.parquet"
+  try:
+    folder = huggingface_hub.snapshot_download(
+      f"{owner}/{name}", repo_type="dataset", allow_patterns=[pattern, f"*/{pattern}"]
+    )
+  except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0]
+    raise InputError(
+      f"hf:{path} is no file or folder here, and could not be fetched ({reason}). Where there is "
+      f"no network, fetch the parquet files of {owner}/{name} elsewhere, and give their folder."
+    ) from error
+  return _parquet_files(folder)

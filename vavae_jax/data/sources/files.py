@@ -1,0 +1,124 @@
+"""Pictures in a folder, and those that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vavae_jax.assets import load_emoji
+from vavae_jax.common.errors import InputError
+from vavae_jax.data.sources.base import (
+  EXTENSIONS,
+  EncodedSource,
+  Unreadable,
+  classes_of,
+  listing_of,
+)
+
+
+class Embedded:
+  """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
+
+  def __init__(self, which: str = "emoji"):
+    """Args:
+    which: "emoji"; there is nothing else.
+    """
+    if which != "emoji":
+      raise InputError(f"embedded:{which} is not in the package, only embedded:emoji.")
+    self._images, self._labels, self.names, self.class_names = load_emoji()
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {"image": self._images[index], "label": int(self._labels[index])}
+
+  def picture(self, index: int) -> tuple[Image.Image, int]:
+    """As `Source` says."""
+    return Image.fromarray(self._images[index]), int(self._labels[index])
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As a PNG."""
+    picture, label = self.picture(index)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue(), label
+
+  def name(self, index: int) -> str:
+    """The emoji's."""
+    return self.names[index]
+
+  def identity(self) -> str:
+    """A hash of the pixels."""
+    return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self.names)
+
+
+class Folder(EncodedSource):
+  """A folder of class folders, nested as deep as one likes, or of pictures without classes."""
+
+  def __init__(self, root: Path):
+    """Args:
+      root: `root/CLASS/.../picture.png`, or `root/picture.png`, all of one class.
+
+    Raises:
+      InputError: the folder is missing, or holds no pictures.
+    """
+    if not root.is_dir():
+      raise InputError(f"The data folder {root} does not exist.")
+    self._root = str(root)
+    self._names = sorted(_pictures_under(self._root))
+    if not self._names:
+      raise InputError(
+        f"The data folder {root} has no pictures: needed are class folders with files ending in "
+        f"{', '.join(EXTENSIONS)}, such as {root}/cat/1.png."
+      )
+    self.class_names, self._labels = classes_of(self._names, self._root)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    try:
+      return Path(self.name(index)).read_bytes(), int(self._labels[index])
+    except OSError as error:
+      raise Unreadable(f"The picture {self.name(index)} cannot be read ({error}).") from error
+
+  def name(self, index: int) -> str:
+    """The file's path."""
+    return f"{self._root}/{self._names[index]}"
+
+  def identity(self) -> str:
+    """A hash of the files' names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for name in self._names:
+      status = os.stat(f"{self._root}/{name}")
+      digest.update(f"{self._root}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return listing_of(self._names)
+
+
+def _pictures_under(root: str, inside: str = "") -> list[str]:
+  """Paths of pictures, relative to the root, with "/" between folders; hidden ones are left out."""
+  found = []
+  with os.scandir(f"{root}/{inside}") as entries:
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      if entry.is_dir():
+        found += _pictures_under(root, f"{inside}{entry.name}/")
+      elif entry.name.lower().endswith(EXTENSIONS):
+        found.append(inside + entry.name)
+  return found

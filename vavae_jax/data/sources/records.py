@@ -1,0 +1,110 @@
+"""Encoded pictures in ArrayRecord files, as `launch.prepare` writes them.
+
+A record is the label, four bytes of a little-endian integer, and the picture's file as it was.
+Beside the files `dataset.json` has class names and counts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_path, full_disk_as_oserror
+from vavae_jax.data.sources.base import EncodedSource, Unreadable
+
+DESCRIPTION = "dataset.json"
+_LABEL = struct.Struct("<i")
+# One record a group, uncompressed: pictures are packed already, and each is read alone.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+class Records(EncodedSource):
+  """A folder of ArrayRecord files with `dataset.json`."""
+
+  def __init__(self, folder: str):
+    """Args:
+      folder: that `launch.prepare` wrote; or a pattern of files in it.
+
+    Raises:
+      InputError: it is not whole.
+    """
+    chosen = "*"
+    if any(c in folder for c in "*?["):
+      folder, chosen = os.path.split(folder)
+    self._folder = folder
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+      raise InputError(
+        f"{folder} has no {DESCRIPTION}: give a folder that python -m launch.prepare has finished."
+      )
+    try:
+      self._description: dict[str, Any] = json.loads(path.read_text())
+      self.class_names: list[str] = list(self._description["class_names"])
+      shards = {str(name): int(count) for name, count in self._description["shards"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise InputError(f"{path} is damaged ({error}); prepare the data again.") from error
+    shards = {name: count for name, count in shards.items() if fnmatch.fnmatch(name, chosen)}
+    if not shards:
+      raise InputError(f"{folder} has no records in files called {chosen}.")
+    for name, count in shards.items():
+      if Path(name).name != name or not (Path(folder) / name).is_file():
+        raise InputError(f"{folder} lacks {name}: it was not copied whole.")
+      found = _reader(f"{folder}/{name}", os.getpid()).num_records()
+      if found != count:
+        raise InputError(f"{folder}/{name} has {found} records, not {count}: copy it again.")
+    self._shards = list(shards)
+    self._starts = np.cumsum([0, *shards.values()])
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def encoded(self, index: int) -> tuple[bytes, int]:
+    """As `Source` says."""
+    shard = int(np.searchsorted(self._starts, index, "right")) - 1
+    reader = _reader(f"{self._folder}/{self._shards[shard]}", os.getpid())
+    try:
+      (record,) = reader.read([index - int(self._starts[shard])])
+    except (RuntimeError, ValueError) as error:
+      raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
+    return record[_LABEL.size :], _LABEL.unpack(record[: _LABEL.size])[0]
+
+  def name(self, index: int) -> str:
+    """The folder and the record's number."""
+    return f"{self._folder}#{index}"
+
+  def identity(self) -> str:
+    """A hash of the description."""
+    return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
+
+  def listing(self) -> str:
+    """As `Source` says."""
+    return self.identity()
+
+
+@functools.cache
+def _reader(path: str, process: int) -> Any:
+  del process
+  try:
+    return array_record_module.ArrayRecordReader(path)
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"{path} is damaged or no ArrayRecord file ({error}).") from error
+
+
+def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> None:
+  """Writes one file of (picture's file, label), whole or not at all."""
+  with atomic_path(path) as temporary, full_disk_as_oserror(path):
+    writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    for data, label in records:
+      writer.write(_LABEL.pack(label) + data)
+    writer.close()

@@ -1,0 +1,1 @@
+"""Weights in files, read without PyTorch and without executing pickles."""
