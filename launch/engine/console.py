@@ -206,6 +206,7 @@ def run_command(
   *,
   arguments: int = 0,
   config: str | None = None,
+  argv: list[str] | None = None,
 ) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
@@ -215,6 +216,7 @@ def run_command(
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
     config: value of --config where it is not given.
+    argv: the command line, of which a subcommand's name was taken; the process's own if None.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -244,7 +246,7 @@ def run_command(
 
   tracing.define_flags()
   # Not as the flag's default: that is parsed before errors can be caught.
-  argv = list(sys.argv)
+  argv = list(argv or sys.argv)
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
   app.run(guarded, argv, flags_parser=_parse_flags)

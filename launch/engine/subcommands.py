@@ -1,0 +1,60 @@
+"""Commands with subcommands: `python -m launch.evaluate generation --workdir=...`.
+
+argparse chooses the subcommand. Its flags are absl's, as every command's, and only its own exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from absl import flags
+
+from launch.engine import console
+
+# Flags that are defined in here are those of the command that asks for them.
+flags.disclaim_key_flags()
+
+
+class Subcommand(NamedTuple):
+  """One of them.
+
+  Attributes:
+    text: for its --help; the first line also stands in the command's.
+    main: takes the command line without its options, as of `console.run_command`.
+    define_flags: defines the flags of this subcommand by `flags.DEFINE_...`.
+    config: value of --config where it is not given.
+  """
+
+  text: str
+  main: Callable[[list[str]], None]
+  define_flags: Callable[[], None]
+  config: str | None = None
+
+
+def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
+  """Runs the subcommand that the command line names and ends the process.
+
+  Args:
+    text: for --help of the command itself.
+    subcommands: by their names.
+  """
+  main = sys.modules["__main__"]
+  program = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else sys.argv[0]
+  parser = argparse.ArgumentParser(
+    prog=f"python -m {program}",
+    description=text,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="Each subcommand has a --help of its own.",
+    allow_abbrev=False,
+  )
+  names = parser.add_subparsers(dest="name", required=True, title="subcommands", metavar="NAME")
+  for name, subcommand in subcommands.items():
+    names.add_parser(name, help=subcommand.text.splitlines()[0], add_help=False)
+  given, options = parser.parse_known_args()
+  chosen = subcommands[given.name]
+  main.__doc__ = chosen.text  # which absl shows for --help
+  chosen.define_flags()
+  console.run_command(chosen.main, config=chosen.config, argv=[sys.argv[0], *options])
