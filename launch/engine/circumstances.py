@@ -36,11 +36,18 @@ def own_command(without: Collection[str]) -> str:
   words, given = [], iter(sys.argv[1:])
   for word in given:
     name, assigned, _ = word.lstrip("-").partition("=")
-    if name not in without and name.removeprefix("no") not in without:
+    is_flag = word.startswith("-")  # a subcommand may be called as a flag is
+    if not is_flag or (name not in without and name.removeprefix("no") not in without):
       words.append(word)
     elif not assigned and not flags.FLAGS[name.removeprefix("no")].boolean:
       next(given)
-  return shlex.join(["python", "-m", f"launch.{Path(sys.argv[0]).stem}", *words])
+  return shlex.join(["python", *own_program(), *words])
+
+
+def own_program() -> list[str]:
+  """The words behind `python` that started this process, without their arguments."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
 
 
 def processor() -> str:

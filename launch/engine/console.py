@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.engine import hardware, processes, tracing
+from launch.engine.circumstances import own_program
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import DISK_FULL, allow_open_files
 
@@ -158,11 +159,8 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def resume_command() -> str:
   """The command line that started this process, to be given again from any folder."""
-  spec = getattr(sys.modules["__main__"], "__spec__", None)
-  program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-  return f"cd {shlex.quote(os.getcwd())} && " + shlex.join(
-    [sys.executable, *program, *sys.argv[1:]]
-  )
+  words = [sys.executable, *own_program(), *sys.argv[1:]]
+  return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
