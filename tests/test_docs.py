@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import re
 import shlex
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -16,43 +19,78 @@ from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 from vavae_jax.data import sources
 
-PAGES = (
-  "README.md",
-  *(
-    f"docs/{name}.md"
-    for name in ("tutorial", "tokenizer", "data", "evaluation", "lab/dilemma", "lab/performance")
-  ),
-)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Where none is given.
 OWN_CONFIG = {
   "launch.lab.dilemma": "configs/lab/dilemma.py",
   "launch.lab.benchmark page": "configs/lab/speed.py",
 }
-COMMAND = re.compile(r"^\s*(?:.*`)?(python -m launch\.(?:[^`\n\\]|\\\n)*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`\n\\]|\\\n)*)")
+WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark")
+# Prints what each command's --helpfull says, from forks of one process that has imported jax.
+HELP = """
+import json, os, runpy, sys, warnings
+import flax.nnx, grain, launch.restore, ml_collections.config_flags, optax
+warnings.simplefilter("ignore")
+for command in json.load(sys.stdin):
+  print("COMMAND", command, flush=True)
+  child = os.fork()
+  if not child:
+    module, *rest = command.split()
+    sys.argv = [module, *rest, "--helpfull"]
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+      sys.stdout.flush()
+      os._exit(0)
+  os.waitpid(child, 0)
+"""
 
 
-def commands():
+def commands() -> list[tuple[str, str, list[str]]]:
+  """(page, command with its subcommand, options) of each command in the pages."""
+  found = []
   for page in PAGES:
-    for found in COMMAND.finditer((ROOT / page).read_text()):
-      words = shlex.split(found.group(1).replace("\\\n", " "))
-      yield pytest.param(words, id=f"{page}: {' '.join(words[2:5])}")
+    for match in COMMAND.finditer(page.read_text()):
+      line = match[1].replace("\\\n", " ")
+      # A command within quotes, as a launcher takes it, ends with the second quote.
+      module, *options = shlex.split(line.rstrip('"') if line.count('"') % 2 else line, True)
+      if options and re.fullmatch(r"[a-z]+", options[0]) and module in WITH_SUBCOMMANDS:
+        module = f"{module} {options.pop(0)}"
+      found.append((str(page.relative_to(ROOT)), module, options))
+  return found
 
 
-@pytest.mark.parametrize("words", commands())
-def test_commands_of_the_documents_can_be_given(words):
-  _, _, module, *options = words
-  if module == "launch.lab.benchmark":
-    module = f"{module} {options.pop(0)}"
-  folder = ROOT / module.replace(".", "/").replace(" ", "/")
-  source = (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
-  known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
-  if module in ("launch.lab.benchmark steps", "launch.lab.benchmark page"):
-    known |= {"reference", "taming", "torch_python", "compare", "tolerance", "update"}
-  if module in ("launch.sample", "launch.evaluate"):
-    known |= set(base.sample())
+@pytest.fixture(scope="module")
+def known() -> dict[str, set[str]]:
+  """{command: its flags, as its --helpfull lists them}."""
+  names = sorted({command for _, command, _ in commands()})
+  output = subprocess.run(
+    [sys.executable, "-c", HELP],
+    cwd=ROOT,
+    input=json.dumps(names),
+    text=True,
+    capture_output=True,
+    check=True,
+  ).stdout
+  parts = re.split(r"^COMMAND (.*)$", output, flags=re.MULTILINE)[1:]
+  return {
+    name: set(re.findall(r"^  --(?:\[no\])?(\w+)", text, re.MULTILINE))
+    for name, text in zip(parts[::2], parts[1::2], strict=True)
+  }
+
+
+@pytest.mark.parametrize(
+  ("command", "options"),
+  [pytest.param(*rest, id=f"{page}: {' '.join(rest[0:1])}") for page, *rest in commands()],
+)
+def test_commands_of_the_documents_can_be_given(command, options, known):
+  assert known[command], f"{command} has no flags"
   given = dict(word.removeprefix("--").partition("=")[::2] for word in options if word[0] == "-")
   config = None
-  if path := given.get("config", OWN_CONFIG.get(module)):
+  if path := given.get("config", OWN_CONFIG.get(command)):
+    if path.isupper():
+      path = "configs/lightningdit.py"
     name, _, argument = path.removesuffix(".py").partition(".py:")
     arguments = [argument] if argument else []
     config = importlib.import_module(name.replace("/", ".")).get_config(*arguments)
@@ -61,7 +99,7 @@ def test_commands_of_the_documents_can_be_given(words):
       assert config is not None
       assert option.removeprefix("config.") in dict(flat(config.to_dict())), option
     else:
-      assert option in known | {"config", "help", "trace", "trace_after", "trace_seconds"}, option
+      assert option in known[command] | {"config", "help"}, option
   if config is not None and "task" in config:
     resolve(config, getattr(base, config.task)())
 

@@ -1,0 +1,119 @@
+"""Rules of the house, read from the sources by `ast`: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FLOORS = ("vavae_jax", "lightningdit_jax", "launch")  # each imports itself and those before it
+
+
+def name_of(path: Path) -> str:
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+  """{dotted name: parsed file} of the packages, the commands, the recipes and the tests."""
+  folders = (*FLOORS, "configs", "tests")
+  paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+  return {name_of(path): ast.parse(path.read_text(), str(path)) for path in paths}
+
+
+def statements(tree: ast.AST) -> Iterator[ast.stmt]:
+  """All statements below a node; far fewer than `ast.walk` visits."""
+  for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+    for node in getattr(tree, field, ()):
+      yield node
+      yield from statements(node)
+
+
+@functools.cache
+def imports(name: str) -> frozenset[str]:
+  """The project's modules that a module imports, inside of functions too."""
+  found = set()
+  for node in statements(modules()[name]):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{name} has a relative import"
+      for alias in node.names:
+        inner = f"{node.module}.{alias.name}"
+        found.add(inner if inner in modules() else node.module)
+  return frozenset(found & modules().keys())
+
+
+def within(name: str, package: str) -> bool:
+  return name == package or name.startswith(f"{package}.")
+
+
+def breaches(importer, forbidden) -> list[str]:
+  """ "A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
+  return [
+    f"{name} -> {other}"
+    for name in sorted(filter(importer, modules()))
+    for other in sorted(filter(forbidden, imports(name)))
+  ]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_run_downwards(floor):
+  below = FLOORS[: FLOORS.index(floor) + 1]
+  # The recipes are data: the commands may read them, the packages may not.
+  allowed = (*below, "configs") if floor == "launch" else below
+  assert not breaches(
+    lambda name: within(name, floor),
+    lambda other: not any(within(other, package) for package in allowed),
+  )
+
+
+def test_recipes_import_only_recipes_and_the_packages():
+  assert not breaches(
+    lambda name: within(name, "configs"),
+    lambda other: within(other, "launch") or within(other, "tests"),
+  )
+
+
+def test_no_cycle_of_files():
+  """Nor of imports that a function makes when it is called."""
+  graph = {name: imports(name) - {name} for name in modules()}
+  try:
+    TopologicalSorter(graph).prepare()
+  except CycleError as error:
+    pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_commands_are_few():
+  assert len(list((ROOT / "launch").glob("*.py"))) <= 14
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+  """A heading's anchor as GitHub makes it."""
+  headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_the_documents_lead_somewhere():
+  pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").rglob("*.md")]
+  wrong = []
+  for page in pages:
+    for link in LINK.findall(page.read_text()):
+      path, _, anchor = link.partition("#")
+      if "://" in link:
+        continue
+      target = page.parent / path if path else page
+      if not target.exists() or (anchor and anchor not in anchors(target)):
+        wrong.append(f"{page.relative_to(ROOT)}: {link}")
+  assert not wrong
