@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops
-from launch.lab.plan import hlo, kernels, planning, slices
+from launch.lab.plan import hlo, kernels, planning, slices, tables
 from lightningdit_jax import training
 from vavae_jax.common.errors import InputError
 
@@ -220,16 +220,42 @@ def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attent
   assert "all-gather" not in plan["traffic"]
 
 
-@pytest.mark.parametrize(
-  ("words", "told"),
-  [
-    (("--kernels=5",), "--kernels is of GPUs, and --topology is v5e:4x4"),
-    (("--all", "--chips=v5e,v9", "--output=plans.json"), "--chips=v9 is none of v5e, v6e"),
-  ],
-)
-def test_options_that_mean_nothing_are_refused(command, words, told):
-  done = command("launch.lab.plan", "--config=configs/lightningdit.py:B/1", *words)
-  assert (done.returncode, told in done.stderr) == (2, True)
+def test_kernels_of_a_tpu_are_refused(command):
+  done = command("launch.lab.plan", "--config=configs/lightningdit.py:B/1", "--kernels=5")
+  message = "--kernels is for GPUs, and --topology is v5e:4x4"
+  assert (done.returncode, message in done.stderr) == (2, True)
+
+
+def test_the_table_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_path):
+  searched = []
+
+  def search(spec, what, topology, mfu):
+    searched.append((spec, what, topology))
+    if what == "encode":
+      return {"error": "the compiler crashed (signal 11)"}
+    traffic = {"all-gather": {"bytes": 2**30}}
+    return {"fits": topology != "v4:2x2x1", "settings": {"mesh.fsdp": -1}, "traffic": traffic} | {
+      "needed": 2.0 * 2**30,
+      "available": 2**34,
+      "hours": 1234.5,
+    }
+
+  monkeypatch.setattr(tables, "_search_apart", search)
+  output = tmp_path / "plans.json"
+  rows = tables.make_table(output, 0.4)
+  assert len(searched) == len(rows) == len(tables.PUBLISHED) * 2 * len(slices.SLICES)
+  lines = output.with_suffix(".md").read_text().splitlines()
+  cells = "mesh.fsdp=-1 | 2.0 | 16.0 | 1.0, 0.0 | 1,234.5 |"
+  assert f"| lightningdit_xl_64ep | train | v5e:4x4 | {cells}" in lines
+  cells = "no setting that was tried fits | 2.0 | 16.0 | 1.0, 0.0 |  |"
+  assert f"| lightningdit_xl_64ep | sample | v4:2x2x1 | {cells}" in lines
+  cells = "the compiler crashed (signal 11) |  |  |  |  |"
+  assert f"| vavae_f16d32 | encode | v4:2x2x1 | {cells}" in lines
+  content = json.loads(output.read_text())
+  output.write_text(json.dumps(content | {"rows": rows[1:]}))
+  searched.clear()
+  tables.make_table(output, 0.4)
+  assert searched == [("configs/lightningdit_xl_64ep.py", "train", "v5e:4x4")]
 
 
 @pytest.mark.tpu_aot

@@ -1,7 +1,7 @@
-"""What devices tell each other in a compiled step, read from its HLO text.
+"""The traffic between devices in a compiled step, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once. Here every computation is weighed by how
-often it runs, which for a scan is the constant its condition compares with.
+XLA's own cost analysis counts the body of a loop once. Here every computation counts as
+often as it runs, which for a scan is the constant that its condition compares with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
 
 class Traffic(NamedTuple):
-  """Of one kind: how many operations there are, how often they run, and bytes of the results."""
+  """Collectives of one kind; bytes are of the results on one device, of all runs together."""
 
   ops: int
   runs: int
@@ -37,17 +37,10 @@ class Traffic(NamedTuple):
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-  """The collectives of a compiled program, by kind.
-
-  Args:
-    text: of `compiled.as_text()`, with one device's shapes.
-
-  Returns:
-    Kind -> what of it there is; bytes are of the results on one device, all runs together.
-  """
+  """The collectives of a program by kind; `text` is its `compiled.as_text()`."""
   bodies, entry = computations(text)
   runs_of = _times(bodies, entry)
-  # One operation may stand in several computations: pieces of it run beside others' work.
+  # One operation may be in several computations: pieces of it run beside other work.
   found: dict[tuple[str, str], tuple[int, int]] = {}
   for name, lines in bodies.items():
     for line in lines:
@@ -58,15 +51,15 @@ def collectives(text: str) -> dict[str, Traffic]:
       key = (match[2], channel[1] if channel else line.split(" = ")[0].strip())
       here = (runs_of[name], _result_bytes(match[1], match[2], starts=bool(match[3])))
       found[key] = max(found.get(key, (0, 0)), here)
-  sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+  sums: dict[str, Traffic] = {}
   for (kind, _), (runs, size) in found.items():
-    for i, value in enumerate((1, runs, runs * size)):
-      sums[kind][i] += value
-  return {kind: Traffic(*sums[kind]) for kind in KINDS if kind in sums}
+    before = sums.get(kind, Traffic(0, 0, 0))
+    sums[kind] = Traffic(before.ops + 1, before.runs + runs, before.bytes + runs * size)
+  return {kind: sums[kind] for kind in KINDS if kind in sums}
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation by its name, and the name of the one that begins."""
+  """The lines of each computation by name, and the name of the entry computation."""
   bodies: dict[str, list[str]] = {}
   entry, current = "", ""
   for line in text.splitlines():
@@ -86,7 +79,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
   def visit(name: str, factor: int) -> None:
     if factor <= found[name]:
-      return  # been here, from where it runs as often
+      return  # visited already, by a caller that runs it as often
     found[name] = factor
     for line in bodies.get(name, ()):
       count = trips(line, bodies)
@@ -99,13 +92,13 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def trips(line: str, bodies: dict[str, list[str]]) -> int:
-  """How often a loop runs: what XLA notes, or the constant that its counter is compared with."""
+  """How often a loop runs: XLA's note, or the constant that its counter is compared with."""
   loop = _LOOP.search(line)
   if not loop:
     return 1
   if noted := _NOTED.search(line):
     return int(noted[1])
-  numbers = [int(x) for told in bodies.get(loop[1], []) for x in _CONSTANT.findall(told)]
+  numbers = [int(x) for text in bodies.get(loop[1], []) for x in _CONSTANT.findall(text)]
   return max(numbers, default=1)
 
 
@@ -120,5 +113,5 @@ def sizes(shapes: str, scalars: bool = True) -> list[int]:
 
 def _result_bytes(shapes: str, kind: str, starts: bool) -> int:
   found = sizes(shapes, scalars=not starts)  # a scalar is a counter of an asynchronous operation
-  # What starts one has its inputs before its results, but for an all-reduce.
+  # Except for an all-reduce, the operation that starts one lists its inputs before its results.
   return sum(found[len(found) // 2 :] if starts and kind != "all-reduce" else found)

@@ -1,7 +1,7 @@
-"""What the kernels of a compiled GPU program read and write in the device's memory.
+"""The bytes that kernels of a compiled GPU program read and write in the device's memory.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs, and of
-an array that a loop keeps for all layers, only the layer that a kernel touches.
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. If a
+loop keeps an array for all layers, only the layer that a kernel touches counts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from launch.lab.plan import hlo
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
-# The computations of a call, of the branches of a condition, of a loop: its condition and body.
+# Computations of a call, the branches of a condition, the condition and body of a loop.
 _INNER = re.compile(
   r"(?:calls|to_apply|condition|body|(?:true|false)_computation|branch_computations)="
   r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-# They name memory and move none.
+# They name memory and move nothing.
 _FREE = frozenset(
   (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
@@ -33,19 +33,12 @@ _UPDATE = "dynamic-update-slice"
 
 
 class Kernel(NamedTuple):
-  """One operation of a program.
-
-  Attributes:
-    name: its own.
-    operation: where in the model it comes from.
-    runs: how often it runs in one run of the program.
-    bytes: that one of these reads and writes.
-  """
+  """One operation of a program."""
 
   name: str
-  operation: str
-  runs: int
-  bytes: int
+  operation: str  # its place in the model
+  runs: int  # in one run of the program
+  bytes: int  # read and written by each
 
 
 class _Instruction(NamedTuple):
@@ -58,14 +51,10 @@ class _Instruction(NamedTuple):
 
 
 def kernels(text: str) -> list[Kernel]:
-  """The kernels of a program, those that move most first.
+  """The kernels of a program for a GPU, largest first; `text` is its `compiled.as_text()`.
 
-  Args:
-    text: of `compiled.as_text()` for a GPU, with one device's shapes.
-
-  Returns:
-    All of them, of a condition those of the branch that moves most. What a kernel writes and the
-    next reads counts twice, though caches may serve it.
+  Of a condition only the branch that moves most counts. Bytes that one kernel writes and the next
+  reads count twice, though caches may serve them.
   """
   bodies, entry = hlo.computations(text)
   programs = {name: _parsed(lines) for name, lines in bodies.items()}
@@ -90,12 +79,12 @@ def kernels(text: str) -> list[Kernel]:
 
 
 def moved(found: Iterable[Kernel]) -> int:
-  """Bytes that kernels read and write in one run of their program."""
+  """Bytes that kernels read and write in one run of the program."""
   return sum(x.runs * x.bytes for x in found)
 
 
 def grouped(found: Sequence[Kernel]) -> list[Kernel]:
-  """Kernels alike but for their number, such as those of each layer, as one that runs as often."""
+  """Joins kernels that differ only by the number in their name, such as those of each layer."""
   runs: dict[tuple[str, str, int], int] = {}
   for x in found:
     key = (re.sub(r"[.\d]+$", "", x.name), x.operation, x.bytes)
@@ -134,7 +123,7 @@ def _moved(
 
 
 def _read_of(name: str, body: dict[str, _Instruction]) -> int:
-  """Bytes of an array that a fusion reads: where it takes slices of it, theirs."""
+  """Bytes of an array that a fusion reads; only the slices, where it takes slices."""
   size = 0
   for x in body.values():
     if name not in x.operands:
@@ -151,7 +140,7 @@ def _read_of(name: str, body: dict[str, _Instruction]) -> int:
 
 
 def _written_of(x: _Instruction, body: dict[str, _Instruction]) -> int:
-  """Bytes that a fusion writes: of an array that it updates, the update."""
+  """Bytes that a fusion writes; only the update, where it updates an array in place."""
   if x.code == "tuple":
     return sum(_written_of(body[name], body) for name in x.operands)
   if x.code == "bitcast":

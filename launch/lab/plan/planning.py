@@ -1,4 +1,4 @@
-"""What a program of a training takes on devices that are not here, as their compiler says."""
+"""Plans: the memory, traffic, FLOPs and hours of a program on devices that this machine lacks."""
 
 from __future__ import annotations
 
@@ -29,40 +29,24 @@ Settings = dict[str, Any]
 
 @dataclasses.dataclass
 class Plan:
-  """What a program would take on a slice.
+  """The cost of a program on a slice; bytes and FLOPs are of one device and one run."""
 
-  Attributes:
-    settings: the changes of the configuration that it is with.
-    mesh: "data x fsdp".
-    fits: whether the compiler found room.
-    needed: bytes of a device, all parts together, of which not all need be there at one time (so
-      that it can exceed `available` where the compiler finds room); 0 where it did not say.
-    available: bytes of a device.
-    parts: bytes of a device by kind; they sum up to `needed`.
-    traffic: of the devices, by kind of collective.
-    flops: of the model in one run, a device's share; what is computed again does not count.
-    computed: of a device in one run, with what is computed again.
-    hours: for all runs, at the stated share of the chips' peak; 0 where it does not fit.
-    images_per_second: likewise.
-    compile_seconds: here.
-    kernels: of a GPU, alike ones together, those that move most first.
-    bandwidth: of a GPU's memory, bytes/s.
-  """
-
-  settings: Settings
-  mesh: str
-  fits: bool
+  settings: Settings  # changes to the configuration
+  mesh: str  # "data x fsdp"
+  fits: bool  # as the compiler says
+  # Of all parts, which need not all exist at one time: it can exceed `available` where the program
+  # fits. 0 where the compiler gives no number.
   needed: float
   available: float
-  parts: dict[str, int]
-  traffic: dict[str, hlo.Traffic]
-  flops: float
-  computed: float
-  hours: float
-  images_per_second: float
+  parts: dict[str, int]  # their sum is `needed`
+  flops: float  # of the model
+  computed: float  # with the activations that are computed again
   compile_seconds: float
-  kernels: list[kernels.Kernel]
-  bandwidth: float = 0.0
+  traffic: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
+  hours: float = 0.0  # of all runs at the given share of the peak; 0 where it does not fit
+  images_per_second: float = 0.0
+  kernels: list[kernels.Kernel] = dataclasses.field(default_factory=list)  # GPUs only, grouped
+  bandwidth: float = 0.0  # of a GPU's memory, bytes/s
 
   @property
   def moved(self) -> int:
@@ -78,13 +62,6 @@ class Plan:
     }
 
 
-def _bytes_of_one_device(tree: Any) -> int:
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
 def plan(
   config: FrozenConfigDict,
   topology: str,
@@ -98,17 +75,17 @@ def plan(
 
   Args:
     config: of a training, resolved.
-    topology: as of `slices.make_mesh`.
+    topology: see `slices.make_mesh`.
     what: one of `programs.WHAT[config.task]`.
-    mfu: the share of the chips' peak that the hours are told for.
+    mfu: share of the chips' peak at which the hours are estimated.
     num_images: to encode, or to sample.
-    settings: which changes led to this configuration.
+    settings: the changes that led to this configuration.
 
   Returns:
-    The plan; of a program that does not fit, without traffic.
+    The plan, without traffic where the compiler refuses the program.
 
   Raises:
-    InputError: no such slice, or a mesh or batch that does not fit it.
+    InputError: unknown slice, or a mesh or batch that does not fit it.
   """
   programs.check(config, what)
   devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
@@ -116,59 +93,71 @@ def plan(
   began = time.perf_counter()
   with jax.set_mesh(devices):
     traced = program.function.trace(*program.arguments)
-    computed = flops.count(traced.jaxpr) / devices.size
-    refused, compiled = "", None
-    try:
-      compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      refused = str(error)
-      if "RESOURCE_EXHAUSTED" not in refused:
-        raise
+    compiled, needed = _compiled(traced)
+  computed = flops.count(traced.jaxpr) / devices.size
   one_run = _model_flops(config, devices, what, num_images) or computed
-  seconds = program.runs * one_run / (hardware.peak_flops(devices) / devices.size * mfu)
   result = Plan(
     settings=settings or {},
     mesh=f"{devices.shape['data']} x {devices.shape['fsdp']}",
     fits=compiled is not None,
-    needed=_told_bytes(refused),
+    needed=needed,
     available=hardware.memory(devices),
     parts={name: _bytes_of_one_device(tree) for name, tree in program.parts.items()},
-    traffic={},
     flops=one_run,
     computed=computed,
-    hours=0.0,
-    images_per_second=0.0,
     compile_seconds=time.perf_counter() - began,
-    kernels=[],
   )
-  if compiled is None:
-    return result
+  if compiled is not None:
+    _read_compiled(result, compiled)
+    if topology.partition(":")[0] in slices.GPUS:
+      # XLA compiles programs for GPUs that do not fit, too.
+      result.fits = result.needed <= result.available
+      result.kernels = kernels.grouped(kernels.kernels(compiled.as_text()))
+      result.bandwidth = hardware.bandwidth(devices)
+  if result.fits:
+    peak = hardware.peak_flops(devices) / devices.size
+    seconds = program.runs * one_run / (peak * mfu)
+    result.hours = seconds / 3600
+    result.images_per_second = program.runs * program.images / seconds
+  return result
+
+
+def _compiled(traced: Any) -> tuple[Any, float]:
+  """The compiled program, or None and the bytes that the refusal names (0: none)."""
+  try:
+    return traced.lower().compile(), 0.0
+  except jax.errors.JaxRuntimeError as error:
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message:
+      raise
+  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
+  if not found:
+    return None, 0.0
+  number, unit = (word for word in found.groups() if word)
+  return None, float(number) * 2 ** (10 * (1 + "KMGT".index(unit)))
+
+
+def _read_compiled(result: Plan, compiled: Any) -> None:
+  """Adds the memory and the traffic of a compiled program to its plan."""
   memory = compiled.memory_analysis()
   result.parts["temporary"] = memory.temp_size_in_bytes
   result.parts["program"] = memory.generated_code_size_in_bytes
   returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  result.needed = (
-    memory.argument_size_in_bytes
-    + returned
-    + sum(result.parts[name] for name in ("temporary", "program"))
-  )
+  own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  result.needed = memory.argument_size_in_bytes + returned + own
   result.parts["other"] = int(result.needed) - sum(result.parts.values())
-  text = compiled.as_text()
-  result.traffic = hlo.collectives(text)
-  if topology.partition(":")[0] in slices.GPUS:
-    # Its compiler makes programs that do not fit, too.
-    result.fits = result.needed <= result.available
-    result.kernels = kernels.grouped(kernels.kernels(text))
-    result.bandwidth = hardware.bandwidth(devices)
-  if not result.fits:
-    return result
-  result.hours = seconds / 3600
-  result.images_per_second = program.runs * program.images / seconds
-  return result
+  result.traffic = hlo.collectives(compiled.as_text())
+
+
+def _bytes_of_one_device(tree: Any) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _model_flops(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> float:
-  """A device's share of one run where nothing is computed again; 0 where nothing is anyhow."""
+  """A device's FLOPs where no activation is computed again; 0 where none is in any case."""
   if not config.model.use_checkpoint or what != "train":
     return 0.0
   plain = ConfigDict(config.to_dict())
@@ -179,23 +168,14 @@ def _model_flops(config: FrozenConfigDict, devices: Mesh, what: str, num_images:
   return flops.count(traced.jaxpr) / devices.size
 
 
-def _told_bytes(message: str) -> float:
-  """How much memory a program would have needed, where the compiler says so."""
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
-  if not found:
-    return 0.0
-  number, unit = (word for word in found.groups() if word)
-  return float(number) * 2 ** (10 * (1 + "KMGT".index(unit)))
-
-
 def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Settings]:
-  """Changes that save memory, cheapest first; each says what is set."""
+  """Changes that save memory, cheapest first."""
+  if what == "sample":
+    size = config.sample.batch_size
+    while size > devices and size % 2 == 0:
+      size //= 2
+      yield {"sample.batch_size": size}
   if what != "train":
-    sizes = {"sample": config.sample.batch_size} if what == "sample" else {}
-    for size in sizes.values():
-      while size > devices and size % 2 == 0:
-        size //= 2
-        yield {"sample.batch_size": size}
     return
   sharded = {"mesh.data": 1, "mesh.fsdp": -1}
   yield sharded
@@ -204,10 +184,9 @@ def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Sett
     return
   share = config.batch_size // devices
   parts = [n for n in (2, 4, 8, 16, 32) if share % n == 0 and share // n >= 4]
-  policies = ("dots", "dense", "full")
   for count in parts:
     yield sharded | {"accumulate_steps": count}
-  for policy in policies:
+  for policy in ("dots", "dense", "full"):
     again = sharded | {"model.use_checkpoint": True, "model.remat_policy": policy}
     yield again
   for count in parts:
@@ -221,27 +200,24 @@ def plans(
   *,
   search: bool = False,
   num_images: int = IMAGENET,
-  **options: Any,
+  mfu: float = 0.4,
 ) -> Iterator[Plan]:
   """The plan of a configuration and, with `search`, of remedies until one fits."""
-  first = plan(_resolved(config, num_images), topology, what, num_images=num_images, **options)
-  yield first
-  if first.fits or not search:
-    return
-  count = slices.make_mesh(topology).size
-  for settings in remedies(FrozenConfigDict(config.copy_and_resolve_references()), what, count):
-    changed = config.copy_and_resolve_references()
+  given = config.copy_and_resolve_references()
+
+  def tries() -> Iterator[Settings]:
+    yield {}
+    if search:
+      count = slices.make_mesh(topology).size
+      yield from remedies(FrozenConfigDict(given), what, count)
+
+  for settings in tries():
+    changed = given.copy_and_resolve_references()
     changed.update_from_flattened_dict(settings)
-    tried = plan(
-      _resolved(changed, num_images),
-      topology,
-      what,
-      num_images=num_images,
-      settings=settings,
-      **options,
-    )
-    yield tried
-    if tried.fits:
+    resolved = _resolved(changed, num_images)
+    found = plan(resolved, topology, what, mfu=mfu, num_images=num_images, settings=settings)
+    yield found
+    if found.fits:
       return
 
 

@@ -1,9 +1,9 @@
-"""Devices that are not here: meshes of TPUs or GPUs to compile for, on any CPU machine.
+"""Meshes of TPUs or GPUs to compile for, on a machine that has neither.
 
-libtpu, which the extra [tpu] installs (or TPU_LIBRARY_PATH names), compiles without a TPU. A slice
-is named by chip and topology in chips: v5e:4x4, v5p:2x2x4, v4:2x2x2, v6e:16x16, tpu7x:2x2x4.
-jax's CUDA plugin, of the extra [cuda], compiles without a GPU: h200:8 is one host of eight,
-h100:4x8 are four of them.
+libtpu, which the extra [tpu] installs (or TPU_LIBRARY_PATH names), compiles without a TPU. The name
+of a slice is its chip and the chips along each axis: v5e:4x4, v5p:2x2x4, v6e:16x16, tpu7x:2x2x4.
+jax's CUDA plugin, of the extra [cuda], compiles without a GPU: h200:8 is one host of eight GPUs,
+h100:4x8 is four such hosts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launch.engine.mesh import axis_sizes
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
 
-# Of each chip, the slices that the table of plans has: 16 chips, and one host.
+# The slices in the table of plans: 16 chips, and one host.
 SLICES = {
   "v5e": ("4x4", "2x4"),
   "v6e": ("4x4", "2x4"),
@@ -30,7 +30,7 @@ SLICES = {
   "v4": ("2x2x4", "2x2x1"),
   "tpu7x": ("2x2x4", "2x2x1"),
 }
-# What XLA asks to know of a GPU that is not here, by NVIDIA's data sheets and programming guide.
+# XLA's description of an absent GPU, from NVIDIA's data sheets and programming guide.
 _HOPPER = {
   "threads_per_block_limit": 1024,
   "threads_per_warp": 32,
@@ -53,7 +53,7 @@ GPUS: dict[str, tuple[str, dict[str, Any]]] = {
   "h200": ("NVIDIA H200", _HOPPER | {"device_memory_size": 141 * 10**9}),
 }
 _CUDA, _CUDNN = (13, 0, 0), (9, 28, 1)  # versions that programs are compiled for
-# What libtpu asks of a machine without a TPU; and two processes may compile at once.
+# libtpu needs these on a machine without a TPU; the last lets two processes compile at once.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -61,29 +61,19 @@ _ENVIRONMENT = {
   "TPU_WORKER_ID": "0",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Two cores of a v4 are one device.
-_OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
 
 def prepare() -> None:
-  """Makes this process one that compiles for TPUs and runs on its CPU; before jax has devices."""
+  """Lets this process compile for TPUs and run on its CPU; call it before jax has devices."""
   os.environ.update(_ENVIRONMENT)
   jax.config.update("jax_platforms", "cpu")
 
 
 def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
-  """The mesh of a configuration over the devices of a slice.
-
-  Args:
-    topology: such as "v5e:4x4".
-    data: as in `config.mesh`.
-    fsdp: as in `config.mesh`.
-
-  Returns:
-    A mesh that can be compiled for, and not run on.
+  """The mesh of a configuration (`config.mesh`) over a slice such as "v5e:4x4", to compile for.
 
   Raises:
-    InputError: no such slice, no libtpu, or sizes that do not fit it.
+    InputError: unknown slice, no libtpu or CUDA plugin, or sizes that do not fit the slice.
   """
   chip, _, chips = topology.partition(":")
   if chip in GPUS and re.fullmatch(r"\d+(x\d+)?", chips):
@@ -93,8 +83,8 @@ def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
   else:
     raise InputError(
       f"--topology is {topology!r}; give one of {', '.join(SLICES)}, a colon and the chips along "
-      f"each axis, such as v5e:4x4 or v5p:2x2x4; or one of {', '.join(GPUS)}, a colon and how many "
-      "GPUs, such as h200:8, or of several hosts h200:4x8."
+      f"each axis, such as v5e:4x4 or v5p:2x2x4; or one of {', '.join(GPUS)}, a colon and the "
+      "number of GPUs, such as h200:8, or h200:4x8 for four hosts."
     )
   sizes = axis_sizes(data, fsdp, len(found.devices))
   try:
@@ -108,7 +98,8 @@ def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def _tpus(chip: str, chips: str) -> Any:
-  options = dict(_OPTIONS.get(chip, {}))
+  # Two cores of a v4 are one device.
+  options: dict[str, Any] = {"chip_config_name": "megacore"} if chip == "v4" else {}
   if math.prod(int(side) for side in chips.split("x")) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
   topology = f"{chip}:{chips}"
@@ -117,10 +108,10 @@ def _tpus(chip: str, chips: str) -> Any:
   except RuntimeError as error:
     if "not installed" in str(error):
       raise InputError(
-        "Compiling for TPUs takes libtpu: pip install -e '.[tpu]', or TPU_LIBRARY_PATH=libtpu.so."
+        "Compiling for TPUs needs libtpu: pip install -e '.[tpu]', or TPU_LIBRARY_PATH=libtpu.so."
       ) from error
     reason = str(error).strip().splitlines()[0]
-    raise InputError(f"--topology={topology} is no slice that libtpu knows: {reason}") from error
+    raise InputError(f"libtpu does not know --topology={topology}: {reason}") from error
 
 
 def _gpus(chip: str, count: str) -> Any:
@@ -147,6 +138,6 @@ def _gpus(chip: str, count: str) -> Any:
     )
   except (RuntimeError, ValueError) as error:
     raise InputError(
-      "Compiling for GPUs takes jax's CUDA plugin: pip install -e '.[cuda]'; jax says: "
+      "Compiling for GPUs needs jax's CUDA plugin: pip install -e '.[cuda]'; jax says: "
       + str(error).strip().splitlines()[0]
     ) from error
