@@ -9,7 +9,7 @@ import pytest
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common.errors import InputError
-from vavae_jax.teachers import clip
+from vavae_jax.teachers.clip import FAMILY as CLIP
 from vavae_jax.weights.state_dicts import read_state_dict
 
 TOLERANCE = 1e-5
@@ -104,13 +104,13 @@ def timm() -> dict[str, np.ndarray]:
   ids=["transformers", "its image tower", "an older transformers", "openai", "timm"],
 )
 def test_tokens_match_reference_under_every_name(weights):
-  teacher = clip.from_torch(weights, **SIZES)
+  teacher = CLIP.from_torch(weights, **SIZES)
   tokens = jax.jit(teacher.tokens)(picture())
   cases.assert_near(tokens, EXPECTED["tokens_64x64"], TOLERANCE)
 
 
 def test_features_are_the_patches():
-  teacher = clip.from_torch(WEIGHTS, **SIZES)
+  teacher = CLIP.from_torch(WEIGHTS, **SIZES)
   features = jax.jit(teacher.__call__)(picture())
   assert (teacher.stride, teacher.feature_size) == (16, 32)
   cases.assert_near(features.reshape(2, 16, 32), EXPECTED["tokens_64x64"][:, 1:], TOLERANCE)
@@ -120,8 +120,8 @@ def test_normalisation_is_openais():
   mean = np.array([0.48145466, 0.4578275, 0.40821073])
   std = np.array([0.26862954, 0.26130258, 0.27577711])
   by_hand = (((picture() + 1) / 2 - mean) / std).astype(np.float32)
-  found = jax.jit(clip.from_torch(WEIGHTS, normalize=True, **SIZES).tokens)(picture())
-  expected = jax.jit(clip.from_torch(WEIGHTS, **SIZES).tokens)(by_hand)
+  found = jax.jit(CLIP.from_torch(WEIGHTS, normalize=True, **SIZES).tokens)(picture())
+  expected = jax.jit(CLIP.from_torch(WEIGHTS, **SIZES).tokens)(by_hand)
   cases.assert_near(found, expected, TOLERANCE)
 
 
@@ -143,7 +143,7 @@ def test_normalisation_is_openais():
 )
 def test_other_weights_are_refused(weights, message):
   with pytest.raises(InputError, match=message):
-    clip.from_torch(weights, **SIZES)
+    CLIP.from_torch(weights, **SIZES)
 
 
 @pytest.mark.torch
@@ -165,7 +165,7 @@ def test_agrees_with_transformers(tmp_path):
     for parameter in module.parameters():
       parameter.add_(0.1 * torch.randn_like(parameter))
   module.save_pretrained(tmp_path)
-  teacher = clip.from_torch(
+  teacher = CLIP.from_torch(
     read_state_dict(tmp_path / "model.safetensors"),
     hidden_size=48,
     depth=2,

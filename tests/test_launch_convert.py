@@ -27,7 +27,7 @@ from tests.reference import procedural
 from tests.survive import flip_a_bit, largest_file
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.teachers import recognition
+from vavae_jax.teachers import recognise
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
 from vavae_jax.weights.torch_writer import write_torch_file
 
@@ -254,7 +254,7 @@ def test_teachers_are_recognised_and_go_there_and_back(name, tmp_path):
 )
 def test_large_teachers_are_known_by_names_and_shapes(name, shapes):
   tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-  assert recognition.recognise(tensors) == name
+  assert recognise(tensors) == name
 
 
 def test_fids_inception_goes_there_and_back(tmp_path):

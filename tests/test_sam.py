@@ -11,7 +11,7 @@ from flax import nnx
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common.errors import InputError
-from vavae_jax.teachers import sam
+from vavae_jax.teachers.sam import FAMILY as SAM
 from vavae_jax.weights.state_dicts import read_state_dict
 
 TOLERANCE = 1e-5
@@ -67,14 +67,14 @@ def timm() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("weights", [WEIGHTS, facebook(), timm()], ids=["hf", "facebook", "timm"])
 def test_features_match_reference_under_every_name(weights):
-  teacher = sam.from_torch(weights, **SIZES)
+  teacher = SAM.from_torch(weights, **SIZES)
   found = jax.jit(teacher.__call__)(picture(96, 96))
   assert (teacher.stride, teacher.feature_size) == (16, 16)
   cases.assert_near(found, cases.nhwc(EXPECTED["features_96x96"]), TOLERANCE)
 
 
 def test_positions_are_resampled_for_other_sizes():
-  found = jax.jit(sam.from_torch(WEIGHTS, **SIZES).__call__)(picture(80, 112))
+  found = jax.jit(SAM.from_torch(WEIGHTS, **SIZES).__call__)(picture(80, 112))
   cases.assert_near(found, cases.nhwc(EXPECTED["features_80x112"]), TOLERANCE)
 
 
@@ -85,7 +85,7 @@ def test_a_window_sees_itself_only():
     for name, array in WEIGHTS.items()
     if "layers.1." not in name
   }
-  teacher = sam.from_torch(weights, **(SIZES | {"depth": 2, "global_blocks": ()}))
+  teacher = SAM.from_torch(weights, **(SIZES | {"depth": 2, "global_blocks": ()}))
   image = jnp.asarray(picture(96, 96))
   gradient = jax.grad(lambda image: teacher(image)[0, 1, 2].sum())
   touched = np.abs(jax.jit(gradient)(image)).sum(-1) > 0
@@ -95,7 +95,7 @@ def test_a_window_sees_itself_only():
 
 
 def test_bfloat16_stays_near_float32():
-  half = jax.jit(sam.from_torch(WEIGHTS, dtype=jnp.bfloat16, **SIZES).__call__)(picture(96, 96))
+  half = jax.jit(SAM.from_torch(WEIGHTS, dtype=jnp.bfloat16, **SIZES).__call__)(picture(96, 96))
   assert half.dtype == jnp.bfloat16
   cases.assert_near(half.astype(jnp.float32), cases.nhwc(EXPECTED["features_96x96"]), 3e-2)
 
@@ -103,8 +103,8 @@ def test_bfloat16_stays_near_float32():
 def test_normalisation_is_imagenets():
   mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
   by_hand = (((picture(32, 48) + 1) / 2 - mean) / std).astype(np.float32)
-  found = jax.jit(sam.from_torch(WEIGHTS, normalize=True, **SIZES).__call__)(picture(32, 48))
-  expected = jax.jit(sam.from_torch(WEIGHTS, **SIZES).__call__)(by_hand)
+  found = jax.jit(SAM.from_torch(WEIGHTS, normalize=True, **SIZES).__call__)(picture(32, 48))
+  expected = jax.jit(SAM.from_torch(WEIGHTS, **SIZES).__call__)(by_hand)
   cases.assert_near(found, expected, TOLERANCE)
 
 
@@ -122,17 +122,17 @@ def test_normalisation_is_imagenets():
 def test_other_weights_are_refused(change, message):
   altered = {name: v for name, v in (facebook() | change).items() if v is not None}
   with pytest.raises(InputError, match=message):
-    sam.from_torch(altered, **SIZES)
+    SAM.from_torch(altered, **SIZES)
 
 
 def test_images_that_do_not_divide_are_refused():
   with pytest.raises(InputError, match="96 x 90 pixels"):
-    sam.from_torch(WEIGHTS, **SIZES)(jnp.zeros((1, 96, 90, 3)))
+    SAM.from_torch(WEIGHTS, **SIZES)(jnp.zeros((1, 96, 90, 3)))
 
 
 def test_weights_can_be_arguments():
   """As in training, where constants would be compiled in."""
-  teacher = sam.from_torch(WEIGHTS, **SIZES)
+  teacher = SAM.from_torch(WEIGHTS, **SIZES)
   graph, weights = nnx.graphdef(teacher), nnx.to_pure_dict(nnx.state(teacher))
   found = jax.jit(lambda w, image: nnx.merge(graph, w)(image))(weights, picture(96, 96))
   cases.assert_near(found, cases.nhwc(EXPECTED["features_96x96"]), TOLERANCE)
@@ -160,7 +160,7 @@ def test_agrees_with_transformers(tmp_path):
     for parameter in module.parameters():
       parameter.add_(0.1 * torch.randn_like(parameter))
   module.save_pretrained(tmp_path)
-  teacher = sam.from_torch(
+  teacher = SAM.from_torch(
     read_state_dict(tmp_path / "model.safetensors"),
     hidden_size=24,
     depth=4,

@@ -16,7 +16,7 @@ from tests import cases
 from tests.reference import procedural
 from vavae_jax import convert
 from vavae_jax.common.errors import InputError
-from vavae_jax.teachers import NAMES, clip, efficientnet, load_teacher, sam, teacher_from_torch, vit
+from vavae_jax.teachers import NAMES, feature_size, fresh, load_teacher, teacher_from_torch
 from vavae_jax.weights.state_dicts import read_state_dict, unwrap
 
 FORMATS = cases.FOLDER / "formats"
@@ -43,15 +43,11 @@ PARAMETERS = {
 
 def outline(name: str) -> nnx.Module:
   """The named network with shapes for weights."""
-  if name in sam.SAM:
-    return nnx.eval_shape(lambda: sam.SamEncoder(**sam.SAM[name], rngs=nnx.Rngs(0)))
-  sizes = (vit.DINOV2 | vit.MAE | clip.CLIP)[name]
-  use_pre_norm = name in clip.CLIP
-  return nnx.eval_shape(lambda: vit.ViT(**sizes, use_pre_norm=use_pre_norm, rngs=nnx.Rngs(0)))
+  return nnx.eval_shape(lambda: fresh(name, nnx.Rngs(0)))
 
 
 def test_every_teacher_has_its_name():
-  assert {*NAMES} == {*PARAMETERS, *efficientnet.SIZES}
+  assert {*NAMES} == {*PARAMETERS, *(f"efficientnet_lite{i}" for i in range(3))}
   assert convert.teacher_from_torch is teacher_from_torch
 
 
@@ -68,11 +64,11 @@ def test_features_of_256_pixels(name, size):
   teacher = outline(name)
   features = nnx.eval_shape(lambda t, x: t(x), teacher, jnp.zeros((1, 256, 256, 3)))
   assert features.shape == (1, 16, 16, size)
-  assert (teacher.stride, teacher.feature_size) == (16, size)
+  assert (teacher.stride, teacher.feature_size, feature_size(name)) == (16, size, size)
 
 
 def test_unknown_teacher_lists_the_choices():
-  with pytest.raises(InputError, match=r"no teacher 'dinov3'; choose one of: .*mae_vith14.*lite0"):
+  with pytest.raises(InputError, match=r"no teacher 'dinov3'; choose one of: .*lite0.*mae_vith14"):
     load_teacher("dinov3")
 
 

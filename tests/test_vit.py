@@ -14,7 +14,9 @@ from tests import cases
 from tests.reference import procedural
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import teacher_from_torch, vit
+from vavae_jax.teachers.dinov2 import FAMILY as DINOV2
 from vavae_jax.teachers.layers import resize
+from vavae_jax.teachers.mae import FAMILY as MAE
 from vavae_jax.weights.state_dicts import read_state_dict
 
 # Twelve layers in float32 differ from PyTorch's by 1e-6.
@@ -65,7 +67,7 @@ def tiny_mae() -> dict[str, np.ndarray]:
 
 
 def mae(state_dict: dict[str, np.ndarray], **options) -> vit.ViT:
-  return vit.mae_from_torch(state_dict, **TINY, **options)
+  return MAE.from_torch(state_dict, **TINY, **options)
 
 
 def run(teacher: vit.ViT, image: np.ndarray, method: str = "tokens") -> jax.Array:
@@ -144,7 +146,7 @@ def test_swiglu_and_registers_under_every_name(publisher):
     weights = facebook_from_transformers(weights)
   if publisher == "timm":
     weights = timm_from_facebook(weights)
-  teacher = vit.dinov2_from_torch(weights, **SWIGLU)
+  teacher = DINOV2.from_torch(weights, **SWIGLU)
   cases.assert_near(run(teacher, picture_pair()), expected["tokens_56x56"], TOLERANCE)
 
 
@@ -240,12 +242,12 @@ def test_registers_of_another_publisher_are_not_mixed():
   weights = timm_from_facebook(facebook_from_transformers(cases.load("dinov2_swiglu")[1]))
   weights["pos_embed"] = np.zeros((1, 17, 32))
   with pytest.raises(InputError, match=r"pos_embed \(1, 17, 32\) instead of \(1, 16, 32\)"):
-    vit.dinov2_from_torch(weights, **SWIGLU)
+    DINOV2.from_torch(weights, **SWIGLU)
 
 
 def test_features_are_the_patches_row_by_row():
   weights = cases.load("dinov2_swiglu")[1]
-  teacher = vit.dinov2_from_torch(weights, **SWIGLU)
+  teacher = DINOV2.from_torch(weights, **SWIGLU)
   image = procedural.uniform("image", (2, 48, 80, 3), -1, 1)
   tokens = run(teacher, resize(jnp.asarray(image), 42, 70))
   assert (teacher.stride, teacher.feature_size) == (16, 32)
@@ -307,7 +309,7 @@ def test_dinov2_agrees_with_transformers(registers, swiglu, tmp_path):
     module = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
   shake(module)
   module.eval().save_pretrained(tmp_path)
-  teacher = vit.dinov2_from_torch(
+  teacher = DINOV2.from_torch(
     read_state_dict(tmp_path / "model.safetensors"),
     hidden_size=48,
     depth=3,

@@ -21,7 +21,8 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 from vavae_jax.data import images
 from vavae_jax.metrics import inception
-from vavae_jax.teachers import NAMES, efficientnet, load_teacher
+from vavae_jax.teachers import NAMES, load_teacher
+from vavae_jax.teachers.efficientnet import EfficientNetLite
 from vavae_jax.weights.state_dicts import read_content
 
 EFFICIENTNET = "efficientnet_lite0"
@@ -89,18 +90,19 @@ def load_network(protocol: str, path: str = "") -> Network:
   except InputError as error:
     raise InputError(f"{error} Here it is --weights=PATH.") from error
   graph, state = nnx.split(teacher)
+  pooled = isinstance(teacher, EfficientNetLite)
 
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     network: Any = nnx.merge(graph, params)
     x_BHWC = images.to_float(image_BHWC)
-    if isinstance(network, efficientnet.EfficientNetLite):
+    if pooled:
       return {"pool": network.endpoints(x_BHWC)["pool"]}
     return {"pool": network(x_BHWC).mean((1, 2))}
 
   params = nnx.to_pure_dict(state)
   about = {
     "protocol": protocol,
-    "features": "pooled" if protocol in efficientnet.SIZES else "mean over the patches",
+    "features": "pooled" if pooled else "mean over the patches",
     "weights_sha256": functional.fingerprint(params),
     "note": "not FID; it compares with nothing of another network or another number of pictures",
   }

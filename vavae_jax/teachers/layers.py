@@ -6,6 +6,7 @@ Notable: matrices multiply in `dtype`; norms, softmax and the residual stream ar
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,15 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 # Mean and standard deviation of RGB in [0,1], that publishers normalise images by.
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+# What the publishers' small, base, ... transformers have in common.
+SIZES: dict[str, dict[str, Any]] = {
+  "small": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+  "base": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+  "large": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+  "huge": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
+  "giant": {"hidden_size": 1536, "depth": 40, "num_heads": 24, "mlp_size": 4096},
+}
 
 
 def grid_of(image_BHWC: jax.Array, cell: int) -> tuple[int, int]:

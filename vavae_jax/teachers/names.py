@@ -32,7 +32,7 @@ class Naming(NamedTuple):
     fused: parts of names of three tensors, queries, keys and values, that are one tensor here. It
       is called by the names of all three, joined by "+".
     ranks: our names -> rank, of tensors that lack leading axes of size 1.
-    embed_class: whether the position embedding has a row for the class token.
+    arguments: the module's, in which this publisher's tensors differ from the others'.
   """
 
   renamed: Mapping[str, str]
@@ -40,7 +40,7 @@ class Naming(NamedTuple):
   aside: tuple[str, ...] = ()
   fused: tuple[str, str, str] | None = None
   ranks: Mapping[str, int] = torch_weights.NOTHING
-  embed_class: bool = True
+  arguments: Mapping[str, Any] = torch_weights.NOTHING
 
 
 def load(
@@ -123,3 +123,43 @@ def _translate(name: str, renamed: Mapping[str, str]) -> str:
   for ours, theirs in renamed.items():
     name = name.replace(ours, theirs)
   return name
+
+
+# The convolution over patches by any publisher's name: [hidden size, 3, patch, patch].
+_PATCHES = (
+  "patch_embed.proj.weight",
+  "patch_embed.projection.weight",
+  "patch_embeddings.projection.weight",
+  "patch_embedding.weight",
+  ".conv1.weight",
+)
+_REGISTERS = ("register_tokens", "reg_token")
+
+
+def by_patches(
+  variants: Mapping[str, Any], marks: tuple[str, ...] = ()
+) -> Callable[[Mapping[str, Any]], str]:
+  """A family's `recognise`: by width, patch size and registers, if a tensor's name has a mark.
+
+  Args:
+    variants: of the family.
+    marks: parts of tensors' names by any publisher, which no other family's names have; without
+      any, every state dict may be of this family.
+  """
+
+  def recognise(state_dict: Mapping[str, Any]) -> str:
+    if marks and not any(mark in name for name in state_dict for mark in marks):
+      return ""
+    patches = [np.shape(state_dict[name]) for name in state_dict if f".{name}".endswith(_PATCHES)]
+    of_pixels = [shape for shape in patches if len(shape) == 4 and shape[1] == 3]
+    if len(of_pixels) != 1:
+      return ""
+    hidden_size, _, patch_size, _ = of_pixels[0]
+    found = hidden_size, patch_size, any(name.endswith(_REGISTERS) for name in state_dict)
+    for name, (size, *_) in variants.items():
+      registers = bool(size.get("num_registers", 0))
+      if (size["hidden_size"], size.get("patch_size", 16), registers) == found:
+        return name
+    return ""
+
+  return recognise

@@ -12,7 +12,6 @@ modeling/image_encoder.py; timm's vision_transformer_sam.py for other sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,8 +20,10 @@ from einops import rearrange
 from flax import nnx
 
 from vavae_jax.teachers import names
+from vavae_jax.teachers.family import Family, Variant, published
 from vavae_jax.teachers.layers import (
   IMAGENET,
+  SIZES,
   Attention,
   Layers,
   Mlp,
@@ -33,20 +34,6 @@ from vavae_jax.teachers.layers import (
 )
 from vavae_jax.teachers.names import Naming
 
-SAM: dict[str, dict[str, Any]] = {
-  "sam_vitb16": {
-    "hidden_size": 768,
-    "depth": 12,
-    "num_heads": 12,
-    "global_blocks": (2, 5, 8, 11),
-  },
-  "sam_vitl16": {
-    "hidden_size": 1024,
-    "depth": 24,
-    "num_heads": 16,
-    "global_blocks": (5, 11, 17, 23),
-  },
-}
 _EPSILON = 1e-6
 
 _OTHER_PARTS = (r"prompt_encoder\.", r"mask_decoder\.", r"shared_image_embedding\.")
@@ -128,7 +115,7 @@ class SamEncoder(nnx.Module):
     layers = Layers(_EPSILON, dtype, rngs)
     self.embedding = _Embedding(self.stride, hidden_size, grid_size, layers)
     self.layers = nnx.List(
-      _Block(
+      Block(
         hidden_size,
         num_heads,
         mlp_size or 4 * hidden_size,
@@ -172,7 +159,7 @@ class _Embedding(nnx.Module):
     return x_BhwD + resample_positions(jnp.asarray(self.pos_embed[...]), h, w)
 
 
-class _Block(nnx.Module):
+class Block(nnx.Module):
   """Attention, in windows or everywhere, and MLP, each normed before."""
 
   def __init__(
@@ -265,30 +252,23 @@ class _Neck(nnx.Module):
     return self.norm2(self.conv2(self.norm1(self.conv1(x_BhwD))))
 
 
-def from_torch(
-  state_dict: Mapping[str, Any],
-  *,
-  dtype: jnp.dtype = jnp.float32,
-  normalize: bool = False,
-  **sizes: Any,
-) -> SamEncoder:
-  """SAM's image encoder with published weights.
-
-  Args:
-    state_dict: PyTorch name -> array, as facebook, transformers or timm name them. The prompt
-      encoder and the mask decoder are left aside.
-    dtype: of matrix products and features.
-    normalize: by ImageNet's mean and deviation.
-    **sizes: an entry of `SAM`, or the same arguments of `SamEncoder`.
-
-  Returns:
-    The module, its weights float32.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
-  """
-  statistics = IMAGENET if normalize else None
-  model = nnx.eval_shape(
-    lambda: SamEncoder(**sizes, statistics=statistics, dtype=dtype, rngs=nnx.Rngs(0))
+def _variant(word: str, global_blocks: tuple[int, ...], file: str) -> Variant:
+  timm = f"samvit_{word}_patch16"
+  files = published(
+    f"{timm}.sa1b", f"facebook/sam-vit-{word}", f"{file} of facebookresearch/segment-anything"
   )
-  return names.load(lambda naming: model, state_dict, (_TIMM, _FACEBOOK, _TRANSFORMERS))
+  return Variant(SIZES[word] | {"global_blocks": global_blocks}, FEATURES, files, timm)
+
+
+_VARIANTS = {
+  "sam_vitb16": _variant("base", (2, 5, 8, 11), "sam_vit_b_01ec64.pth"),
+  "sam_vitl16": _variant("large", (5, 11, 17, 23), "sam_vit_l_0b3195.pth"),
+}
+FAMILY = Family(
+  variants=_VARIANTS,
+  module=SamEncoder,
+  statistics=IMAGENET,
+  namings=lambda size: (_TIMM, _FACEBOOK, _TRANSFORMERS),
+  recognise=names.by_patches(_VARIANTS, ("rel_pos_h",)),
+  compared=((Block, "Block"),),
+)

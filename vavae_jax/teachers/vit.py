@@ -1,8 +1,8 @@
-"""DINOv2 and MAE, frozen: plain vision transformers, which differ in options and sizes only.
+"""The vision transformer of DINOv2, MAE and CLIP, frozen; they differ in options and sizes only.
 
 Features are the patch tokens of the last layer after the final norm; class and register tokens are
 left out. The paper feeds images in [-1,1] as they are, without ImageNet's normalisation, and so do
-we unless told otherwise.
+we by default.
 
 Notable: features come on a grid of 16 pixels of the given image, whatever the patch size. For
 patches of 14 the image is first resized, 256 -> 224. Position embeddings are resampled to the grid
@@ -15,7 +15,6 @@ arXiv 2111.06377; timm's vision_transformer.py; models/foundation_models.py of L
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,9 +22,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vavae_jax.teachers import names
 from vavae_jax.teachers.layers import (
-  IMAGENET,
   Attention,
   Layers,
   Mlp,
@@ -38,40 +35,12 @@ from vavae_jax.teachers.layers import (
 )
 from vavae_jax.teachers.names import Naming
 
-# facebook's position embeddings are for 518 pixels, MAE's for 224.
-_DINOV2 = {"patch_size": 14, "grid_size": 37, "use_layer_scale": True}
-_SIZES: dict[str, dict[str, Any]] = {
-  "vits": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-  "vitb": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-  "vitl": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-  "vith": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
-  "vitg": {"hidden_size": 1536, "depth": 40, "num_heads": 24, "mlp_size": 4096},
-}
-DINOV2 = {
-  f"dinov2_{size}14{suffix}": _SIZES[size]
-  | _DINOV2
-  | {"num_registers": registers, "use_swiglu": size == "vitg"}
-  for suffix, registers in (("", 0), ("_reg", 4))
-  for size in ("vits", "vitb", "vitl", "vitg")
-}
-MAE = {
-  "mae_vits16": _SIZES["vits"] | {"patch_size": 16, "grid_size": 14},
-  "mae_vitb16": _SIZES["vitb"] | {"patch_size": 16, "grid_size": 14},
-  "mae_vitl16": _SIZES["vitl"] | {"patch_size": 16, "grid_size": 14},
-  "mae_vith14": _SIZES["vith"] | {"patch_size": 14, "grid_size": 16},
-}
-
-_FACEBOOK = Naming(
+# The names by which facebook and timm have most of these networks, and those of transformers.
+FACEBOOK = Naming(
   renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""},
   aside=("mask_token$",),
 )
-_MAE_FACEBOOK = _FACEBOOK._replace(aside=("mask_token$", "decoder_"))
-# timm adds the class token's position to that token where there are registers.
-_TIMM_REGISTERS = _FACEBOOK._replace(
-  renamed={"embedding.register_tokens": "reg_token", **_FACEBOOK.renamed}, embed_class=False
-)
-_TIMM_SWIGLU = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
-_TRANSFORMERS = {
+TRANSFORMERS = {
   "embedding.patch.": "embeddings.patch_embeddings.projection.",
   "embedding.cls_token": "embeddings.cls_token",
   "embedding.register_tokens": "embeddings.register_tokens",
@@ -81,33 +50,10 @@ _TRANSFORMERS = {
   "attn.proj.": "attention.output.dense.",
   "norm.": "layernorm.",
 }
-_TRANSFORMERS_FUSED = (
+TRANSFORMERS_FUSED = (
   "attention.attention.query",
   "attention.attention.key",
   "attention.attention.value",
-)
-_DINOV2_TRANSFORMERS = Naming(
-  renamed=_TRANSFORMERS
-  | {
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.w12.": "mlp.weights_in.",
-    "mlp.w3.": "mlp.weights_out.",
-  },
-  fused=_TRANSFORMERS_FUSED,
-  aside=(r"embeddings\.mask_token$",),
-)
-_MAE_TRANSFORMERS = Naming(
-  renamed=_TRANSFORMERS
-  | {
-    "norm1.": "layernorm_before.",
-    "norm2.": "layernorm_after.",
-    "mlp.fc1.": "intermediate.dense.",
-    "mlp.fc2.": "output.dense.",
-  },
-  prefix="vit.",
-  fused=_TRANSFORMERS_FUSED,
-  aside=(r"decoder\.",),
 )
 
 
@@ -167,7 +113,7 @@ class ViT(nnx.Module):
     self.statistics = statistics
     self.dtype = dtype
     layers = Layers(epsilon, dtype, rngs)
-    self.embedding = _Embedding(
+    self.embedding = Embedding(
       patch_size,
       hidden_size,
       grid_size,
@@ -180,8 +126,8 @@ class ViT(nnx.Module):
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap
-    def stacked_blocks(rngs: nnx.Rngs) -> _Block:
-      return _Block(
+    def stacked_blocks(rngs: nnx.Rngs) -> Block:
+      return Block(
         hidden_size,
         num_heads,
         mlp_size or 4 * hidden_size,
@@ -238,7 +184,7 @@ class ViT(nnx.Module):
     return self.norm(x_BND).astype(self.dtype)
 
 
-class _Embedding(nnx.Module):
+class Embedding(nnx.Module):
   """Images -> tokens with positions, float32."""
 
   def __init__(
@@ -276,7 +222,7 @@ class _Embedding(nnx.Module):
     return jnp.concatenate([*prefix_BND, x_BND], axis=1)
 
 
-class _Block(nnx.Module):
+class Block(nnx.Module):
   """Attention and MLP, each normed before and, with layer scale, scaled after."""
 
   def __init__(
@@ -318,63 +264,4 @@ class _LayerScale(nnx.Module):
     return x_BND * self.gamma[...]
 
 
-def dinov2_from_torch(
-  state_dict: Mapping[str, Any],
-  *,
-  dtype: jnp.dtype = jnp.float32,
-  normalize: bool = False,
-  **sizes: Any,
-) -> ViT:
-  """DINOv2 with published weights.
-
-  Args:
-    state_dict: PyTorch name -> array, as facebook, timm or transformers names them. The mask token
-      of training is left aside.
-    dtype: of matrix products and features.
-    normalize: by ImageNet's mean and deviation.
-    **sizes: an entry of `DINOV2`, or the same arguments of `ViT`.
-
-  Returns:
-    The module, its weights float32.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
-  """
-  facebook, timm = _FACEBOOK, _TIMM_REGISTERS if sizes.get("num_registers") else _FACEBOOK
-  if sizes.get("use_swiglu"):
-    timm = timm._replace(renamed={**_TIMM_SWIGLU, **timm.renamed})
-  namings = (timm, facebook, _DINOV2_TRANSFORMERS)
-  return load(state_dict, namings, IMAGENET if normalize else None, dtype, sizes)
-
-
-def mae_from_torch(
-  state_dict: Mapping[str, Any],
-  *,
-  dtype: jnp.dtype = jnp.float32,
-  normalize: bool = False,
-  **sizes: Any,
-) -> ViT:
-  """MAE's encoder with published weights; arguments as `dinov2_from_torch`, of `MAE`.
-
-  A decoder, which some of the files have too, is left aside.
-  """
-  namings = (_MAE_FACEBOOK, _MAE_TRANSFORMERS)
-  return load(state_dict, namings, IMAGENET if normalize else None, dtype, sizes)
-
-
-def load(
-  state_dict: Mapping[str, Any],
-  namings: tuple[Naming, ...],
-  statistics: Statistics | None,
-  dtype: jnp.dtype,
-  sizes: Mapping[str, Any],
-) -> ViT:
-  """A vision transformer with the weights of a state dict named by one of the namings."""
-
-  def outline(naming: Naming) -> ViT:
-    arguments = {**sizes, "embed_class": naming.embed_class}
-    return nnx.eval_shape(
-      lambda: ViT(**arguments, statistics=statistics, dtype=dtype, rngs=nnx.Rngs(0))
-    )
-
-  return names.load(outline, state_dict, namings)
+COMPARED = ((Embedding, "patch_drop"), (Block, "Block"))

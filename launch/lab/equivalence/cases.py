@@ -23,22 +23,16 @@ from launch.lab.reference import Checkouts, training_job
 from launch.weights.recognition import Weights, recognise
 from lightningdit_jax import sampling, training
 from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
-from vavae_jax import autoencoder, perceptual
+from vavae_jax import autoencoder, perceptual, teachers
 from vavae_jax import convert as vae
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
-from vavae_jax.teachers import clip, sam, teacher_from_torch, vit
 from vavae_jax.weights.state_dicts import read_content
 
 AUTOENCODERS = ("f16d16", "f16d32", "f16d64", "mar_f16d16")
 # Two steps of both optimizers, with LPIPS, PatchGAN and DINOv2-L, of the reference's `vavae/`.
 TRAINED = {f"{name}_training": name for name in ("f16d16", "f16d32", "f16d64")}
-TEACHERS = (
-  *vit.DINOV2,
-  *(name for name in vit.MAE if name != "mae_vits16"),
-  *clip.CLIP,
-  *sam.SAM,
-)
+TEACHERS = tuple(name for name in teachers.NAMES if teachers.find(name)[1].timm)
 MODELS = (*PRESETS, *AUTOENCODERS, *TRAINED, *TEACHERS, "lpips", "fid_inception")
 Arrays = dict[str, Any]
 
@@ -263,13 +257,12 @@ def tokenizer_training_case(settings: Settings) -> Case:
 def teacher_case(settings: Settings) -> Case:
   """A teacher as timm has it."""
   inputs = {"image": _pictures(settings)["image"]}
-  job = {"model": "teacher", "name": settings.model, "watch": ["patch_drop", "Block"]}
-  classes: tuple[type, ...] = (vit._Embedding, vit._Block)
-  if settings.model in sam.SAM:
-    job["watch"], classes = ["Block"], (sam._Block,)
+  family, variant = teachers.find(settings.model)
+  classes, watch = zip(*family.compared, strict=True)
+  job = {"model": "teacher", "name": variant.timm, "watch": watch}
 
   def run(state_dict: Mapping[str, np.ndarray], given: Arrays, dtype: str) -> Arrays:
-    model = teacher_from_torch(settings.model, state_dict, dtype=jnp.dtype(dtype))
+    model = teachers.teacher_from_torch(settings.model, state_dict, dtype=jnp.dtype(dtype))
     found: list[jax.Array] = []
     with recording(classes, found):
       output = model(jnp.asarray(_nhwc(given["image"])))

