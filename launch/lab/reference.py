@@ -1,12 +1,11 @@
-"""The PyTorch reference at work in a process of its own, in turns with ours."""
+"""Where the PyTorch reference is, and the job that asks it for the work that ours does."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -17,7 +16,7 @@ from vavae_jax.common.errors import InputError
 
 # Flags that are defined in here are those of the command that asks for them.
 flags.disclaim_key_flags()
-TORCH_SCRIPT = Path(__file__).parent / "torch" / "steps.py"
+NEEDS = "torch, numpy, einops, torchdiffeq, pillow, and timm for tokenizers"
 # What the reference's constructor knows.
 _LIGHTNINGDIT = (
   "input_size",
@@ -90,11 +89,8 @@ class Checkouts(NamedTuple):
     if missing := done.stdout.split():
       raise InputError(
         f"--torch_python is {self.python}, which lacks {', '.join(missing)}; give an interpreter "
-        f"with {_NEEDS}."
+        f"with {NEEDS}."
       )
-
-
-_NEEDS = "torch, numpy, einops, torchdiffeq, pillow, and timm for tokenizers"
 
 
 def device() -> str:
@@ -192,43 +188,3 @@ def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, An
     "loss": loss | {"disc_start": 0},
     "learning_rate": config.optimizer.learning_rate,
   }
-
-
-class Reference:
-  """The reference in a process that waits while ours works.
-
-  Attributes:
-    about: what it says of itself.
-  """
-
-  def __init__(self, python: str, job: Any):
-    try:
-      self._process = subprocess.Popen(
-        [python, str(TORCH_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-      )
-    except OSError as error:
-      raise InputError(f"--torch_python is {python}, which does not start: {error}.") from error
-    self._to, self._from = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-    self.about = self._ask(json.dumps(job), f"give --torch_python an interpreter with {_NEEDS}")
-
-  def seconds(self) -> float | None:
-    """The time of its work, done once; None where it does not fit into the memory."""
-    if self.about.get("out_of_memory"):
-      return None
-    return self._ask("again", "it began, so it is no matter of installation").get("seconds")
-
-  def _ask(self, line: str, advice: str) -> dict[str, Any]:
-    try:
-      self._to.write(line + "\n")
-      self._to.flush()
-      answer = self._from.readline()
-    except BrokenPipeError:
-      answer = ""
-    if not answer:
-      raise InputError(f"The reference in PyTorch has ended (its message is above); {advice}.")
-    return json.loads(answer)
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.terminate()
-    self._process.wait()

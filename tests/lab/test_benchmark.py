@@ -45,8 +45,8 @@ def stand_in(folder, monkeypatch):
   """A checkout of the reference, and where the script goes that runs in place of PyTorch's."""
   (folder / "models").mkdir()
   (folder / "models" / "lightningdit.py").touch()
-  monkeypatch.setattr(reference, "TORCH_SCRIPT", folder / "script.py")
-  return folder / "script.py"
+  monkeypatch.setattr(row_module, "SCRIPTS", folder)
+  return folder / "steps.py"
 
 
 def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
@@ -241,7 +241,7 @@ def test_a_reference_without_the_memory_says_so_and_ours_is_told(tmp_path, monke
   script = stand_in(tmp_path, monkeypatch)
   script.write_text(
     "import sys\nsys.stdin.readline()\nprint('{\"out_of_memory\": true}', flush=True)\n"
-    "sys.stdin.read()\n"
+    "for _ in sys.stdin: print('{\"out_of_memory\": true}', flush=True)\n"
   )
   (row,) = measure(checkouts=checkouts(tmp_path), batch_sizes=[8])["rows"]
   assert row["torch_out_of_memory"]

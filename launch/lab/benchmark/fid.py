@@ -11,8 +11,6 @@ random ones, which tell whether implementations agree, and nothing of pictures.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,49 +26,14 @@ from launch.engine.circumstances import circumstances
 from launch.evaluation.features import load_network
 from launch.evaluation.generation import compiled, gaussian_of, statistics_of
 from launch.evaluation.pictures import Array, FromSource
-from vavae_jax.common.errors import InputError
+from launch.lab.torch_process import SCRIPTS, TorchProcess
 from vavae_jax.common.files import write_json
 from vavae_jax.metrics import inception
 
-TORCH_SCRIPT = Path(__file__).parents[1] / "torch" / "fid.py"
+NEEDS = "torch, torchvision, pytorch-fid, torch-fidelity and torchmetrics"
 BATCH = 50
 # Whose network is compared with ours of which protocol.
 BESIDE = {"pytorch-fid": "pytorch-fid", "torch-fidelity": "adm", "torchmetrics": ""}
-
-
-class Tools:
-  """The other process."""
-
-  def __init__(self, python: str, weights: Path, pictures: Path):
-    """Args:
-    python: the interpreter.
-    weights: of Inception; made there if there is no such file.
-    pictures: the npz.
-    """
-    self._process = subprocess.Popen(
-      [python, str(TORCH_SCRIPT), str(weights), str(pictures)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-  def ask(self, *words: Any) -> Any:
-    """What a command gives; InputError where the process has ended."""
-    assert self._process.stdin is not None
-    assert self._process.stdout is not None
-    try:
-      print(json.dumps(words), file=self._process.stdin, flush=True)
-      return json.loads(self._process.stdout.readline())
-    except (OSError, ValueError) as error:
-      raise InputError(
-        "The interpreter of --torch_python failed; it needs PyTorch, torchvision, pytorch-fid, "
-        "torch-fidelity and torchmetrics. Its own message stands above."
-      ) from error
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.terminate()
-    self._process.wait()
 
 
 def figures(halves: dict[str, np.ndarray], weights: Path) -> dict[str, Any]:
@@ -92,7 +55,9 @@ def figures(halves: dict[str, np.ndarray], weights: Path) -> dict[str, Any]:
   return found
 
 
-def speeds(tools: Tools, weights: Path, rounds: int, batches: int, side: int) -> dict[str, float]:
+def speeds(
+  tools: TorchProcess, weights: Path, rounds: int, batches: int, side: int
+) -> dict[str, float]:
   """Pictures a second, the median of rounds in which all take turns."""
   index: Any = np.arange(BATCH, dtype=np.int32)
   image: Any = np.random.default_rng(0).integers(256, size=(BATCH, side, side, 3), dtype=np.uint8)
@@ -109,7 +74,7 @@ def speeds(tools: Tools, weights: Path, rounds: int, batches: int, side: int) ->
         jax.block_until_ready(run(params, {"image": image, "index": index}))
       rates[name].append(BATCH * batches / (time.perf_counter() - began))
     for name in BESIDE:
-      rates[name].append(tools.ask("time", name, batches))
+      rates[name].append(tools.ask([name, batches]))
   return {name: float(np.median(x)) for name, x in rates.items()}
 
 
@@ -124,15 +89,14 @@ def main(argv: list[str]) -> None:
     file = Path(folder) / "pictures.npz"
     np.savez(file, a=halves["a"], b=halves["b"])
     weights = Path(FLAGS.weights) if FLAGS.weights else Path(folder) / "random.pth"
-    tools = Tools(FLAGS.torch_python, weights, file)
-    versions = tools.ask("versions")
-    ours = figures(halves, weights)
-    others = {}
-    for name in BESIDE:
-      console.say(f"{name} ...")
-      others[name] = tools.ask("features", name)
-    rates = speeds(tools, weights, FLAGS.rounds, FLAGS.batches, pictures.shape[1])
-    tools.close()
+    job = {"weights": str(weights), "pictures": str(file)}
+    with TorchProcess(FLAGS.torch_python, SCRIPTS / "fid.py", job, NEEDS) as tools:
+      ours = figures(halves, weights)
+      others = {}
+      for name in BESIDE:
+        console.say(f"{name} ...")
+        others[name] = tools.ask([name, 0])
+      rates = speeds(tools, weights, FLAGS.rounds, FLAGS.batches, pictures.shape[1])
   rows = []
   for protocol, found in ours.items():
     told = f"{found['arithmetic_seconds']:.1f}"
@@ -156,7 +120,7 @@ def main(argv: list[str]) -> None:
   console.say(f"inception score: ours {ours['adm']['inception_score']:.6f}, theirs {score:.6f}")
   if FLAGS.output:
     result = {"ours": ours, "others": others, "pictures_per_second": rates}
-    noted = {**circumstances(), "versions": versions, "pictures": chosen.about, **result}
+    noted = {**circumstances(), "versions": tools.about, "pictures": chosen.about, **result}
     write_json(Path(FLAGS.output), noted)
     console.say(f"written to {FLAGS.output}")
 

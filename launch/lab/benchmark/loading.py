@@ -15,8 +15,6 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,13 +29,14 @@ from safetensors import safe_open
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances
+from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.store import latents, shards
 from vavae_jax.common.files import write_json
 from vavae_jax.data import images, order
 from vavae_jax.data.sources.base import EncodedSource
 from vavae_jax.weights.torch_writer import write_torch_file
 
-TORCH_SCRIPT = Path(__file__).parents[1] / "torch" / "loading.py"
+NEEDS = "torch, numpy and safetensors"
 BATCH = 256
 SHARD = 5_000
 SHAPE = (16, 16, 32)
@@ -66,7 +65,7 @@ def make_store(
   return latents.LatentStore(folder)
 
 
-def latent_works(store: latents.LatentStore, loaders: list[subprocess.Popen[str]]) -> Works:
+def latent_works(store: latents.LatentStore, reference: TorchProcess | None) -> Works:
   """Ways of loading latents."""
 
   works: Works = {
@@ -76,8 +75,8 @@ def latent_works(store: latents.LatentStore, loaders: list[subprocess.Popen[str]
     for kind, number in WAYS
   }
   works["reference's way in NumPy, 1 thread"] = timed_batches(functools.partial(_reopening, store))
-  for loader in loaders:
-    works["reference in PyTorch, 2 workers"] = functools.partial(_ask, loader)
+  if reference:
+    works["reference in PyTorch, 2 workers"] = reference.ask
   return works
 
 
@@ -122,13 +121,6 @@ def _reopening(store: latents.LatentStore) -> Iterator[Any]:
         label = file.get_slice("labels")[row : row + 1]
       rows.append(((latent - mean) / std)[0])
     yield {"latent": np.stack(rows), "label": label}
-
-
-def _ask(loader: subprocess.Popen[str], batches: int) -> float:
-  assert loader.stdin is not None
-  assert loader.stdout is not None
-  print(batches, file=loader.stdin, flush=True)
-  return float(json.loads(loader.stdout.readline())["seconds"])
 
 
 class Photographs(EncodedSource):
@@ -220,15 +212,13 @@ def main(argv: list[str]) -> None:
   results: dict[str, dict[str, float]] = {}
   with tempfile.TemporaryDirectory() as name:
     store = make_store(Path(name), FLAGS.records)
-    loaders = []
+    reference = None
     if FLAGS.reference:
-      command = [FLAGS.torch_python, str(TORCH_SCRIPT), FLAGS.reference, name, str(BATCH)]
-      loaders = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-      ]
-    results["latents"] = measure(latent_works(store, loaders), FLAGS.batches, FLAGS.rounds, BATCH)
-    for loader in loaders:
-      loader.terminate()
+      job = {"checkout": FLAGS.reference, "store": name, "batch_size": BATCH}
+      reference = TorchProcess(FLAGS.torch_python, SCRIPTS / "loading.py", job, NEEDS)
+    results["latents"] = measure(latent_works(store, reference), FLAGS.batches, FLAGS.rounds, BATCH)
+    if reference:
+      reference.close()
   results["pictures"] = measure(
     picture_works(), max(FLAGS.batches // 4, 1), FLAGS.rounds, PICTURE_BATCH
   )

@@ -29,7 +29,8 @@ from launch.lab.benchmark.measuring import (
   profile,
   timed,
 )
-from launch.lab.reference import Checkouts, Reference, job_of
+from launch.lab.reference import NEEDS, Checkouts, job_of
+from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.sampling import time_grid
 from lightningdit_jax.training import macs_per_image
 from vavae_jax.metrics import inception
@@ -69,7 +70,8 @@ def measure(
   before = peak_memory()
   reference = None
   if checkouts and what in BESIDE_REFERENCE:
-    reference = Reference(checkouts.python, job_of(checkouts, config, what, program.images))
+    job = job_of(checkouts, config, what, program.images)
+    reference = TorchProcess(checkouts.python, SCRIPTS / "steps.py", job, NEEDS)
   try:
     prepared = Prepared(
       program, devices, _fresh_state(config, devices) if what == "train" else None
@@ -79,7 +81,7 @@ def measure(
     for _ in range(ROUNDS if reference else 1):
       ours += [timed(prepared.run) for _ in range(steps + 1)][1:]
       if reference:
-        theirs += [reference.seconds() for _ in range(steps + 1)][1:]
+        theirs += [reference.ask("again").get("seconds") for _ in range(steps + 1)][1:]
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -164,7 +166,7 @@ def _beside_limits(
 
 
 def _beside_reference(
-  reference: Reference, theirs: list[float | None], seconds: float, images: int
+  reference: TorchProcess, theirs: list[float | None], seconds: float, images: int
 ) -> Row:
   """What the reference took in turns with ours."""
   about = {name: x for name, x in reference.about.items() if name.startswith("torch")}

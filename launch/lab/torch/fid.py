@@ -1,25 +1,21 @@
 """pytorch-fid, torch-fidelity and torchmetrics, for `benchmark fid` to stand beside ours.
 
-A script of its own, run by whichever interpreter has them, that imports nothing of this project.
-For each line of the standard input, a command and its arguments in JSON, one line of JSON answers.
-
-  python benchmark_fid_torch.py WEIGHTS PICTURES.npz
-
-WEIGHTS are pytorch-fid's file, or are made at random there; PICTURES.npz has uint8 `a` and `b`
-[N,H,W,3].
+An interpreter with these libraries runs this script, which imports nothing of this project but the
+script beside it. The job: "weights" (pytorch-fid's file, or where to write random ones) and
+"pictures" (an npz with uint8 `a` and `b` [N,H,W,3]). Each further question is the name of a library
+and a number of batches, to be timed; or 0, for its figures of the pictures.
 """
 
-import contextlib
 import importlib.metadata
-import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from serving import serve
 
 BATCH = 50
 Extractor = Any
@@ -95,44 +91,46 @@ def score(logits: np.ndarray, splits: int) -> float:
 
 
 @torch.inference_mode()
-def main() -> None:
-  """The script."""
-  weights, file = sys.argv[1:]
-  with np.load(file) as stored:
+def speed(extract: Extractor, batches: int, shape: torch.Size) -> float:
+  """Pictures a second, after one batch that is not timed."""
+  image = torch.randint(256, (BATCH, *shape), dtype=torch.uint8)
+  extract(image)
+  began = time.perf_counter()
+  for _ in range(batches):
+    extract(image)
+  return BATCH * batches / (time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def figures(way: str, extract: Extractor, pictures: dict[str, torch.Tensor]) -> dict[str, float]:
+  """FID and its seconds; of torch-fidelity the inception score of `b`, too."""
+  features = {}
+  for name, image in pictures.items():
+    found = [extract(image[i : i + BATCH]) for i in range(0, len(image), BATCH)]
+    features[name] = np.concatenate([x[0].numpy() for x in found]).astype(np.float64)
+  result = distance(way, features["a"], features["b"])
+  if found[0][1] is not None:
+    result["inception_score"] = score(np.concatenate([x[1].numpy() for x in found]), 1)
+  return result
+
+
+def begin(job: dict[str, str]) -> tuple[dict[str, str], Callable[[tuple[str, int]], Any]]:
+  """Loads the networks and the pictures."""
+  with np.load(job["pictures"]) as stored:
     pictures = {name: torch.tensor(stored[name]).permute(0, 3, 1, 2) for name in ("a", "b")}
-  with contextlib.redirect_stdout(sys.stderr):
-    if not Path(weights).is_file():
-      make_weights(weights)
-    ways = extractors(weights)
-  kept: dict[tuple[str, str], Any] = {}
-  for line in sys.stdin:
-    command, *arguments = json.loads(line)
-    answer: Any = None
-    with contextlib.redirect_stdout(sys.stderr):
-      if command == "time":
-        way, batches = arguments
-        shape = (BATCH, *pictures["a"].shape[1:])
-        image = torch.randint(256, shape, dtype=torch.uint8)
-        ways[way](image)
-        began = time.perf_counter()
-        for _ in range(batches):
-          ways[way](image)
-        answer = BATCH * batches / (time.perf_counter() - began)
-      elif command == "features":
-        (way,) = arguments
-        for name, image in pictures.items():
-          found = [ways[way](image[i : i + BATCH]) for i in range(0, len(image), BATCH)]
-          kept[way, name] = np.concatenate([x[0].numpy() for x in found])
-          if name == "b" and found[0][1] is not None:
-            logits = np.concatenate([x[1].numpy() for x in found])
-            answer = {"inception_score": score(logits, 1)}
-        a, b = (kept[way, name].astype(np.float64) for name in ("a", "b"))
-        answer = {**distance(way, a, b), **(answer or {})}
-      elif command == "versions":
-        names = ("torch", "pytorch-fid", "torch-fidelity", "torchmetrics")
-        answer = {name: importlib.metadata.version(name) for name in names}
-    print(json.dumps(answer), flush=True)
+  if not Path(job["weights"]).is_file():
+    make_weights(job["weights"])
+  ways = extractors(job["weights"])
+
+  def answer(question: tuple[str, int]) -> Any:
+    way, batches = question
+    if batches:
+      return speed(ways[way], batches, pictures["a"].shape[1:])
+    return figures(way, ways[way], pictures)
+
+  names = ("torch", "pytorch-fid", "torch-fidelity", "torchmetrics")
+  return {name: importlib.metadata.version(name) for name in names}, answer
 
 
 if __name__ == "__main__":
-  main()
+  serve(begin)

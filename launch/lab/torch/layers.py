@@ -1,7 +1,7 @@
 """The PyTorch side of `launch.lab.equivalence`: the reference on given weights and inputs.
 
-A script of its own, run by whichever interpreter has PyTorch, that imports nothing of this project
-but the script beside it. It reads a job, one line of JSON on the standard input, and writes an npz:
+An interpreter with PyTorch runs this script, which imports nothing of this project but the scripts
+beside it. It reads a job and writes an npz:
 `layer/III/NAME` for the outputs of the watched modules in the order they ran, `output`, and what
 else the job asks for. The models are imported from a checkout of hustvl/LightningDiT (teachers from
 timm); of modules that these import and do not need, empty ones stand in.
@@ -10,7 +10,6 @@ timm); of modules that these import and do not need, empty ones stand in.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import types
 import zipfile
@@ -23,6 +22,7 @@ import checkout
 import numpy as np
 import torch
 from checkout import ABSENT, REPLACED, vgg16
+from serving import serve
 from torch import nn
 
 Arrays = dict[str, torch.Tensor]
@@ -269,10 +269,8 @@ MODELS = {
 }
 
 
-def main() -> None:
-  """The script."""
-  checkout.stand_in()
-  job = json.loads(sys.stdin.readline())
+def write(job: dict[str, Any]) -> tuple[dict[str, str], None]:
+  """Writes the job's "outputs"; gives PyTorch's version and what stands in for other modules."""
   with np.load(job["inputs"]) as arrays:
     given = {name: torch.tensor(array) for name, array in arrays.items()}
   # An array at a time, since a model's gradients and parameters would fill the memory.
@@ -280,8 +278,9 @@ def main() -> None:
     for name, tensor in MODELS[job["model"]](job, given):
       with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, tensor.detach().float().numpy())
-  print(json.dumps({"torch": torch.__version__, "replaced": ", ".join(REPLACED)}), flush=True)
+  return {"torch": torch.__version__, "replaced": ", ".join(REPLACED)}, None
 
 
 if __name__ == "__main__":
-  main()
+  checkout.stand_in()
+  serve(write)

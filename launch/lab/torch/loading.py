@@ -1,18 +1,18 @@
 """The PyTorch reference's loader of latents, for `benchmark loading` to time beside ours.
 
-A script of its own, run by whichever interpreter has PyTorch, that imports nothing of this project:
-for each line with a number of batches on the standard input it tells the seconds that they took.
-
-  python benchmark_data_torch.py CHECKOUT STORE BATCH_SIZE
+An interpreter with PyTorch runs this script, which imports nothing of this project but the script
+beside it. The job: "checkout" (of hustvl/LightningDiT), "store" and "batch_size". It answers each
+number of batches with the seconds that they took.
 """
 
-import json
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from serving import serve
 from torch.utils.data import DataLoader
 
 WORKERS = 2
@@ -25,29 +25,35 @@ def endless(loader: Any) -> Iterator[Any]:
     yield from loader
 
 
-def main() -> None:
-  """The script."""
-  checkout, store, batch_size = sys.argv[1:]
+def begin(job: dict[str, Any]) -> tuple[dict[str, str], Callable[[int], float]]:
+  """Prepares the loader."""
   bars = types.ModuleType("tqdm")
   bars.__dict__["tqdm"] = iter
   sys.modules["tqdm"] = bars
-  sys.path.insert(0, checkout)
+  sys.path.insert(0, job["checkout"])
   from datasets.img_latent_dataset import ImgLatentDataset
 
-  dataset = ImgLatentDataset(store)
-  loader = DataLoader(
-    dataset, int(batch_size), shuffle=True, num_workers=WORKERS, drop_last=True,
-    persistent_workers=True,
-  )  # fmt: skip
-  batches = endless(loader)
-  for line in sys.stdin:
+  batches = endless(
+    DataLoader(
+      ImgLatentDataset(job["store"]),
+      job["batch_size"],
+      shuffle=True,
+      num_workers=WORKERS,
+      drop_last=True,
+      persistent_workers=True,
+    )
+  )
+
+  def load(count: int) -> float:
     for _ in range(LOADED_AHEAD):
       next(batches)
     began = time.perf_counter()
-    for _ in range(int(line)):
+    for _ in range(count):
       next(batches)
-    print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+    return time.perf_counter() - began
+
+  return {"torch": torch.__version__}, load
 
 
 if __name__ == "__main__":
-  main()
+  serve(begin)

@@ -1,15 +1,14 @@
 """The PyTorch reference at work, for `launch.lab.benchmark steps` to time beside ours.
 
-A script of its own, run by whichever interpreter has PyTorch, that imports nothing of this project
-but the script beside it: it reads one line of JSON (see `WORKS`), then does the work once for each
-further line and tells the seconds. Models and losses are imported from a checkout of
+An interpreter with PyTorch runs this script, which imports nothing of this project but the scripts
+beside it. It reads a job (see `WORKS`) and answers each further question with the seconds that the
+work took once. Models and losses are imported from a checkout of
 hustvl/LightningDiT, and run on random data as its own scripts run them: `train.py`, `inference.py`
 (its sampler), `extract_features.py`, all with TF32 products where they compute in float32, and the
 `training_step` of `vavae/`, without. Weights are random. Results stay on the device, as ours do.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import checkout
 import torch
+from serving import serve
 from torch import nn
 
 Job = dict[str, Any]
@@ -177,45 +177,38 @@ WORKS: dict[str, Callable[[Job], Work]] = {
 }
 
 
-def told(work: Callable[[], dict[str, Any]]) -> None:
-  """Prints what work gives, as a line of JSON, or that the device's memory does not hold it."""
-  try:
-    answer = work()
-  except RuntimeError as error:  # PyTorch's OutOfMemoryError is one
-    if not any(words in str(error) for words in NO_MEMORY):
-      raise
-    answer = {"out_of_memory": True}
-  print(json.dumps(answer), flush=True)
-
-
-def main() -> None:
-  """The script; the job's "work" is one of `WORKS`, its "device" "cuda" or "cpu"."""
-  checkout.stand_in()
-  job = json.loads(sys.stdin.readline())
+def begin(job: Job) -> tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]:
+  """Prepares the job's "work", one of `WORKS`, on its "device", "cuda" or "cpu"."""
   cuda = job["device"] == "cuda"
   if cuda and not torch.cuda.is_available():
-    sys.exit(f"PyTorch {torch.__version__} sees no GPU, on which it is to stand beside ours.")
+    sys.exit(f"PyTorch {torch.__version__} sees no GPU, which the comparison needs.")
   torch.backends.cuda.matmul.allow_tf32 = True
   torch.set_default_device(job["device"])
   works: list[Work] = []
 
-  def begin() -> dict[str, Any]:
-    with contextlib.redirect_stdout(sys.stderr):  # the reference prints, too
-      works.append(WORKS[job["work"]](job))
-    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    return {"torch": torch.__version__, "torch_device": device}
-
-  def again() -> dict[str, Any]:
+  def again(_: Any) -> dict[str, Any]:
     began = time.perf_counter()
     works[0]()
     if cuda:
       torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - began}
 
-  told(begin)
-  for _ in sys.stdin:
-    told(again)
+  device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+  about = {"torch": torch.__version__, "torch_device": device}
+  lack = fitting(lambda: works.append(WORKS[job["work"]](job)))
+  return about | (lack or {}), lambda question: lack or fitting(lambda: again(question))
+
+
+def fitting(work: Callable[[], Any]) -> Any:
+  """What work gives, or {"out_of_memory": True} where the device's memory does not hold it."""
+  try:
+    return work()
+  except RuntimeError as error:  # PyTorch's OutOfMemoryError is one
+    if not any(words in str(error) for words in NO_MEMORY):
+      raise
+    return {"out_of_memory": True}
 
 
 if __name__ == "__main__":
-  main()
+  checkout.stand_in()
+  serve(begin)
