@@ -10,16 +10,12 @@ was. configs/quickstart.py holds every setting; each can be set with --config.PA
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -30,23 +26,16 @@ from configs import quickstart
 from launch import restore
 from launch.encode import encode
 from launch.engine import configuration, console, loop
-from launch.engine.writers import curve, read_metrics
-from launch.evaluation import generation, reconstruction
+from launch.evaluation import generation, overview, reconstruction
 from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.output import Output
-from launch.evaluation.pictures import Npz, own_pictures, take
-from launch.evaluation.sample_files import read_samples
-from launch.report.html import Curve, Figure, Report, write_report
+from launch.evaluation.pictures import Npz, own_pictures
 from launch.sample import sample_set
 from launch.train import train
-from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
 CONFIG = f"{quickstart.__file__}:pipeline"
-SHOWN_RECONSTRUCTIONS = 24
-SHOWN_PER_CLASS = 10
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Stages:
@@ -95,14 +84,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
   )
-  pictures, labels = read_samples(workdir / "samples.npz")
   results = stages.run("Evaluation", lambda: _evaluate(tokenizer, workdir))
   stages.run(
     "Report",
-    lambda: write_report(
-      _report(resolved, workdir, tokenizer, store, pictures, labels, results, stages.seconds),
-      workdir / "report.html",
-    ),
+    lambda: overview.write(resolved, workdir, tokenizer, store, results, stages.seconds),
   )
   return results
 
@@ -157,128 +142,6 @@ def _evaluate(tokenizer: restore.Trained, workdir: Path) -> dict[str, float]:
     **generated,
     "fd_efficientnet_real": reference.gaussian.distance(real.mean, real.cov).distance,
   }
-
-
-def _report(
-  config: FrozenConfigDict,
-  workdir: Path,
-  tokenizer: restore.Trained,
-  store: latents.LatentStore,
-  pictures: np.ndarray,
-  labels: np.ndarray,
-  results: dict[str, float],
-  seconds: dict[str, float],
-) -> Report:
-  class_names = store.manifest["class_names"]
-  rows = [pictures[labels == c][:SHOWN_PER_CLASS] for c in range(len(class_names))]
-  columns = min(len(row) for row in rows)
-  held_out = own_pictures(tokenizer, held_out=True)
-  count = len(held_out)
-  # Spread over the set, which is sorted by class.
-  spread = np.unique(np.linspace(0, count - 1, SHOWN_RECONSTRUCTIONS).astype(int))
-  originals = take(held_out, spread.tolist())
-  training = own_pictures(tokenizer, held_out=False)
-  return Report(
-    title="VA-VAE and LightningDiT in JAX: quickstart",
-    summary=(
-      f"A tokenizer learnt to write {config.tokenizer.data.image_size} px emoji as "
-      f"{store.shape[0]} x {store.shape[1]} latents of {store.shape[2]} numbers, aligned with the "
-      "features of a frozen EfficientNet-Lite0; a diffusion transformer learnt to draw such "
-      f"latents. {len(store):,} pictures, on {jax.device_count()} {jax.devices()[0].platform} "
-      "device(s)."
-    ),
-    class_names=class_names,
-    samples=np.stack([row[:columns] for row in rows]),
-    originals=originals,
-    reconstructions=restore.reconstruct(tokenizer, originals),
-    curves=_curves(workdir),
-    latents_2d=_project(store),
-    latents_label=store.labels,
-    latents_caption=(
-      "Each training picture at the place of its latent: the normalised latents of all positions, "
-      "brought to the plane by t-SNE (perplexity 30, PCA start)."
-    ),
-    latents_thumbnails=training.read(0, len(training)),
-    figures=figures(results, len(pictures), len(store), count),
-    caveats=[
-      "FD-EfficientNet is the Frechet distance in features of the very network that the tokenizer "
-      "was aligned with: the teacher judges itself. It is not FID and compares with nothing else.",
-      f"It is biased upwards for few samples: {len(pictures)} samples, {count} held-out pictures "
-      f"and {len(store)} training pictures meet in 1,280 dimensions.",
-      "A run of minutes on a laptop shows that the pipeline works, not what the method can do.",
-    ],
-    timings=seconds,
-    config=json.dumps(config.to_dict(), indent=2),
-    versions={"python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in PACKAGES},
-  )
-
-
-def figures(results: dict[str, float], samples: int, training: int, held_out: int) -> list[Figure]:
-  """The figures with their units and notes, as the report and the console show them."""
-  return [
-    Figure("PSNR", results["psnr"], "dB", f"{held_out} held-out pictures", "higher"),
-    Figure("SSIM", results["ssim"], "", f"{held_out} held-out pictures", "higher"),
-    Figure(
-      "FD-EfficientNet",
-      results["fd_efficientnet"],
-      "",
-      f"{samples} samples against {training} training pictures",
-      "lower",
-    ),
-    Figure(
-      "FD-EfficientNet of real pictures",
-      results["fd_efficientnet_real"],
-      "",
-      f"{held_out} held-out against {training} training pictures: what perfect samples would get",
-      "lower",
-    ),
-    Figure(
-      "Precision",
-      results["precision"],
-      "",
-      "share of samples among the training pictures, in the same features",
-      "higher",
-    ),
-    Figure(
-      "Recall",
-      results["recall"],
-      "",
-      "share of training pictures among the samples, in the same features",
-      "higher",
-    ),
-  ]
-
-
-def _curves(workdir: Path) -> list[Curve]:
-  tokenizer, diffusion = read_metrics(workdir / "tokenizer"), read_metrics(workdir / "diffusion")
-  alignment = {"cosine": "vf_cos", "distance matrix": "vf_distmat"}
-  adversarial = {"generator": "g_loss", "discriminator": "d_loss"}
-  charts = [
-    ("Tokenizer: reconstruction", "mean absolute error", {"L1": "l1"}, tokenizer, True),
-    ("Tokenizer: alignment", "marginal losses", alignment, tokenizer, False),
-    ("Tokenizer: adversarial", "hinge losses", adversarial, tokenizer, False),
-    ("Diffusion: velocity", "mean squared error", {"MSE": "mse"}, diffusion, False),
-    ("Diffusion: direction", "1 - cosine", {"direction loss": "cosine"}, diffusion, False),
-  ]
-  return [
-    Curve(title, y_label, {k: curve(lines, v) for k, v in series.items()}, log_y=log_y)
-    for title, y_label, series, lines, log_y in charts
-  ]
-
-
-def _project(store: latents.LatentStore) -> np.ndarray:
-  flat = np.stack(
-    [
-      latents.normalise(store[i]["latent"], store.mean, store.std).ravel()
-      for i in range(len(store))
-    ]
-  )
-  from sklearn.manifold import TSNE  # which takes a second to import
-
-  perplexity = min(30.0, (len(flat) - 1) / 3)
-  plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
-  return np.asarray(plane, np.float64)
 
 
 def main(argv: list[str]) -> None:

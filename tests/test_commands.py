@@ -341,6 +341,7 @@ def test_a_wrong_command_line_ends_with_one_line(outcomes, name, told):
 SLOW = {
   "diffrax",
   "grain",
+  "jinja2",
   "matplotlib",
   "orbax.checkpoint",
   "scipy.stats",

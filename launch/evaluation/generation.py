@@ -26,7 +26,7 @@ from launch.evaluation.pictures import (
 )
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, Statistics, compute
-from launch.report.charts import Curve
+from launch.report.charts import Curve, training_section
 from launch.report.html import (
   Figure,
   Section,
@@ -34,7 +34,6 @@ from launch.report.html import (
   figures_table,
   picture_pairs,
   picture_rows,
-  training_section,
 )
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import confidence
@@ -393,16 +392,16 @@ def evaluate(
     Section(
       "Samples",
       f"The first {len(first)}, chosen by nobody.",
-      picture_rows({"": first}, COLUMNS),
+      [picture_rows({"": first}, COLUMNS)],
     ),
     Section(
       "Neighbours",
       "Left a sample, right the reference picture whose features are nearest: not a copy?",
-      picture_pairs(first[: len(neighbours)], neighbours, ("sample", "nearest reference")),
+      [picture_pairs(first[: len(neighbours)], neighbours, ("sample", "nearest reference"))],
     ),
-    Section("Figures", _confidence_note(more), figures_table(shown, more["warnings"])),
+    Section("Figures", _confidence_note(more), [figures_table(shown, more["warnings"])]),
     training_section(_curves(workdir)),
-    Section("Protocol", "What was computed of what.", details("JSON", _pretty(result))),
+    Section("Protocol", "What was computed of what.", [details("JSON", _pretty(result))]),
   ]
   output.write(
     result,

@@ -73,13 +73,13 @@ class Output:
         Image.fromarray(picture).save(file, "PNG")
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     noted = {"evaluation": self.kind, **result, "run": circumstances() | {"versions": versions}}
-    write_page(self.html, title=title, summary=summary, figures=figures, sections=sections)
+    write_page(self.html, title, sections, summary=summary, figures=figures)
     write_json(self.json, noted)
     shutil.rmtree(self.progress, ignore_errors=True)
 
   def show(self, figures: list[Figure]) -> None:
     """Prints the figures and where everything is."""
-    rows = [(f.name, f"{f.value:.4f} {f.unit}".strip()) for f in figures]
+    rows = [(f.name, f"{f.text} {f.unit}".strip()) for f in figures]
     files = [("numbers", self.json), ("picture", self.png), ("page", self.html)]
     where = [(name, str(path)) for name, path in files]
     console.table(f"Evaluation: {self.kind}", ("what", "value"), [*rows, *where])

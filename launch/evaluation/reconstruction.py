@@ -121,12 +121,12 @@ def evaluate(
       name,
       f"{name} by PSNR: {', '.join(f'{psnr_N[i]:.1f}' for i in chosen[name])} dB. Left the "
       "original, right its reconstruction.",
-      picture_pairs(*pairs[name], ("original", "reconstruction")),
+      [picture_pairs(*pairs[name], ("original", "reconstruction"))],
     )
     for name in chosen
   ]
-  sections.append(Section("Figures", "", figures_table(shown, more["warnings"])))
-  sections.append(Section("Protocol", "", details("JSON", json.dumps(result, indent=2))))
+  sections.append(Section("Figures", "", [figures_table(shown, more["warnings"])]))
+  sections.append(Section("Protocol", "", [details("JSON", json.dumps(result, indent=2))]))
   rows = [picture for pair in pairs.values() for picture in pair]
   output.write(
     result,

@@ -21,7 +21,7 @@ from launch.engine.batches import in_batches
 from launch.evaluation.output import Output
 from launch.evaluation.sweep import Point, points_of
 from launch.report import plots
-from launch.report.html import Section, data_uri_of_file, table
+from launch.report.html import Section, picture_file, table
 from launch.sample import labels_for
 from lightningdit_jax import checks
 from lightningdit_jax.solvers import TABLEAUX
@@ -98,8 +98,8 @@ def evaluate(
     summary=summary,
     figures=[],
     sections=[
-      Section("Cost and distance", summary, data_uri_of_file(output.png)),
-      Section("Table", "", table(list(points[0]), rows)),
+      Section("Cost and distance", summary, [picture_file(output.png)]),
+      Section("Table", "", [table(list(points[0]), rows)]),
     ],
   )
   output.show([])

@@ -161,11 +161,11 @@ def evaluate(
     Section(
       "Map",
       f"Cells of the first run in the plane (t-SNE, perplexity {PERPLEXITY:g}), by class.",
-      scatter(plane[few], cells.labels[few], classes, None),
+      [scatter(plane[few], cells.labels[few], classes)],
     ),
-    Section("Noise", "Along the axes of most, median and least variance.", line_chart(chart)),
-    Section("Figures", "", figures_table(rows)),
-    Section("Numbers", "", details("JSON", json.dumps(result, indent=2))),
+    Section("Noise", "Along the axes of most, median and least variance.", [line_chart(chart)]),
+    Section("Figures", "", [figures_table(rows)]),
+    Section("Numbers", "", [details("JSON", json.dumps(result, indent=2))]),
   ]
   output.write(
     result,

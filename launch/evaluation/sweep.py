@@ -25,7 +25,7 @@ from launch.evaluation.generation import (
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet
 from launch.report import plots
-from launch.report.html import Section, data_uri_of_file, table
+from launch.report.html import Section, picture_file, table
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
@@ -135,8 +135,8 @@ def sweep(
     "reference": reference.about,
   }
   sections = [
-    Section("Map", f"{network.distance} over the grid.", data_uri_of_file(output.png)),
-    Section("Table", f"{about['pictures']} samples each.", table(list(done[0]), rows)),
+    Section("Map", f"{network.distance} over the grid.", [picture_file(output.png)]),
+    Section("Table", f"{about['pictures']} samples each.", [table(list(done[0]), rows)]),
   ]
   output.write(
     result,
@@ -230,8 +230,8 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
   rows = [[_text(v) for v in point.values()] for point in points]
   console.table("Frontier", list(points[0]), rows)
   sections = [
-    Section("Frontier", f"{down} over {across}.", data_uri_of_file(output.png)),
-    Section("Table", "", table(list(points[0]), rows)),
+    Section("Frontier", f"{down} over {across}.", [picture_file(output.png)]),
+    Section("Table", "", [table(list(points[0]), rows)]),
   ]
   output.write(
     {"points": points},

@@ -1,0 +1,188 @@
+"""The page of a whole pipeline, report.html of `launch.quickstart`: samples, training, figures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from launch import restore
+from launch.engine.writers import curve, read_metrics
+from launch.evaluation.pictures import own_pictures, take
+from launch.evaluation.sample_files import read_samples
+from launch.report import html
+from launch.report.charts import Curve, scatter, training_section
+from launch.report.html import Figure, Section
+from lightningdit_jax.store import latents
+
+SHOWN_RECONSTRUCTIONS, SHOWN_PER_CLASS, SHOWN_AT_HEAD = 24, 10, 40
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def write(
+  config: FrozenConfigDict,
+  workdir: Path,
+  tokenizer: restore.Trained,
+  store: latents.LatentStore,
+  results: dict[str, float],
+  seconds: dict[str, float],
+) -> None:
+  """Writes WORKDIR/report.html.
+
+  Args:
+    config: from `configs/quickstart.py:pipeline`.
+    workdir: of the quickstart, all of whose stages have run.
+    tokenizer: the trained one.
+    store: its latents of the training pictures.
+    results: figures by name.
+    seconds: of each stage.
+  """
+  pictures, labels = read_samples(workdir / "samples.npz")
+  names = store.manifest["class_names"]
+  rows = [pictures[labels == c][:SHOWN_PER_CLASS] for c in range(len(names))]
+  columns = min(len(row) for row in rows)
+  samples = np.stack([row[:columns] for row in rows])
+  held_out, training = (own_pictures(tokenizer, held_out=which) for which in (True, False))
+  # Spread over the set, which is sorted by class.
+  spread = np.unique(np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).astype(int))
+  originals = take(held_out, spread.tolist())
+  rebuilt = restore.reconstruct(tokenizer, originals)
+  counts = (len(pictures), len(store), len(held_out))
+  shown = _figures(results, *counts)
+  sections = [
+    Section(
+      "Samples",
+      "New pictures: drawn from noise by the diffusion transformer under guidance, which knows "
+      "nothing but the class, and decoded by the tokenizer.",
+      [html.picture_rows(dict(zip(names, samples, strict=True)), columns)],
+    ),
+    Section(
+      "Reconstructions",
+      "Held-out pictures, seen by no training. Left the original, right what the tokenizer "
+      "rebuilds from its latent.",
+      [html.picture_pairs(originals, rebuilt, ("original", "reconstruction"))],
+    ),
+    training_section(_curves(workdir)),
+    Section(
+      "Latents",
+      "Each training picture at the place of its latent: the normalised latents of all positions, "
+      "brought to the plane by t-SNE (perplexity 30, PCA start).",
+      [scatter(_project(store), store.labels, names, training.read(0, len(training)))],
+    ),
+    Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
+    _run_section(config, seconds),
+  ]
+  html.write_page(
+    workdir / "report.html",
+    "VA-VAE and LightningDiT in JAX: quickstart",
+    sections,
+    summary=(
+      f"A tokenizer learnt to write {config.tokenizer.data.image_size} px emoji as "
+      f"{store.shape[0]} x {store.shape[1]} latents of {store.shape[2]} numbers, aligned with the "
+      "features of a frozen EfficientNet-Lite0; a diffusion transformer learnt to draw such "
+      f"latents. {len(store):,} pictures, on {jax.device_count()} {jax.devices()[0].platform} "
+      "device(s)."
+    ),
+    figures=shown,
+    hero=html.strip(
+      # Neighbours are of different classes.
+      samples.swapaxes(0, 1).reshape(-1, *samples.shape[2:])[:SHOWN_AT_HEAD],
+      "Samples of all classes",
+    ),
+  )
+
+
+def _run_section(config: FrozenConfigDict, seconds: dict[str, float]) -> Section:
+  versions = {"python": platform.python_version()}
+  versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+  return Section(
+    "Run",
+    f"{html.duration(sum(seconds.values()))} in all.",
+    [
+      html.bars(seconds),
+      html.details("Configuration", json.dumps(config.to_dict(), indent=2)),
+      html.details("Versions", json.dumps(versions, indent=2)),
+    ],
+  )
+
+
+def _figures(results: dict[str, float], samples: int, training: int, held_out: int) -> list[Figure]:
+  """The figures with their units and notes."""
+  return [
+    Figure("PSNR", results["psnr"], "dB", f"{held_out} held-out pictures", "higher"),
+    Figure("SSIM", results["ssim"], "", f"{held_out} held-out pictures", "higher"),
+    Figure(
+      "FD-EfficientNet",
+      results["fd_efficientnet"],
+      "",
+      f"{samples} samples against {training} training pictures",
+      "lower",
+    ),
+    Figure(
+      "FD-EfficientNet of real pictures",
+      results["fd_efficientnet_real"],
+      "",
+      f"{held_out} held-out against {training} training pictures: what perfect samples would get",
+      "lower",
+    ),
+    Figure(
+      "Precision",
+      results["precision"],
+      "",
+      "share of samples among the training pictures, in the same features",
+      "higher",
+    ),
+    Figure(
+      "Recall",
+      results["recall"],
+      "",
+      "share of training pictures among the samples, in the same features",
+      "higher",
+    ),
+  ]
+
+
+def _caveats(samples: int, training: int, held_out: int) -> list[str]:
+  return [
+    "FD-EfficientNet is the Frechet distance in features of the very network that the tokenizer "
+    "was aligned with: the teacher judges itself. It is not FID and compares with nothing else.",
+    f"It is biased upwards for few samples: {samples} samples, {held_out} held-out pictures "
+    f"and {training} training pictures meet in 1,280 dimensions.",
+    "A run of minutes on a laptop shows that the pipeline works, not what the method can do.",
+  ]
+
+
+def _curves(workdir: Path) -> list[Curve]:
+  tokenizer, diffusion = read_metrics(workdir / "tokenizer"), read_metrics(workdir / "diffusion")
+  alignment = {"cosine": "vf_cos", "distance matrix": "vf_distmat"}
+  adversarial = {"generator": "g_loss", "discriminator": "d_loss"}
+  charts = [
+    ("Tokenizer: reconstruction", "mean absolute error", {"L1": "l1"}, tokenizer, True),
+    ("Tokenizer: alignment", "marginal losses", alignment, tokenizer, False),
+    ("Tokenizer: adversarial", "hinge losses", adversarial, tokenizer, False),
+    ("Diffusion: velocity", "mean squared error", {"MSE": "mse"}, diffusion, False),
+    ("Diffusion: direction", "1 - cosine", {"direction loss": "cosine"}, diffusion, False),
+  ]
+  return [
+    Curve(title, y_label, {k: curve(lines, v) for k, v in series.items()}, log_y=log_y)
+    for title, y_label, series, lines, log_y in charts
+  ]
+
+
+def _project(store: latents.LatentStore) -> np.ndarray:
+  flat = np.stack(
+    [
+      latents.normalise(store[i]["latent"], store.mean, store.std).ravel()
+      for i in range(len(store))
+    ]
+  )
+  from sklearn.manifold import TSNE  # which takes a second to import
+
+  perplexity = min(30.0, (len(flat) - 1) / 3)
+  plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
+  return np.asarray(plane, np.float64)
