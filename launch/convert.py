@@ -38,8 +38,8 @@ from ml_collections import ConfigDict
 
 import configs.base
 import lightningdit_jax.convert
-from launch import restore
-from launch.engine import configuration, console
+from launch import restore, tasks
+from launch.engine import console
 from launch.engine.checkpoint import read_config, save_weights, survey
 from launch.weights import recognition, released
 from lightningdit_jax.store.latents import STATISTICS
@@ -109,7 +109,7 @@ def convert(
   if path.is_dir():
     _refuse(f"{path} is a workdir", part=part, heads=heads, latents=latents, tokenizer=tokenizer)
     task = read_config(path).get("task")
-    if task not in restore.TASKS:
+    if task not in tasks.TASKS:
       raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
     if to == "folder":
       raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
@@ -158,7 +158,7 @@ def _workdir_config(
   else:
     config.latents.path = latents or config.latents.path
     config.tokenizer = tokenizer
-  configuration.resolve(config, getattr(configs.base, task)())
+  tasks.frozen(config)
   return config
 
 
@@ -192,7 +192,8 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
         f"{workdir} was trained with config.model.{key}={arguments[key]}; the reference knows only "
         f"{only}, so that no file of its kind can hold these weights."
       )
-  return f"tokenizer of step {model.step}", autoencoder_to_torch(restore.autoencoder(model))
+  module = restore.autoencoder(model.config, model.params)
+  return f"tokenizer of step {model.step}", autoencoder_to_torch(module)
 
 
 def _check_free(dest: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import FrozenConfigDict
 
 from launch import restore
 from launch.engine import console, mesh, processes
@@ -254,7 +255,7 @@ def _one_late(
 
 
 def columns(
-  tokenizer: restore.Trained,
+  config: FrozenConfigDict,
   params: Any,
   batch: dict[str, jax.Array],
   *,
@@ -265,7 +266,7 @@ def columns(
   """What is stored of a batch; pure and jittable.
 
   Args:
-    tokenizer: whose configuration says what is built.
+    config: of the tokenizer.
     params: its parameters.
     batch: {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}.
     seed: of the posterior's noise.
@@ -275,7 +276,7 @@ def columns(
   Returns:
     Arrays [B, h, w, Z] by the names of `shards.SAMPLES` or `shards.POSTERIORS`.
   """
-  model = restore.autoencoder(tokenizer, params)
+  model = restore.autoencoder(config, params)
   picture = images.to_float(batch["image"])
   posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
   if moments:
@@ -308,7 +309,8 @@ def _encoder(
   """`columns` of batches of any size on these devices."""
   params = tokenizer.on(devices).params
 
-  run = jax.jit(functools.partial(columns, tokenizer, seed=seed, dtype=dtype, moments=moments))
+  pure = functools.partial(columns, tokenizer.config, seed=seed, dtype=dtype, moments=moments)
+  run = jax.jit(pure)
 
   def on_devices(batch: _Batch) -> _Encoded:
     """The batch is filled up by repeating, so that one shape compiles and devices divide it."""

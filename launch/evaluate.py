@@ -127,7 +127,7 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
     diffusion = restore.load(place(FLAGS.workdir), "diffusion", step, ema)
     override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
-    return diffusion, restore.tokenizer_of(diffusion, override)
+    return diffusion, restore.tokenizer_of(diffusion.config, override)
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes

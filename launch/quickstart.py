@@ -19,11 +19,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import configs.base
 import lightningdit_jax.training
 import vavae_jax.training
 from configs import quickstart
-from launch import restore
+from launch import restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, loop
 from launch.evaluation import generation, overview, reconstruction
@@ -94,11 +93,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 def _check(config: FrozenConfigDict) -> None:
   """All that can be checked of the later stages before the first one takes its minutes."""
-  first, second = config.tokenizer, config.diffusion
-  configuration.resolve(first, configs.base.tokenizer())
+  first, second = tasks.resolve(config.tokenizer), tasks.frozen(config.diffusion)
   loop.check(first)
-  vavae_jax.training.check(vavae_jax.training.resolve(first))
-  configuration.resolve(second, configs.base.diffusion())
+  vavae_jax.training.check(first)
   loop.check(second)
   lightningdit_jax.training.check_model(second)
   for key in ("path", "sha256"):

@@ -14,8 +14,8 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.training
-import vavae_jax.classification
 import vavae_jax.training
+from launch import tasks
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.engine.checkpoint import read_config, restore_item
@@ -27,12 +27,6 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 from vavae_jax.common.optimizer import ema_name
 from vavae_jax.data import images
-
-TASKS: dict[str, Any] = {
-  "tokenizer": vavae_jax.training,
-  "diffusion": lightningdit_jax.training,
-  "classifier": vavae_jax.classification,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +65,7 @@ def load(
 
   Args:
     workdir: a training's.
-    task_name: a key of `TASKS`.
+    task_name: a key of `tasks.TASKS`.
     step: which checkpoint; the newest if None.
     ema: decay of the average that is wanted, 0 for the parameters themselves; None: the first one
       of `config.optimizer.ema_decays`, or where there is none the parameters.
@@ -85,7 +79,7 @@ def load(
   config = FrozenConfigDict(ConfigDict(read_config(workdir)))
   if config.task != task_name:
     raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
-  init = functools.partial(TASKS[task_name].init_state, config)
+  init = functools.partial(tasks.TASKS[task_name].init_state, config)
   state = jax.eval_shape(init, jax.random.key(0))
   decays = config.optimizer.ema_decays
   if ema is None:
@@ -104,37 +98,24 @@ def load(
   return Trained(workdir, config, step, params, ema)
 
 
-def autoencoder(tokenizer: Trained, params: Any | None = None) -> Autoencoder:
-  """The autoencoder of a trained tokenizer.
-
-  Args:
-    tokenizer: from `load`.
-    params: its parameters as traced by an enclosing jit; `tokenizer.params` if None.
-
-  Returns:
-    The module.
-  """
-  graph = functional.graph_of(vavae_jax.training.build_autoencoder(tokenizer.config))
-  return nnx.merge(graph, (params or tokenizer.params)["autoencoder"])
+def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
+  """The autoencoder of a tokenizer's configuration, with parameters of its training."""
+  graph = functional.graph_of(vavae_jax.training.build_autoencoder(config))
+  return nnx.merge(graph, params["autoencoder"])
 
 
-def tokenizer_of(diffusion: Trained, override: Path | None = None) -> Trained:
+def tokenizer_of(config: FrozenConfigDict, override: Path | None = None) -> Trained:
   """The tokenizer whose latents a diffusion model was trained on.
 
   Args:
-    diffusion: from `load`.
+    config: of the diffusion model.
     override: a tokenizer's workdir, for latents that do not say where theirs is.
-
-  Returns:
-    The trained tokenizer.
 
   Raises:
     InputError: unknown, or another one than the latents were made with; or these are not the
       latents that the model was trained on.
   """
-  return tokenizer_of_latents(
-    check_latents(diffusion.config), override or diffusion.config.tokenizer
-  )
+  return tokenizer_of_latents(check_latents(config), override or config.tokenizer)
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
@@ -206,8 +187,8 @@ def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64
 
   @jax.jit
   def run(params: Any, batch: jax.Array) -> jax.Array:
-    model = autoencoder(tokenizer, params)
-    return images.to_uint8(model.decode(model.encode(images.to_float(batch)).mode()))
+    model = autoencoder(tokenizer.config, params)
+    return model.decode_uint8(model.encode(images.to_float(batch)).mode())
 
   rebuild = functools.partial(run, tokenizer.params)
   return np.concatenate(list(in_batches(rebuild, image_BHWC, batch_size, mesh.make_mesh())))

@@ -33,7 +33,6 @@ from lightningdit_jax import checks
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, place, write_json
-from vavae_jax.data import images
 
 Sampler = Callable[..., np.ndarray]
 SETTINGS = {
@@ -86,17 +85,17 @@ def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.n
 
 
 def make_sampler(
-  diffusion: restore.Trained,
+  config: FrozenConfigDict,
   tokenizer: restore.Trained,
   settings: FrozenConfigDict,
   seed: int,
   devices: jax.sharding.Mesh,
   guide: restore.Trained | None = None,
 ) -> Sampler:
-  """A compiled function from indices and labels to pictures.
+  """A compiled function from parameters, indices and labels to pictures.
 
   Args:
-    diffusion: the trained model; its latent store gives the statistics.
+    config: of the diffusion model; its latent store gives the statistics.
     tokenizer: whose decoder makes the pictures.
     settings: as `config.sample`.
     seed: of the set of samples.
@@ -104,10 +103,9 @@ def make_sampler(
     guide: a second model to be guided away from.
 
   Returns:
-    (index int32 [B], label int32 [B]) -> uint8 [B, H, W, 3], for any B; it runs in batches of
-    `settings.batch_size`, the last one filled up. Takes other parameters as third argument.
+    (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
+    in batches of `settings.batch_size`, the last one filled up.
   """
-  config = diffusion.config
   store = restore.open_latents(config)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
@@ -123,10 +121,9 @@ def make_sampler(
       guide=(guide.config, away) if guide else None,
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
-    return images.to_uint8(restore.autoencoder(tokenizer, decoder).decode(z_BhwZ))
+    return restore.autoencoder(tokenizer.config, decoder).decode_uint8(z_BhwZ)
 
-  def sample(index_B: np.ndarray, label_B: np.ndarray, params: Any = None) -> np.ndarray:
-    params = diffusion.params if params is None else params
+  def sample(params: Any, index_B: np.ndarray, label_B: np.ndarray) -> np.ndarray:
     batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
     decode = functools.partial(run, params, guide.params if guide else None, tokenizer.params)
     return np.concatenate(list(in_batches(decode, batch, settings.batch_size, devices)))
@@ -188,8 +185,8 @@ def sample_set(
   if not output.is_file():
     parts.mkdir(parents=True, exist_ok=True)
     write_json(about, noted)
-    run = make_sampler(diffusion, tokenizer, settings, seed, mesh.make_mesh(), guide)
-    _sample_parts(run, parts, label_N, settings.batch_size)
+    run = make_sampler(diffusion.config, tokenizer, settings, seed, mesh.make_mesh(), guide)
+    _sample_parts(functools.partial(run, diffusion.params), parts, label_N, settings.batch_size)
     write_npz(output, parts, label_N)
   shutil.rmtree(parts, ignore_errors=True)
   if png:
@@ -262,7 +259,7 @@ def main(argv: list[str]) -> None:
     raise InputError(f"--output is {output}; its name must end in .npz.")
   sample_set(
     diffusion,
-    restore.tokenizer_of(diffusion, override),
+    restore.tokenizer_of(diffusion.config, override),
     output,
     num_samples=FLAGS.num_samples,
     labels=FLAGS.labels,

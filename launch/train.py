@@ -21,9 +21,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import configs.base
 import vavae_jax.training
-from launch import restore
+from launch import restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
@@ -53,16 +52,11 @@ def train(config: ConfigDict, workdir: Path) -> Any:
   Returns:
     The final state.
   """
-  task_name = config.get("task")
-  if task_name not in restore.TASKS:
-    raise InputError(f"config.task is {task_name!r}; choose one of {sorted(restore.TASKS)}.")
-  frozen = configuration.resolve(config, getattr(configs.base, task_name)())
+  frozen = tasks.resolve(config)
   more = {}
-  if task_name == "tokenizer":
-    frozen = vavae_jax.training.resolve(frozen)
-    if uses_teacher(frozen) and frozen.teacher.cache:
-      _cache_features(frozen)
-  elif task_name == "diffusion":
+  if config.task == "tokenizer" and uses_teacher(frozen) and frozen.teacher.cache:
+    _cache_features(frozen)
+  elif config.task == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()
     noted.latents.sha256 = restore.check_latents(frozen).sha256
@@ -70,10 +64,10 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     frozen = FrozenConfigDict(noted)
     more = _sample_pictures(frozen)
   return loop.run(
-    restore.TASKS[task_name],
+    tasks.of(config),
     frozen,
     workdir,
-    name=f"train {task_name}",
+    name=f"train {config.task}",
     more_evaluators=more,
     initial_weights=functools.partial(initial_weights, frozen) if frozen.get("init_from") else None,
   )
@@ -100,9 +94,8 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   if jax.process_count() > 1:
     console.say("no samples will be shown while training: not yet made for several processes")
     return {}
-  model = restore.Trained(Path(), config, 0, None)
   try:
-    tokenizer = restore.tokenizer_of(model)
+    tokenizer = restore.tokenizer_of(config)
   except InputError as error:
     if config.tokenizer or config.evaluate_samples:
       raise
@@ -110,13 +103,13 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
     console.say(f"no samples will be shown while training: {error}")
     return {}
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sampler = make_sampler(model, tokenizer, config.sample, seed=0, devices=devices)
+  sampler = make_sampler(config, tokenizer, config.sample, seed=0, devices=devices)
   distance = _distance(config, tokenizer) if config.evaluate_samples else None
   index = np.arange(max(PICTURE_SAMPLES, config.evaluate_samples))
   label = index % config.model.num_classes
 
   def show(state: Any) -> dict[str, Any]:
-    pictures = sampler(index, label, averaged(config.optimizer, state))
+    pictures = sampler(averaged(config.optimizer, state), index, label)
     result = {"grid": contact_sheet(pictures[:PICTURE_SAMPLES])}
     return result | (distance(pictures) if distance else {})
 

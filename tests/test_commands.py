@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import errno
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
@@ -203,8 +203,8 @@ def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_pa
   shutil.copytree(pipeline / "tokenizer", other)
   shutil.rmtree(other / "checkpoints" / "6")  # an earlier state is another tokenizer
   with pytest.raises(InputError, match="no checkpoint of step 6"):
-    restore.tokenizer_of(diffusion, other)
-  assert restore.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
+    restore.tokenizer_of(diffusion.config, other)
+  assert restore.tokenizer_of(diffusion.config).workdir == pipeline / "tokenizer"
 
 
 def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
@@ -213,7 +213,7 @@ def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
   (store / MANIFEST).write_text(json.dumps(manifest))
   config = changed(ConfigDict(diffusion.config), latents__path=str(store))
   with pytest.raises(InputError, match="is not the one that made the latents"):
-    restore.tokenizer_of(dataclasses.replace(diffusion, config=FrozenConfigDict(config)))
+    restore.tokenizer_of(FrozenConfigDict(config))
 
 
 def test_files_that_are_no_samples_are_refused(tmp_path):
@@ -249,6 +249,7 @@ def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, ca
 
   def run(main, argv, flags_parser):
     del flags_parser
+    flags.FLAGS.mark_as_parsed()
     main(argv)
 
   monkeypatch.setattr(console.app, "run", run)

@@ -94,7 +94,8 @@ def test_a_converted_tokenizer_is_the_references_and_goes_back(tmp_path):
     "linear_proj": 1,
     "foundation_model": 2,
   }
-  model = restore.autoencoder(restore.load(tmp_path / "run", "tokenizer"))
+  trained = restore.load(tmp_path / "run", "tokenizer")
+  model = restore.autoencoder(trained.config, trained.params)
   posterior = model.encode(given("image"))
   with np.load(FORMATS / "outputs.npz") as outputs:
     mean = outputs["encoder"][:, :8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -25,6 +26,13 @@ def settings(diffusion, **changes):
   return FrozenConfigDict(ConfigDict(diffusion.config.sample.to_dict() | changes))
 
 
+def sampler(diffusion, tokenizer, settings, seed, guide=None):
+  """A model's sampler, from indices and labels to pictures."""
+  devices = mesh.make_mesh()
+  run = sample.make_sampler(diffusion.config, tokenizer, settings, seed, devices, guide)
+  return functools.partial(run, diffusion.params)
+
+
 class Stop(Exception):
   """What stands for a kill."""
 
@@ -42,11 +50,11 @@ def batches(monkeypatch):
   def make(*arguments):
     sampler = make_sampler(*arguments)
 
-    def run(index, label):
+    def run(params, index, label):
       if len(seen) == seen.limit:
         raise Stop
       seen.append(index.tolist())
-      return sampler(index, label)
+      return sampler(params, index, label)
 
     return run
 
@@ -57,10 +65,7 @@ def batches(monkeypatch):
 def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
   index, label = np.arange(11), np.arange(11) % 9
   by_4, by_9 = (
-    sample.make_sampler(
-      diffusion, tokenizer, settings(diffusion, batch_size=size), 0, mesh.make_mesh()
-    )
-    for size in (4, 9)
+    sampler(diffusion, tokenizer, settings(diffusion, batch_size=size), 0) for size in (4, 9)
   )
   a, b = by_4(index, label), by_9(index, label)
   assert a.shape == (11, 64, 64, 3)
@@ -83,9 +88,7 @@ def test_a_sample_does_not_depend_on_the_number_of_devices(
   assert done.returncode == 0, done.stderr
   eight, _ = read_samples(tmp_path / "eight.npz")
   index = np.arange(11)
-  run = sample.make_sampler(
-    diffusion, tokenizer, settings(diffusion, batch_size=11), 5, mesh.make_mesh()
-  )
+  run = sampler(diffusion, tokenizer, settings(diffusion, batch_size=11), 5)
   assert np.abs(run(index, index % 9).astype(int) - eight).max() <= 1
 
 
@@ -198,7 +201,7 @@ def test_a_sample_of_any_sampler_does_not_depend_on_its_batch(diffusion, tokeniz
   pictures = []
   for size in (2, 5):
     chosen = settings(diffusion, batch_size=size, num_steps=4, **changes)
-    run = sample.make_sampler(diffusion, tokenizer, chosen, 0, mesh.make_mesh())
+    run = sampler(diffusion, tokenizer, chosen, 0)
     pictures.append(run(index, label).astype(int))
   assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
@@ -208,8 +211,7 @@ def test_a_guide_changes_the_samples_and_must_see_the_same_latents(diffusion, to
   chosen = settings(diffusion, cfg_scale=3.0)
   index = np.arange(9)
   plain, led = (
-    sample.make_sampler(diffusion, tokenizer, chosen, 0, mesh.make_mesh(), guide)(index, index)
-    for guide in (None, weaker)
+    sampler(diffusion, tokenizer, chosen, 0, guide)(index, index) for guide in (None, weaker)
   )
   assert not np.array_equal(plain, led)
   other = ConfigDict(diffusion.config.to_dict())

@@ -25,6 +25,7 @@ from flax import nnx
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
+from vavae_jax.data.images import to_uint8
 
 # Name -> arguments, beside the defaults. "fN" is the factor between image and latent, "dN" the
 # latent's channels. The three without a prefix are the paper's.
@@ -464,6 +465,10 @@ class Autoencoder(nnx.Module):
         f"decode needs latents [B,h,w,{self.embed_dim}], channels last, but got {z_BhwZ.shape}."
       )
     return self.image(self.decode_trunk(z_BhwZ), z_BhwZ)
+
+  def decode_uint8(self, z_BhwZ: jax.Array) -> jax.Array:
+    """`decode` as pictures: uint8, rounded as `images.to_uint8` does."""
+    return to_uint8(self.decode(z_BhwZ))
 
   def decode_trunk(self, z_BhwZ: jax.Array) -> jax.Array:
     """The decoder but for its last layer."""

@@ -55,11 +55,6 @@ def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
   return rest if held_out and len(rest) else train
 
 
-def resolve(config: FrozenConfigDict) -> FrozenConfigDict:
-  """The configuration with the epochs of its stages turned into steps."""
-  return stages.with_steps(config, len(training_pictures(config)[1]))
-
-
 def check(config: FrozenConfigDict) -> None:
   """Checks everything that can be checked before anything compiles.
 
@@ -250,7 +245,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     model = nnx.merge(graph, params["autoencoder"])
     image = images.to_float(image_BHWC)
     z_BhwZ = model.encode(image).mode()
-    recon = images.to_uint8(model.decode(z_BhwZ))
+    recon = model.decode_uint8(z_BhwZ)
     seen = images.to_float(recon)
     figures = {
       "l1": jnp.mean(jnp.abs(image - seen)),

@@ -216,7 +216,8 @@ class Sampled:
     self.size = tokenizer.config.data.image_size
     self._labels = labels_for(labels, count, diffusion.config.model.num_classes, seed)
     devices = mesh.local_mesh()
-    self._run = make_sampler(diffusion.on(devices), tokenizer.on(devices), settings, seed, devices)
+    sampler = make_sampler(diffusion.config, tokenizer.on(devices), settings, seed, devices)
+    self._run = functools.partial(sampler, diffusion.on(devices).params)
     self.about = {
       "kind": "sampled",
       "diffusion": diffusion.sha256,
@@ -253,7 +254,7 @@ class Decoded:
 
     @jax.jit
     def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
-      return images.to_uint8(restore.autoencoder(here, params).decode(z_BhwZ))
+      return restore.autoencoder(here.config, params).decode_uint8(z_BhwZ)
 
     self._decode = functools.partial(decode, here.params)
     self.about = {

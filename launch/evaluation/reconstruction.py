@@ -158,7 +158,7 @@ def _compiled(
 
   @jax.jit
   def run(params: Any, batch: dict[str, jax.Array]) -> tuple[Part, jax.Array]:
-    model = restore.autoencoder(tokenizer, params["tokenizer"])
+    model = restore.autoencoder(tokenizer.config, params["tokenizer"])
     image = images.to_float(batch["image"])
     encoded = model.encode(image)
     z = encoded.mode()

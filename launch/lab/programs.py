@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
-from launch import restore
+from launch import restore, tasks
 from launch.encode import columns
 from launch.engine import loop, mesh
 from lightningdit_jax.training import sample_latents
 from vavae_jax import frozen, stages
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
-from vavae_jax.data import images
 
 WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode")}
 CODED_PER_DEVICE = 64  # pictures
@@ -93,7 +91,7 @@ def of(
 
 def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
   """The training step as the loop runs it, in its most expensive phase."""
-  task = restore.TASKS[config.task]
+  task = tasks.of(config)
   step: Any = task.train_step
   weights: dict[str, Any] = {}
   phase: Any = task.phase(config, 1)
@@ -148,8 +146,7 @@ def encode_program(
 ) -> Program:
   """Encoding of pictures, as `launch.encode` does on each host."""
   params = _params(config, devices)
-  tokenizer = restore.Trained(Path(), config, 0, None)
-  run = functools.partial(columns, tokenizer, seed=0, dtype="float32", moments=False)
+  run = functools.partial(columns, config, seed=0, dtype="float32", moments=False)
   batch = _batch(config, batch_size, devices)
   batch["index"] = rows((batch_size,), jnp.int32, devices)
   parts = {"parameters": params, "batch": batch}
@@ -162,11 +159,10 @@ def decode_program(
   """Decoding of latents to pictures of uint8, as `launch.sample` does behind its solver."""
   mesh.check_batch_size(batch_size, devices)
   params = _params(config, devices)
-  tokenizer = restore.Trained(Path(), config, 0, None)
   z_BhwZ = rows((batch_size, *vavae_jax.training.latent_shape(config)), jnp.float32, devices)
 
   def run(params: Any, z_BhwZ: jax.Array) -> jax.Array:
-    return images.to_uint8(restore.autoencoder(tokenizer, params).decode(z_BhwZ))
+    return restore.autoencoder(config, params).decode_uint8(z_BhwZ)
 
   parts = {"parameters": params, "batch": z_BhwZ}
   return Program(jax.jit(run), (params, z_BhwZ), parts, num_images / batch_size, batch_size)
@@ -174,7 +170,7 @@ def decode_program(
 
 def _params(config: FrozenConfigDict, devices: Mesh) -> Any:
   """What inference restores of a training: its parameters or an average, whole on every device."""
-  init = functools.partial(restore.TASKS[config.task].init_state, config)
+  init = functools.partial(tasks.of(config).init_state, config)
   return everywhere(jax.eval_shape(init, jax.random.key(0)).params, devices)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from launch import restore
+from launch import tasks
 from launch.engine import flops, hardware, loop, mesh
 from launch.engine.checkpoint import Checkpoints, survey
 from launch.evaluation.generation import feature_options
@@ -91,7 +91,7 @@ def measure(
       reference.close()
   seconds = float(np.median(ours))
   # What is computed again (remat) is work of the devices, but none of the model.
-  counted = restore.TASKS[config.task].flops_per_step(config) if what == "train" else 0.0
+  counted = tasks.of(config).flops_per_step(config) if what == "train" else 0.0
   work = counted or prepared.flops
   if what == "sample":
     work -= _spared(config, program.images)
@@ -211,7 +211,7 @@ def count(config: FrozenConfigDict, what: str) -> Row:
 
 
 def _fresh_state(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
-  init = functools.partial(restore.TASKS[config.task].init_state, config)
+  init = functools.partial(tasks.of(config).init_state, config)
   shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
   with jax.set_mesh(devices):
     return loop.jit_init(init, shardings)(jax.random.key(0))

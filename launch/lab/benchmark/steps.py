@@ -38,8 +38,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import configs.base
-from launch import restore
+import lightningdit_jax.training
+from launch import tasks
 from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import reference
@@ -49,7 +49,6 @@ from launch.lab.benchmark.rows import Row, count, measure, measure_checkpoint, m
 from launch.lab.programs import CODED_PER_DEVICE
 from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
-from vavae_jax import stages
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
@@ -99,10 +98,8 @@ def benchmark(
   """All combinations; see the module's docstring."""
   if checkouts:
     checkouts.check()
-  task = config.get("task")
-  if task not in restore.TASKS:
-    raise InputError(f"config.task is {task!r}; choose one of {sorted(restore.TASKS)}.")
-  attentions = attentions if task == "diffusion" else attentions[:1]
+  tasks.of(config)
+  attentions = attentions if config.task == "diffusion" else attentions[:1]
   rows: list[Row] = []
   for kind in what:
     for attention in attentions if kind == "train" else attentions[:1]:
@@ -151,10 +148,9 @@ def _resolved(config: ConfigDict, what: str, batch_size: int, attention: str) ->
     changed.batch_size = batch_size
   if config.task == "diffusion":
     changed.model.attention = attention
-  frozen = configuration.resolve(changed, getattr(configs.base, config.task)())
-  if config.task == "tokenizer":
-    return stages.with_steps(frozen, 10**6)
-  restore.TASKS["diffusion"].check_model(frozen)
+  frozen = tasks.resolve(changed, num_images=10**6)
+  if config.task == "diffusion":
+    lightningdit_jax.training.check_model(frozen)
   return frozen
 
 

@@ -25,10 +25,9 @@ import jax
 from absl import flags
 from ml_collections import FrozenConfigDict
 
-import configs.base
 import lightningdit_jax.training
 from configs.lab import dilemma
-from launch import restore
+from launch import tasks
 from launch.engine import configuration, console
 from launch.engine.circumstances import own_command
 from launch.evaluation import space
@@ -73,8 +72,7 @@ def check_parts(config: FrozenConfigDict) -> None:
     *(dilemma.tokenizer(config.size, w, variant) for variant, w in graph.tokenizers(config)),
   ):
     part.data.source = config.source
-    resolved = configuration.resolve(part, getattr(configs.base, part.task)())
-    restore.TASKS[part.task].check(resolved)
+    tasks.of(part).check(tasks.resolve(part))
   for width in config.widths:
     lightningdit_jax.training.check_model(FrozenConfigDict(dilemma.diffusion(config.size, width)))
 

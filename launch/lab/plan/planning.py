@@ -13,15 +13,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import configs.base
 import vavae_jax.training
-from launch import restore
-from launch.engine import configuration, flops, hardware
+from launch import tasks
+from launch.engine import flops, hardware
 from launch.lab import programs
 from launch.lab.plan import hlo, kernels, slices
-from vavae_jax import stages
 from vavae_jax.common import functional
-from vavae_jax.common.errors import InputError
 
 IMAGENET = 1_281_167
 Settings = dict[str, Any]
@@ -222,11 +219,7 @@ def plans(
 
 
 def _resolved(config: ConfigDict, num_images: int) -> FrozenConfigDict:
-  task = config.get("task")
-  if task not in restore.TASKS:
-    raise InputError(f"config.task is {task!r}; choose one of {sorted(restore.TASKS)}.")
-  resolved = configuration.resolve(config, getattr(configs.base, task)())
-  if task == "tokenizer":
+  resolved = tasks.resolve(config, num_images)
+  if config.task == "tokenizer":
     functional.outline(vavae_jax.training.build_autoencoder(resolved), "config.model")
-    return stages.with_steps(resolved, num_images)
   return resolved
