@@ -1,15 +1,18 @@
-"""`python -m launch.lab.benchmark steps|loading|fid|parts|page --help`."""
+"""Measures how fast this project is on this machine."""
 
 from __future__ import annotations
 
-import runpy
-import sys
-
-KINDS = ("steps", "loading", "fid", "parts", "page")
+from launch.engine import subcommands
+from launch.lab.benchmark import fid, loading, page, parts, steps
 
 if __name__ == "__main__":
-  if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
-    print(f"error: name what to measure, one of {', '.join(KINDS)}", file=sys.stderr)
-    sys.exit(2)
-  kind = sys.argv.pop(1)
-  runpy.run_module(f"launch.lab.benchmark.{kind}", run_name="__main__", alter_sys=True)
+  kinds = {"steps": steps, "loading": loading, "fid": fid, "parts": parts, "page": page}
+  subcommands.run(
+    __doc__,
+    {
+      name: subcommands.Subcommand(
+        kind.__doc__ or "", kind.main, kind.define_flags, getattr(kind, "CONFIG", None)
+      )
+      for name, kind in kinds.items()
+    },
+  )

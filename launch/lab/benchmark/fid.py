@@ -30,6 +30,9 @@ from launch.lab.torch_process import SCRIPTS, TorchProcess
 from vavae_jax.common.files import write_json
 from vavae_jax.metrics import inception
 
+# Flags that are defined here are those of the command that asks for them.
+flags.disclaim_key_flags()
+FLAGS = flags.FLAGS
 NEEDS = "torch, torchvision, pytorch-fid, torch-fidelity and torchmetrics"
 BATCH = 50
 # Whose network is compared with ours of which protocol.
@@ -76,6 +79,18 @@ def speeds(
     for name in BESIDE:
       rates[name].append(tools.ask([name, batches]))
   return {name: float(np.median(x)) for name, x in rates.items()}
+
+
+def define_flags() -> None:
+  """Defines the command's flags."""
+  flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
+  flags.DEFINE_integer("pictures", 500, "Of each half.", lower_bound=10)
+  flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
+  flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
+  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
+  flags.DEFINE_integer("rounds", 3, "All take turns.", lower_bound=1)
+  flags.DEFINE_integer("batches", 2, "A round, of 50 pictures.", lower_bound=1)
+  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
 
 
 def main(argv: list[str]) -> None:
@@ -127,17 +142,3 @@ def main(argv: list[str]) -> None:
 
 def _number(value: float) -> str:
   return f"{value:.8g}"
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
-  flags.DEFINE_integer("pictures", 500, "Of each half.", lower_bound=10)
-  flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
-  flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
-  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
-  flags.DEFINE_integer("rounds", 3, "All take turns.", lower_bound=1)
-  flags.DEFINE_integer("batches", 2, "A round, of 50 pictures.", lower_bound=1)
-  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
-  console.run_command(main)

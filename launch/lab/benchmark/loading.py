@@ -36,6 +36,9 @@ from vavae_jax.data import images, order
 from vavae_jax.data.sources.base import EncodedSource
 from vavae_jax.weights.torch_writer import write_torch_file
 
+# Flags that are defined here are those of the command that asks for them.
+flags.disclaim_key_flags()
+FLAGS = flags.FLAGS
 NEEDS = "torch, numpy and safetensors"
 BATCH = 256
 SHARD = 5_000
@@ -206,6 +209,16 @@ def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[st
   return {name: batches * batch_size / float(np.median(x)) for name, x in seconds.items()}
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
+  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
+  flags.DEFINE_integer("records", 20_000, "Of the store.", lower_bound=SHARD)
+  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures a quarter.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 5, "All ways take turns.", lower_bound=1)
+  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -229,15 +242,3 @@ def main(argv: list[str]) -> None:
   if FLAGS.output:
     write_json(Path(FLAGS.output), {**circumstances(), **results})
     console.say(f"written to {FLAGS.output}")
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
-  flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
-  flags.DEFINE_integer("records", 20_000, "Of the store.", lower_bound=SHARD)
-  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures a quarter.", lower_bound=1)
-  flags.DEFINE_integer("rounds", 5, "All ways take turns.", lower_bound=1)
-  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
-  console.run_command(main)

@@ -28,12 +28,16 @@ from ml_collections import ConfigDict
 from configs.lab import speed
 from launch.engine import configuration, console
 from launch.engine.circumstances import commit, own_command, processor
+from launch.lab import reference
 from launch.lab.benchmark import baseline
 from launch.lab.jobs import Job, Record, run
-from launch.lab.reference import Checkouts, define_flags
+from launch.lab.reference import Checkouts
 from launch.report import markdown, plots
 from vavae_jax.common.errors import InputError
 
+# Flags that are defined here are those of the command that asks for them.
+flags.disclaim_key_flags()
+FLAGS = flags.FLAGS
 CONFIG = f"{speed.__file__}:cpu"
 REGION = markdown.Region(
   "<!-- speed: written by launch.lab.benchmark page -->",
@@ -273,6 +277,16 @@ def _command() -> str:
   return " ".join([own_command(without), "--workdir=runs/speed", *given])
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
+  flags.DEFINE_string("workdir", "runs/speed", "Where everything is written.")
+  flags.DEFINE_string("page", "", "The page; speed.md in the workdir if not given.")
+  flags.DEFINE_boolean("page_only", False, "Run nothing, write the page of what is there.")
+  reference.define_flags()
+  baseline.define_flags()
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -304,15 +318,3 @@ def main(argv: list[str]) -> None:
   baseline.settle([row for name in paths for row in baseline.ratios_of(results[name])])
   if failure:
     raise failure
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
-  flags.DEFINE_string("workdir", "runs/speed", "Where everything is written.")
-  flags.DEFINE_string("page", "", "The page; speed.md in the workdir if not given.")
-  flags.DEFINE_boolean("page_only", False, "Run nothing, write the page of what is there.")
-  define_flags()
-  baseline.define_flags()
-  console.run_command(main, config=CONFIG)

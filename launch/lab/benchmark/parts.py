@@ -44,6 +44,9 @@ from vavae_jax.data import images
 from vavae_jax.frozen import fresh
 from vavae_jax.stages import Phase
 
+# Flags that are defined here are those of the command that asks for them.
+flags.disclaim_key_flags()
+FLAGS = flags.FLAGS
 GAN = Phase(0, gan=True)
 
 
@@ -303,6 +306,15 @@ def _flops(compiled: jax.stages.Compiled) -> float:
   return (compiled.cost_analysis() or {}).get("flops", 0.0)
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  configuration.define_flag("A tokenizer training, such as configs/vavae_f16d32.py.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_integer("batch_size", 0, "Pictures; the configuration's if 0.", lower_bound=0)
+  flags.DEFINE_integer("steps", 5, "How many of each are timed.", lower_bound=1)
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -329,14 +341,3 @@ def main(argv: list[str]) -> None:
   if FLAGS.output:
     write_json(Path(FLAGS.output), result)
     console.say(f"written to {FLAGS.output}")
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  configuration.define_flag("A tokenizer training, such as configs/vavae_f16d32.py.")
-  flags.mark_flag_as_required("config")
-  flags.DEFINE_integer("batch_size", 0, "Pictures; the configuration's if 0.", lower_bound=0)
-  flags.DEFINE_integer("steps", 5, "How many of each are timed.", lower_bound=1)
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
-  console.run_command(main)

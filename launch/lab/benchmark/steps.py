@@ -52,6 +52,9 @@ from lightningdit_jax.model import ATTENTIONS
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
+# Flags that are defined here are those of the command that asks for them.
+flags.disclaim_key_flags()
+FLAGS = flags.FLAGS
 WHAT = ("train", "sample", "encode", "decode", "loader", "checkpoint", "fid")
 LOADED = 80  # batches; few would be those that lay ready
 # What the table shows of a measurement, and how it is called there.
@@ -170,6 +173,25 @@ def _checkouts() -> Checkouts | None:
   return Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
 
 
+def define_flags() -> None:
+  """Defines the command's flags."""
+  configuration.define_flag("A training, such as configs/lightningdit.py:XL/1.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_list("what", ["train"], f"Some of {', '.join(WHAT)}.")
+  flags.DEFINE_list("batch_sizes", [], "Over all devices; the configuration's if not given.")
+  flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
+  flags.DEFINE_integer("devices", 0, "So many; of a CPU virtual ones. 0: all.", lower_bound=0)
+  flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
+  flags.DEFINE_boolean(
+    "torch_compile", None, "Whether the reference compiles; on GPUs if not given."
+  )
+  flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
+  flags.DEFINE_string("profile", "", "A folder for a trace.")
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  reference.define_flags()
+  baseline.define_flags()
+
+
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
@@ -224,24 +246,3 @@ def main(argv: list[str]) -> None:
 
 def _cell(value: Any) -> str:
   return console.number(value) if isinstance(value, float) else str(value)
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  configuration.define_flag("A training, such as configs/lightningdit.py:XL/1.")
-  flags.mark_flag_as_required("config")
-  flags.DEFINE_list("what", ["train"], f"Some of {', '.join(WHAT)}.")
-  flags.DEFINE_list("batch_sizes", [], "Over all devices; the configuration's if not given.")
-  flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
-  flags.DEFINE_integer("devices", 0, "So many; of a CPU virtual ones. 0: all.", lower_bound=0)
-  flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
-  flags.DEFINE_boolean(
-    "torch_compile", None, "Whether the reference compiles; on GPUs if not given."
-  )
-  flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
-  flags.DEFINE_string("profile", "", "A folder for a trace.")
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
-  reference.define_flags()
-  baseline.define_flags()
-  console.run_command(main)
