@@ -25,7 +25,7 @@ OWN_CONFIG = {
   "launch.lab.dilemma": "configs/lab/dilemma.py",
   "launch.lab.benchmark page": "configs/lab/speed.py",
 }
-COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`\n\\]|\\\n)*)")
+COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`&\n\\]|\\\n)*)")
 WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark")
 # Prints what each command's --helpfull says, from forks of one process that has imported jax.
 HELP = """
@@ -102,6 +102,16 @@ def test_commands_of_the_documents_can_be_given(command, options, known):
       assert option in known[command] | {"config", "help"}, option
   if config is not None and "task" in config:
     resolve(config, getattr(base, config.task)())
+
+
+def test_the_readme_is_short_and_counts_the_core():
+  text = (ROOT / "README.md").read_text()
+  assert len(text.splitlines()) <= 150
+  count, files = re.search(r"([\d,]+) lines in this order: (.*?)\n\n", text, re.DOTALL).groups()
+  lines = sum(
+    len((ROOT / path).read_text().splitlines()) for path in re.findall(r"`(.*?)`", files)
+  )
+  assert lines == pytest.approx(int(count.replace(",", "")), abs=100)
 
 
 def test_the_keys_in_the_tutorial_exist():

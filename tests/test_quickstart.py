@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.conftest import repeatable_metrics
+from tests.conftest import ROOT, repeatable_metrics
 
 # Of each stage the file that is about to be there when the process dies, somewhere in its middle.
 KILLS = [
@@ -54,6 +56,14 @@ def test_second_start_of_a_finished_run_computes_nothing_again(command, quicksta
   assert done.stdout.count("already has all 6 steps") == 2
   assert {path: path.stat().st_mtime_ns for path in kept} == before
   assert {name: content(pipeline / name) for name in FIGURES} == figures
+
+
+def test_python_of_the_readme_runs(pipeline):
+  lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+  found: dict = {}
+  exec(lines.replace("runs/quickstart", str(pipeline)), found)
+  assert found["pictures"].shape == found["rebuilt"].shape
+  assert found["pictures"].dtype == np.uint8
 
 
 @pytest.fixture(scope="module")
