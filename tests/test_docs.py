@@ -108,9 +108,7 @@ def test_the_readme_is_short_and_counts_the_core():
   text = (ROOT / "README.md").read_text()
   assert len(text.splitlines()) <= 150
   count, files = re.search(r"([\d,]+) lines in this order: (.*?)\n\n", text, re.DOTALL).groups()
-  lines = sum(
-    len((ROOT / path).read_text().splitlines()) for path in re.findall(r"`(.*?)`", files)
-  )
+  lines = sum(len((ROOT / path).read_text().splitlines()) for path in re.findall(r"`(.*?)`", files))
   assert lines == pytest.approx(int(count.replace(",", "")), abs=100)
 
 
