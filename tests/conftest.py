@@ -109,8 +109,9 @@ def start_job(
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The compilation cache of this session."""
-  folder = made_once(tmp_path_factory, "compiled", lambda folder: None)
+  """The compilation cache: of this session, or the folder VAVAE_TEST_CACHE, which outlives it."""
+  kept = os.environ.get("VAVAE_TEST_CACHE")
+  folder = Path(kept) if kept else made_once(tmp_path_factory, "compiled", lambda folder: None)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return folder

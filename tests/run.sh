@@ -25,6 +25,8 @@ print(next(x.split(";")[0] for x in importlib.metadata.requires("jax") if x.star
   export TPU_LIBRARY_PATH=$venv/libtpu/libtpu/libtpu.so
   marks="not torch and not gpu and not cuda_aot"
 fi
+# What the tests compile is kept for the next run, up to a gigabyte.
+export VAVAE_TEST_CACHE=${VAVAE_TEST_CACHE-$venv/compiled} JAX_COMPILATION_CACHE_MAX_SIZE=1073741824
 # The tests compare with float32 numbers of a CPU, and make devices of their own.
 exec env JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
   --no-loadscope-reorder -m "$marks" "$@"
