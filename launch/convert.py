@@ -42,6 +42,7 @@ from launch import restore, tasks
 from launch.engine import console
 from launch.engine.checkpoint import read_config, save_weights, survey
 from launch.weights import recognition, released
+from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
@@ -182,7 +183,7 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
   """(what it is, the reference's state dict) of a training."""
   model = restore.load(workdir, task, step, ema)
   if task == "diffusion":
-    graph = functional.graph_of(lightningdit_jax.training.build_model(model.config))
+    graph = functional.graph_of(build_model(model.config))
     tensors = lightningdit_jax.convert.to_torch(nnx.merge(graph, model.params))
     return f"LightningDiT of step {model.step}", tensors
   arguments = model.config.model

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import lightningdit_jax.training
+import lightningdit_jax.checks
 import vavae_jax.training
 from configs import quickstart
 from launch import restore, tasks
@@ -97,7 +97,7 @@ def _check(config: FrozenConfigDict) -> None:
   loop.check(first)
   vavae_jax.training.check(first)
   loop.check(second)
-  lightningdit_jax.training.check_model(second)
+  lightningdit_jax.checks.check_model(second)
   for key in ("path", "sha256"):
     if second.latents[key] != quickstart.diffusion().latents[key]:
       raise InputError(

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import lightningdit_jax.training
 import vavae_jax.training
 from launch import tasks
 from launch.engine import console, mesh
@@ -159,7 +158,7 @@ def open_latents(config: FrozenConfigDict) -> LatentStore:
       bars[0].update(done >> 20)
 
     fetching.local_folder(path, cache, show)
-  return lightningdit_jax.training.open_store(path, cache)
+  return fetching.open_store(path, cache)
 
 
 def check_latents(config: FrozenConfigDict) -> LatentStore:

@@ -24,12 +24,11 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
-import lightningdit_jax.training
 from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.evaluation.sample_files import claim_png_folder, part_path, write_npz, write_pngs
-from lightningdit_jax import checks
+from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, place, write_json
@@ -111,7 +110,7 @@ def make_sampler(
 
   @jax.jit
   def run(params: Any, away: Any, decoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    normalised = lightningdit_jax.training.sample_latents(
+    normalised = sampling.sample_latents(
       config,
       params,
       batch["index"],

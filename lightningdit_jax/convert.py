@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lightningdit_jax.model import SIZES, LightningDiT
+from lightningdit_jax.model import SIZES, TENSORS, LightningDiT
 from lightningdit_jax.positions import position_embedding, rope_tables
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights import torch_weights
@@ -30,19 +30,16 @@ RENAMED = {
 
 
 def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
-  """LightningDiT with the weights of the reference.
+  """LightningDiT, its weights float32 and those of the reference.
 
   Args:
     state_dict: PyTorch name -> array, the EMA's or the raw ones, with or without the prefix
       "module."; positions may be absent.
     **kwargs: `LightningDiT`'s arguments.
 
-  Returns:
-    The module, its weights float32.
-
   Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, or positions of another grid,
-      listed.
+    InputError: unknown, missing, misshapen or non-finite tensors, or positions of another grid;
+      the message lists them.
   """
   model = nnx.eval_shape(lambda: LightningDiT(**kwargs, rngs=nnx.Rngs(0)))
   return torch_weights.load(model, state_dict, renamed=RENAMED, fixed=_positions(model))
@@ -54,60 +51,55 @@ def to_torch(model: LightningDiT) -> StateDict:
 
 
 def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """The architecture that a state dict's names and shapes tell.
+  """The architecture that the names and shapes of a state dict imply.
 
   Args:
     state_dict: PyTorch name -> array, of the reference's LightningDiT, without prefix.
 
   Returns:
-    `LightningDiT`'s arguments, so far as they matter to its weights. Not told by any tensor: the
-    share of dropped labels (it is taken to be above 0, as in every published model), and without
-    RoPE and normed queries the number of heads, which is that of the preset of this width.
+    `LightningDiT`'s arguments, so far as they matter to its weights. No tensor shows the share of
+    dropped labels (taken to be above 0, as in every published model). Without RoPE and normed
+    queries none shows the number of heads, which is then that of the preset of this width.
 
   Raises:
     InputError: a tensor is missing that every LightningDiT has, or the sizes fit none.
   """
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
+  options = {name: tensor in shapes for name, tensor in TENSORS.items()}
   try:
     hidden_size, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     rows = shapes["y_embedder.embedding_table.weight"][0]
     outputs = shapes["final_layer.linear.weight"][0]
     modulation = shapes["blocks.0.adaLN_modulation.1.weight"][0]
-    use_swiglu = "blocks.0.mlp.w12.weight" in shapes
-    inner = shapes[f"blocks.0.mlp.{'w3' if use_swiglu else 'fc2'}.weight"][1]
+    inner = shapes[f"blocks.0.mlp.{'w3' if options['use_swiglu'] else 'fc2'}.weight"][1]
     known = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
     heads = {
       **{name: hidden_size // size[-1] for name, size in shapes.items() if "q_norm" in name},
       **{name: hidden_size // size[1] for name, size in shapes.items() if "freqs_cos" in name},
     }
-    if not heads and hidden_size not in known:
-      raise InputError(
-        "The number of heads is not told: the file has neither feat_rope.freqs_cos nor q_norm, "
-        f"and no published size is {hidden_size} wide."
-      )
-    num_heads = next(iter(heads.values())) if heads else known[hidden_size]
+    num_heads = next(iter(heads.values())) if heads else known.get(hidden_size)
     cells = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else 16 // patch_size
-    if min(hidden_size, in_channels, patch_size, rows, inner, cells, num_heads) < 1:
+    if min(hidden_size, in_channels, patch_size, rows, inner, cells, *heads.values()) < 1:
       raise ValueError("a size that is not above 0")
   except (LookupError, ValueError, ZeroDivisionError) as error:
     raise InputError(
       f"The tensors are not those of a LightningDiT: {error!r} is missing or of another shape."
     ) from error
-  blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-  return {
+  if num_heads is None:
+    raise InputError(
+      "The number of heads is unknown: the file has neither feat_rope.freqs_cos nor q_norm, and no "
+      f"published size is {hidden_size} wide."
+    )
+  return options | {
     "input_size": cells * patch_size,
     "patch_size": patch_size,
     "in_channels": in_channels,
     "hidden_size": hidden_size,
-    "depth": len(blocks),
+    "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
     "num_heads": num_heads,
-    "mlp_ratio": _mlp_ratio(inner, hidden_size, use_swiglu),
+    "mlp_ratio": _mlp_ratio(inner, hidden_size, options["use_swiglu"]),
     "num_classes": rows - 1,
     "learn_sigma": outputs == 2 * in_channels * patch_size**2,
-    "use_qknorm": "blocks.0.attn.q_norm.weight" in shapes,
-    "use_swiglu": use_swiglu,
-    "use_rope": "feat_rope.freqs_cos" in shapes,
-    "use_rmsnorm": "blocks.0.norm1.weight" in shapes,
     "wo_shift": modulation == 4 * hidden_size,
   }
 
@@ -126,9 +118,10 @@ def _mlp_ratio(inner: int, hidden_size: int, use_swiglu: bool) -> float:
 
 def _positions(model: LightningDiT) -> StateDict:
   """The positions of the nominal grid, under PyTorch's names."""
-  size = model.input_size // model.patch_size
-  positions = {"pos_embed": position_embedding(size, size, model.hidden_size)[None]}
-  if model.use_rope:
-    cos_NE, sin_NE = rope_tables(size, size, model.hidden_size // model.num_heads)
+  o = model.options
+  size = o.input_size // o.patch_size
+  positions = {"pos_embed": position_embedding(size, size, o.hidden_size)[None]}
+  if o.use_rope:
+    cos_NE, sin_NE = rope_tables(size, size, o.hidden_size // o.num_heads)
     positions |= {"feat_rope.freqs_cos": cos_NE, "feat_rope.freqs_sin": sin_NE}
   return positions

@@ -1,13 +1,15 @@
-"""x [..., in] times kernel [in, out], with the kernel's gradient made in the kernel's own layout.
+"""The matrix product of every layer, and which results a block keeps for its backward pass.
 
-JAX's transpose of a matrix product makes that gradient as [out, in] and turns it, for which XLA on
-CPUs has only slow loops: 85 instead of 150 GFLOP/s forward and backward at 768 x 4096 on two cores.
-GPUs and TPUs do not mind either way. A primitive of its own and not `jax.custom_vjp`, which would
-forbid forward mode (`jax.jvp`).
+`dense` is x [..., in] times kernel [in, out], with the kernel's gradient made in the kernel's own
+layout. JAX's transpose of a matrix product makes that gradient as [out, in] and turns it, for which
+XLA on CPUs has only slow loops: 85 instead of 150 GFLOP/s forward and backward at 768 x 4096 on two
+cores. GPUs and TPUs do not mind either way. A primitive of its own and not `jax.custom_vjp`, which
+would forbid forward mode (`jax.jvp`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,15 +20,7 @@ dense_p = jax.extend.core.Primitive("dense")
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The matrix product.
-
-  Args:
-    x: [..., in].
-    kernel: [in, out], of the dtype of x.
-
-  Returns:
-    [..., out], of the same dtype.
-  """
+  """x [..., in] times kernel [in, out], both of one dtype -> [..., out] of the same."""
   return dense_p.bind(x, kernel)
 
 
@@ -64,3 +58,40 @@ dense_p.def_abstract_eval(lambda *arguments: jax.typeof(jax.eval_shape(_product,
 mlir.register_lowering(dense_p, mlir.lower_fun(_product, multiple_results=False))
 ad.defbilinear(dense_p, _gradient_of_x, _gradient_of_kernel)
 batching.primitive_batchers[dense_p] = _batched
+
+
+# What the backward pass computes again in any case: no arithmetic worth the name, and memory moves
+# slower. Casts and gathers are among them: a scan would keep a copy of every block's weights.
+CHEAP = frozenset(
+  {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "integer_pow",
+    "mul",
+    "neg",
+    "reshape",
+    "select_n",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "squeeze",
+    "sub",
+    "transpose",
+  }
+)
+
+
+def is_costly(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+  """The policy without `use_checkpoint`: keeps matrix products, sums and exponentials."""
+  return primitive.name not in CHEAP
+
+
+# What the backward pass finds stored where `use_checkpoint` is on; it computes the rest again.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dense": lambda primitive, *_, **__: primitive is dense_p,
+  "dots": lambda primitive, *_, **__: primitive in (dense_p, jax.lax.dot_general_p),
+}

@@ -1,8 +1,9 @@
 """LightningDiT, top to bottom: a diffusion transformer on latents, conditioned on time and class.
 
-A DiT (adaLN-zero blocks over patches of the latent) with SwiGLU, RMSNorm and RoPE; every switch of
-the published configuration works. Notable:
+A DiT (adaLN-zero blocks over patches of the latent) with SwiGLU, RMSNorm and RoPE. Notable:
 
+- `Options` declares every argument once: the configuration, the converter and the comparison with
+  the reference read it there.
 - The blocks' weights are stacked on a leading axis L and run by `jax.lax.scan`, so that 28 blocks
   compile like one. Inside, weights are gathered in the compute dtype and activations pinned to the
   batch axes.
@@ -23,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from ml_collections import FrozenConfigDict
 
-from lightningdit_jax.dense import dot_general
+from lightningdit_jax.dense import REMAT_POLICIES, dot_general, is_costly
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
-from lightningdit_jax.remat import REMAT_POLICIES, is_costly
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.sharding import gather, pin_batch
+from vavae_jax.common.sharding import gather, pin_batch, platform
 
 SIZES = {
   "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
@@ -54,28 +56,108 @@ ZEROS = nnx.initializers.zeros
 M = TypeVar("M", bound=nnx.Module)
 
 
+def _option(
+  default: Any, *, tensor: str = "", choices: tuple[str, ...] = (), is_ours: bool = False
+) -> Any:
+  """A field of `Options`.
+
+  Args:
+    default: its value.
+    tensor: the PyTorch name of a weight that exists exactly where the option is True.
+    choices: every value that it may have.
+    is_ours: it changes how the numbers are computed, not the numbers; the reference lacks it.
+  """
+  about = {"tensor": tensor, "choices": choices, "is_ours": is_ours}
+  return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The arguments of `LightningDiT`; the defaults are XL/1 on the f16d32 tokenizer.
+
+  Raises:
+    InputError: sizes that do not divide, or an unknown choice.
+  """
+
+  # Nominal height and width of the latent. Inputs may differ; PyTorch's files hold positions of
+  # this size.
+  input_size: int = 16
+  patch_size: int = 1  # a token is patch_size x patch_size latent cells
+  in_channels: int = 32  # latent channels Z
+  hidden_size: int = 1152  # width D
+  depth: int = 28  # number of blocks L
+  num_heads: int = 16  # attention heads K
+  mlp_ratio: float = 4.0  # the MLP's width in units of D, before SwiGLU's factor 2/3
+  # Above 0, the label table has a row for the null label. Training drops this share of the labels.
+  class_dropout_prob: float = 0.1
+  num_classes: int = 1000  # labels are 0 .. num_classes-1, and num_classes is the null label
+  learn_sigma: bool = False  # the head also predicts a variance, unused as in the reference
+  # Norm queries and keys, which prevents NaN in long bfloat16 runs.
+  use_qknorm: bool = _option(False, tensor="blocks.0.attn.q_norm.weight")
+  use_swiglu: bool = _option(True, tensor="blocks.0.mlp.w12.weight")  # False: an MLP with GELU
+  # Rotary positions, besides the fixed embedding.
+  use_rope: bool = _option(True, tensor="feat_rope.freqs_cos")
+  use_rmsnorm: bool = _option(True, tensor="blocks.0.norm1.weight")  # False: LayerNorm
+  wo_shift: bool = False  # blocks are modulated by scale and gate only
+  # Recompute blocks in the backward pass: less memory, up to a third more work. Without it,
+  # elementwise work is computed again all the same: see `dense.is_costly`.
+  use_checkpoint: bool = _option(False, is_ours=True)
+  # What use_checkpoint keeps of a block: "full" nothing, "dense" the products with its weights,
+  # "dots" the attention's products too.
+  remat_policy: str = _option("full", choices=tuple(REMAT_POLICIES), is_ours=True)
+  # "cudnn": NVIDIA GPUs in bfloat16. "auto": training measures both; the model itself takes "xla".
+  attention: str = _option("xla", choices=("auto", *ATTENTIONS), is_ours=True)
+  # Blocks per step of the scan. More compile longer; on CPUs models of a small width run a quarter
+  # faster with all, B/1 a tenth slower. 0, in a configuration: all on GPUs, elsewhere one.
+  scan_unroll: int = _option(1, is_ours=True)
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      choices, value = field.metadata.get("choices"), getattr(self, field.name)
+      if choices and value not in choices:
+        raise InputError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}.")
+    width, heads, problems = self.hidden_size, self.num_heads, []
+    if self.input_size % self.patch_size:
+      problems.append(
+        f"input_size={self.input_size} must be a multiple of patch_size={self.patch_size}"
+      )
+    if width % 4:
+      problems.append(f"hidden_size={width} must be a multiple of 4 to embed positions")
+    if width % heads:
+      problems.append(f"hidden_size={width} must be a multiple of num_heads={heads}")
+    elif self.use_rope and width // heads % 4:
+      problems.append(
+        f"the head size hidden_size/num_heads={width // heads} must be a multiple of 4 "
+        "for RoPE, or use_rope be False"
+      )
+    if problems:
+      raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
+
+
+# What the converter and the comparison with the reference need to know of the options.
+TENSORS = {
+  field.name: field.metadata["tensor"]
+  for field in dataclasses.fields(Options)
+  if field.metadata.get("tensor")
+}
+ONLY_OURS = tuple(
+  field.name for field in dataclasses.fields(Options) if field.metadata.get("is_ours")
+)
+
+
 def attend(
   q_BKNE: jax.Array, k_BKNE: jax.Array, v_BKNE: jax.Array, implementation: str
 ) -> jax.Array:
-  """softmax(q k / sqrt(E)) v, the softmax in float32.
+  """softmax(q k / sqrt(E)) v, the softmax in float32; products and result have the dtype of v.
 
-  Args:
-    q_BKNE: queries, float32 or the dtype of the values.
-    k_BKNE: keys, likewise.
-    v_BKNE: values, in the dtype that matrices multiply in.
-    implementation: one of `ATTENTIONS`. "cudnn" is the fused kernel of NVIDIA GPUs, bfloat16 only;
-      "xla" runs everywhere. Heads come before tokens, which CPUs run twice as fast as jax.nn's
-      order.
-
-  Returns:
-    [B, K, N, E].
+  "cudnn" is the fused kernel of NVIDIA GPUs, bfloat16 only; "xla" runs everywhere. Heads come
+  before tokens, which CPUs run twice as fast as jax.nn's order.
   """
   dtype = v_BKNE.dtype
   if implementation == "cudnn":
     q, k, v = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (q_BKNE, k_BKNE, v_BKNE))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 1, 2)
-  # M: the tokens that are looked at.
-  # Scaled here and not after: E numbers a token instead of N.
+  # M: the keys' tokens. Scaled here and not after: E numbers a token instead of N.
   q_BKNE = (q_BKNE * q_BKNE.shape[-1] ** -0.5).astype(dtype)
   logits_BKNM = jnp.einsum(
     "bkne,bkme->bknm", q_BKNE, k_BKNE.astype(dtype), preferred_element_type=jnp.float32
@@ -102,13 +184,7 @@ def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """Makes the layers that everything below consists of.
-
-  Attributes:
-    use_rmsnorm: RMSNorm instead of LayerNorm.
-    dtype: what matrices multiply in.
-    rngs: source of the initial weights.
-  """
+  """Makes the layers that everything below consists of; matrices multiply in `dtype`."""
 
   use_rmsnorm: bool
   dtype: jax.typing.DTypeLike
@@ -160,17 +236,15 @@ class TimestepEmbedder(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Self-attention; queries and keys are normed if asked, then turned by RoPE."""
+  """Self-attention; queries and keys are normed with `use_qknorm`, then turned by RoPE."""
 
-  def __init__(
-    self, hidden_size: int, num_heads: int, use_qknorm: bool, attention: str, layers: Layers
-  ):
-    self.num_heads = num_heads
-    self.implementation = "xla" if attention == "auto" else attention
-    self.qkv = layers.linear(hidden_size, 3 * hidden_size)
-    self.q_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
-    self.k_norm = layers.qk_norm(hidden_size // num_heads) if use_qknorm else None
-    self.proj = layers.linear(hidden_size, hidden_size)
+  def __init__(self, options: Options, layers: Layers):
+    width, self.num_heads = options.hidden_size, options.num_heads
+    self.implementation = "xla" if options.attention == "auto" else options.attention
+    self.qkv = layers.linear(width, 3 * width)
+    self.q_norm = layers.qk_norm(width // self.num_heads) if options.use_qknorm else None
+    self.k_norm = layers.qk_norm(width // self.num_heads) if options.use_qknorm else None
+    self.proj = layers.linear(width, width)
 
   def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
     # Split first: the gradient is then put together in one piece, not from three padded ones.
@@ -213,29 +287,19 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
   """Attention and MLP, each normed, modulated by the condition and gated; gates start at zero."""
 
-  def __init__(
-    self,
-    hidden_size: int,
-    num_heads: int,
-    mlp_ratio: float,
-    *,
-    use_qknorm: bool,
-    use_swiglu: bool,
-    wo_shift: bool,
-    attention: str,
-    layers: Layers,
-  ):
-    self.wo_shift = wo_shift
-    mlp_size = int(hidden_size * mlp_ratio)
-    self.norm1 = layers.norm(hidden_size)
-    self.attn = Attention(hidden_size, num_heads, use_qknorm, attention, layers)
-    self.norm2 = layers.norm(hidden_size)
+  def __init__(self, options: Options, layers: Layers):
+    self.wo_shift = options.wo_shift
+    width = options.hidden_size
+    mlp_size = int(width * options.mlp_ratio)
+    self.norm1 = layers.norm(width)
+    self.attn = Attention(options, layers)
+    self.norm2 = layers.norm(width)
     self.mlp: nnx.Module = (
-      SwiGLU(hidden_size, int(2 / 3 * mlp_size), layers)
-      if use_swiglu
-      else Mlp(hidden_size, mlp_size, layers)
+      SwiGLU(width, int(2 / 3 * mlp_size), layers)
+      if options.use_swiglu
+      else Mlp(width, mlp_size, layers)
     )
-    self.adaLN_modulation = layers.linear(hidden_size, (4 if wo_shift else 6) * hidden_size, ZEROS)
+    self.adaLN_modulation = layers.linear(width, (4 if options.wo_shift else 6) * width, ZEROS)
 
   def __call__(self, x_BND: jax.Array, c_BD: jax.Array, rope: Rope | None) -> jax.Array:
     modulation = self.adaLN_modulation(nnx.silu(c_BD)).astype(jnp.float32)
@@ -265,116 +329,45 @@ class FinalLayer(nnx.Module):
 
 
 class LightningDiT(nnx.Module):
-  """The velocity field of a class-conditional flow over latents.
-
-  The defaults are LightningDiT-XL/1 on the f16d32 tokenizer; `PRESETS` has the other sizes.
+  """The velocity field of a class-conditional flow over latents, or another prediction of it.
 
   Args:
-    input_size: nominal height and width of the latent. It limits no input; PyTorch's files hold
-      positions of this size.
-    patch_size: a token is patch_size x patch_size latent cells.
-    in_channels: latent channels Z.
-    hidden_size: width D.
-    depth: number of blocks L.
-    num_heads: attention heads K.
-    mlp_ratio: the MLP's width in units of D, before SwiGLU's factor 2/3.
-    class_dropout_prob: above 0, the label table has a row for the null label. The share of labels
-      that training drops is the caller's affair.
-    num_classes: labels are 0 .. num_classes-1, and num_classes is the null label.
-    learn_sigma: the head also predicts a variance, which is not returned, as in the reference.
-    use_qknorm: norm queries and keys; it prevents NaN in long bfloat16 runs.
-    use_swiglu: SwiGLU instead of a GELU MLP.
-    use_rope: rotary positions, besides the fixed embedding.
-    use_rmsnorm: RMSNorm instead of LayerNorm.
-    wo_shift: blocks are modulated by scale and gate only.
-    use_checkpoint: recompute blocks in the backward pass: less memory, up to a third more work.
-      Without it, elementwise work is computed again all the same: see `remat.is_costly`.
-    remat_policy: what of a block is kept all the same: "full" nothing, "dense" what its weight
-      matrices gave, "dots" the attention's products too.
-    attention: "xla", or on NVIDIA GPUs in bfloat16 "cudnn"; "auto", which a training settles by
-      measuring, is "xla" here.
-    scan_unroll: blocks a step of the scan. More compile longer; on CPUs models of a small width run
-      a quarter faster with all, B/1 a tenth slower.
     dtype: what matrices multiply in; weights are float32.
     rngs: source of the initial weights.
+    **options: the fields of `Options`; `PRESETS` has the published sizes.
 
   Raises:
-    InputError: sizes that do not divide.
+    InputError: by `Options`.
 
   Source: hustvl/LightningDiT models/lightningdit.py.
   """
 
-  def __init__(
-    self,
-    *,
-    input_size: int = 16,
-    patch_size: int = 1,
-    in_channels: int = 32,
-    hidden_size: int = 1152,
-    depth: int = 28,
-    num_heads: int = 16,
-    mlp_ratio: float = 4.0,
-    class_dropout_prob: float = 0.1,
-    num_classes: int = 1000,
-    learn_sigma: bool = False,
-    use_qknorm: bool = False,
-    use_swiglu: bool = True,
-    use_rope: bool = True,
-    use_rmsnorm: bool = True,
-    wo_shift: bool = False,
-    use_checkpoint: bool = False,
-    remat_policy: str = "full",
-    attention: str = "xla",
-    scan_unroll: int = 1,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
-    check_names(remat_policy, attention)
-    self.input_size = input_size
-    self.patch_size = patch_size
-    self.in_channels = in_channels
-    self.hidden_size = hidden_size
-    self.num_heads = num_heads
-    self.num_classes = num_classes
-    self.use_rope = use_rope
-    self.keeps = REMAT_POLICIES[remat_policy] if use_checkpoint else is_costly
-    self.scan_unroll = scan_unroll
-    self.keeps_apart = use_checkpoint and scan_unroll >= depth
+  def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any):
+    o = self.options = Options(**options)
     self.dtype = dtype
-
-    layers = Layers(use_rmsnorm, dtype, rngs)
+    width, layers = o.hidden_size, Layers(o.use_rmsnorm, dtype, rngs)
     self.x_embedder = nnx.Conv(
-      in_channels,
-      hidden_size,
-      (patch_size, patch_size),
-      strides=patch_size,
+      o.in_channels,
+      width,
+      (o.patch_size, o.patch_size),
+      strides=o.patch_size,
       padding="VALID",
       kernel_init=nnx.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3),
       dtype=dtype,
       rngs=rngs,
     )
-    self.t_embedder = TimestepEmbedder(hidden_size, layers)
-    num_labels = num_classes + (class_dropout_prob > 0)
-    self.y_embedder = nnx.Embed(num_labels, hidden_size, embedding_init=SMALL, rngs=rngs)
+    self.t_embedder = TimestepEmbedder(width, layers)
+    num_labels = o.num_classes + (o.class_dropout_prob > 0)
+    self.y_embedder = nnx.Embed(num_labels, width, embedding_init=SMALL, rngs=rngs)
 
-    @nnx.split_rngs(splits=depth)
+    @nnx.split_rngs(splits=o.depth)
     @nnx.vmap
     def stacked_blocks(rngs: nnx.Rngs) -> Block:
-      return Block(
-        hidden_size,
-        num_heads,
-        mlp_ratio,
-        use_qknorm=use_qknorm,
-        use_swiglu=use_swiglu,
-        wo_shift=wo_shift,
-        attention=attention,
-        layers=dataclasses.replace(layers, rngs=rngs),
-      )
+      return Block(o, dataclasses.replace(layers, rngs=rngs))
 
     self.blocks = stacked_blocks(rngs)
-    out_channels = in_channels * (2 if learn_sigma else 1)
-    self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, layers)
+    out_channels = o.in_channels * (2 if o.learn_sigma else 1)
+    self.final_layer = FinalLayer(width, o.patch_size**2 * out_channels, layers)
 
   def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
     """The velocity at a point of the path from noise to data.
@@ -390,13 +383,14 @@ class LightningDiT(nnx.Module):
     Raises:
       InputError: shapes that do not fit.
     """
+    o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)
-    p = self.patch_size
+    p = o.patch_size
     h, w = x_BhwZ.shape[1] // p, x_BhwZ.shape[2] // p
-    rope = rope_tables(h, w, self.hidden_size // self.num_heads) if self.use_rope else None
+    rope = rope_tables(h, w, o.hidden_size // o.num_heads) if o.use_rope else None
 
     x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
-    x_BND = pin_batch(x_BND + position_embedding(h, w, self.hidden_size))
+    x_BND = pin_batch(x_BND + position_embedding(h, w, o.hidden_size))
     c_BD = gathered(self.t_embedder, self.dtype)(t_B)
     # A label below 0 would wrap around to a class; past the table it gives NaN, as one too large.
     label_B = jnp.where(label_B < 0, np.iinfo(np.int32).max, label_B)
@@ -410,24 +404,27 @@ class LightningDiT(nnx.Module):
 
     # A scan keeps the recomputation from being merged away, so the barriers against that can go;
     # unrolled they stay where memory matters, and where it does not a merge is a gain.
-    run_block = jax.checkpoint(run_block, prevent_cse=self.keeps_apart, policy=self.keeps)
-    x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=self.scan_unroll)
+    keeps = REMAT_POLICIES[o.remat_policy] if o.use_checkpoint else is_costly
+    keeps_apart = o.use_checkpoint and o.scan_unroll >= o.depth
+    run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=keeps)
+    x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
     out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
-    return out[..., : self.in_channels]
+    return out[..., : o.in_channels]
 
   def _check_inputs(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> None:
-    if x_BhwZ.ndim != 4 or x_BhwZ.shape[-1] != self.in_channels:
+    if x_BhwZ.ndim != 4 or x_BhwZ.shape[-1] != self.options.in_channels:
       raise InputError(
-        f"LightningDiT needs latents [B,h,w,{self.in_channels}], channels last, but got "
+        f"LightningDiT needs latents [B,h,w,{self.options.in_channels}], channels last, but got "
         f"{x_BhwZ.shape}."
       )
     batch, height, width, _ = x_BhwZ.shape
-    if height % self.patch_size or width % self.patch_size:
+    p = self.options.patch_size
+    if height % p or width % p:
       raise InputError(
-        f"A latent of {height} x {width} cells does not divide into patches of "
-        f"{self.patch_size} x {self.patch_size}; choose another size or patch_size."
+        f"A latent of {height} x {width} cells does not divide into patches of {p} x {p}; choose "
+        "another size or patch_size."
       )
     if t_B.shape != (batch,) or label_B.shape != (batch,):
       raise InputError(
@@ -436,38 +433,26 @@ class LightningDiT(nnx.Module):
       )
 
 
-def check_sizes(
-  input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool
-) -> None:
-  """Raises InputError, with what to change, where the arguments of a LightningDiT do not divide."""
-  problems = []
-  if input_size % patch_size:
-    problems.append(f"input_size={input_size} must be a multiple of patch_size={patch_size}")
-  if hidden_size % 4:
-    problems.append(f"hidden_size={hidden_size} must be a multiple of 4 to embed positions")
-  if hidden_size % num_heads:
-    problems.append(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}")
-  elif use_rope and hidden_size // num_heads % 4:
-    problems.append(
-      f"the head size hidden_size/num_heads={hidden_size // num_heads} must be a multiple of 4 "
-      "for RoPE, or use_rope be False"
-    )
-  if problems:
-    raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
-
-
-def check_names(remat_policy: str, attention: str) -> None:
-  """Raises InputError, listing the known ones, for the name of a policy or an implementation."""
-  for argument, name, known in (
-    ("remat_policy", remat_policy, REMAT_POLICIES),
-    ("attention", attention, ("auto", *ATTENTIONS)),
-  ):
-    if name not in known:
-      raise InputError(f"{argument} is {name!r}; choose one of {', '.join(known)}.")
-
-
 def preset(name: str) -> dict[str, int]:
   """The arguments of a published size; InputError, listing them, for an unknown name."""
   if name not in PRESETS:
     raise InputError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
   return dict(PRESETS[name])
+
+
+def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
+  """LightningDiT of a training's configuration, for `functional`; in another dtype if given."""
+
+  def build(rngs: nnx.Rngs) -> LightningDiT:
+    name, options = dtype or config.dtype, config.model.to_dict()
+    if name != "bfloat16" or platform() != "gpu":
+      # What was trained with the fused kernel is also sampled in float32 and on other devices;
+      # `training.check_model` refuses to train so.
+      options["attention"] = "xla"
+    if not options["scan_unroll"]:
+      # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
+      # is read and written in a step. TPUs write it in place.
+      options["scan_unroll"] = options["depth"] if platform() == "gpu" else 1
+    return LightningDiT(**options, dtype=jnp.dtype(name), rngs=rngs)
+
+  return build

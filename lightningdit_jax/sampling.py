@@ -1,38 +1,29 @@
-"""From noise to latents: time grids, guidance, solvers of the ODE and the SDE, likelihood.
+"""From noise to latents: time grids, the ODE, guidance, likelihood.
 
 Times run from t=0, noise, to t=1, data. The sample of index i is a function of (seed, i) alone:
 noise is drawn by index, and the adaptive solver chooses its steps for each sample by itself.
-Fixed grids are `jax.lax.scan`s. Reference: `inference.py`, `transport/integrators.py`.
+`solvers.py` has the solvers. Reference: `inference.py`, `transport/integrators.py`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import transport
-from lightningdit_jax.model import LightningDiT
-from lightningdit_jax.solvers import integrate
-from vavae_jax.common.errors import InputError
+from lightningdit_jax.model import LightningDiT, build_model
+from lightningdit_jax.solvers import check_solver, integrate, sample_sde
+from vavae_jax.common import functional
 
 Model = LightningDiT | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
-
-SDE_METHODS = ("euler", "heun")
-LAST_STEPS = ("", "Mean", "Tweedie", "Euler")
-
-
-def check_grid(num_steps: int, timestep_shift: float = 0.0) -> None:
-  """Raises InputError for a time grid that cannot be."""
-  if num_steps < 2:
-    raise InputError(f"num_steps is {num_steps}; a grid from noise to data has at least 2 points.")
-  if timestep_shift < 0:
-    raise InputError(
-      f"timestep_shift is {timestep_shift}; it must not be negative: 0 is no shift, below 1 denser "
-      "near the noise."
-    )
 
 
 def time_grid(
@@ -47,11 +38,8 @@ def time_grid(
 
   Returns:
     float32 [num_steps].
-
-  Raises:
-    InputError: fewer than two points, or a negative shift.
   """
-  check_grid(num_steps, timestep_shift)
+  check_solver(num_steps=num_steps, timestep_shift=timestep_shift)
   t = jnp.linspace(*interval, num_steps)
   if timestep_shift:
     t = timestep_shift * t / (1 + (timestep_shift - 1) * t)
@@ -76,7 +64,7 @@ def sample_ode(
     velocity: function of x and t in [0, 1], a scalar; of t [B] if the method is "dopri5".
     noise: standard normal, the batch in the leading axis; the data if `reverse`.
     num_steps: grid points; 250 means 249 steps. An adaptive method uses the ends of the grid only.
-    method: one of `METHODS`.
+    method: one of `solvers.METHODS`.
     timestep_shift: see `time_grid`.
     interval: where to begin and end, `transport.interval` of what the model predicts.
     reverse: from data to noise, along the same grid.
@@ -87,8 +75,11 @@ def sample_ode(
     float32, the shape of `noise`.
 
   Raises:
-    InputError: unknown method, or a grid that cannot be.
+    InputError: by `solvers.check_solver`.
   """
+  check_solver(
+    num_steps=num_steps, method=method, timestep_shift=timestep_shift, atol=atol, rtol=rtol
+  )
   grid = time_grid(num_steps, timestep_shift, interval)
   grid = grid[::-1] if reverse else grid
   return integrate(velocity, noise.astype(jnp.float32), grid, method, atol, rtol)
@@ -113,12 +104,12 @@ def log_likelihood(
     latent: [B, ...], at t=1, normalised as the model sees them. For the density of stored latents
       add the sum of log(multiplier / std) over all their numbers.
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
-    num_steps: see `sample_ode`, like the rest.
-    method: one of `METHODS`.
-    timestep_shift: see `time_grid`.
-    interval: see `sample_ode`.
-    atol: absolute tolerance of "dopri5".
-    rtol: relative tolerance of "dopri5".
+    num_steps: as of `sample_ode`, like the rest.
+    method: likewise.
+    timestep_shift: likewise.
+    interval: likewise.
+    atol: likewise.
+    rtol: likewise.
 
   Returns:
     (natural logarithm of the density [B], the noise that the latents come from).
@@ -130,6 +121,9 @@ def log_likelihood(
     speed, along = jax.jvp(lambda x: velocity(x, t).astype(jnp.float32), state[:1], (probe,))
     return speed, _sample_sum(along * probe)
 
+  check_solver(
+    num_steps=num_steps, method=method, timestep_shift=timestep_shift, atol=atol, rtol=rtol
+  )
   grid = time_grid(num_steps, timestep_shift, interval)[::-1]
   start = (latent.astype(jnp.float32), jnp.zeros(len(latent)))
   noise, change = integrate(field, start, grid, method, atol, rtol)
@@ -140,154 +134,12 @@ def log_likelihood(
 
 
 def bits_per_dimension(log_likelihood: jax.Array, size: int) -> jax.Array:
-  """-log2 of a density per dimension.
-
-  Args:
-    log_likelihood: natural logarithm, any shape.
-    size: dimensions of one sample.
-
-  Returns:
-    The shape of `log_likelihood`.
-  """
+  """-log2 of a density, given by its natural logarithm, per dimension of a sample of this size."""
   return -log_likelihood / (size * jnp.log(2.0))
 
 
 def _sample_sum(x: jax.Array) -> jax.Array:
   return jnp.sum(x, axis=range(1, x.ndim))
-
-
-def check_sde(method: str, diffusion_form: str, last_step: str, last_step_size: float) -> None:
-  """Raises InputError, with the valid choices, for settings that `sample_sde` does not know."""
-  for name, given, known in (
-    ("method", method, SDE_METHODS),
-    ("diffusion_form", diffusion_form, transport.DIFFUSION_FORMS),
-    ("last_step", last_step, LAST_STEPS),
-  ):
-    if given not in known:
-      raise InputError(f"{name} of the SDE is {given!r}; choose one of {known}.")
-  if last_step and not 0 < last_step_size < 1:
-    raise InputError(
-      f"last_step_size is {last_step_size}; the last step, {last_step}, needs one between 0 and 1."
-    )
-
-
-def sde_interval(
-  path: str,
-  prediction: str,
-  *,
-  method: str,
-  diffusion_form: str,
-  last_step: str,
-  last_step_size: float,
-  eps: float | None = None,
-) -> tuple[float, float]:
-  """The times between which `sample_sde` takes its equal steps; arguments as there.
-
-  Where the drift would be asked for at a singular end, it ends 1e-3 before.
-
-  Returns:
-    (t0, t1).
-  """
-  t0, t1 = transport.interval(path, prediction, eps)
-  safe = 1e-3 if eps is None else eps
-  if path != "VP" and diffusion_form == "SBDM":
-    t0 = safe
-  if last_step:
-    return t0, 1 - last_step_size
-  # Only Heun's method asks at the end itself, where all D / sigma but that of "sigma" are singular.
-  if method == "heun" and diffusion_form != "sigma":
-    t1 = min(t1, 1 - safe)
-  return t0, t1
-
-
-def sample_sde(
-  predict: Velocity,
-  noise: jax.Array,
-  draw: Callable[[jax.Array], jax.Array],
-  *,
-  path: str = "Linear",
-  prediction: str = "velocity",
-  num_steps: int = 250,
-  method: str = "euler",
-  diffusion_form: str = "SBDM",
-  diffusion_norm: float = 1.0,
-  last_step: str = "Mean",
-  last_step_size: float = 0.04,
-  eps: float | None = None,
-) -> jax.Array:
-  """Integrates dx = (velocity + D score) dt + sqrt(2 D) dw from noise to data.
-
-  Args:
-    predict: function of x and a scalar t: what the model predicts.
-    noise: standard normal, the batch in the leading axis.
-    draw: standard normal of the shape of `noise` for each step 0, 1, ...
-    path: a key of `transport.PATHS`.
-    prediction: what `predict` is, one of `transport.PREDICTIONS`.
-    num_steps: grid points, the last one behind the last step.
-    method: "euler" (Euler-Maruyama) or "heun" (noise first, then a step of Heun's method).
-    diffusion_form: of D(t), one of `transport.DIFFUSION_FORMS`.
-    diffusion_norm: magnitude of D(t).
-    last_step: "Mean" (the drift without noise), "Euler" (the ODE's), "Tweedie" (the expected
-      latent), or "" for none.
-    last_step_size: of "Mean" and "Euler", and how far from t=1 all three begin.
-    eps: see `sde_interval`.
-
-  Returns:
-    float32, the shape of `noise`.
-
-  Raises:
-    InputError: unknown settings, or a grid that cannot be.
-
-  Source: Ma et al., SiT, section 2.4 and appendix; the reference's `Sampler.sample_sde`.
-  """
-  check_grid(num_steps)
-  check_sde(method, diffusion_form, last_step, last_step_size)
-  ends = sde_interval(
-    path,
-    prediction,
-    method=method,
-    diffusion_form=diffusion_form,
-    last_step=last_step,
-    last_step_size=last_step_size,
-    eps=eps,
-  )
-  grid = jnp.linspace(*ends, num_steps)
-  size = grid[1] - grid[0]
-
-  def diffusion(x: jax.Array, t: jax.Array) -> jax.Array:
-    return transport.diffusion(diffusion_form, diffusion_norm, t, x, path)
-
-  def drift(x: jax.Array, t: jax.Array) -> jax.Array:
-    predicted = predict(x, t).astype(jnp.float32)
-    implied_noise = transport.to_noise(predicted, x, t, path, prediction)
-    # D score = -(D / sigma) noise; the quotient of "sigma" is finite at t=1, its parts' is not.
-    if diffusion_form == "sigma":
-      quotient: jax.Array | float = diffusion_norm
-    else:
-      quotient = diffusion(x, t) / transport.coefficients(path, t, x).sigma
-    return transport.to_velocity(predicted, x, t, path, prediction) - quotient * implied_noise
-
-  def step(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    index, t = at
-    kick = jnp.sqrt(2 * diffusion(x, t) * size) * draw(index)
-    if method == "euler":
-      return x + size * drift(x, t) + kick, None
-    x = x + kick
-    first = drift(x, t)
-    return x + size / 2 * (first + drift(x + size * first, t + size)), None
-
-  x = noise.astype(jnp.float32)
-  x, _ = jax.lax.scan(step, x, (jnp.arange(num_steps - 1), grid[:-1]))
-  t = grid[-1]
-  if last_step == "Mean":
-    return x + last_step_size * drift(x, t)
-  if last_step:
-    predicted = predict(x, t).astype(jnp.float32)
-    if last_step == "Euler":
-      return x + last_step_size * transport.to_velocity(predicted, x, t, path, prediction)
-    c = transport.coefficients(path, t, x)
-    return (x - c.sigma * transport.to_noise(predicted, x, t, path, prediction)) / c.alpha
-  return x
 
 
 def guided(
@@ -324,6 +176,7 @@ def guided(
     return jnp.broadcast_to(jnp.asarray(t, jnp.float32), (count,))
 
   def plain(x: jax.Array, t: jax.Array) -> jax.Array:
+    chex.assert_shape(label, (len(x),))
     return model(x, times(t, len(x)), label)
 
   def halves(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -337,6 +190,7 @@ def guided(
     return out[:, 0], out[:, 1]
 
   def both(x: jax.Array, t: jax.Array) -> jax.Array:
+    chex.assert_shape(label, (len(x),))
     towards, away = halves(x, t)
     on = jnp.arange(x.shape[-1]) < (cfg_channels or x.shape[-1])
     if jnp.ndim(t):
@@ -359,17 +213,18 @@ def guided(
 def noise_of(
   seed: int, index_B: jax.Array, shape: tuple[int, ...], step: int | jax.Array = 0
 ) -> jax.Array:
-  """The noise of samples by their index, whatever the batch they are in.
+  """The noise of samples by their index in the set, whatever the batch they are in.
 
   Args:
     seed: of the whole set.
-    index_B: int32 [B], each sample's place in the set.
+    index_B: int32.
     shape: of one latent, (h, w, Z).
     step: 0 is the starting noise, more are the kicks of an SDE.
 
   Returns:
     float32 [B, *shape], standard normal.
   """
+  chex.assert_rank(index_B, 1)
   key = jax.random.key(seed)
 
   def one(index: jax.Array) -> jax.Array:
@@ -377,3 +232,74 @@ def noise_of(
     return jax.random.normal(key_of_one, shape)
 
   return jax.vmap(one)(index_B)
+
+
+def sample_latents(
+  config: FrozenConfigDict,
+  params: Any,
+  index_B: jax.Array,
+  label_B: jax.Array,
+  *,
+  seed: int,
+  sample: FrozenConfigDict,
+  guide: tuple[FrozenConfigDict, Any] | None = None,
+) -> jax.Array:
+  """Normalised latents of samples by their index; pure and jittable.
+
+  Args:
+    config: the training's configuration.
+    params: usually an EMA.
+    index_B: int32, each sample's place in the set.
+    label_B: int32.
+    seed: of the set.
+    sample: the sampling settings, as `config.sample`.
+    guide: configuration and parameters of a second model to be guided away from; None: the model
+      itself without label.
+
+  Returns:
+    float32 [B, h, w, Z].
+  """
+
+  chex.assert_equal_shape([index_B, label_B])
+
+  def network(config: FrozenConfigDict, params: Any) -> LightningDiT:
+    return nnx.merge(functional.graph_of(build_model(config, sample.dtype)), params)
+
+  path, prediction = config.transport.path_type, config.transport.prediction
+  eps = config.transport.sample_eps
+  size, channels = config.model.input_size, config.model.in_channels
+  draw = functools.partial(noise_of, seed, index_B, (size, size, channels))
+  predict = guided(
+    network(config, params),
+    label_B,
+    config.model.num_classes,
+    cfg_scale=sample.cfg_scale,
+    cfg_interval_start=sample.cfg_interval_start,
+    cfg_channels=sample.cfg_channels,
+    guide=network(*guide) if guide else None,
+  )
+  if sample.mode == "SDE":
+    return sample_sde(
+      predict,
+      draw(0),
+      lambda step: draw(step + 1),
+      path=path,
+      prediction=prediction,
+      num_steps=sample.num_steps,
+      method=sample.method,
+      diffusion_form=sample.diffusion_form,
+      diffusion_norm=sample.diffusion_norm,
+      last_step=sample.last_step,
+      last_step_size=sample.last_step_size,
+      eps=eps,
+    )
+  return sample_ode(
+    lambda x, t: transport.to_velocity(predict(x, t), x, t, path, prediction),
+    draw(0),
+    num_steps=sample.num_steps,
+    method=sample.method,
+    timestep_shift=sample.timestep_shift,
+    interval=transport.interval(path, prediction, eps),
+    atol=sample.atol,
+    rtol=sample.rtol,
+  )

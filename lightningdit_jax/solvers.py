@@ -1,7 +1,8 @@
-"""Solvers of ordinary differential equations: Runge-Kutta on a grid, Dormand-Prince on its own.
+"""Solvers of the ODE, Runge-Kutta on a grid or Dormand-Prince on its own, and of the SDE.
 
-The state is a pytree of arrays [B, ...]: a likelihood travels beside its latents. Reference:
-`transport/integrators.py`, which calls torchdiffeq.
+`check_solver` alone knows which settings work. The state of an ODE is a pytree of arrays [B, ...]:
+a likelihood travels beside its latents. Reference: `transport/integrators.py`, which calls
+torchdiffeq.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lightningdit_jax import transport
 from vavae_jax.common.errors import InputError
 
-# Explicit Runge-Kutta methods: what each stage takes of the earlier ones, what the step takes of
-# all. rk4 is the 3/8 rule, as torchdiffeq has it, whose name of Heun's method is heun2.
+# Explicit Runge-Kutta methods: each stage's weights of the earlier stages, the step's weights of
+# all. rk4 is the 3/8 rule, as in torchdiffeq, which calls Heun's method heun2.
 _HEUN = (((1.0,),), (0.5, 0.5))
 TABLEAUX: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
   "euler": ((), (1.0,)),
@@ -26,9 +28,59 @@ TABLEAUX: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
 }
 METHODS = (*TABLEAUX, "dopri5")
 MAX_ADAPTIVE_STEPS = 4096
-# Of the adaptive solver, as a share of the way. By itself diffrax begins with a hundredth, over
-# which the velocity that a noise prediction implies grows tenfold: 50 times the reference's error.
+# The adaptive solver's first step, as a share of the way. diffrax begins with a hundredth, over
+# which the velocity of a noise prediction grows tenfold: 50 times the reference's error.
 FIRST_STEP = 1e-4
+MODES = ("ODE", "SDE")
+SDE_METHODS = ("euler", "heun")
+LAST_STEPS = ("", "Mean", "Tweedie", "Euler")
+
+
+def check_solver(
+  *,
+  num_steps: int,
+  mode: str = "ODE",
+  method: str = "euler",
+  timestep_shift: float = 0.0,
+  atol: float = 1e-6,
+  rtol: float = 1e-3,
+  diffusion_form: str = "sigma",
+  diffusion_norm: float = 1.0,
+  last_step: str = "Mean",
+  last_step_size: float = 0.04,
+) -> None:
+  """Raises InputError, with the valid choices, for settings that no solver can use.
+
+  Their names are those of `config.sample`; `sampling.sample_ode` and `sample_sde` explain them.
+  """
+  if mode not in MODES:
+    raise InputError(f"mode is {mode!r}; choose one of {MODES}.")
+  choices = [("method", method, METHODS)]
+  if mode == "SDE":
+    choices = [
+      ("method", method, SDE_METHODS),
+      ("diffusion_form", diffusion_form, tuple(transport.DIFFUSION_FORMS)),
+      ("last_step", last_step, LAST_STEPS),
+    ]
+  for name, given, known in choices:
+    if given not in known:
+      raise InputError(f"{name} of the {mode} is {given!r}; choose one of {known}.")
+  if num_steps < 2:
+    raise InputError(f"num_steps is {num_steps}; a grid from noise to data has at least 2 points.")
+  if timestep_shift < 0:
+    raise InputError(
+      f"timestep_shift is {timestep_shift}; it must not be negative: 0 is no shift, below 1 denser "
+      "near the noise."
+    )
+  for name, tolerance in (("atol", atol), ("rtol", rtol)):
+    if tolerance <= 0:
+      raise InputError(f"{name} is {tolerance}; a tolerance is above 0.")
+  if mode == "SDE" and diffusion_norm < 0:
+    raise InputError(f"diffusion_norm is {diffusion_norm}; it must not be negative.")
+  if mode == "SDE" and last_step and not 0 < last_step_size < 1:
+    raise InputError(
+      f"last_step_size is {last_step_size}; the last step, {last_step}, needs one between 0 and 1."
+    )
 
 
 def integrate(
@@ -48,17 +100,9 @@ def integrate(
     method: one of `METHODS`.
     atol: absolute tolerance of "dopri5", for the root mean square over a sample.
     rtol: relative tolerance of "dopri5".
-
-  Returns:
-    The state at the end.
-
-  Raises:
-    InputError: unknown method.
   """
   if method == "dopri5":
     return _dopri5(field, start, grid[0], grid[-1], atol, rtol)
-  if method not in TABLEAUX:
-    raise InputError(f"method is {method!r}; choose one of {METHODS}.")
   stages, weights = TABLEAUX[method]
 
   def moved(state: Any, by: float | jax.Array, shares: tuple[float, ...], slopes: list[Any]) -> Any:
@@ -87,13 +131,13 @@ def _dopri5(
   atol: float,
   rtol: float,
 ) -> Any:
-  """Dormand-Prince with steps of its own for each sample, so that none depends on its batch.
+  """Dormand-Prince, which chooses each sample's steps alone, so that none depends on its batch.
 
-  diffrax solves for one sample and is vmapped; the field, which knows only batches, is called once
+  diffrax solves for one sample and is vmapped; the field, which takes only batches, is called once
   for all of them.
   """
 
-  # They take half a second to import; in a trace, in which this may be, they must not trace.
+  # They take half a second to import. While this is traced, their own import must not be.
   with jax.ensure_compile_time_eval():
     import diffrax
     import equinox as eqx
@@ -137,3 +181,119 @@ def _dopri5(
     return jax.tree.map(lambda x: x[0], solution.ys)
 
   return jax.vmap(solve)(start)
+
+
+def sde_interval(
+  path: str,
+  prediction: str,
+  method: str,
+  diffusion_form: str,
+  last_step: str,
+  last_step_size: float,
+  eps: float | None = None,
+) -> tuple[float, float]:
+  """The times (t0, t1) between which `sample_sde` takes its equal steps; arguments as there.
+
+  They end 1e-3, or `eps`, before an end where the drift is needed and singular.
+  """
+  t0, t1 = transport.interval(path, prediction, eps)
+  safe = 1e-3 if eps is None else eps
+  if transport.PATHS[path].starts_at_zero and diffusion_form == "SBDM":
+    t0 = safe
+  if last_step:
+    return t0, 1 - last_step_size
+  # Only Heun's method asks at the end itself, where all D / sigma but that of "sigma" are singular.
+  if method == "heun" and diffusion_form != "sigma":
+    t1 = min(t1, 1 - safe)
+  return t0, t1
+
+
+def sample_sde(
+  predict: Callable[[jax.Array, jax.Array], jax.Array],
+  noise: jax.Array,
+  draw: Callable[[jax.Array], jax.Array],
+  *,
+  path: str = "Linear",
+  prediction: str = "velocity",
+  num_steps: int = 250,
+  method: str = "euler",
+  diffusion_form: str = "SBDM",
+  diffusion_norm: float = 1.0,
+  last_step: str = "Mean",
+  last_step_size: float = 0.04,
+  eps: float | None = None,
+) -> jax.Array:
+  """Integrates dx = (velocity + D score) dt + sqrt(2 D) dw from noise to data.
+
+  Args:
+    predict: function of x and a scalar t: what the model predicts.
+    noise: standard normal, the batch in the leading axis.
+    draw: standard normal of the shape of `noise` for each step 0, 1, ...
+    path: a key of `transport.PATHS`.
+    prediction: what `predict` is, a key of `transport.PREDICTIONS`.
+    num_steps: grid points, the last one behind the last step.
+    method: "euler" (Euler-Maruyama) or "heun" (noise first, then a step of Heun's method).
+    diffusion_form: of D(t), a key of `transport.DIFFUSION_FORMS`.
+    diffusion_norm: magnitude of D(t).
+    last_step: "Mean" (the drift without noise), "Euler" (the ODE's), "Tweedie" (the expected
+      latent), or "" for none.
+    last_step_size: of "Mean" and "Euler", and how far from t=1 all three begin.
+    eps: see `sde_interval`.
+
+  Returns:
+    float32, the shape of `noise`.
+
+  Source: Ma et al., SiT, section 2.4 and appendix; the reference's `Sampler.sample_sde`.
+  """
+  check_solver(
+    mode="SDE",
+    num_steps=num_steps,
+    method=method,
+    diffusion_form=diffusion_form,
+    diffusion_norm=diffusion_norm,
+    last_step=last_step,
+    last_step_size=last_step_size,
+  )
+  ends = sde_interval(path, prediction, method, diffusion_form, last_step, last_step_size, eps)
+  grid = jnp.linspace(*ends, num_steps)
+  size = grid[1] - grid[0]
+
+  def diffusion(x: jax.Array, t: jax.Array) -> jax.Array:
+    return transport.diffusion(diffusion_form, diffusion_norm, t, x, path)
+
+  def velocity_and_noise(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    predicted = predict(x, t).astype(jnp.float32)
+    return (
+      transport.to_velocity(predicted, x, t, path, prediction),
+      transport.to_noise(predicted, x, t, path, prediction),
+    )
+
+  def drift(x: jax.Array, t: jax.Array) -> jax.Array:
+    velocity, implied_noise = velocity_and_noise(x, t)
+    # D score = -(D / sigma) noise; the quotient of "sigma" is finite at t=1, its parts' is not.
+    if diffusion_form == "sigma":
+      return velocity - diffusion_norm * implied_noise
+    sigma = transport.coefficients(path, t, x).sigma
+    return velocity - diffusion(x, t) / sigma * implied_noise
+
+  def step(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    index, t = at
+    kick = jnp.sqrt(2 * diffusion(x, t) * size) * draw(index)
+    if method == "euler":
+      return x + size * drift(x, t) + kick, None
+    x = x + kick
+    first = drift(x, t)
+    return x + size / 2 * (first + drift(x + size * first, t + size)), None
+
+  x = noise.astype(jnp.float32)
+  x, _ = jax.lax.scan(step, x, (jnp.arange(num_steps - 1), grid[:-1]))
+  t = grid[-1]
+  if last_step == "Mean":
+    return x + last_step_size * drift(x, t)
+  if not last_step:
+    return x
+  velocity, implied_noise = velocity_and_noise(x, t)
+  if last_step == "Euler":
+    return x + last_step_size * velocity
+  c = transport.coefficients(path, t, x)
+  return (x - c.sigma * implied_noise) / c.alpha

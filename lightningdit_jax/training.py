@@ -5,7 +5,6 @@ Reference: `train.py`. Parameters, EMA, optimizer and losses are float32, matmul
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +17,19 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import sampling, transport
-from lightningdit_jax.checks import check_sampling, check_transport
-from lightningdit_jax.model import LightningDiT, TimestepEmbedder, check_names
-from lightningdit_jax.store import fetching, latents
+from lightningdit_jax.checks import check_model, check_store
+from lightningdit_jax.model import TimestepEmbedder, build_model
+from lightningdit_jax.store import latents
+from lightningdit_jax.store.fetching import open_store
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import (
   averaged,
-  check_optimizer,
   make_optimizer,
   mean_gradients,
   start_emas,
   update_emas,
 )
-from vavae_jax.common.sharding import platform
 from vavae_jax.data import order
 
 if TYPE_CHECKING:
@@ -44,117 +42,27 @@ VALIDATION_SEED = 0
 
 @flax.struct.dataclass
 class State:
-  """All that training changes.
+  """All that training changes."""
 
-  Attributes:
-    step: int32 scalar, updates done.
-    params: LightningDiT's.
-    ema: their moving averages by `optimizer.ema_name`; samples are made with the first of
-      `ema_decays`, or where there is none with params.
-    optimizer: AdamW's moments.
-  """
-
-  step: jax.Array
+  step: jax.Array  # int32 scalar, updates done
   params: Any
-  ema: Any
-  optimizer: Any
-
-
-def build_model(config: FrozenConfigDict) -> functional.Build:
-  """LightningDiT of a configuration, for `functional`."""
-  return functools.partial(_model, config)
-
-
-def _model(config: FrozenConfigDict, rngs: nnx.Rngs, dtype: str = "") -> LightningDiT:
-  dtype = dtype or config.dtype
-  kwargs = config.model.to_dict()
-  if dtype != "bfloat16" or platform() != "gpu":
-    # What was trained with the fused kernel is also sampled in float32 and on other devices;
-    # `check_model` refuses to train so.
-    kwargs["attention"] = "xla"
-  if not kwargs["scan_unroll"]:
-    # There a scan copies what the backward pass needs into arrays of all blocks: a third of what is
-    # read and written in a step. TPUs write it in place.
-    kwargs["scan_unroll"] = kwargs["depth"] if platform() == "gpu" else 1
-  return LightningDiT(**kwargs, dtype=jnp.dtype(dtype), rngs=rngs)
-
-
-@functools.lru_cache
-def open_store(path: str, cache: str) -> latents.LatentStore:
-  """The latent store of a configuration, opened once; arguments as of `fetching.local_folder`."""
-  return latents.LatentStore(fetching.local_folder(path, cache))
+  ema: Any  # moving averages by `optimizer.ema_name`; samples are made with the first, if any
+  optimizer: Any  # AdamW's moments
 
 
 def check(config: FrozenConfigDict) -> None:
-  """Checks everything that can be checked before anything compiles.
-
-  Raises:
-    InputError: model, latents, labels or sampling settings do not fit.
-  """
+  """Raises InputError for model, latents, labels or sampling settings that do not fit."""
   check_model(config)
   order.check(config.loader)
   store = open_store(config.latents.path, config.latents.cache)
-  _check_store(config, store)
+  check_store(config, store)
   if len(store) < config.batch_size:
     raise InputError(
       f"{store.path} has {len(store)} latents, fewer than one batch of {config.batch_size}; lower "
       "config.batch_size."
     )
   if config.latents.valid_path:
-    _check_store(config, open_store(config.latents.valid_path, config.latents.cache))
-
-
-def _check_store(config: FrozenConfigDict, store: latents.LatentStore) -> None:
-  if not len(store):
-    raise InputError(
-      f"{store.path} holds the statistics of latents and no latents, which is enough to sample; to "
-      "train, make latents with python -m launch.encode."
-    )
-  size, channels = config.model.input_size, config.model.in_channels
-  if store.shape != (size, size, channels):
-    raise InputError(
-      f"The latents of {store.path} are {store.shape[0]}x{store.shape[1]} with {store.shape[2]} "
-      f"channels, config.model expects {size}x{size} with {channels}: they are of another "
-      "tokenizer; set config.model.input_size and in_channels, or encode with the right one."
-    )
-  low, high = int(store.labels.min()), int(store.labels.max())
-  if low < 0 or high >= config.model.num_classes:
-    raise InputError(
-      f"The labels of {store.path} run from {low} to {high}, but config.model.num_classes is "
-      f"{config.model.num_classes}; labels must lie in 0..{config.model.num_classes - 1}."
-    )
-
-
-def check_model(config: FrozenConfigDict) -> None:
-  """Raises InputError for what cannot be built or run: the part of `check` without latents."""
-  check_names(config.model.remat_policy, config.model.attention)
-  functional.outline(build_model(config), "config.model")
-  if config.model.attention == "cudnn" and (
-    config.dtype != "bfloat16" or jax.default_backend() != "gpu"
-  ):
-    raise InputError(
-      f"config.model.attention is 'cudnn', which needs an NVIDIA GPU and config.dtype='bfloat16'; "
-      f"here are {config.dtype} and {jax.default_backend()}. Set it to 'xla'."
-    )
-  check_optimizer(config.optimizer)
-  check_transport(config.transport)
-  check_sampling(config.sample, config.model)
-  if config.accumulate_steps < 1 or config.batch_size % (
-    config.accumulate_steps * jax.device_count()
-  ):
-    raise InputError(
-      f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "
-      f"devices it must divide config.batch_size, which is {config.batch_size}."
-    )
-  if config.latents.valid_path and jax.process_count() > 1:
-    raise InputError(
-      "config.latents.valid_path: validation losses are not made for several processes yet; leave "
-      "it empty."
-    )
-  if config.latents.valid_path and config.latents.valid_samples < 1:
-    raise InputError(
-      f"config.latents.valid_samples is {config.latents.valid_samples}; at least 1 is needed."
-    )
+    check_store(config, open_store(config.latents.valid_path, config.latents.cache))
 
 
 def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
@@ -205,7 +113,7 @@ def macs_per_image(model: FrozenConfigDict) -> float:
 def train_step(
   config: FrozenConfigDict, phase: str, state: State, frozen: Any, batch: Any, key: jax.Array
 ) -> tuple[State, Metrics]:
-  """One update.
+  """One update; of the scalar metrics "mse" is what the reference logs as its training loss.
 
   Args:
     config: the whole configuration.
@@ -214,9 +122,6 @@ def train_step(
     frozen: from `load_frozen`.
     batch: {"latent": float32 [B, h, w, Z] normalised, "label": int32 [B]}.
     key: of times, noise and dropped labels.
-
-  Returns:
-    (new state, scalar metrics); "mse" is what the reference logs as its training loss.
   """
   del frozen
   latent, label = batch["latent"], batch["label"]
@@ -247,7 +152,7 @@ def update(
   t_B: jax.Array,
   label_B: jax.Array,
 ) -> tuple[State, Metrics]:
-  """`train_step` once everything random is drawn, so that it is the same in however many parts."""
+  """`train_step` once everything random is drawn: the same in any number of parts."""
 
   def loss_fn(params: Any, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
     metrics = {name: jnp.mean(loss) for name, loss in losses(config, params, *part).items()}
@@ -277,7 +182,7 @@ def losses(
   t_B: jax.Array,
   label_B: jax.Array,
 ) -> Metrics:
-  """The losses of each sample, [B], by `transport.losses`."""
+  """Per-sample losses [B], by `transport.losses`."""
   model = nnx.merge(functional.graph_of(build_model(config)), params)
   path, prediction = config.transport.path_type, config.transport.prediction
   predicted = model(transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, path), t_B, label_B)
@@ -308,76 +213,6 @@ def train_data(
   )
 
 
-def sample_latents(
-  config: FrozenConfigDict,
-  params: Any,
-  index_B: jax.Array,
-  label_B: jax.Array,
-  *,
-  seed: int,
-  sample: FrozenConfigDict,
-  guide: tuple[FrozenConfigDict, Any] | None = None,
-) -> jax.Array:
-  """Normalised latents of samples by their index; pure and jittable.
-
-  Args:
-    config: the training's configuration.
-    params: usually an EMA.
-    index_B: int32, each sample's place in the set.
-    label_B: int32.
-    seed: of the set.
-    sample: the sampling settings, as `config.sample`.
-    guide: configuration and parameters of a second model to be guided away from; None: the model
-      itself without label.
-
-  Returns:
-    float32 [B, h, w, Z].
-  """
-
-  def network(config: FrozenConfigDict, params: Any) -> LightningDiT:
-    build = functools.partial(_model, config, dtype=sample.dtype)
-    return nnx.merge(functional.graph_of(build), params)
-
-  path, prediction = config.transport.path_type, config.transport.prediction
-  eps = config.transport.sample_eps
-  size, channels = config.model.input_size, config.model.in_channels
-  draw = functools.partial(sampling.noise_of, seed, index_B, (size, size, channels))
-  predict = sampling.guided(
-    network(config, params),
-    label_B,
-    config.model.num_classes,
-    cfg_scale=sample.cfg_scale,
-    cfg_interval_start=sample.cfg_interval_start,
-    cfg_channels=sample.cfg_channels,
-    guide=network(*guide) if guide else None,
-  )
-  if sample.mode == "SDE":
-    return sampling.sample_sde(
-      predict,
-      draw(0),
-      lambda step: draw(step + 1),
-      path=path,
-      prediction=prediction,
-      num_steps=sample.num_steps,
-      method=sample.method,
-      diffusion_form=sample.diffusion_form,
-      diffusion_norm=sample.diffusion_norm,
-      last_step=sample.last_step,
-      last_step_size=sample.last_step_size,
-      eps=eps,
-    )
-  return sampling.sample_ode(
-    lambda x, t: transport.to_velocity(predict(x, t), x, t, path, prediction),
-    draw(0),
-    num_steps=sample.num_steps,
-    method=sample.method,
-    timestep_shift=sample.timestep_shift,
-    interval=transport.interval(path, prediction, eps),
-    atol=sample.atol,
-    rtol=sample.rtol,
-  )
-
-
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   """Losses of held-out latents, where `config.latents.valid_path` names some."""
   if not config.latents.valid_path:
@@ -388,14 +223,8 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
 def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
   """Losses of the averaged model on fixed latents, with fixed noise, on a fixed grid of times.
 
-  The same numbers for the same weights, whatever was drawn in training.
-
-  Args:
-    config: the whole configuration; `latents.valid_samples` records of `latents.valid_path`.
-
-  Returns:
-    A function of the state: {"mse": mean over all, "mse_t0.06": of the time 0.06, ...}, and
-    "cosine" likewise where the velocity is predicted.
+  Equal weights give equal numbers, whatever training drew. The result maps a state to {"mse": mean
+  over all, "mse_t0.06": at the time 0.06, ...}, and "cosine" likewise if the loss has it.
   """
   store = open_store(config.latents.valid_path, config.latents.cache)
   # Normalised as training does it.
@@ -420,7 +249,7 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
     params = averaged(config.optimizer, state)
     sums: dict[str, np.ndarray] = {}
     for start in range(0, count, size):
-      # The last batch is filled up, so that one shape compiles; what fills it does not count.
+      # The last batch is filled up, so that one shape compiles; the filling does not count.
       index = np.resize(np.arange(start, min(start + size, count)), size)
       kept = min(size, count - start)
       records = [store[int(i)] for i in index]

@@ -2,8 +2,8 @@
 
 t=0 is noise and t=1 is data everywhere (the opposite of score-based papers), and t is not scaled by
 1000. A path is x_t = alpha(t) latent + sigma(t) noise. A model predicts its velocity dx_t/dt, the
-noise, or the score; `to_velocity` and `to_noise` turn any of the three into what solvers need. A
-time is a scalar, or [B] with one for each sample. Paper section 5 and table 1; reference
+noise, or the score. `PATHS` and `PREDICTIONS` hold all that differs between them: a new one is one
+entry. A time is a scalar, or [B] with one for each sample. Paper section 5 and table 1; reference
 `transport/`.
 """
 
@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-PREDICTIONS = ("velocity", "noise", "score")
-LOSS_WEIGHTS = ("", "velocity", "likelihood")
-DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+Array = jax.Array
 
 # Of the VP path: the noise schedule's rate beta at t=1 and at t=0.
 BETA_MIN, BETA_MAX = 0.1, 20.0
@@ -35,21 +34,21 @@ class Coefficients(NamedTuple):
     spread: sigma^2 rate - sigma d_sigma; the velocity is rate x + spread score.
   """
 
-  alpha: jax.Array
-  sigma: jax.Array
-  d_alpha: jax.Array
-  d_sigma: jax.Array
-  rate: jax.Array
-  spread: jax.Array
+  alpha: Array
+  sigma: Array
+  d_alpha: Array
+  d_sigma: Array
+  rate: Array
+  spread: Array
 
 
-def linear(t: jax.Array) -> Coefficients:
+def linear(t: Array) -> Coefficients:
   """The straight line of rectified flow, the published path."""
   one = jnp.ones_like(t)
   return Coefficients(t, 1 - t, one, -one, rate=1 / t, spread=(1 - t) / t)
 
 
-def gvp(t: jax.Array) -> Coefficients:
+def gvp(t: Array) -> Coefficients:
   """The generalised variance-preserving path of SiT: a quarter of a circle."""
   half_pi = jnp.pi / 2
   sine, cosine = jnp.sin(half_pi * t), jnp.cos(half_pi * t)
@@ -57,7 +56,7 @@ def gvp(t: jax.Array) -> Coefficients:
   return Coefficients(sine, cosine, half_pi * cosine, -half_pi * sine, rate, spread=rate)
 
 
-def vp(t: jax.Array) -> Coefficients:
+def vp(t: Array) -> Coefficients:
   """The variance-preserving path of score-based models, its noise schedule linear in time."""
   left = 1 - t
   beta = BETA_MIN + left * (BETA_MAX - BETA_MIN)
@@ -69,27 +68,109 @@ def vp(t: jax.Array) -> Coefficients:
   )
 
 
-PATHS: dict[str, Callable[[jax.Array], Coefficients]] = {"Linear": linear, "GVP": gvp, "VP": vp}
+class Path(NamedTuple):
+  """A path from noise, at t=0, to data, at t=1, where sigma is 0.
+
+  Attributes:
+    at: its coefficients at times.
+    starts_at_zero: alpha is 0 at t=0, so that nothing can be divided by it there.
+    is_smooth: the velocity is finite at t=1.
+    train_eps: default distance of training times from singular ends.
+  """
+
+  at: Callable[[Array], Coefficients]
+  starts_at_zero: bool = True
+  is_smooth: bool = True
+  train_eps: float = 1e-3
 
 
-def coefficients(path: str, t: jax.typing.ArrayLike, x: jax.Array) -> Coefficients:
-  """A path's coefficients, shaped so that they multiply x.
+PATHS = {
+  "Linear": Path(linear),
+  "GVP": Path(gvp),
+  "VP": Path(vp, starts_at_zero=False, is_smooth=False, train_eps=1e-5),
+}
 
-  Args:
-    path: a key of `PATHS`.
-    t: scalar or [B].
-    x: [B, ...].
 
-  Returns:
-    Coefficients, each a scalar or [B, 1, ...].
+class Prediction(NamedTuple):
+  """What a model may predict at a point x of a path with coefficients c; `Array`s are [B, ...].
+
+  Attributes:
+    compared: (c, predicted, latent, noise) -> the prediction and its training target, in the units
+      in which the loss measures their difference.
+    to_velocity: (c, predicted, x) -> the velocity of the flow.
+    to_noise: (c, predicted, x) -> the noise in x.
+    singular: whether the velocity or the loss is singular at t=0, if alpha is 0 there, and at t=1.
+    is_weighted: whether `LOSS_WEIGHTS` apply, which are made for errors in units of the noise.
+    has_direction: whether there is a direction loss: 1 - cosine to the target.
+  """
+
+  compared: Callable[[Coefficients, Array, Array, Array], tuple[Array, Array]]
+  to_velocity: Callable[[Coefficients, Array, Array], Array]
+  to_noise: Callable[[Coefficients, Array, Array], Array]
+  singular: tuple[bool, bool] = (True, True)
+  is_weighted: bool = False
+  has_direction: bool = False
+
+
+PREDICTIONS = {
+  "velocity": Prediction(
+    compared=lambda c, v, latent, noise: (v, c.d_alpha * latent + c.d_sigma * noise),
+    to_velocity=lambda c, v, x: v,
+    to_noise=lambda c, v, x: (
+      (c.alpha * v - c.d_alpha * x) / (c.alpha * c.d_sigma - c.d_alpha * c.sigma)
+    ),
+    singular=(False, False),
+    has_direction=True,
+  ),
+  "noise": Prediction(
+    compared=lambda c, predicted, latent, noise: (predicted, noise),
+    to_velocity=lambda c, noise, x: c.rate * x - c.spread / c.sigma * noise,
+    to_noise=lambda c, noise, x: noise,
+    is_weighted=True,
+  ),
+  # The score is -noise / sigma.
+  "score": Prediction(
+    compared=lambda c, score, latent, noise: (score * c.sigma, -noise),
+    to_velocity=lambda c, score, x: c.rate * x + c.spread * score,
+    to_noise=lambda c, score, x: -c.sigma * score,
+    is_weighted=True,
+  ),
+}
+
+LOSS_WEIGHTS: dict[str, Callable[[Coefficients], Array]] = {
+  "": lambda c: jnp.ones_like(c.sigma),
+  "velocity": lambda c: (c.spread / c.sigma) ** 2,
+  "likelihood": lambda c: c.spread / c.sigma**2,
+}
+
+# (c, t, norm) -> the diffusion D(t) of an SDE.
+DIFFUSION_FORMS: dict[str, Callable[[Coefficients, Array, float], Array]] = {
+  "constant": lambda c, t, norm: jnp.full_like(t, norm),
+  "SBDM": lambda c, t, norm: norm * c.spread,
+  "sigma": lambda c, t, norm: norm * c.sigma,
+  "linear": lambda c, t, norm: norm * (1 - t),
+  "decreasing": lambda c, t, norm: 0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2,
+  "increasing-decreasing": lambda c, t, norm: norm * jnp.sin(jnp.pi * t) ** 2,
+}
+
+
+def coefficients(path: str, t: jax.typing.ArrayLike, x: Array) -> Coefficients:
+  """A path's coefficients at t, a scalar or [B], shaped so that they multiply x [B, ...].
 
   Raises:
     ValueError: no such path.
   """
   if path not in PATHS:
     raise ValueError(f"The path is {path!r}; choose one of {tuple(PATHS)}.")
+  return PATHS[path].at(_aligned(t, x))
+
+
+def _aligned(t: jax.typing.ArrayLike, x: Array) -> Array:
   t = jnp.asarray(t, jnp.float32)
-  return PATHS[path](t.reshape(t.shape + (1,) * (x.ndim - 1) * t.ndim))
+  chex.assert_rank(t, {0, 1})
+  if t.ndim:
+    chex.assert_equal_shape_prefix([t, x], 1)
+  return t.reshape(t.shape + (1,) * (x.ndim - 1) * t.ndim)
 
 
 def interval(
@@ -99,29 +180,20 @@ def interval(
   *,
   training: bool = False,
 ) -> tuple[float, float]:
-  """The times between which training draws, and the ODE is solved.
+  """The times (t0, t1) between which training draws, and the ODE is solved.
 
-  Only the velocity on the Linear and the GVP path is finite from end to end.
-
-  Args:
-    path: a key of `PATHS`.
-    prediction: one of `PREDICTIONS`.
-    eps: distance from the singular ends. None: 1e-3, and 1e-5 to train on the VP path.
-    training: which of the two.
-
-  Returns:
-    (t0, t1).
+  They keep `eps` away from singular ends; None: 1e-3, and for training the path's `train_eps`.
   """
-  if path == "VP":
-    return 0.0, 1 - ((1e-5 if training else 1e-3) if eps is None else eps)
-  if prediction == "velocity":
-    return 0.0, 1.0
-  eps = 1e-3 if eps is None else eps
-  return eps, 1 - eps
+  p, singular = PATHS[path], PREDICTIONS[prediction].singular
+  if eps is None:
+    eps = p.train_eps if training else 1e-3
+  t0 = eps if singular[0] and p.starts_at_zero else 0.0
+  t1 = 1 - eps if singular[1] or not p.is_smooth else 1.0
+  return t0, t1
 
 
 def sample_time(
-  key: jax.Array,
+  key: Array,
   batch_size: int,
   *,
   use_lognorm: bool = True,
@@ -129,20 +201,17 @@ def sample_time(
   partial_train: tuple[float, float] | tuple[()] = (),
   partial_ratio: float = 1.0,
   interval: tuple[float, float] = (0.0, 1.0),
-) -> jax.Array:
-  """Training times.
+) -> Array:
+  """Training times t_B, float32 in [0, 1].
 
   Args:
     key: of the draw.
-    batch_size: how many.
+    batch_size: number of times B.
     use_lognorm: logit-normal(shifted_mu, 1), which favours the middle of the path; False: uniform.
     shifted_mu: above 0 favours the data, below 0 the noise.
     partial_train: a range to which `partial_ratio` of the times are confined; () is none.
     partial_ratio: share of the times that are drawn from that range.
     interval: what [0, 1] is mapped to, where no range is given.
-
-  Returns:
-    t_B float32 in [0, 1], t=0 noise and t=1 data.
 
   DEVIATION: each time of a batch is confined or not; in the reference a GPU's batch is, as a whole.
   """
@@ -164,156 +233,106 @@ def sample_time(
   return jnp.where(chosen_B, confined_B, t_B)
 
 
-def _quantile(share: jax.Array, mu: float) -> jax.Array:
+def _quantile(share: Array, mu: float) -> Array:
   return jax.nn.sigmoid(mu + jax.scipy.special.ndtri(share))
 
 
-def _share(t: jax.Array, mu: float) -> jax.Array:
+def _share(t: Array, mu: float) -> Array:
   return jax.scipy.special.ndtr(jax.scipy.special.logit(t) - mu)
 
 
-def interpolate(
-  latent_BhwZ: jax.Array, noise_BhwZ: jax.Array, t: jax.Array, path: str = "Linear"
-) -> jax.Array:
+def interpolate(latent: Array, noise: Array, t: Array, path: str = "Linear") -> Array:
   """The point x_t = alpha latent + sigma noise of a path.
 
   Args:
-    latent_BhwZ: normalised latents, the point at t=1.
-    noise_BhwZ: standard normal, the point at t=0.
+    latent: normalised [B, h, w, Z], the point at t=1.
+    noise: standard normal [B, h, w, Z], the point at t=0.
     t: scalar or [B].
     path: a key of `PATHS`.
-
-  Returns:
-    float32 [B, h, w, Z].
   """
-  c = coefficients(path, t, latent_BhwZ)
-  return c.alpha * latent_BhwZ + c.sigma * noise_BhwZ
-
-
-def velocity(
-  latent_BhwZ: jax.Array, noise_BhwZ: jax.Array, t: jax.Array, path: str = "Linear"
-) -> jax.Array:
-  """dx_t/dt of a path, arguments as of `interpolate`; latent - noise on the Linear one."""
-  c = coefficients(path, t, latent_BhwZ)
-  return c.d_alpha * latent_BhwZ + c.d_sigma * noise_BhwZ
+  chex.assert_equal_shape([latent, noise])
+  c = coefficients(path, t, latent)
+  return c.alpha * latent + c.sigma * noise
 
 
 def losses(
-  predicted_BhwZ: jax.Array,
-  latent_BhwZ: jax.Array,
-  noise_BhwZ: jax.Array,
-  t_B: jax.Array,
+  predicted_BhwZ: Array,
+  latent_BhwZ: Array,
+  noise_BhwZ: Array,
+  t_B: Array,
   *,
   path: str = "Linear",
   prediction: str = "velocity",
   loss_weight: str = "",
-) -> dict[str, jax.Array]:
-  """What a prediction costs, for each sample.
+) -> dict[str, Array]:
+  """Per-sample training losses.
 
   Args:
     predicted_BhwZ: the model's, at `interpolate(latent, noise, t, path)`.
-    latent_BhwZ: normalised latents.
+    latent_BhwZ: normalised.
     noise_BhwZ: standard normal.
-    t_B: [B].
+    t_B: times.
     path: a key of `PATHS`.
-    prediction: what the model predicts, one of `PREDICTIONS`.
-    loss_weight: "" none, "velocity" or "likelihood"; the loss of a velocity has none in any case.
+    prediction: what the model predicts, a key of `PREDICTIONS`.
+    loss_weight: a key of `LOSS_WEIGHTS`; predictions that are not weighted ignore it.
 
   Returns:
-    {"mse": [B], mean square of the error, weighted}, and where the velocity is predicted "cosine":
-    [B], the direction loss, mean over positions of 1 - cosine over channels.
+    {"mse": [B], mean square of the error, weighted}, and where the prediction has a direction
+    "cosine": [B], the marginal cosine loss, mean over positions of 1 - cosine over channels.
   """
+  chex.assert_equal_shape([predicted_BhwZ, latent_BhwZ, noise_BhwZ])
+  chex.assert_shape(t_B, latent_BhwZ.shape[:1])
+  kind = PREDICTIONS[prediction]
+  c = coefficients(path, t_B, latent_BhwZ)
   predicted = predicted_BhwZ.astype(jnp.float32)
-  if prediction == "velocity":
-    target = velocity(latent_BhwZ, noise_BhwZ, t_B, path).astype(jnp.float32)
-    return {
-      "mse": _sample_mean((predicted - target) ** 2),
-      "cosine": _sample_mean(1 - _cosine(predicted, target)),
-    }
-  c = coefficients(path, t_B, predicted)
-  weight = {
-    "": jnp.ones_like(c.sigma),
-    "velocity": (c.spread / c.sigma) ** 2,
-    "likelihood": c.spread / c.sigma**2,
-  }[loss_weight]
-  # The score is -noise / sigma; its error is measured in units of the noise.
-  error = predicted - noise_BhwZ if prediction == "noise" else predicted * c.sigma + noise_BhwZ
-  return {"mse": _sample_mean(weight * error**2)}
+  given, target = kind.compared(c, predicted, latent_BhwZ, noise_BhwZ)
+  target = target.astype(jnp.float32)
+  weight = LOSS_WEIGHTS[loss_weight](c) if kind.is_weighted else 1.0
+  found = {"mse": _sample_mean(weight * (given - target) ** 2)}
+  if kind.has_direction:
+    found["cosine"] = _sample_mean(1 - _cosine(given, target))
+  return found
 
 
-def _sample_mean(x: jax.Array) -> jax.Array:
+def _sample_mean(x: Array) -> Array:
   return jnp.mean(x, axis=range(1, x.ndim))
 
 
-def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+def _cosine(a: Array, b: Array) -> Array:
   # Each norm is clamped as PyTorch does: a zero-initialised head would give NaN gradients.
   norms = jnp.sqrt(jnp.maximum(jnp.sum(a**2, -1), 1e-16) * jnp.maximum(jnp.sum(b**2, -1), 1e-16))
   return jnp.sum(a * b, -1) / norms
 
 
-def to_velocity(
-  predicted: jax.Array, x: jax.Array, t: jax.Array, path: str, prediction: str
-) -> jax.Array:
-  """The velocity of the flow that a prediction at x_t implies.
+def to_velocity(predicted: Array, x: Array, t: Array, path: str, prediction: str) -> Array:
+  """The velocity of the flow that a prediction implies.
 
   Args:
     predicted: [B, ...], the model's.
     x: [B, ...], where it was made.
     t: scalar or [B], inside of `interval`.
     path: a key of `PATHS`.
-    prediction: one of `PREDICTIONS`.
-
-  Returns:
-    [B, ...].
+    prediction: a key of `PREDICTIONS`.
   """
-  if prediction == "velocity":
-    return predicted
-  c = coefficients(path, t, x)
-  if prediction == "noise":
-    return c.rate * x - c.spread / c.sigma * predicted
-  return c.rate * x + c.spread * predicted
+  return PREDICTIONS[prediction].to_velocity(coefficients(path, t, x), predicted, x)
 
 
-def to_noise(
-  predicted: jax.Array, x: jax.Array, t: jax.Array, path: str, prediction: str
-) -> jax.Array:
-  """The noise that a prediction at x_t implies, arguments as of `to_velocity`; finite everywhere.
+def to_noise(predicted: Array, x: Array, t: Array, path: str, prediction: str) -> Array:
+  """The noise that a prediction implies, arguments as of `to_velocity`; t may be at its ends.
 
   The score is -noise / sigma, and the latent (x - sigma noise) / alpha.
   """
-  if prediction == "noise":
-    return predicted
-  c = coefficients(path, t, x)
-  if prediction == "score":
-    return -c.sigma * predicted
-  return (c.alpha * predicted - c.d_alpha * x) / (c.alpha * c.d_sigma - c.d_alpha * c.sigma)
+  return PREDICTIONS[prediction].to_noise(coefficients(path, t, x), predicted, x)
 
 
-def diffusion(form: str, norm: float, t: jax.Array, x: jax.Array, path: str) -> jax.Array:
+def diffusion(form: str, norm: float, t: Array, x: Array, path: str) -> Array:
   """The diffusion D(t) of the SDE dx = (velocity + D score) dt + sqrt(2 D) dw.
 
   Args:
-    form: one of `DIFFUSION_FORMS`.
+    form: a key of `DIFFUSION_FORMS`.
     norm: its magnitude.
     t: scalar or [B].
-    x: [B, ...], for the shape.
+    x: [B, ...], for the shape of the result: a scalar or [B, 1, ...].
     path: a key of `PATHS`.
-
-  Returns:
-    A scalar or [B, 1, ...].
-
-  Raises:
-    ValueError: no such form.
   """
-  if form not in DIFFUSION_FORMS:
-    raise ValueError(f"The diffusion form is {form!r}; choose one of {DIFFUSION_FORMS}.")
-  c = coefficients(path, t, x)
-  t = coefficients("Linear", t, x).alpha
-  return {
-    "constant": jnp.full_like(t, norm),
-    "SBDM": norm * c.spread,
-    "sigma": norm * c.sigma,
-    "linear": norm * (1 - t),
-    "decreasing": 0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2,
-    "increasing-decreasing": norm * jnp.sin(jnp.pi * t) ** 2,
-  }[form]
+  return DIFFUSION_FORMS[form](coefficients(path, t, x), _aligned(t, x), norm)

@@ -1,7 +1,7 @@
-"""Weights of one LightningDiT as the beginning of another: other channels, classes, another grid.
+"""Initial weights from another LightningDiT, whose channels, classes or grid may differ.
 
-Reference: `load_weights_with_shape_check` of `train.py`, which passes over whatever does not fit;
-here only the layers that depend on channels or classes may differ.
+Reference: `load_weights_with_shape_check` of `train.py`, which skips all that does not fit; here
+only the layers that depend on channels or classes may differ.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vavae_jax.common.errors import InputError
 
 EMBEDDER = ("x_embedder", "kernel")
 HEAD = "final_layer"
-# What starts afresh where its shape differs: labels by the classes, the head by the channels, but
-# not the head alone, which would be another `learn_sigma`.
+# Layers that start afresh where their shapes differ: labels by the classes, the head by the
+# channels. A head that differs alone means another `learn_sigma`, which is refused.
 MAY_START_AFRESH = (
   ("y_embedder", "embedding"),
   (HEAD, "linear", "kernel"),
@@ -29,20 +29,20 @@ MAY_START_AFRESH = (
 
 
 def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
-  """Parameters for a new training out of those of another.
+  """Initial parameters for a new training, from those of another model.
 
-  DEVIATION: of the patch embedding all channels that both have are kept, the others start at zero;
-  the reference keeps the first 16. The two are the same where one of the models has 16.
+  DEVIATION: the patch embedding keeps all channels that both models have, and the others start at
+  zero; the reference keeps the first 16. The two agree where one of the models has 16.
 
   Args:
-    fresh: the new model's, nested dicts of arrays, randomly initialised.
+    fresh: the new model's parameters, nested dicts of arrays, randomly initialised.
     given: the other model's.
 
   Returns:
-    (parameters of the shapes of `fresh`, sentences on what could not be taken over as it was).
+    (parameters of the shapes of `fresh`, sentences on layers that differ).
 
   Raises:
-    InputError: any other layer differs.
+    InputError: another layer differs.
   """
   new, old = flatten_dict(fresh), flatten_dict(given)
   same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
@@ -72,17 +72,14 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
 
 
 def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> Any:
-  """Parameters out of PyTorch's names, with the file's own channels, classes and grid.
+  """Parameters for `adapt` from a PyTorch state dict, with its own channels, classes and grid.
 
   Args:
     state_dict: PyTorch name -> array, of the reference's LightningDiT.
-    model: the arguments of the LightningDiT that is to be trained, for all that no shape tells.
-
-  Returns:
-    Nested dicts of arrays, as `adapt` takes them.
+    model: all other arguments of LightningDiT, those of the model to be trained.
 
   Raises:
-    InputError: the tensors are not those of a LightningDiT with these switches.
+    InputError: the tensors are not those of a LightningDiT with these options.
   """
   state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
   kwargs = dict(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from pathlib import Path
@@ -18,8 +19,8 @@ from configs import (
 )
 from launch.engine import loop
 from launch.engine.configuration import flat, resolve
-from lightningdit_jax import training
-from lightningdit_jax.model import PRESETS, LightningDiT
+from lightningdit_jax import checks, training
+from lightningdit_jax.model import PRESETS, Options
 from vavae_jax import stages
 from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
 from vavae_jax.autoencoder import Autoencoder
@@ -40,7 +41,7 @@ def keywords(module):
 
 
 def test_model_keys_are_keywords_of_the_constructors():
-  assert set(base.diffusion().model) == keywords(LightningDiT)
+  assert set(base.diffusion().model) == {field.name for field in dataclasses.fields(Options)}
   assert set(base.tokenizer().model) <= keywords(Autoencoder)
   assert set(base.tokenizer().discriminator) <= keywords(PatchDiscriminator)
 
@@ -55,7 +56,7 @@ def test_experiments_are_accepted(name):
 def test_rows_of_the_ablation_can_be_trained(row):
   config = resolve(ablation.get_config(row), base.diffusion())
   loop.check(config)
-  training.check_model(config)
+  checks.check_model(config)
 
 
 @pytest.mark.parametrize("argument", ["", *vavae_f16d32.WORDS, "d64,mae,50ep,no_margin"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ from ml_collections import FrozenConfigDict
 
 from configs import base, quickstart
 from lightningdit_jax import checks, convert, sampling, training
+from lightningdit_jax.model import build_model
+from lightningdit_jax.store import fetching
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common import functional
@@ -104,7 +107,7 @@ def test_draws_follow_the_key_and_not_each_other():
 
 
 def test_loss_falls_on_one_batch():
-  """With the direction loss off, so that all of it is the mean squared error."""
+  """With the direction loss off, so that all of it is the mean squared error; traced once."""
   config = tiny(
     **{
       "optimizer.learning_rate": 3e-3,
@@ -114,7 +117,8 @@ def test_loss_falls_on_one_batch():
   )
   state = jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))
   latent, noise = (procedural.normal(name, (8, 4, 4, 48)) for name in ("latent", "noise"))
-  step = jax.jit(functools.partial(training.update, config))
+  chex.clear_trace_counter()
+  step = jax.jit(chex.assert_max_traces(functools.partial(training.update, config), n=1))
   losses = []
   for _ in range(30):
     state, metrics = step(state, latent, noise, jnp.linspace(0.1, 0.9, 8), jnp.arange(8))
@@ -169,7 +173,7 @@ def test_singular_paths_and_predictions_train_and_sample_with_the_default_eps(pa
   checks.check_transport(config.transport)
   state, metrics = step_of(config, fresh(config))
   assert all(np.isfinite(value) for value in metrics.values())
-  sample = jax.jit(functools.partial(training.sample_latents, config, seed=0, sample=config.sample))
+  sample = jax.jit(functools.partial(sampling.sample_latents, config, seed=0, sample=config.sample))
   assert np.isfinite(sample(state.params, jnp.arange(2), jnp.array([0, 8]))).all()
 
 
@@ -199,7 +203,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
   assert len(times) == training.VALIDATION_TIMES
   assert told["mse"] == pytest.approx(np.mean([told[key] for key in times]))
   # A fresh model predicts zero: what is left is the target itself, at every time.
-  store = training.open_store(config.latents.path, config.latents.cache)
+  store = fetching.open_store(config.latents.path, config.latents.cache)
   latent = np.stack([(store[i]["latent"] - store.mean) / store.std for i in range(11)])
   noise = sampling.noise_of(training.VALIDATION_SEED, jnp.arange(11), latent.shape[1:])
   assert told["mse"] == pytest.approx(float(np.mean((latent - noise) ** 2)), rel=1e-5)
@@ -216,7 +220,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
     ({"transport.partial_ratio": 1.5}, "partial_ratio is 1.5"),
     ({"transport.train_eps": 0.7}, "train_eps is 0.7"),
     ({"transport.use_lognorm": False, "transport.lognorm_until": 3}, "lognorm_until is 3"),
-    ({"sample.method": "rk9"}, "method is 'rk9'; choose one of"),
+    ({"sample.method": "rk9"}, "method of the ODE is 'rk9'; choose one of"),
     ({"sample.mode": "PDE"}, "mode is 'PDE'; choose one of"),
     ({"sample.mode": "SDE", "sample.last_step": "Last"}, "last_step of the SDE"),
     ({"sample.timestep_shift": -1.0}, "timestep_shift is -1.0"),
@@ -233,7 +237,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes, message):
   with pytest.raises(InputError, match=message):
-    training.check_model(tiny(**changes))
+    checks.check_model(tiny(**changes))
 
 
 @pytest.mark.parametrize(
@@ -246,8 +250,8 @@ def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, attention)
   device = jax.sharding.AbstractDevice("kind", 1, platform)
   mesh = jax.sharding.AbstractMesh((1, 1), BATCH_AXES, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    model = functional.outline(training.build_model(FrozenConfigDict(config)), "config.model")
-    assert (model.scan_unroll, model.blocks.attn.implementation) == (unroll, attention)
+    model = functional.outline(build_model(FrozenConfigDict(config)), "config.model")
+    assert (model.options.scan_unroll, model.blocks.attn.implementation) == (unroll, attention)
     config.model.scan_unroll = 3
-    model = functional.outline(training.build_model(FrozenConfigDict(config)), "config.model")
-    assert model.scan_unroll == 3
+    model = functional.outline(build_model(FrozenConfigDict(config)), "config.model")
+    assert model.options.scan_unroll == 3

@@ -20,7 +20,7 @@ from launch.convert import convert, inspect
 from launch.train import train
 from launch.weights import recognition as weights
 from launch.weights import released
-from lightningdit_jax import training
+from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
@@ -73,7 +73,7 @@ def test_a_converted_lightningdit_is_the_references_and_goes_back(name, part, tm
   convert(str(FORMATS / f"{name}.pt"), tmp_path / "run", part=part)
   model = restore.load(tmp_path / "run", "diffusion")
   config = FrozenConfigDict(model.config.to_dict() | {"dtype": "float32"})
-  graph = functional.graph_of(training.build_model(config))
+  graph = functional.graph_of(build_model(config))
   velocity = nnx.merge(graph, model.params)(
     given("latent"), jnp.array([0.25, 0.75]), jnp.array([1, 5])
   )

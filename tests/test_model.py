@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from lightningdit_jax import convert
+from lightningdit_jax.dense import REMAT_POLICIES
 from lightningdit_jax.model import PRESETS, LightningDiT, preset
 from lightningdit_jax.positions import position_embedding, rope_tables
-from lightningdit_jax.remat import REMAT_POLICIES
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common import functional

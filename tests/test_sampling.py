@@ -164,14 +164,14 @@ def test_likelihood_of_a_flow_by_its_own_jacobian():
   [
     # Heun's method without a last step asks for the drift at both ends.
     *itertools.product(transport.DIFFUSION_FORMS, transport.PATHS, ["heun"], [""]),
-    *itertools.product(["SBDM"], ["Linear"], ["euler"], sampling.LAST_STEPS),
+    *itertools.product(["SBDM"], ["Linear"], ["euler"], solvers.LAST_STEPS),
   ],
 )
 def test_every_sde_is_finite_from_end_to_end(form, path, method, last_step):
   """The reference gives NaN from t=0 with SBDM, and fails with constant diffusion."""
   end = jax.jit(
     functools.partial(
-      sampling.sample_sde,
+      solvers.sample_sde,
       flow,
       draw=lambda step: 0.1 * points(2, seed=3) * (step + 1),
       path=path,
@@ -196,7 +196,7 @@ def test_an_sde_keeps_the_distribution_that_the_flow_has():
   for form in ("sigma", "constant", "SBDM"):
     end = jax.jit(
       functools.partial(
-        sampling.sample_sde,
+        solvers.sample_sde,
         velocity,
         draw=lambda step: jax.random.normal(kick(step), noise.shape),
         num_steps=200,
@@ -268,4 +268,4 @@ def test_autoguidance_leads_away_from_the_second_model():
 )
 def test_unknown_settings_of_the_sde_are_refused(bad):
   with pytest.raises(ValueError, match=f"{next(iter(bad))} of the SDE.*choose one of"):
-    sampling.sample_sde(flow, points(1), lambda step: points(1), **bad)
+    solvers.sample_sde(flow, points(1), lambda step: points(1), **bad)

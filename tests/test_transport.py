@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightningdit_jax import sampling, transport
+from lightningdit_jax import sampling, solvers, transport
 from tests import cases
 from tests.reference import procedural
 
@@ -27,6 +27,11 @@ def normal(name):
   return jnp.asarray(cases.nhwc(procedural.normal(name, SHAPE)))
 
 
+def velocity_of(data, noise, t, path):
+  c = transport.coefficients(path, t, data)
+  return transport.PREDICTIONS["velocity"].compared(c, None, data, noise)[1]
+
+
 def network(x, t):
   """The case's network, t a scalar or [B]."""
   return 0.5 * x + 0.3 * jnp.sin(3 * jnp.reshape(t, (-1, 1, 1, 1)))
@@ -36,7 +41,7 @@ def network(x, t):
 def test_path(path):
   data, noise, x = normal("x1"), normal("x0"), cases.nhwc(EXPECTED[f"{path}/xt"])
   cases.assert_near(transport.interpolate(data, noise, TIMES, path), x, 1e-5)
-  velocity = transport.velocity(data, noise, TIMES, path)
+  velocity = velocity_of(data, noise, TIMES, path)
   cases.assert_near(velocity, cases.nhwc(EXPECTED[f"{path}/ut"]), 1e-5)
   c = transport.coefficients(path, TIMES, x)
   cases.assert_near(-c.rate * x, cases.nhwc(EXPECTED[f"{path}/drift_mean"]), 1e-5)
@@ -51,7 +56,7 @@ def test_predictions_of_one_kind_imply_the_others(path):
   x = transport.interpolate(data, noise, TIMES, path)
   sigma = transport.coefficients(path, TIMES, x).sigma
   given = {
-    "velocity": transport.velocity(data, noise, TIMES, path),
+    "velocity": velocity_of(data, noise, TIMES, path),
     "noise": noise,
     "score": -noise / sigma,
   }
@@ -101,7 +106,7 @@ def test_losses(key):
 def test_intervals(key):
   """Of training, of the ODE, and of the SDE with a last step of 0.04."""
   path, prediction, *_ = key.split("/")
-  sde = sampling.sde_interval(
+  sde = solvers.sde_interval(
     path,
     prediction,
     method="euler",
@@ -111,6 +116,17 @@ def test_intervals(key):
   )
   ends = [transport.interval(path, prediction, training=training) for training in (True, False)]
   np.testing.assert_allclose([*ends[0], *ends[1], *sde], EXPECTED[key], atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", ["predicted", "latent", "noise", "t"])
+def test_shapes_that_would_broadcast_are_refused(wrong):
+  """One row, against the three of the others."""
+  given = {"predicted": normal("x1"), "latent": normal("x1"), "noise": normal("x0"), "t": TIMES}
+  given[wrong] = given[wrong][:1]
+  with pytest.raises(AssertionError, match="shape"):
+    transport.losses(*given.values())
+  with pytest.raises(AssertionError, match="shape"):
+    transport.interpolate(normal("x1"), normal("x0"), TIMES[:1])
 
 
 def test_a_zero_prediction_has_a_finite_gradient():
@@ -193,7 +209,7 @@ def test_sde(key):
   kicks = jnp.stack([normal(f"w_{i}") for i in range(7)])
   end = jax.jit(
     functools.partial(
-      sampling.sample_sde,
+      solvers.sample_sde,
       network,
       draw=lambda step: kicks[step],
       path=path,

@@ -24,8 +24,8 @@ from launch.report import plots
 from launch.report.html import Section, picture_file, table
 from launch.sample import labels_for
 from lightningdit_jax import checks
+from lightningdit_jax.sampling import sample_latents
 from lightningdit_jax.solvers import TABLEAUX
-from lightningdit_jax.training import sample_latents
 
 DEFAULT_SAMPLES = 64
 

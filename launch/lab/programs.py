@@ -19,7 +19,7 @@ import vavae_jax.training
 from launch import restore, tasks
 from launch.encode import columns
 from launch.engine import loop, mesh
-from lightningdit_jax.training import sample_latents
+from lightningdit_jax.sampling import sample_latents
 from vavae_jax import frozen, stages
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES

@@ -1,8 +1,8 @@
-"""Latents that are not a folder of shards here: in a bucket, or in a tar, perhaps split or packed.
+"""Local copies of latents that lie in a bucket or in a tar, perhaps split or packed.
 
-They are copied once into a cache on this machine and read from there: training reads records at
-random, which neither a bucket nor a packed tar can serve. The published latents of ImageNet are
-such a tar, in parts called split_aa, split_ab, ...
+They are copied once into a cache on this machine: training reads records at random, which neither a
+bucket nor a packed tar can serve. The published latents of ImageNet are such a tar, in parts called
+split_aa, split_ab, ...
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from typing import IO, Any
 
 import fsspec
 
-from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS
+from lightningdit_jax.store.latents import (
+  MANIFEST,
+  PUBLISHED_STATISTICS,
+  STATISTICS,
+  LatentStore,
+)
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_path, is_url, write_json
 
-# (what is done, bytes of it, bytes in all)
+# (path, bytes copied, bytes in all)
 Progress = Callable[[str, int, int], None]
 _FILES = (MANIFEST, STATISTICS, PUBLISHED_STATISTICS)
 _BEGUN, _COMPLETE = "copied.json", "complete.json"
@@ -36,17 +41,23 @@ _PIECE = 2**22
 DEFAULT_CACHE = "~/.cache/vavae_jax/latents"
 
 
+@functools.lru_cache
+def open_store(path: str, cache: str) -> LatentStore:
+  """The latent store of a configuration, opened once; arguments as of `local_folder`."""
+  return LatentStore(local_folder(path, cache))
+
+
 def local_folder(path: str, cache: str = "", progress: Progress | None = None) -> Path:
-  """The folder of shards that a path stands for, copied into the cache where it is not one.
+  """A local folder of shards: the path itself, or its copy in the cache.
 
   Args:
     path: a folder of shards; a .tar, .tar.gz or .tgz, or a folder with the parts of one (split_*,
       *.part*); or a URL of either, such as gs://BUCKET/latents, that fsspec opens.
     cache: folder for copies; "": `DEFAULT_CACHE`.
-    progress: told how far a copy is.
+    progress: called while copying.
 
   Returns:
-    The folder; it is for `LatentStore` to say what is wrong with it.
+    The folder, whose contents `LatentStore` checks.
 
   Raises:
     InputError: it cannot be reached, does not fit on the disk, or is no such archive.
@@ -69,14 +80,14 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
       raise
     except (OSError, ValueError, ImportError, zlib.error, EOFError) as error:
       raise InputError(
-        f"{path} could not be copied to {folder} ({error}). What is there stays, and the same "
-        "command goes on from it."
+        f"{path} could not be copied to {folder} ({error}). Complete files stay, and the same "
+        "command goes on from them."
       ) from error
   return folder
 
 
 def _entries(path: str) -> dict[str, list[Any]]:
-  """Name -> [size, what changes when the file does], of what a path stands for."""
+  """Name -> [size, a mark that changes with the file], for each file of a path."""
   system, root = fsspec.core.url_to_fs(path)
   found = [system.info(root)] if _is_archive(path) else system.ls(root, detail=True)
   marks = ("mtime", "etag", "ETag", "updated", "created")
@@ -90,7 +101,7 @@ def _entries(path: str) -> dict[str, list[Any]]:
 
 
 def _is_copy_of(folder: Path, entries: dict[str, list[Any]]) -> bool:
-  """Whether a copy is whole, and of these; one of others is deleted."""
+  """Whether a copy of these files is complete; a copy of other files is deleted."""
   begun = folder / _BEGUN
   if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text()) != entries):
     shutil.rmtree(folder)
@@ -108,32 +119,29 @@ def _fill(path: str, entries: dict[str, list[Any]], folder: Path, progress: Prog
   total = sum(sizes[name] for name in shards or parts)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / _BEGUN, entries)
-  there = sum(file.stat().st_size for file in folder.iterdir())
-  if (free := shutil.disk_usage(folder).free) < total - there:
+  copied = sum(file.stat().st_size for file in folder.iterdir())
+  if (free := shutil.disk_usage(folder).free) < total - copied:
     raise InputError(
       f"{path} has {total / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; set "
       "config.latents.cache to a folder on a larger disk."
     )
+  done = 0
+
+  def report(count: int) -> None:
+    progress(path, done + count, total)
+
   if shards:
-    done = 0
     for name in sorted(shards):
       with system.open(name, "rb") as source:
-        told = functools.partial(_told, progress, path, done, total)
-        _copy(source, folder / _last(name), sizes[name], told)
+        _copy(source, folder / _last(name), sizes[name], report)
       done += sizes[name]
   else:
-    told = functools.partial(_told, progress, path, 0, total)
-    joined = _Joined((system.open(name, "rb") for name in parts), told)
-    _unpack(joined, folder, path)
+    _unpack(_Joined((system.open(name, "rb") for name in parts), report), folder, path)
   write_json(folder / _COMPLETE, {"path": path, "bytes": total})
 
 
-def _told(progress: Progress, path: str, before: int, total: int, done: int) -> None:
-  progress(path, before + done, total)
-
-
 def _unpack(stream: io.RawIOBase, folder: Path, path: str) -> None:
-  """Shards and statistics out of a tar that is read from its beginning to its end."""
+  """Extracts shards and statistics from a tar, read from its beginning to its end."""
   found: set[str] = set()
   buffered = io.BufferedReader(stream, _PIECE)
   packed = buffered.peek(2)[:2] == b"\x1f\x8b"
@@ -142,14 +150,14 @@ def _unpack(stream: io.RawIOBase, folder: Path, path: str) -> None:
     with tarfile.open(fileobj=whole, mode="r|", tarinfo=_Header) as archive:
       for info in archive:
         if not info.isreg() or not _wanted(info.name):
-          continue  # links and paths in it lead nowhere: only the last part of a name counts
+          continue  # links are ignored, and of a name only the last part counts
         if (name := _last(info.name)) in found:
           raise InputError(f"{path} has {name} in several folders; give one set of latents.")
         source = archive.extractfile(info)
         if source is not None:
           _copy(source, folder / name, info.size, lambda _: None)
           found.add(name)
-    while whole.read(_PIECE):  # to the checksum behind all
+    while whole.read(_PIECE):  # up to gzip's checksum at the end
       pass
   except tarfile.TarError as error:
     raise InputError(f"{path} is no tar, or parts of it are missing ({error}).") from error
@@ -158,11 +166,11 @@ def _unpack(stream: io.RawIOBase, folder: Path, path: str) -> None:
 
 
 class _Header(tarfile.TarInfo):
-  """A member's header; one that is damaged or missing is not the end of the archive."""
+  """A member's header; a damaged or missing one is an error, not the end of the archive."""
 
   @classmethod
   def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
-    """The next one."""
+    """The next member's header."""
     try:
       return super().fromtarfile(archive)
     except tarfile.HeaderError as error:
@@ -180,7 +188,7 @@ def _check_gap(path: str, parts: list[str]) -> None:
   base = 10 if ends[0].isdigit() else 26
   numbers = [functools.reduce(lambda n, digit: n * base + digit, row, 0) for row in digits]
   if numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-    raise InputError(f"Parts of {path} are missing; there are: {', '.join(map(_last, parts))}.")
+    raise InputError(f"Parts of {path} are missing; it has {', '.join(map(_last, parts))}.")
 
 
 def _copy(source: IO[bytes], target: Path, size: int, progress: Callable[[int], None]) -> None:
@@ -196,7 +204,7 @@ def _copy(source: IO[bytes], target: Path, size: int, progress: Callable[[int], 
 
 
 class _Joined(io.RawIOBase):
-  """Files one after the other, as one stream."""
+  """Several files as one stream."""
 
   def __init__(self, files: Iterator[Any], progress: Callable[[int], None]):
     self._files, self._progress = files, progress
@@ -204,11 +212,11 @@ class _Joined(io.RawIOBase):
     self._count = 0
 
   def readable(self) -> bool:
-    """It is."""
+    """True."""
     return True
 
   def readinto(self, buffer: Any) -> int:
-    """Fills a buffer as far as the current file goes."""
+    """Fills a buffer from the current file."""
     while True:
       data = self._file.read(len(buffer))
       if data:
@@ -229,7 +237,7 @@ def _is_archive(path: str) -> bool:
 
 
 def _parts(names: list[str]) -> list[str]:
-  """Those that are parts of a split tar, in order."""
+  """The names that are parts of a split tar, in order."""
   return [
     name for name in names if re.search(r"^split_\w+$|\.part[-_]?(\d+|[a-z]{2})$", _last(name))
   ]
@@ -250,7 +258,7 @@ def _last(name: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-  """Of several processes on this machine one copies, and the others wait."""
+  """Lets one process of this machine copy while the others wait."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)

@@ -38,7 +38,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import lightningdit_jax.training
+import lightningdit_jax.checks
 from launch import tasks
 from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
@@ -153,7 +153,7 @@ def _resolved(config: ConfigDict, what: str, batch_size: int, attention: str) ->
     changed.model.attention = attention
   frozen = tasks.resolve(changed, num_images=10**6)
   if config.task == "diffusion":
-    lightningdit_jax.training.check_model(frozen)
+    lightningdit_jax.checks.check_model(frozen)
   return frozen
 
 

@@ -25,7 +25,7 @@ import jax
 from absl import flags
 from ml_collections import FrozenConfigDict
 
-import lightningdit_jax.training
+import lightningdit_jax.checks
 from configs.lab import dilemma
 from launch import tasks
 from launch.engine import configuration, console
@@ -74,7 +74,7 @@ def check_parts(config: FrozenConfigDict) -> None:
     part.data.source = config.source
     tasks.of(part).check(tasks.resolve(part))
   for width in config.widths:
-    lightningdit_jax.training.check_model(FrozenConfigDict(dilemma.diffusion(config.size, width)))
+    lightningdit_jax.checks.check_model(FrozenConfigDict(dilemma.diffusion(config.size, width)))
 
 
 def _workers() -> tuple[int, list[int]]:

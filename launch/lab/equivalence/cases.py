@@ -22,7 +22,7 @@ from launch.lab.equivalence import training as tokenizer_training
 from launch.lab.reference import Checkouts, training_job
 from launch.weights.recognition import Weights, recognise
 from lightningdit_jax import sampling, training
-from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
+from lightningdit_jax.model import ONLY_OURS, PRESETS, Block, FinalLayer, TimestepEmbedder
 from vavae_jax import autoencoder, perceptual, teachers
 from vavae_jax import convert as vae
 from vavae_jax.common.errors import InputError
@@ -114,7 +114,7 @@ def lightningdit_case(settings: Settings) -> Case:
   inputs: Arrays = {name: draw.standard_normal(shape, np.float32) for name in ("latent", "noise")}
   inputs["t"] = np.linspace(0.2, 0.8, settings.batch_size, dtype=np.float32)
   inputs["label"] = draw.integers(config.model.num_classes, size=settings.batch_size)
-  arguments = {k: v for k, v in config.model.items() if k not in _ONLY_OURS}
+  arguments = {k: v for k, v in config.model.items() if k not in ONLY_OURS}
   job = {
     "model": "lightningdit",
     "arguments": arguments,
@@ -125,10 +125,6 @@ def lightningdit_case(settings: Settings) -> Case:
   }
   run = functools.partial(_run_lightningdit, config.to_dict(), settings)
   return Case(job, inputs, ("float32", "bfloat16"), run)
-
-
-# Arguments that have no part in the numbers.
-_ONLY_OURS = ("use_checkpoint", "remat_policy", "attention", "scan_unroll")
 
 
 def _run_lightningdit(
