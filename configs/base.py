@@ -4,10 +4,12 @@ An experiment's file takes one of these and changes what differs. A key that is 
 exist: `launch.train` refuses it by name.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from lightningdit_jax.model import preset
+from lightningdit_jax.model import Options, preset
 
 
 def _training() -> ConfigDict:
@@ -36,6 +38,38 @@ def _training() -> ConfigDict:
   )
 
 
+def _pictures(source: str, image_size: int, crop: str) -> ConfigDict:
+  return ConfigDict(
+    {
+      "source": source,
+      "image_size": image_size,
+      "crop": crop,  # "random", "center" (ADM's), which `teacher.cache` needs, or "resize"
+      "flip": False,  # mirror every other picture
+      # Pictures that cannot be read are named and replaced by a neighbour, up to this many in each
+      # process; 0: the first one ends the training.
+      "max_corrupt": 0,
+      "valid_source": "",  # pictures to evaluate while training; "": held-out ones
+      "held_out": 0.0,  # share of the source kept for evaluation, chosen by the seed below
+      "split_seed": 0,
+    }
+  )
+
+
+def _optimizer(learning_rate: float, b1: float, b2: float) -> ConfigDict:
+  return ConfigDict(
+    {
+      "learning_rate": learning_rate,
+      "b1": b1,
+      "b2": b2,
+      "weight_decay": 0.0,
+      "warmup_steps": 0,
+      "decay_steps": 0,  # cosine to zero until this step; 0: constant
+      "clip_norm": 0.0,  # 0: off
+      "ema_decays": (),  # all are kept; samples are made with the first
+    }
+  )
+
+
 def tokenizer() -> ConfigDict:
   """VA-VAE f16d32 as published, three stages in one run; paper section 4 and appendix."""
   config = _training()
@@ -45,21 +79,21 @@ def tokenizer() -> ConfigDict:
   # AutoencoderKL. The discriminator starts afresh.
   config.init_from = ""
   config.train = "all"  # "decoder": encoder and latents stay as they are, without alignment
-  config.data = ConfigDict(
-    {
-      "source": "folder:data/imagenet/train",
-      "image_size": 256,
-      "crop": "random",  # or "center" (ADM's), which `teacher.cache` needs; or "resize"
-      "flip": False,  # mirror every other picture
-      # Pictures that cannot be read are named, and a neighbour stands for each, up to this many in
-      # a process; 0: the first one ends the training.
-      "max_corrupt": 0,
-      "valid_source": "",  # pictures to look at while training; "": held-out ones
-      "held_out": 0.0,  # share of the source kept for evaluation, chosen by the seed below
-      "split_seed": 0,
-    }
-  )
-  config.model = ConfigDict(
+  config.data = _pictures("folder:data/imagenet/train", 256, "random")
+  config.model = _autoencoder()
+  config.teacher = _teacher()
+  config.perceptual = _perceptual()
+  config.stages = _stages()
+  config.loss = _tokenizer_loss()
+  config.discriminator = ConfigDict({"ndf": 64, "n_layers": 3})
+  # The rate is fixed: scaling it by the batch size was seen to collapse to a colour. No EMA, as
+  # published.
+  config.optimizer = _optimizer(1e-4, b1=0.5, b2=0.9)
+  return config
+
+
+def _autoencoder() -> ConfigDict:
+  return ConfigDict(
     {
       "embed_dim": 32,
       "z_channels": 32,
@@ -75,7 +109,10 @@ def tokenizer() -> ConfigDict:
       "use_checkpoint": False,  # recompute blocks in the backward pass: less memory, more work
     }
   )
-  config.teacher = ConfigDict(
+
+
+def _teacher() -> ConfigDict:
+  return ConfigDict(
     {
       "name": "dinov2_vitl14",  # "" trains without alignment
       "weights": "",  # its published file; only efficientnet_lite0 comes with a package
@@ -90,7 +127,10 @@ def tokenizer() -> ConfigDict:
       "cache": "",  # a folder to keep its features of all pictures in, where crops are fixed
     }
   )
-  config.perceptual = ConfigDict(
+
+
+def _perceptual() -> ConfigDict:
+  return ConfigDict(
     {
       "network": "lpips",  # or "efficientnet_lite0", which pip installs and nobody has calibrated
       "vgg": "data/weights/vgg16-397923af.pth",  # torchvision's
@@ -98,7 +138,10 @@ def tokenizer() -> ConfigDict:
       "dtype": "float32",
     }
   )
-  config.stages = ConfigDict(
+
+
+def _stages() -> ConfigDict:
+  return ConfigDict(
     {
       # One column a stage: aligned strongly, weakly, and with margins.
       "epochs": (100.0, 15.0, 15.0),
@@ -111,7 +154,10 @@ def tokenizer() -> ConfigDict:
       "begins": (),  # the steps before each; training notes them
     }
   )
-  config.loss = ConfigDict(
+
+
+def _tokenizer_loss() -> ConfigDict:
+  return ConfigDict(
     {
       # The reconstruction is a SUM over pixels and channels, so 1e-6 is weaker than it looks.
       "kl_weight": 1e-6,
@@ -128,20 +174,6 @@ def tokenizer() -> ConfigDict:
       "disc_idle": False,
     }
   )
-  config.discriminator = ConfigDict({"ndf": 64, "n_layers": 3})
-  config.optimizer = ConfigDict(
-    {
-      "learning_rate": 1e-4,  # fixed: scaling it by the batch size was seen to collapse to a colour
-      "b1": 0.5,
-      "b2": 0.9,
-      "weight_decay": 0.0,
-      "warmup_steps": 0,
-      "decay_steps": 0,  # cosine to zero until this step; 0: constant
-      "clip_norm": 0.0,  # 0: off
-      "ema_decays": (),  # no EMA, as published
-    }
-  )
-  return config
 
 
 def classifier() -> ConfigDict:
@@ -149,34 +181,14 @@ def classifier() -> ConfigDict:
   config = _training()
   config.task = "classifier"
   config.name = "CIFAR"  # the distance is then FD-CIFAR
-  config.data = ConfigDict(
-    {
-      "source": "tfds:cifar10/train",
-      "image_size": 32,
-      "crop": "center",
-      "flip": True,
-      "max_corrupt": 0,
-      "valid_source": "",
-      "held_out": 0.1,  # of which the accuracy is
-      "split_seed": 0,
-    }
-  )
+  config.data = _pictures("tfds:cifar10/train", 32, "center")
+  config.data.update(flip=True, held_out=0.1)  # the accuracy is that of held-out pictures
   config.model = ConfigDict(
     {"num_classes": 10, "width": 32, "depth": 1, "patch_size": 2, "norm_groups": 8}
   )
   config.loss = ConfigDict({"label_smoothing": 0.1})
-  config.optimizer = ConfigDict(
-    {
-      "learning_rate": 2e-3,
-      "b1": 0.9,
-      "b2": 0.99,
-      "weight_decay": 0.05,
-      "warmup_steps": 200,
-      "decay_steps": 0,  # cosine to zero until this step; 0: constant
-      "clip_norm": 1.0,  # 0: off
-      "ema_decays": (0.99,),
-    }
-  )
+  config.optimizer = _optimizer(2e-3, b1=0.9, b2=0.99)
+  config.optimizer.update(weight_decay=0.05, warmup_steps=200, clip_norm=1.0, ema_decays=(0.99,))
   return config
 
 
@@ -198,7 +210,22 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
   # Samples for a Frechet distance while training, in EfficientNet-Lite0's features; 0: none.
   config.evaluate_samples = 0
   config.dtype = "bfloat16"
-  config.latents = ConfigDict(
+  config.latents = _latents()
+  # A tokenizer's workdir, to see samples as pictures while training; "": the one that the latents
+  # name, if it is still there.
+  config.tokenizer = ""
+  # The comments on `Options` explain each. "auto" measures both attentions where a training begins.
+  config.model = ConfigDict({field.name: field.default for field in dataclasses.fields(Options)})
+  config.model.update(preset(size), attention="auto", scan_unroll=0)
+  config.transport = _transport()
+  config.optimizer = _optimizer(2e-4, b1=0.9, b2=0.95)
+  config.optimizer.ema_decays = (0.9999,)  # without the warm-up of a decay, as published
+  config.sample = sample()
+  return config
+
+
+def _latents() -> ConfigDict:
+  return ConfigDict(
     {
       # A folder that launch.encode wrote or as published; a tar of one, or a folder with the parts
       # of such a tar; or a URL of these, such as gs://BUCKET/latents.
@@ -211,37 +238,14 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
       "valid_samples": 1024,  # how many of them
     }
   )
-  # A tokenizer's workdir, to see samples as pictures while training; "": the one that the latents
-  # name, if it is still there.
-  config.tokenizer = ""
-  config.model = ConfigDict(
+
+
+def _transport() -> ConfigDict:
+  return ConfigDict(
     {
-      "input_size": 16,
-      "in_channels": 32,
-      "mlp_ratio": 4.0,
-      "class_dropout_prob": 0.1,
-      "num_classes": 1000,
-      "learn_sigma": False,
-      "use_qknorm": False,
-      "use_swiglu": True,
-      "use_rope": True,
-      "use_rmsnorm": True,
-      "wo_shift": False,
-      "use_checkpoint": False,
-      "remat_policy": "full",  # what use_checkpoint recomputes; "dense" and "dots" keep some
-      # "xla", or on NVIDIA GPUs "cudnn"; "auto" measures both where a training begins.
-      "attention": "auto",
-      # Blocks a step of the scan; 0: all on GPUs, elsewhere one. Narrow models run faster on CPUs
-      # with all.
-      "scan_unroll": 0,
-    }
-  )
-  config.model.update(preset(size))
-  config.transport = ConfigDict(
-    {
-      "path_type": "Linear",  # or "GVP", "VP"
-      "prediction": "velocity",  # or "noise", "score"
-      "loss_weight": "",  # "velocity" or "likelihood", of noise and score
+      "path_type": "Linear",  # a key of transport.PATHS
+      "prediction": "velocity",  # a key of transport.PREDICTIONS
+      "loss_weight": "",  # a key of transport.LOSS_WEIGHTS, to predict noise or score
       # How far from the path's singular ends; None: as the path needs it.
       "train_eps": placeholder(float),
       "sample_eps": placeholder(float),
@@ -253,21 +257,6 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
       "use_cosine_loss": True,  # direction of the velocity beside its mean squared error
     }
   )
-  config.optimizer = ConfigDict(
-    {
-      "learning_rate": 2e-4,
-      "b1": 0.9,
-      "b2": 0.95,
-      "weight_decay": 0.0,
-      "warmup_steps": 0,
-      "decay_steps": 0,  # cosine to zero until this step; 0: constant
-      "clip_norm": 0.0,  # 0: off
-      # All are kept; samples are made with the first. The published one has no warm-up.
-      "ema_decays": (0.9999,),
-    }
-  )
-  config.sample = sample()
-  return config
 
 
 def sample() -> ConfigDict:
@@ -285,7 +274,7 @@ def sample() -> ConfigDict:
       "cfg_channels": 3,
       "atol": 1e-6,  # of dopri5
       "rtol": 1e-3,
-      "diffusion_form": "sigma",  # these four are of the SDE: see sampling.sample_sde
+      "diffusion_form": "sigma",  # these four are for the SDE: see solvers.sample_sde
       "diffusion_norm": 1.0,
       "last_step": "Mean",
       "last_step_size": 0.04,
