@@ -1,8 +1,7 @@
 """The latent store: posterior samples of pictures, their statistics, normalisation.
 
-Its files, in the published layout, are those of `shards.py`, with the statistics of the channels
-[1, Z, 1, 1] beside them. NCHW ends here: what comes out is [h, w, Z]. This file alone normalises
-and denormalises.
+Its files are the shards of `shards.py`, in the published layout, and the statistics of the channels
+[1, Z, 1, 1]. NCHW ends here: records are [h, w, Z]. Only this file normalises and denormalises.
 """
 
 from __future__ import annotations
@@ -36,20 +35,18 @@ _STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
 STATISTICS_SAMPLES = 10_000
 # Records that are normalised and transposed together: as many as the processor's cache holds.
 _CHUNK = 16
-_NOISE = 3  # which of a record's random numbers; see order.py
+_NOISE = 3  # the record's random stream for noise; see order.py
 
 
 class LatentStore:
-  """A folder of latent shards, read record by record; or of their statistics alone, of length 0."""
+  """A folder of latent shards, read record by record; with statistics alone its length is 0.
+
+  Raises:
+    InputError: it has neither shards nor statistics, shards are damaged or disagree, or the
+      statistics are missing.
+  """
 
   def __init__(self, path: Path | str):
-    """Args:
-      path: the folder, written by `launch.encode` or as published.
-
-    Raises:
-      InputError: it has neither shards nor statistics, shards are damaged or disagree, or the
-        statistics are missing.
-    """
     self.path = Path(path)
     self._files = [str(file) for file in shard_files(self.path)]
     if not self._files and not any((self.path / name).is_file() for name in _STATISTICS_FILES):
@@ -61,13 +58,13 @@ class LatentStore:
     self._starts = np.cumsum([0, *map(len, opened)])
     self.has_posteriors = bool(opened) and opened[0].has_posteriors
     self.mean, self.std = self._statistics(opened[0].shape[0] if opened else None)
-    # Of statistics alone, which sampling needs, without cells: none is stored.
+    # Statistics alone, which is all that sampling needs, have no cells.
     channels, height, width = opened[0].shape if opened else (len(self.mean), 0, 0)
     self.shape = (height, width, channels)
     self._check_manifest(opened)
 
   def _check_manifest(self, opened: Sequence[Shard]) -> None:
-    """Raises InputError unless the shards are those that were written."""
+    """Raises InputError unless the shards are those that the manifest names."""
     if self.manifest.get("records", len(self)) != len(self):
       raise InputError(
         f"{self.path} has {len(self)} of the {self.manifest['records']} latents that its "
@@ -87,18 +84,14 @@ class LatentStore:
     return int(self._starts[-1])
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """One record as encoded, not flipped and not normalised; of posteriors, their mean.
+    """{"latent": float32 [h, w, Z], "label": int}, not flipped and not normalised.
 
-    Args:
-      index: in [0, len).
-
-    Returns:
-      {"latent": float32 [h, w, Z], "label": int}.
+    A store of posteriors gives their mean.
     """
     return self.record(index, flip=False)
 
   def record(self, index: int, *, flip: bool) -> dict[str, Any]:
-    """Like `store[index]`, of the mirrored picture if `flip`."""
+    """As `store[index]`, or the record of the mirrored picture."""
     latent = np.empty((1, *self.shape), np.float32)
     self.read(np.array([index]), np.array([flip]), out=latent)
     return {"latent": latent[0], "label": int(self.labels_of(np.array([index]))[0])}
@@ -117,12 +110,12 @@ class LatentStore:
 
     Args:
       records: int [B].
-      flips: bool [B], whether the mirrored picture's.
+      flips: bool [B], whether to take the mirrored picture's.
       out: float32 [B, h, w, Z], contiguous.
-      mean: of each channel, [Z].
-      scale: of each channel, [Z].
-      noise: place in the batch -> standard normal [Z, h, w], of stores that have posteriors; their
-        means if None.
+      mean: per channel, [Z].
+      scale: per channel, [Z].
+      noise: place in the batch -> standard normal [Z, h, w], to sample from posteriors; None: their
+        means.
     """
     outside = (records < 0) | (records >= len(self))
     if outside.any():
@@ -147,7 +140,7 @@ class LatentStore:
       out_BND[begin : begin + _CHUNK] = x_BZN.transpose(0, 2, 1)
 
   def labels_of(self, records: np.ndarray) -> np.ndarray:
-    """int64 [B]."""
+    """Labels of some records, int64 [B]."""
     return np.array([shard.labels[row] for shard, row in self._places(records)], np.int64)
 
   def _places(self, records: np.ndarray) -> list[tuple[Shard, int]]:
@@ -220,7 +213,7 @@ def shard_files(path: Path) -> list[Path]:
 
 @functools.cache
 def _open(path: str, process: int) -> Shard:
-  """Kept open, in each process for itself: opening one for each record is seven times slower."""
+  """A shard, kept open in each process: opening one for each record is seven times slower."""
   del process
   return Shard(Path(path))
 
@@ -250,16 +243,13 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequenc
 
   Args:
     path: the folder.
-    manifest: what to note beside the counts.
+    manifest: entries to write beside the counts.
     seed: chooses the 10,000 records of the statistics.
-    files: its shards, in order.
-
-  Raises:
-    InputError: the folder has other shards, or not all of them.
+    files: all shards that the folder must have, in order.
   """
   if differing := sorted({*files} ^ {*shard_files(path)}):
     odd = ", ".join(file.name for file in differing[:5])
-    raise InputError(f"{path} should hold the shards of one encoding, but not so: {odd}.")
+    raise InputError(f"{path} should hold the shards of one encoding, but these differ: {odd}.")
   opened = [Shard(file) for file in files]
   mean, std = channel_statistics(opened, seed)
   stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
@@ -271,27 +261,20 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequenc
     for shard in opened
     if shard.note
   }
-  told = {
+  counts = {
     "records": sum(map(len, opened)),
     "skipped": [name for note in notes for name in note.skipped],
     "exact_mean": exact.mean.tolist(),
     "exact_std": exact.std.tolist(),
     "shards": listed,
   }
-  write_json(Path(path) / MANIFEST, manifest | told)
+  write_json(Path(path) / MANIFEST, manifest | counts)
 
 
 def channel_statistics(opened: Sequence[Shard], seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and unbiased standard deviation of each channel over 10,000 random unflipped latents.
+  """Mean and unbiased standard deviation, float32 [Z], over 10,000 random unflipped latents.
 
-  Of posteriors one sample each is drawn.
-
-  Args:
-    opened: the shards, in order.
-    seed: of the choice; with fewer latents all are taken.
-
-  Returns:
-    (mean, std), float32 [Z].
+  Fewer latents are all taken; one sample is drawn from each posterior.
   """
   starts = np.cumsum([0, *map(len, opened)])
   draw = np.random.default_rng(seed)
@@ -320,16 +303,8 @@ def training_batches(
 ) -> grain.IterDataset:
   """Endless shuffled batches of normalised latents, each record flipped or not by a seeded coin.
 
-  Args:
-    store: the latents; of posteriors each epoch draws a sample anew.
-    share: which part of the batches.
-    seed: of order, flips and noise.
-    mean: what to subtract, [Z].
-    std: what to divide by, [Z].
-    multiplier: what to multiply by.
-
-  Returns:
-    A grain dataset of {"latent": float32 [B, h, w, Z], "label": int32 [B]}.
+  Each epoch draws new samples from posteriors. `seed` is for order, flips and noise; a batch is
+  {"latent": float32 [B, h, w, Z], "label": int32 [B]}.
   """
   places = order.Order(len(store), seed)
   height, width, channels = store.shape

@@ -1,9 +1,9 @@
-"""Files of the latent store: safetensors shards in the published layout, and what is noted in them.
+"""Files of the latent store: safetensors shards in the published layout, with notes.
 
-`latents`, `latents_flip` [n, Z, h, w] and `labels` [n] int64: posterior samples of pictures and of
-their mirror images. Or the posteriors themselves, `mean`, `std`, `mean_flip`, `std_flip`, of which
-each epoch may draw anew. Shards written here also carry, where other readers pass over it, a hash
-of their contents and the moments of their channels, so that a store's are known without reading it.
+`latents`, `latents_flip` [n, Z, h, w] and `labels` [n] int64 are posterior samples of pictures and
+of their mirror images. Or `mean`, `std`, `mean_flip`, `std_flip` are the posteriors themselves, and
+each epoch may draw anew. Shards written here also note a hash of their contents and the moments of
+their channels, in metadata that other readers ignore, so that both are known without reading them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NOTE = "vavae_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Of each channel: how many numbers, their mean and the sum of squares around it, float64 [Z]."""
+  """Per channel: count of numbers, their mean and the sum of squares around it, float64 [Z]."""
 
   count: int
   mean: np.ndarray
@@ -43,7 +43,7 @@ class Moments:
 
   @classmethod
   def of(cls, latents_BZhw: np.ndarray, extra_variance_BZhw: np.ndarray | None = None) -> Moments:
-    """Of latents; or of all that posteriors of these means and variances would give."""
+    """Moments of latents, or of all samples from posteriors with these means and variances."""
     values = np.asarray(latents_BZhw, np.float64)
     mean = values.mean((0, 2, 3))
     m2 = np.square(values - mean[:, None, None]).sum((0, 2, 3))
@@ -52,7 +52,7 @@ class Moments:
     return cls(values.size // len(mean), mean, m2)
 
   def merged(self, other: Moments) -> Moments:
-    """Of both together (Chan, Golub and LeVeque 1983)."""
+    """Moments of both together (Chan, Golub and LeVeque 1983)."""
     count = self.count + other.count
     if not count:
       return self
@@ -63,45 +63,35 @@ class Moments:
 
   @property
   def std(self) -> np.ndarray:
-    """Unbiased."""
+    """Unbiased standard deviation."""
     return np.sqrt(self.m2 / max(self.count - 1, 1))
 
 
 def merge(moments: Iterable[Moments]) -> Moments:
-  """Of all together, in the order given."""
+  """Moments of all together, in the order given."""
   return functools.reduce(Moments.merged, moments)
 
 
 class Note(NamedTuple):
-  """What a shard says of itself.
+  """Metadata that a shard written here carries."""
 
-  Attributes:
-    sha256: of the tensors' bytes, in the order of `Shard.tensors`.
-    moments: of the unflipped latents.
-    skipped: names of pictures that could not be read and are not in it.
-  """
-
-  sha256: str
-  moments: Moments
-  skipped: list[str]
+  sha256: str  # of the tensors' names and bytes
+  moments: Moments  # of the unflipped latents
+  skipped: list[str]  # pictures that could not be read and are not in it
 
 
 class Shard:
   """A shard, mapped into memory; its arrays cost nothing until they are read.
 
   Attributes:
-    path: the file.
     tensors: name -> array.
     note: None in shards that others wrote.
+
+  Raises:
+    InputError: the file is damaged, or no shard of latents.
   """
 
   def __init__(self, path: Path):
-    """Args:
-      path: the file.
-
-    Raises:
-      InputError: it is damaged, or no shard of latents.
-    """
     self.path = Path(path)
     try:
       self.tensors, metadata = _map(self.path)
@@ -124,24 +114,24 @@ class Shard:
       or not kinds <= set(DTYPES.values())
       or self.labels.dtype not in _LABEL_DTYPES.values()
     ):
-      told = {name: (str(x.dtype), x.shape) for name, x in self.tensors.items()}
-      raise InputError(f"The latent shard {path} has tensors that do not belong together: {told}.")
+      found = {name: (str(x.dtype), x.shape) for name, x in self.tensors.items()}
+      raise InputError(f"The latent shard {path} has tensors that do not belong together: {found}.")
     self.shape = next(iter(shapes))[1:]
 
   def __len__(self) -> int:
     return len(self.labels)
 
   def compute_sha256(self) -> str:
-    """Of what the file holds now."""
+    """The hash of the contents that the file has now."""
     return _sha256(self.tensors)
 
   def compute_moments(self) -> Moments:
-    """Of what the file holds now."""
+    """The moments of the contents that the file has now."""
     return _moments(self.tensors)
 
 
 def _map(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """(arrays by name, metadata) of a safetensors file, after checking that all of it is there."""
+  """(arrays by name, metadata) of a safetensors file; ValueError if it is not complete."""
   with path.open("rb") as file:
     size = int.from_bytes(file.read(8), "little")
     if not 0 < size <= min(_MAX_HEADER, path.stat().st_size - 8):
@@ -168,10 +158,10 @@ def write_shard(
   """Writes one shard, whole or not at all.
 
   Args:
-    path: its name, from `shard_name`.
+    path: named by `shard_name`.
     tensors_BhwZ: those of `SAMPLES` or of `POSTERIORS`, float32 or bfloat16.
     labels_B: int.
-    skipped: names of the pictures that are not in it.
+    skipped: names of pictures that could not be read.
   """
   tensors = {
     name: np.ascontiguousarray(x.transpose(0, 3, 1, 2)) for name, x in tensors_BhwZ.items()
@@ -189,7 +179,7 @@ def write_shard(
 
 
 def shard_name(number: int, count: int) -> str:
-  """Of the `number`-th of `count` shards; names sort as numbers do."""
+  """The name of the `number`-th of `count` shards; names sort as numbers do."""
   digits = max(3, len(str(count - 1)))
   return f"latents_rank00_shard{number:0{digits}d}.safetensors"
 
@@ -211,7 +201,7 @@ def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _moments(tensors: Mapping[str, np.ndarray]) -> Moments:
-  """In pieces, since float64 takes twice the room."""
+  """Computed in pieces, since float64 takes twice the memory."""
   name = POSTERIORS[0] if POSTERIORS[0] in tensors else SAMPLES[0]
   channels = tensors[name].shape[1]
   pieces = [Moments(0, np.zeros(channels), np.zeros(channels))]
