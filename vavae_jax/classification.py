@@ -37,14 +37,7 @@ MOST_EVALUATED = 10_000
 
 @flax.struct.dataclass
 class State:
-  """All that training changes.
-
-  Attributes:
-    step: int32 scalar, updates done.
-    params: of the network.
-    ema: moving averages of params by `optimizer.ema_name`.
-    optimizer: of params.
-  """
+  """All that training changes; `ema` averages params by `optimizer.ema_name`."""
 
   step: jax.Array
   params: Any
@@ -62,11 +55,7 @@ def _network(config: FrozenConfigDict, rngs: nnx.Rngs) -> Classifier:
 
 
 def check(config: FrozenConfigDict) -> None:
-  """Checks everything that can be checked before anything compiles.
-
-  Raises:
-    InputError: model, image size, optimizer or data do not fit.
-  """
+  """Checks what can be checked before anything compiles; InputError if something does not fit."""
   functional.outline(build(config), "config.model")
   check_optimizer(config.optimizer)
   order.check(config.loader)

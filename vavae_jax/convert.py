@@ -38,15 +38,9 @@ COUNTER = "num_batches_tracked"
 
 
 def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Autoencoder:
-  """The tokenizer with the weights of an AutoencoderKL.
+  """The tokenizer with the weights of an AutoencoderKL, float32; `**kwargs` are `Autoencoder`'s.
 
-  Args:
-    state_dict: PyTorch name -> array. What only training uses (names that begin with `loss.`,
-      `foundation_model.` or `linear_proj.`) is left aside.
-    **kwargs: `Autoencoder`'s arguments.
-
-  Returns:
-    The module, its weights float32.
+  What only training uses, `TRAINING_ONLY`, is left aside.
 
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed.
@@ -56,16 +50,10 @@ def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Auto
 
 
 def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """The architecture that an AutoencoderKL's names and shapes tell.
+  """`Autoencoder`'s arguments, by the names and shapes of latent diffusion's tensors.
 
-  Args:
-    state_dict: PyTorch name -> array, by latent diffusion's names.
-
-  Returns:
-    `Autoencoder`'s arguments; attention is placed for a nominal resolution of 256.
-
-  Raises:
-    InputError: a tensor is missing that every AutoencoderKL has.
+  Attention is placed for a nominal resolution of 256. InputError if a tensor is missing that every
+  AutoencoderKL has.
   """
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
 
@@ -99,14 +87,10 @@ def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def autoencoder_from_diffusers(state_dict: Mapping[str, Any]) -> StateDict:
-  """An AutoencoderKL's tensors by diffusers' names -> by latent diffusion's.
+  """An AutoencoderKL's tensors by diffusers' names, such as the SD-VAE's -> by latent diffusion's.
 
-  Args:
-    state_dict: diffusers' name -> array, such as the SD-VAE's.
-
-  Returns:
-    The same arrays; attention's matrices as 1x1 convolutions. Names that diffusers does not have
-    stay as they are, for the strict loader to list.
+  Attention's matrices become 1x1 convolutions. Names that diffusers does not have stay as they are,
+  for the strict loader to list.
   """
   levels = 1 + max(
     (int(name.split(".")[2]) for name in state_dict if name.startswith("decoder.up_blocks.")),
@@ -150,15 +134,9 @@ def autoencoder_to_torch(model: Autoencoder) -> StateDict:
 
 
 def discriminator_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> PatchDiscriminator:
-  """The discriminator with the weights and statistics of taming-transformers' NLayerDiscriminator.
+  """The discriminator by the weights and statistics of taming-transformers' NLayerDiscriminator.
 
-  Args:
-    state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: with a fixed momentum
-      nothing depends on it.
-    **kwargs: `PatchDiscriminator`'s arguments.
-
-  Returns:
-    The module, its weights and running statistics float32.
+  `num_batches_tracked` is left aside: with a fixed momentum nothing depends on it.
 
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed.

@@ -26,12 +26,8 @@ class BatchNorm(nnx.Module):
   """Normalises each channel over batch and space, in float32.
 
   PyTorch's conventions: the running variance is the unbiased one, the batch is normalised by the
-  biased one, and the new batch's share of the running statistics is 0.1; of groups, their mean's.
-
-  Args:
-    channels: of the input.
-    group: images that are normalised together, a divisor of the batch; 0 takes the whole batch.
-    rngs: source of the initial scale.
+  biased one, and the new batch's share of the running statistics is 0.1. If `group` is not 0, each
+  so many images are normalised together; the running statistics then get the groups' mean.
   """
 
   MOMENTUM = 0.1
@@ -97,8 +93,8 @@ class PatchDiscriminator(nnx.Module):
     ndf: width of the first layer; it doubles with every further layer, up to 8 ndf.
     n_layers: layers that halve the image. 3 judges patches of 70 x 70 pixels.
     bn_group: images that BatchNorm normalises together in training; 0 takes the whole batch.
-    dtype: what convolutions compute in; weights and BatchNorm are float32.
-    rngs: source of the initial weights: normal kernels of deviation 0.02.
+    dtype: of convolutions; weights and BatchNorm are float32.
+    rngs: of the initial weights: normal kernels of deviation 0.02.
   """
 
   def __init__(
@@ -129,18 +125,10 @@ class PatchDiscriminator(nnx.Module):
     self.conv_out = _conv(widths[-1], 1, 1, True, dtype, rngs)
 
   def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
-    """Judges images.
+    """Images [B,H,W,C] in [-1, 1] -> logits [B,h,w,1] float32, h = H / 2**n_layers - 2.
 
-    Args:
-      image_BHWC: [B,H,W,in_channels] in [-1, 1].
-      train: normalise by this batch's statistics and fold them into the running ones; otherwise
-        by the running ones.
-
-    Returns:
-      Logits [B,h,w,1] float32, h = H / 2**n_layers - 2.
-
-    Raises:
-      InputError: the image leaves no patch to judge.
+    With `train` BatchNorm normalises by this batch's statistics and folds them into the running
+    ones, otherwise by the running ones. InputError if an image leaves no patch to judge.
     """
     smallest = 3 * 2**self.n_layers
     if min(image_BHWC.shape[1:3]) < smallest:

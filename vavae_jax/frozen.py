@@ -1,7 +1,6 @@
 """The networks that judge a tokenizer in training and never change: teacher, perceptual distance.
 
-Their weights are arguments of the training step, since constants would be compiled in; here they
-are found, loaded and put back together.
+Their weights are arguments of the training step, since constants would be compiled in.
 """
 
 from __future__ import annotations
@@ -88,11 +87,7 @@ def _perceptual(config: FrozenConfigDict) -> Perceptual:
 
 
 def check(config: FrozenConfigDict) -> None:
-  """Loads what the configuration names.
-
-  Raises:
-    InputError: unknown network, no such file, weights of another network, another grid.
-  """
+  """Loads the networks; InputError: unknown name, no file, other weights, or another grid."""
   if config.loss.perceptual_weight:
     if config.perceptual.network not in PERCEPTUAL:
       raise InputError(

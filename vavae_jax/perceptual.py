@@ -52,12 +52,7 @@ _WANTED = (
 
 
 class Lpips(nnx.Module):
-  """The distance of two images.
-
-  Args:
-    dtype: what convolutions compute in; weights are float32.
-    rngs: source of the initial weights. Only trained ones measure what people see.
-  """
+  """The distance of two images; with random weights it does not measure what people see."""
 
   def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
     self.dtype = dtype
@@ -71,18 +66,7 @@ class Lpips(nnx.Module):
     self.heads = nnx.List([_Head(width) for width in widths[1:]])
 
   def __call__(self, a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
-    """The distance of images, pair by pair.
-
-    Args:
-      a_BHWC: RGB images [B,H,W,3] in [-1, 1], at least 16 x 16 pixels.
-      b_BHWC: likewise, of the same shape.
-
-    Returns:
-      float32 [B], 0 for equal images.
-
-    Raises:
-      InputError: the images have another shape.
-    """
+    """Float32 distances [B] of RGB images [B,H,W,3] in [-1, 1], pair by pair; 0 for equal ones."""
     return self.distance(self.features(a_BHWC), self.features(b_BHWC))
 
   def features(self, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
@@ -112,15 +96,10 @@ class Lpips(nnx.Module):
     return tuple(maps)
 
   def distance(self, features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
-    """The distance of images by their feature maps.
+    """The distance [B], float32, of images by their feature maps.
 
-    Args:
-      features_a: what `features` gave.
-      features_b: likewise, for images of the same shape.
-
-    Returns:
-      float32 [B]: squared differences of unit features, weighted by channel, averaged over
-      positions and summed over the maps.
+    Squared differences of unit features, weighted by channel, averaged over positions and summed
+    over the maps.
     """
     squares = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(features_a, features_b, strict=True)]
     terms = [head(square) for head, square in zip(self.heads, squares, strict=True)]
@@ -167,17 +146,11 @@ class _Head(nnx.Module):
 def lpips_from_torch(
   *state_dicts: Mapping[str, Any], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Lpips:
-  """LPIPS with the weights of PyTorch's files, together or apart.
+  """LPIPS with the weights of PyTorch's files, together or apart; float32.
 
-  Args:
-    *state_dicts: PyTorch name -> array, which together hold the convolutions as torchvision's VGG16
-      names them (`features.0.weight`) or as LPIPS does (`net.slice1.0.weight`), and the heads
-      (`lin0.model.1.weight`). A classifier is left aside. Of a tokenizer's training checkpoint, all
-      but what begins with `loss.perceptual_loss.` is.
-    dtype: what convolutions compute in.
-
-  Returns:
-    The module, its weights float32.
+  The state dicts have the convolutions as torchvision's VGG16 names them (`features.0.weight`) or
+  as LPIPS does (`net.slice1.0.weight`), and the heads (`lin0.model.1.weight`). A classifier is left
+  aside, and of a tokenizer's training checkpoint all but `loss.perceptual_loss.`.
 
   Raises:
     InputError: unknown, missing, misshapen, non-finite or doubly given tensors, listed.
@@ -209,15 +182,7 @@ def load_lpips(
   *,
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Lpips:
-  """LPIPS with the weights of one or two files.
-
-  Args:
-    vgg: torchvision's VGG16, or a file that has the heads too.
-    heads: the heads of the lpips package; "" where `vgg` has them.
-    dtype: what convolutions compute in.
-
-  Returns:
-    The module, its weights float32.
+  """LPIPS with the weights of one or two files; `heads` is "" if `vgg` has them, too.
 
   Raises:
     InputError: a file is missing or is not LPIPS'; the message says where to get it.

@@ -1,8 +1,8 @@
 """The stages of a tokenizer's training: which losses are on from which step; reference README.
 
-The published tokenizer was trained three times over, each time from the weights of the time before:
-aligned strongly, then weakly, then with margins. Here the stages are columns of `config.stages` and
-one training crosses them; its optimizers go on, whose moments are ten steps long.
+The published tokenizer was trained three times over, each time from the weights before: aligned
+strongly, then weakly, then with margins. Here the stages are columns of `config.stages` and one
+training crosses them; its optimizers go on, whose moments are ten steps long.
 """
 
 from __future__ import annotations
@@ -18,26 +18,16 @@ COLUMNS = ("vf_weight", "cos_margin", "distmat_margin", "disc_start")
 
 
 class Phase(NamedTuple):
-  """What is static about one step.
-
-  Attributes:
-    stage: index of the stage.
-    gan: whether the discriminator judges the reconstructions of this step.
-  """
+  """What is static about one step: the stage's index, and whether the discriminator judges it."""
 
   stage: int
   gan: bool
 
 
 def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
-  """The configuration with epochs turned into steps.
+  """The configuration with `stages.epochs` turned into steps, for so many images an epoch.
 
-  Args:
-    config: with `stages.epochs`, and `num_steps`, where 0 asks for all of them.
-    num_images: that an epoch has.
-
-  Returns:
-    The same with `stages.begins`, the steps before each stage, and `num_steps`.
+  It gains `stages.begins`, the steps before each stage, and `num_steps`, if that is 0.
 
   Raises:
     InputError: columns of different lengths, something else than numbers of at least 0, or no step.

@@ -4,8 +4,8 @@ All tiles of a picture have one size, so that the network compiles once: the las
 column is moved inwards, not padded. Overlaps are blended linearly. The device holds one tile at a
 time; the picture itself stays in the host's memory.
 
-Notable: GroupNorm and attention see a tile where they would see the picture, so that the result
-differs from that of one pass; larger tiles differ less. The overlap hides the seams.
+Notable: GroupNorm and attention see a tile instead of the picture, so that the result differs from
+that of one pass; larger tiles differ less. The overlap hides the seams.
 """
 
 from __future__ import annotations
@@ -24,19 +24,15 @@ from vavae_jax.common.errors import InputError
 def encode_tiled(
   model: Autoencoder, image_BHWC: Any, *, tile: int = 512, overlap: int = 64
 ) -> Posterior:
-  """The distribution of a large picture's latent.
+  """The posterior of a large picture's latent, as `Autoencoder.encode` has it.
 
   Args:
     model: the tokenizer.
-    image_BHWC: [B,H,W,in_channels] in [-1, 1]; H and W are multiples of `model.downsampling`. A
-      NumPy array stays on the host.
+    image_BHWC: as for `encode`. A NumPy array stays on the host.
     tile: height and width of a tile in pixels, a multiple of `model.downsampling`. A picture no
       larger than it runs in one pass.
-    overlap: the least that neighbours share, in pixels, likewise a multiple.
-
-  Returns:
-    Posterior over z [B, H/downsampling, W/downsampling, embed_dim]. Where tiles overlap, means and
-    log variances are blended.
+    overlap: the least that neighbours share, in pixels, likewise a multiple. Means and log
+      variances are blended there.
 
   Raises:
     InputError: the image, the tile or the overlap does not fit.
@@ -50,21 +46,7 @@ def encode_tiled(
 def decode_tiled(
   model: Autoencoder, z_BhwZ: Any, *, tile: int = 512, overlap: int = 64
 ) -> np.ndarray:
-  """The picture of a large latent.
-
-  Args:
-    model: the tokenizer.
-    z_BhwZ: [B,h,w,embed_dim] as `encode` gives it, not normalised. A NumPy array stays on the host.
-    tile: height and width in pixels of the picture of a tile, a multiple of `model.downsampling`. A
-      picture no larger than it runs in one pass.
-    overlap: the least that neighbours share, in pixels, likewise a multiple.
-
-  Returns:
-    [B, h*downsampling, w*downsampling, out_ch] float32 on the host, about [-1, 1], not clipped.
-
-  Raises:
-    InputError: the latent, the tile or the overlap does not fit.
-  """
+  """The picture of a large latent, float32 on the host; arguments as for `encode_tiled`."""
   factor = model.downsampling
   cells = _in_cells(tile, overlap, factor)
   return _in_tiles(_decode, model, z_BhwZ, *cells, scale_in=1, scale_out=factor)
@@ -101,20 +83,17 @@ def _in_tiles(
   scale_in: int,
   scale_out: int,
 ) -> np.ndarray:
-  """run(model, x), tile by tile.
+  """run(model, x), tile by tile, put together on the host.
 
   Args:
     run: a jitted function from [B, scale_in * h, scale_in * w, ...] to
       [B, scale_out * h, scale_out * w, ...], float32.
     model: its first argument.
-    x: its second, of any h and w.
-    tile: h and w of a tile, less where x has less.
+    x: its second, with any h and w.
+    tile: h and w of a tile, less if x has less.
     overlap: the least that neighbours share, in the same unit.
     scale_in: pixels of the input per cell.
     scale_out: pixels of the output per cell.
-
-  Returns:
-    The whole, put together on the host.
   """
   whole = jax.eval_shape(run, model, x)  # which refuses an x that does not fit, as one pass would
   x = np.asarray(x)  # slices of device arrays would compile, each for itself
@@ -143,17 +122,9 @@ def _starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def _lay(canvas: np.ndarray, part: np.ndarray, start: int, covered: int, axis: int) -> int:
-  """Lays a part onto a canvas along an axis, in place.
+  """Lays a part onto a canvas along an axis, in place; returns how far the canvas is filled then.
 
-  Args:
-    canvas: what is filled up to `covered`.
-    part: its size along the axis reaches beyond `covered`.
-    start: where the part begins; from there to `covered` it fades in.
-    covered: where the canvas has nothing yet.
-    axis: of both arrays.
-
-  Returns:
-    How far the canvas is filled now.
+  It is filled up to `covered`; the part begins at `start`, fades in up to there and ends beyond.
   """
   canvas, part = np.moveaxis(canvas, axis, 0), np.moveaxis(part, axis, 0)
   shared = covered - start

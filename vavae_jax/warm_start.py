@@ -1,7 +1,7 @@
 """Weights of one tokenizer as the beginning of another: other pictures, another teacher.
 
-Reference: `init_from_ckpt` of `ldm/models/autoencoder.py`, which passes over whatever does not fit;
-its documented key for it is not the one that it reads, so that trainings silently start anew.
+Reference: `init_from_ckpt` of `ldm/models/autoencoder.py`, which skips whatever does not fit; it
+reads another key than the documented one, so that trainings silently start anew.
 """
 
 from __future__ import annotations
@@ -21,17 +21,9 @@ PROJECTION = "linear_proj."
 
 
 def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
-  """Parameters for a new training out of those of another.
+  """Parameters for a new training out of another's, and notes on the projection for the user.
 
-  Args:
-    fresh: the new training's {"autoencoder": ..., perhaps "projection": ...}.
-    given: the other's.
-
-  Returns:
-    (parameters like `fresh`, sentences on what to know about the projection).
-
-  Raises:
-    InputError: the autoencoders differ.
+  Both are {"autoencoder": ..., perhaps "projection": ...}. InputError if the autoencoders differ.
   """
   new, old = (_shapes(tree["autoencoder"]) for tree in (fresh, given))
   if differing := sorted(
@@ -59,17 +51,9 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
 
 
 def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> Any:
-  """Parameters out of PyTorch's names.
+  """Parameters, as `adapt` takes them, out of a state dict of the reference's AutoencoderKL.
 
-  Args:
-    state_dict: PyTorch name -> array, of the reference's AutoencoderKL.
-    model: the arguments of the autoencoder.
-
-  Returns:
-    Nested dicts of arrays, as `adapt` takes them.
-
-  Raises:
-    InputError: the tensors are not those of such an autoencoder.
+  `model` has the autoencoder's arguments. InputError if the tensors do not fit them.
   """
   state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
   module = autoencoder_from_torch(state_dict, **model)

@@ -18,14 +18,8 @@ from PIL import Image
 
 
 def load_emoji() -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-  """Decodes the embedded images.
-
-  Returns:
-    Images [1852,64,64,3] uint8 in the standard order of emoji; labels [1852] int32 in 0..8; the
-    name of each image; the name of each of the nine classes.
-
-  Raises:
-    ValueError: if the picture and its description do not fit together.
+  """Images [1852,64,64,3] uint8 in the standard order of emoji; labels [1852] int32 in 0..8;
+  the name of each image; the names of the nine classes.
   """
   folder = resources.files(__name__)
   description = json.loads(folder.joinpath("emoji.json").read_text(encoding="utf-8"))

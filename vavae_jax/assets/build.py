@@ -31,17 +31,10 @@ COLUMNS = 43  # 43 x 44 tiles make a nearly square atlas of 1,852, far below Web
 
 
 def read_package(path: Path, folder: str) -> dict[str, bytes]:
-  """Reads the files directly under one folder of an npm package.
+  """{file name: content}, sorted, of the files directly under one folder ("": the top).
 
-  Args:
-    path: the package as `npm pack` writes it (.tgz), or a directory that it was unpacked into.
-    folder: folder inside the package, "" for its top.
-
-  Returns:
-    `{file name: content}`, sorted by name.
-
-  Raises:
-    InputError: if there is no such package, or it has no file there.
+  `path` is the package as `npm pack` writes it (.tgz), or a directory that it was unpacked into.
+  InputError if there is no such package, or it has no file there.
   """
   files: dict[str, bytes] = {}
   if path.is_dir():
@@ -64,28 +57,15 @@ def read_package(path: Path, folder: str) -> dict[str, bytes]:
 
 
 def canonical_code(code: str) -> str:
-  """Code points in the spelling that both packages share.
+  """Code points in the spelling that both packages share: "0023-FE0F-20E3" -> "23-20e3".
 
   The two differ in case, in leading zeros and in the invisible variation selector FE0F.
-
-  Args:
-    code: hexadecimal code points joined by "-", such as "0023-FE0F-20E3".
-
-  Returns:
-    The same emoji's name in lower case, such as "23-20e3".
   """
   return "-".join(p.lstrip("0") for p in code.lower().split("-") if p != "fe0f")
 
 
 def shrink(picture: bytes) -> Image.Image:
-  """One emoji on white at `TILE` pixels.
-
-  Args:
-    picture: an encoded square RGBA image.
-
-  Returns:
-    RGB image of TILE x TILE pixels.
-  """
+  """An encoded square RGBA image -> RGB on white, TILE x TILE pixels."""
   rgba = Image.open(io.BytesIO(picture)).convert("RGBA")
   white = Image.new("RGBA", rgba.size, "white")
   on_white = Image.alpha_composite(white, rgba).convert("RGB")
@@ -93,11 +73,7 @@ def shrink(picture: bytes) -> Image.Image:
 
 
 def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
-  """Joins pictures with names and groups.
-
-  Args:
-    fluent: package @lobehub/fluent-emoji-3d, as `read_package` takes it.
-    datasource: package emoji-datasource-google, likewise.
+  """Joins pictures of @lobehub/fluent-emoji-3d with names and groups of emoji-datasource-google.
 
   Returns:
     The atlas, row by row in the standard order of emoji, and its description: tile size, columns,
@@ -105,7 +81,7 @@ def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
     does every emoji that only one of the packages has.
 
   Raises:
-    InputError: if a package is not what its name says.
+    InputError: a package is not what its name says.
   """
   pictures: dict[str, bytes] = {}
   for name, content in read_package(fluent, "assets").items():
@@ -130,13 +106,7 @@ def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
 
 
 def write(atlas: Image.Image, description: dict, output: Path) -> None:
-  """Writes emoji.webp and emoji.json.
-
-  Args:
-    atlas: picture of all tiles.
-    description: what `build` returns beside it.
-    output: directory, made if it is missing.
-  """
+  """Writes emoji.webp and emoji.json into a directory, which is made if it is missing."""
   output.mkdir(parents=True, exist_ok=True)
   atlas.save(output / "emoji.webp", lossless=True, quality=100, method=6)
   head = {key: value for key, value in description.items() if key != "tiles"}

@@ -33,16 +33,10 @@ def is_url(path: Path | str) -> bool:
 
 
 def place(text: str) -> Path:
-  """The folder that a person named: on this machine, or by a URL in a bucket.
+  """The folder that a person named: a path of this machine, or gs://..., s3://..., az://... .
 
-  Args:
-    text: a path, or gs://..., s3://..., az://... .
-
-  Returns:
-    A `pathlib.Path`; of a URL an `epath.Path`, which has the same methods.
-
-  Raises:
-    InputError: a URL of another kind, or one whose package is not installed.
+  A URL becomes an `epath.Path`, which has the methods of `pathlib.Path`. InputError for a URL of
+  another kind, or one whose package is not installed.
   """
   if not is_url(text):
     return Path(text)
@@ -58,11 +52,7 @@ def place(text: str) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
   """A temporary name for a file that takes its own when the block has ended without an error.
 
-  Args:
-    path: the final name; its folder is made. What stood there stays until the new file is whole.
-
-  Yields:
-    The name to write to.
+  The folder of `path` is made. What stood under that name stays until the new file is whole.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_partial(folder: Path, name: str = "*") -> None:
   """Removes what `atomic_path` leaves of files in a folder when its process is killed.
 
-  Args:
-    folder: of the files; no process may be writing them.
-    name: a pattern of their names.
+  No process may be writing them; `name` is a pattern of their names.
   """
   for left in Path(folder).glob(f".{name}.*.partial"):
     shutil.rmtree(left)
@@ -95,11 +83,7 @@ def remove_partial(folder: Path, name: str = "*") -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
   """A binary file that takes the name `path` only when the block has ended without an error.
 
-  Args:
-    path: as for `atomic_path`; or of `place`, in a bucket, where objects are there when complete.
-
-  Yields:
-    The open file.
+  In a bucket, by a path of `place`, objects are there when complete anyway.
   """
   if is_url(path):
     with path.open("wb") as file:
@@ -127,7 +111,7 @@ def write_safetensors(
 
 @contextlib.contextmanager
 def full_disk_as_oserror(path: Path) -> Iterator[None]:
-  """Raises OSError where a library tells a full disk by an error of its own."""
+  """Raises OSError if a library reports a full disk by an error of its own."""
   try:
     yield
   except (SafetensorError, RuntimeError, ValueError) as error:

@@ -22,31 +22,13 @@ Params = dict[str, Any]
 
 
 def graph_of(build: Build) -> nnx.GraphDef:
-  """The static half of the module that `build` makes; no array is computed.
-
-  Args:
-    build: makes the module from `nnx.Rngs`.
-
-  Returns:
-    A hashable graph definition for `nnx.merge(graph, params)`, where params is what `init` returns.
-  """
+  """The static half of a module, for `nnx.merge(graph, params)` with `init`'s params; hashable."""
   graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
   return graph
 
 
 def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
-  """The module that `build` makes, with shapes for arrays.
-
-  Args:
-    build: makes the module from `nnx.Rngs`.
-    name: of the settings it is made by, for the error.
-
-  Returns:
-    The module.
-
-  Raises:
-    InputError: it cannot be built.
-  """
+  """The module that `build` makes, with shapes for arrays; InputError with `name` if it cannot."""
   try:
     return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -65,13 +47,7 @@ def fingerprint(params: Params) -> str:
 def init(build: Build, key: jax.Array, *kinds: type[nnx.Variable]) -> Any:
   """Fresh parameters as nested dicts of arrays, the names those of the module's attributes.
 
-  Args:
-    build: makes the module from `nnx.Rngs`.
-    key: seed of the initialisation.
-    *kinds: variable types that are wanted apart, such as nnx.Param, nnx.BatchStat.
-
-  Returns:
-    One dict of everything, or with `kinds` a tuple of one dict each.
+  With `kinds`, such as nnx.Param and nnx.BatchStat, a tuple of one dict for each.
   """
   module = build(nnx.Rngs(key))
   if not kinds:

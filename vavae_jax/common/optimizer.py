@@ -17,14 +17,7 @@ from vavae_jax.common.sharding import pin_batch
 def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
   """The schedule: linear warm-up, then constant, or cosine to zero at `decay_steps` if that is set.
 
-  Args:
-    config: `learning_rate`, `warmup_steps`, `decay_steps`.
-
-  Returns:
-    A function of the step.
-
-  Raises:
-    InputError: the warm-up does not end before the decay.
+  InputError if the warm-up does not end before the decay.
   """
   if 0 < config.decay_steps <= config.warmup_steps:
     raise InputError(
@@ -57,14 +50,9 @@ def check_optimizer(config: FrozenConfigDict) -> None:
 def make_optimizer(
   config: FrozenConfigDict, step: jax.Array | None = None
 ) -> optax.GradientTransformation:
-  """AdamW as configured; eps 1e-8, float32 moments.
+  """AdamW as `config.optimizer` says; eps 1e-8, float32 moments.
 
-  Args:
-    config: `learning_rate`, `b1`, `b2`, `weight_decay`, `warmup_steps`, `decay_steps`, `clip_norm`.
-    step: of the schedule, where it is not the number of updates made before.
-
-  Returns:
-    An optax transformation of gradients into updates.
+  `step` is that of the schedule, if it is not the number of updates made before.
   """
   schedule = learning_rate(config)
   adam = optax.adamw(
@@ -84,15 +72,7 @@ def start_emas(params: Any, decays: Sequence[float]) -> dict[str, Any]:
 
 
 def update_emas(emas: dict[str, Any], params: Any) -> dict[str, Any]:
-  """One step of each moving average, from step 0 and without debiasing.
-
-  Args:
-    emas: from `start_emas`: name -> the average so far.
-    params: the new parameters.
-
-  Returns:
-    The new averages.
-  """
+  """One step of each moving average, from step 0 and without debiasing."""
   return {
     name: optax.incremental_update(params, ema, 1 - float(name)) for name, ema in emas.items()
   }
@@ -104,15 +84,8 @@ def ema_name(decay: float) -> str:
 
 
 def averaged(config: FrozenConfigDict, state: Any) -> Any:
-  """The parameters that inference uses: the average of the first decay, or where there is none the
+  """The parameters that inference uses: the average of the first decay, or if there is none the
   parameters themselves.
-
-  Args:
-    config: `ema_decays`.
-    state: a training's, with `params` and `ema`.
-
-  Returns:
-    Parameters.
   """
   return state.ema[ema_name(config.ema_decays[0])] if config.ema_decays else state.params
 

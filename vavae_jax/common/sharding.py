@@ -18,14 +18,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
-  """Keeps the leading axis of an activation spread over all devices.
-
-  Args:
-    x: [B, ...], B a multiple of the number of devices of the mesh.
-
-  Returns:
-    x, constrained where a mesh with `BATCH_AXES` is set.
-  """
+  """Keeps the leading axis of an activation [B, ...] spread over all devices of the mesh."""
   return _constrain(x, PartitionSpec(BATCH_AXES))
 
 
@@ -40,20 +33,16 @@ def gather(weights: T, dtype: jax.typing.DTypeLike) -> T:
   The cast comes first, so that the all-gather moves the compute dtype's bytes. Vectors (norm
   scales, biases) stay float32: they weigh nothing, and a bfloat16 scale near 1 moves in steps of
   0.004, which hides most updates.
-
-  Args:
-    weights: pytree of float32 arrays.
-    dtype: the compute dtype, which matrices and kernels take.
-
-  Returns:
-    The same tree.
   """
 
   return jax.tree.map(lambda x: whole(x.astype(dtype) if x.ndim >= 2 else x), weights)
 
 
 def platform() -> str:
-  """Of the mesh's devices, such as "gpu", also of ones that are not here; or of jax's default."""
+  """The platform of the mesh's devices, such as "gpu", or else of jax's default backend.
+
+  A mesh of a described topology, without devices here, has one too.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 

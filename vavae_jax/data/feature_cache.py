@@ -47,10 +47,8 @@ def _mapped(path: Path, process: int) -> np.ndarray:
 
 
 def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Features:
-  """The features of a configuration; arguments as `build`'s.
-
-  Raises:
-    InputError: they have not been made, of these pictures and weights.
+  """The features of a configuration; InputError if `build` has not made them of these pictures and
+  weights.
   """
   path = _path(config, source, indices)
   if not path.is_file():
@@ -68,17 +66,14 @@ def build(
   progress: Callable[[int], None],
   batch_size: int = 64,
 ) -> Path:
-  """Makes the features of a configuration where they are not there yet.
+  """Makes the features of a configuration unless they exist already; returns their file.
 
   Args:
     config: of a tokenizer's training, with `teacher.cache` and `data.crop` "center".
     source: of the pictures.
-    indices: of the training pictures, whose order the file has.
-    progress: told the number of pictures that are done.
+    indices: of the training pictures, in whose order the features lie.
+    progress: is called with the number of pictures done.
     batch_size: pictures at once.
-
-  Returns:
-    The file.
 
   Raises:
     InputError: the folder cannot be written, the disk is too small, or a feature is beyond float16.

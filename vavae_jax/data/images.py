@@ -27,15 +27,9 @@ class Rows(Protocol):
 
 
 def center_crop(picture: Image.Image, size: int) -> np.ndarray:
-  """The crop of extraction and of generation's evaluation: box halvings, bicubic to the short side,
-  centre.
+  """An RGB picture -> uint8 [size, size, 3], as extraction and generation's evaluation crop.
 
-  Args:
-    picture: RGB.
-    size: side of the result in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
+  Box halvings, bicubic to the short side, centre.
 
   Source: ADM (openai/guided-diffusion), `center_crop_arr`.
   """
@@ -47,15 +41,9 @@ def center_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-  """The crop of tokenizer training: short side to `size`, random place, no flip.
+  """An RGB picture -> uint8 [size, size, 3], as tokenizer training crops.
 
-  Args:
-    picture: RGB.
-    size: side of the result in pixels.
-    rng: chooses the place.
-
-  Returns:
-    uint8 [size, size, 3].
+  Short side to `size`, bilinear; a random place.
   """
   picture = _short_side_to(picture, size, Image.Resampling.BILINEAR)
   left = int(rng.integers(picture.width - size + 1))
@@ -64,14 +52,9 @@ def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np
 
 
 def resize_crop(picture: Image.Image, size: int) -> np.ndarray:
-  """The crop of the tokenizer's evaluation: short side to `size`, bilinear, centre.
+  """An RGB picture -> uint8 [size, size, 3], as the tokenizer's evaluation crops.
 
-  Args:
-    picture: RGB.
-    size: side of the result in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
+  Short side to `size`, bilinear, centre.
 
   Source: torchvision's Resize (the long side rounded down) and CenterCrop, as the reference's
   `evaluate_tokenizer.py` has them.
@@ -110,18 +93,18 @@ def training_batches(
   """Endless shuffled batches of crops, the same for the same seed.
 
   Args:
-    source: where pictures come from.
+    source: of the pictures.
     indices: which of them.
-    share: which part of the batches.
+    share: this process's part of the batches.
     size: side of the crops in pixels.
     seed: of order, crops and flips.
     crop: one of `CROPS`.
     flip: mirror each picture or not, by a seeded coin.
-    features: a teacher's of the pictures, to go with them.
+    features: a teacher's features of the pictures, to go with them.
 
   Returns:
-    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, with "features"
-    where there are some.
+    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, perhaps with
+    "features".
   """
   places = order.Order(len(indices), seed)
 
@@ -145,16 +128,7 @@ def training_batches(
 
 
 def load_crops(source: Source, indices: np.ndarray, size: int) -> np.ndarray:
-  """Centre crops of some records.
-
-  Args:
-    source: where pictures come from.
-    indices: which of them.
-    size: side in pixels.
-
-  Returns:
-    uint8 [len(indices), size, size, 3].
-  """
+  """Centre crops of some records, uint8 [len(indices), size, size, 3]."""
   if not len(indices):
     return np.zeros((0, size, size, 3), np.uint8)
   return np.stack([center_crop(source.picture(int(i))[0], size) for i in indices])

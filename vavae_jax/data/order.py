@@ -24,13 +24,9 @@ BUFFERED = 4
 
 
 class Order:
-  """Which record stands at which position."""
+  """The record at each position, for epochs of `count` records."""
 
   def __init__(self, count: int, seed: int):
-    """Args:
-    count: records of an epoch.
-    seed: of the order.
-    """
     self.count, self.seed = count, seed
 
   def records(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,10 +68,10 @@ class Share(NamedTuple):
   """Which part of the batches a process loads, and how.
 
   Attributes:
-    batch_size: over all processes, which divide it.
-    process_index: this one.
-    process_count: how many there are.
-    start: how many batches were taken already.
+    batch_size: over all processes, a multiple of their number.
+    process_index: of this process.
+    process_count: of all.
+    start: batches that were taken already.
     threads: that load batches.
     workers: processes that load batches, each with as many threads; 0 loads in this one.
   """
@@ -106,12 +102,7 @@ def batches(
 ) -> grain.IterDataset[dict[str, Any]]:
   """Endless batches of a process, loaded ahead.
 
-  Args:
-    share: which.
-    load: positions of records -> a batch of them; it can be pickled where there are workers.
-
-  Returns:
-    A grain dataset.
+  `load` makes a batch of positions of records; with workers it must be picklable.
   """
   import grain  # which takes half a second
 

@@ -19,8 +19,14 @@ GRIDS = 3
 class Classifier(nnx.Module):
   """Pictures -> features and class scores.
 
-  Attributes:
-    feature_size: channels of the features.
+  Args:
+    num_classes: how many there are.
+    width: channels of the finest grid, doubled on each coarser one.
+    depth: residual blocks on each grid.
+    patch_size: pixels along each axis that are folded into channels first.
+    norm_groups: of every GroupNorm, a divisor of `width`.
+    dtype: of convolutions.
+    rngs: of the initial weights.
   """
 
   def __init__(
@@ -34,20 +40,6 @@ class Classifier(nnx.Module):
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Makes the network with random weights.
-
-    Args:
-      num_classes: how many there are.
-      width: channels of the finest grid, doubled on each coarser one.
-      depth: residual blocks on each grid.
-      patch_size: pixels along each axis that are folded into channels first.
-      norm_groups: of every GroupNorm.
-      dtype: of convolutions.
-      rngs: seeds the weights.
-
-    Raises:
-      InputError: the groups do not divide the width.
-    """
     if norm_groups < 1 or width % norm_groups:
       raise InputError(f"norm_groups={norm_groups} does not divide width={width}.")
     self.patch_size = patch_size
@@ -73,13 +65,9 @@ class Classifier(nnx.Module):
     self.head = nnx.Linear(widths[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
   def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features before the last layer, and class scores.
+    """RGB images [B,H,W,3] in [-1,1] -> features before the last layer [B,F], scores [B,classes].
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1]; H and W are multiples of `patch_size`.
-
-    Returns:
-      [B,F] and [B,num_classes], float32.
+    H and W are multiples of `patch_size`; both results are float32.
     """
     p = self.patch_size
     x_BhwD = rearrange(image_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)

@@ -38,32 +38,17 @@ class Infinity(NamedTuple):
 def resampled(
   features_NF: np.ndarray, reference: Gaussian, count: int, seed: int = 0
 ) -> Iterator[float]:
-  """Distances of bootstrap samples, drawn with replacement.
-
-  Args:
-    features_NF: of the samples.
-    reference: the other side, which stays.
-    count: how many.
-    seed: of the draws.
-
-  Yields:
-    One distance each.
-  """
+  """Yields distances to `reference` of `count` bootstrap samples, drawn with replacement."""
   draw = np.random.default_rng((seed, 0))
   for _ in range(count):
     yield _distance(features_NF, draw.integers(len(features_NF), size=len(features_NF)), reference)
 
 
 def interval(distance: float, resamples: list[float]) -> Interval:
-  """By the resamples' spread; their mean is biased, since a resample has fewer different pictures.
+  """distance -+ 1.96 standard deviations of at least two resamples.
 
-  Args:
-    distance: of all samples.
-    resamples: from `resampled`, at least two.
-
-  Returns:
-    distance -+ 1.96 standard deviations. It says nothing of the bias by few samples, for which see
-    `extrapolated`.
+  The resamples' mean is biased, since a resample has fewer different pictures. The interval does
+  not cover the bias by few samples, for which see `extrapolated`.
   """
   deviation = float(np.std(resamples, ddof=1))
   return Interval(distance - 1.96 * deviation, distance + 1.96 * deviation, deviation)
@@ -72,16 +57,9 @@ def interval(distance: float, resamples: list[float]) -> Interval:
 def subset_distances(
   features_NF: np.ndarray, reference: Gaussian, seed: int = 0
 ) -> Iterator[tuple[int, float]]:
-  """Distances of random subsets, their sizes from a tenth of the samples (at least 5,000, where
-  there are twice as many) to all.
+  """Yields (size, distance to `reference`) of random subsets.
 
-  Args:
-    features_NF: of the samples, in random order or not.
-    reference: the other side, which stays.
-    seed: of the choices.
-
-  Yields:
-    (size of the subset, distance).
+  Their sizes go from a tenth of the samples (at least 5,000, if there are twice as many) to all.
   """
   total = len(features_NF)
   least = 5_000 if total >= 10_000 else max(total // 10, 2)
@@ -91,13 +69,7 @@ def subset_distances(
 
 
 def extrapolated(sizes_and_distances: list[tuple[int, float]]) -> Infinity:
-  """The distance of infinitely many samples, by a straight line in 1/N.
-
-  Args:
-    sizes_and_distances: from `subset_distances`.
-
-  Returns:
-    The line.
+  """The distance of infinitely many samples, by a straight line in 1/N through `subset_distances`.
 
   Source: Chong and Forsyth 2020, arXiv 1911.07023.
   """

@@ -45,13 +45,9 @@ class Moments:
   scatter: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
 
   def update(self, features_NF: np.ndarray) -> None:
-    """Adds a batch.
+    """Adds a batch of features [N,F], any float dtype; N may be zero and may change between calls.
 
-    Args:
-      features_NF: features [N,F], any float dtype; N may be zero and may change between calls.
-
-    Raises:
-      ValueError: if the features are not [N,F], F changes or a value is not finite.
+    ValueError if the features are not [N,F], F changes or a value is not finite.
     """
     features_NF = _checked_features("features", features_NF)
     if len(features_NF) == 0:
@@ -61,14 +57,7 @@ class Moments:
     self.merge(Moments(len(features_NF), mean_F, deviation_NF.T @ deviation_NF))
 
   def merge(self, other: Moments) -> None:
-    """Adds all features that `other` has seen.
-
-    Args:
-      other: moments of features of the same size.
-
-    Raises:
-      ValueError: if the feature sizes differ.
-    """
+    """Adds all features that `other` has seen; ValueError if the feature sizes differ."""
     if other.count == 0:
       return
     if self.count == 0:
@@ -112,17 +101,13 @@ class Frechet(NamedTuple):
 
 
 class Gaussian:
-  """A Gaussian to which others are compared; the root of its covariance is taken once."""
+  """A Gaussian to which others are compared, by its mean [F] and unbiased covariance [F,F].
+
+  The root of the covariance is taken once. ValueError if shapes do not fit, a value is not finite,
+  or the covariance is asymmetric or has an eigenvalue below zero by more than rounding.
+  """
 
   def __init__(self, mean: np.ndarray, cov: np.ndarray):
-    """Args:
-      mean: [F].
-      cov: unbiased covariance [F,F].
-
-    Raises:
-      ValueError: if shapes do not fit, a value is not finite, or the covariance is asymmetric or
-        has an eigenvalue below zero by more than rounding.
-    """
     self.mean, self.cov = _checked_moments("1", mean, cov)
     values_F, vectors_FF = np.linalg.eigh(self.cov)
     self._root = vectors_FF * np.sqrt(_clip_rounding("cov1", values_F)) @ vectors_FF.T
@@ -150,18 +135,8 @@ class Gaussian:
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
   """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-  Args:
-    mu1: mean [F] of the first set.
-    cov1: unbiased covariance [F,F] of the first set.
-    mu2: mean [F] of the second set.
-    cov2: unbiased covariance [F,F] of the second set.
-
-  Returns:
-    The distance; lower is better. Equal inputs give zero up to rounding, of either sign.
-
-  Raises:
-    ValueError: if shapes do not fit, a value is not finite, or a covariance is asymmetric or has
-      an eigenvalue below zero by more than rounding.
+  Means are [F], covariances unbiased and [F,F]; ValueError as of `Gaussian`. Lower is better; equal
+  inputs give zero up to rounding, of either sign.
 
   Source: Heusel et al. 2017, equation 6.
   """
@@ -223,7 +198,7 @@ def inception_score(probabilities: np.ndarray, split_size: int) -> float:
     The score, between 1 and the number of classes; higher is better.
 
   Raises:
-    ValueError: if the rows are not probabilities or split_size is not positive.
+    ValueError: the rows are not probabilities, or split_size is not positive.
 
   Source: Salimans et al. 2016; guided-diffusion's evaluator.
   """

@@ -45,34 +45,19 @@ _TORCH_NAMES = {
 
 
 def adm_input(image_BHWC: jax.Array) -> jax.Array:
-  """Pictures as ADM's evaluation, and so the paper's numbers, prepare them.
+  """Pictures as ADM's evaluation, and so the paper's numbers, prepare them: uint8 [B,H,W,3] -> the
+  network's input [B,299,299,3], float32 in [-1,1).
 
   TensorFlow 1's bilinear resize, in which output pixel i lies at i * H / 299 without the half
   pixel's shift, so that pictures move by up to half a pixel; then (x - 128) / 128.
-
-  Args:
-    image_BHWC: [B,H,W,3], uint8.
-
-  Returns:
-    The network's input [B,299,299,3], float32 in [-1,1).
-
-  Raises:
-    InputError: the pictures have another shape or dtype.
   """
   return (_resize(_checked(image_BHWC), lambda i, scale: i * scale) - 128) / 128
 
 
 def pytorch_fid_input(image_BHWC: jax.Array) -> jax.Array:
-  """Pictures as pytorch-fid prepares them: a bilinear resize by half-pixel centres, then [-1,1].
+  """Pictures as pytorch-fid prepares them: uint8 [B,H,W,3] -> [B,299,299,3], float32 in [-1,1].
 
-  Args:
-    image_BHWC: [B,H,W,3], uint8.
-
-  Returns:
-    The network's input [B,299,299,3], float32 in [-1,1].
-
-  Raises:
-    InputError: the pictures have another shape or dtype.
+  A bilinear resize by half-pixel centres.
   """
   unit_BHWC = _checked(image_BHWC) / 255
   half = np.float32(0.5)
@@ -98,12 +83,7 @@ def _resize(
 ) -> jax.Array:
   """Bilinear to 299 x 299, never averaged over more pixels than two by two, as both tools do.
 
-  Args:
-    image_BHWC: [B,H,W,C], float.
-    position_of: (output pixels, input pixels per output pixel) -> where they lie in the input.
-
-  Returns:
-    [B,299,299,C].
+  `position_of` makes (output pixels, input pixels per output pixel) into places in the input.
   """
   for axis in (1, 2):
     size = image_BHWC.shape[axis]
@@ -120,7 +100,6 @@ class InceptionV3(nnx.Module):
   """The network; nothing in it is trained here."""
 
   def __init__(self, *, rngs: nnx.Rngs):
-    """Makes the network with random weights."""
     make = _Maker(rngs)
     self.conv_1a = make(3, 32, (3, 3), stride=2)
     self.conv_2a = make(32, 32, (3, 3), padded=False)
@@ -375,13 +354,9 @@ def _by_threes(
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
-  """The network with the weights that pytorch-fid and torch-fidelity publish.
+  """The network with the weights that pytorch-fid and torch-fidelity publish, float32.
 
-  Args:
-    state_dict: PyTorch name -> array. `num_batches_tracked` is left aside: it only counts.
-
-  Returns:
-    The module, its weights and statistics float32.
+  `num_batches_tracked` is left aside: it only counts.
 
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed, as those of torchvision's

@@ -22,17 +22,10 @@ _DATA_RANGE = 2.0  # of images in [-1, 1]
 
 
 def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
-  """Peak signal-to-noise ratio of the images after rounding to 8 bits.
+  """Peak signal-to-noise ratio of images [B,H,W,C], float in [-1,1], after rounding to 8 bits.
 
-  Args:
-    a_BHWC: images [B,H,W,C], float in [-1,1].
-    b_BHWC: images of the same shape to compare with.
-
-  Returns:
-    Decibels [B], float32; higher is better, infinite for images with equal 8-bit values.
-
-  Raises:
-    ValueError: if the shapes differ or are not [B,H,W,C], or the values are integers.
+  Decibels [B], float32; higher is better, infinite for images with equal 8-bit values. ValueError
+  if the shapes differ or are not [B,H,W,C], or the values are integers.
 
   Source: evaluate_tokenizer.py; uint8 is clip(127.5 x + 128, 0, 255), truncated.
   """
@@ -55,8 +48,7 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
     Mean over pixels and channels [B], float32, at most 1; higher is better.
 
   Raises:
-    ValueError: if the shapes differ, are not [B,H,W,C] or are smaller than the window, or the
-      values are integers.
+    ValueError: as of `psnr`, or the images are smaller than the window.
 
   Source: Wang et al. 2004, K1 = 0.01, K2 = 0.03.
   """

@@ -41,14 +41,7 @@ def density(points_N2: np.ndarray) -> np.ndarray:
 
 
 def uniformity(density_N: np.ndarray) -> Uniformity:
-  """The three figures.
-
-  Args:
-    density_N: from `density`, positive.
-
-  Returns:
-    The figures.
-  """
+  """The three figures of densities [N], positive, from `density`."""
   ascending_N = np.sort(np.asarray(density_N, np.float64))
   count, total = len(ascending_N), ascending_N.sum()
   share_N = ascending_N / total

@@ -65,9 +65,11 @@ def _widened(channels: int, width: float) -> int:
 class EfficientNetLite(nnx.Module):
   """The classifier, with the features on its way.
 
-  Attributes:
-    feature_size: channels of the features.
-    stride: pixels per feature along each axis, 16.
+  Args:
+    width: how much wider than Lite0; stem and head stay.
+    depth: how much deeper; the outer stages stay.
+    dtype: of convolutions and activations; weights are float32.
+    rngs: of the initial weights.
   """
 
   stride = 16
@@ -80,14 +82,6 @@ class EfficientNetLite(nnx.Module):
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Makes the network with random weights.
-
-    Args:
-      width: how much wider than Lite0; stem and head stay.
-      depth: how much deeper; the outer stages stay.
-      dtype: of convolutions and activations; weights are float32.
-      rngs: seeds the weights.
-    """
     self.dtype = dtype
     self.feature_size = _widened(_STAGES[4][-1], width)
     self.stem = _ConvNorm(nnx.Conv(3, 32, (3, 3), 2, use_bias=False, dtype=dtype, rngs=rngs), rngs)
@@ -109,17 +103,7 @@ class EfficientNetLite(nnx.Module):
     self.classifier = nnx.Linear(1280, 1000, dtype=dtype, rngs=rngs)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-    """The features for alignment.
-
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1].
-
-    Returns:
-      Features [B,h,w,F] of dtype `dtype` with h = H/16 and w = W/16, rounded up.
-
-    Raises:
-      InputError: the images have another shape.
-    """
+    """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F], h = H/16 and w = W/16 rounded up."""
     return self.endpoints(image_BHWC)["stride16"]
 
   def endpoints(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:

@@ -14,20 +14,14 @@ from vavae_jax.common.errors import InputError
 class Enlarged(nnx.Module):
   """A teacher that sees pictures enlarged, its features averaged over each cell of the latents.
 
-  Attributes:
-    feature_size: channels of the features.
-    stride: pixels of the given image per feature along each axis.
+  Args:
+    teacher: from `load_teacher`.
+    scale: how many times larger it sees pictures, along each axis.
+    stride: wanted pixels per feature; `scale` times it is a multiple of the teacher's own, or else
+      InputError.
   """
 
   def __init__(self, teacher: Any, scale: int, stride: int):
-    """Args:
-      teacher: what `vavae_jax.teachers.load_teacher` gives.
-      scale: how many times larger it sees pictures, along each axis.
-      stride: wanted pixels per feature; `scale` times it is a multiple of the teacher's own.
-
-    Raises:
-      InputError: it is not.
-    """
     pool, rest = divmod(stride * scale, teacher.stride)
     if scale < 1 or rest or not pool:
       raise InputError(

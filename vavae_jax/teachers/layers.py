@@ -32,17 +32,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def grid_of(image_BHWC: jax.Array, cell: int) -> tuple[int, int]:
-  """The grid that images divide into.
+  """(rows, columns) of the grid into which images [B,H,W,3] divide, `cell` pixels along each axis.
 
-  Args:
-    image_BHWC: [B,H,W,3].
-    cell: pixels along each axis of a cell.
-
-  Returns:
-    Rows and columns.
-
-  Raises:
-    InputError: the images have another shape, or do not divide.
+  InputError if the images have another shape, or do not divide.
   """
   if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3:
     raise InputError(f"The images have shape {image_BHWC.shape}; [B,H,W,3] is needed.")
@@ -62,15 +54,7 @@ def resize(image_BHWC: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def normalized(image_BHWC: jax.Array, statistics: Statistics | None) -> jax.Array:
-  """Images in [-1,1] as a network was trained on them; without statistics as they are.
-
-  Args:
-    image_BHWC: in [-1,1].
-    statistics: mean and standard deviation of RGB in [0,1].
-
-  Returns:
-    float32 of the same shape.
-  """
+  """Images in [-1,1] as a network was trained on them, float32; without statistics as they are."""
   image_BHWC = image_BHWC.astype(jnp.float32)
   if statistics is None:
     return image_BHWC
@@ -88,13 +72,7 @@ def resample_positions(positions_1hwD: jax.Array, h: int, w: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """Makes the layers that a transformer consists of.
-
-  Attributes:
-    epsilon: of norms.
-    dtype: of matrix products.
-    rngs: seeds the weights.
-  """
+  """Makes a transformer's layers; `epsilon` is of norms, `dtype` of matrix products."""
 
   epsilon: float
   dtype: jnp.dtype

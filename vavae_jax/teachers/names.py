@@ -46,15 +46,12 @@ class Naming(NamedTuple):
 def load(
   outline: Callable[[Naming], M], state_dict: Mapping[str, Any], namings: Iterable[Naming]
 ) -> M:
-  """A module with the weights of a state dict, whoever of the publishers named it.
+  """A module with the weights of a state dict, whichever of the publishers named it.
 
   Args:
     outline: naming -> the abstract module.
     state_dict: PyTorch name -> array, or a checkpoint that has it under "state_dict" or "model".
     namings: the publishers'.
-
-  Returns:
-    The module, its weights float32.
 
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed.

@@ -70,11 +70,20 @@ FEATURES = 256
 
 
 class SamEncoder(nnx.Module):
-  """The image encoder.
+  """The image encoder; its features lie on a grid of 16 pixels.
 
-  Attributes:
-    feature_size: channels of the features, 256.
-    stride: pixels per feature along each axis, 16.
+  Args:
+    hidden_size: width D.
+    depth: number of blocks L.
+    num_heads: attention heads K.
+    global_blocks: which blocks attend everywhere, counted from 0.
+    mlp_size: the MLP's width; four times `hidden_size` if not given.
+    grid_size: rows and columns of the position embedding.
+    window_size: rows and columns of a window.
+    feature_size: channels of the features.
+    statistics: what images are normalised by; None feeds [-1,1] as it is.
+    dtype: of matrix products and features; weights are float32.
+    rngs: of the initial weights.
   """
 
   stride = 16
@@ -94,21 +103,6 @@ class SamEncoder(nnx.Module):
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Makes the network with random weights.
-
-    Args:
-      hidden_size: width D.
-      depth: number of blocks L.
-      num_heads: attention heads K.
-      global_blocks: which blocks attend everywhere, counted from 0.
-      mlp_size: the MLP's width; four times `hidden_size` if not given.
-      grid_size: rows and columns of the position embedding.
-      window_size: rows and columns of a window.
-      feature_size: channels of the features.
-      statistics: what images are normalised by; None feeds [-1,1] as it is.
-      dtype: of matrix products and features; weights are float32.
-      rngs: seeds the weights.
-    """
     self.feature_size = feature_size
     self.statistics = statistics
     self.dtype = dtype
@@ -128,16 +122,9 @@ class SamEncoder(nnx.Module):
     self.neck = _Neck(hidden_size, feature_size, layers)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-    """The features for alignment.
+    """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F] of dtype `dtype`, h = H/16 and w = W/16.
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1]; H and W are multiples of 16.
-
-    Returns:
-      Features [B,h,w,F] of dtype `dtype` with h = H/16 and w = W/16.
-
-    Raises:
-      InputError: the images have another shape.
+    InputError if H or W is no multiple of 16.
     """
     grid_of(image_BHWC, self.stride)
     x_BhwD = self.embedding(normalized(image_BHWC, self.statistics))

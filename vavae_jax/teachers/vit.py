@@ -58,11 +58,25 @@ TRANSFORMERS_FUSED = (
 
 
 class ViT(nnx.Module):
-  """A vision transformer without a head.
+  """A vision transformer without a head; its features lie on a grid of 16 pixels of the image.
 
-  Attributes:
-    feature_size: channels of the features, the width.
-    stride: pixels of the given image per feature along each axis, 16.
+  Args:
+    patch_size: pixels of the network's input per token along each axis.
+    hidden_size: width D, and channels of the features.
+    depth: number of blocks L.
+    num_heads: attention heads K.
+    grid_size: rows and columns of the position embedding.
+    mlp_size: the MLP's width; four times `hidden_size` if not given.
+    num_registers: register tokens.
+    embed_class: the position embedding has a row for the class token.
+    use_layer_scale: each sublayer's output is scaled channel by channel.
+    use_swiglu: SwiGLU instead of an MLP.
+    activation: of the MLP, "gelu" or "quick_gelu".
+    use_pre_norm: CLIP's: a norm before the blocks, and patches without a bias.
+    epsilon: of all norms.
+    statistics: what images are normalised by; None feeds [-1,1] as it is.
+    dtype: of matrix products and features; weights are float32.
+    rngs: of the initial weights.
   """
 
   stride = 16
@@ -87,26 +101,6 @@ class ViT(nnx.Module):
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Makes the network with random weights.
-
-    Args:
-      patch_size: pixels of the network's input per token along each axis.
-      hidden_size: width D.
-      depth: number of blocks L.
-      num_heads: attention heads K.
-      grid_size: rows and columns of the position embedding.
-      mlp_size: the MLP's width; four times `hidden_size` if not given.
-      num_registers: register tokens.
-      embed_class: the position embedding has a row for the class token.
-      use_layer_scale: each sublayer's output is scaled channel by channel.
-      use_swiglu: SwiGLU instead of an MLP.
-      activation: of the MLP, "gelu" or "quick_gelu".
-      use_pre_norm: CLIP's: a norm before the blocks, and patches without a bias.
-      epsilon: of all norms.
-      statistics: what images are normalised by; None feeds [-1,1] as it is.
-      dtype: of matrix products and features; weights are float32.
-      rngs: seeds the weights.
-    """
     self.patch_size = patch_size
     self.feature_size = hidden_size
     self.num_prefix_tokens = 1 + num_registers
@@ -141,16 +135,9 @@ class ViT(nnx.Module):
     self.norm = layers.norm(hidden_size)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-    """The features for alignment.
+    """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F] of dtype `dtype`, h = H/16 and w = W/16.
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1]; H and W are multiples of 16.
-
-    Returns:
-      Features [B,h,w,F] of dtype `dtype` with h = H/16 and w = W/16.
-
-    Raises:
-      InputError: the images have another shape.
+    InputError if H or W is no multiple of 16.
     """
     h, w = grid_of(image_BHWC, self.stride)
     if self.patch_size != self.stride:
@@ -159,17 +146,9 @@ class ViT(nnx.Module):
     return rearrange(patches_BND, "B (h w) D -> B h w D", h=h)
 
   def tokens(self, image_BHWC: jax.Array) -> jax.Array:
-    """All tokens of the last layer, after the final norm.
+    """All tokens [B,N,F] of the last layer after the final norm: class, registers, patches by row.
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1], at the network's own resolution: H and W
-        are multiples of the patch size.
-
-    Returns:
-      [B,N,F] of dtype `dtype`: the class token, register tokens, and patches row by row.
-
-    Raises:
-      InputError: the images have another shape.
+    The images are at the network's own resolution: H and W are multiples of the patch size.
     """
     grid_of(image_BHWC, self.patch_size)
     x_BND = self.embedding(normalized(image_BHWC, self.statistics))

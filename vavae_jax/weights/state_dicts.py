@@ -29,14 +29,10 @@ _WRAPPERS = ("state_dict", "model", "ema")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the weights of a .pt, .pth, .bin, .ckpt, .safetensors or .npz file.
+  """Reads weights of a .pt, .pth, .bin, .ckpt, .safetensors or .npz file: PyTorch name -> array.
 
-  Args:
-    path: of the file. A checkpoint that keeps its weights under "state_dict", "model" or "ema"
-      is opened at the first of these.
-
-  Returns:
-    PyTorch name -> array of the shape and dtype it is stored with.
+  A checkpoint that keeps its weights under "state_dict", "model" or "ema" is opened at the first of
+  these; arrays have the shape and dtype they are stored with.
 
   Raises:
     InputError: there is no such file, it is of another kind or damaged, or has more than tensors
@@ -53,13 +49,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads all that is in such a file.
-
-  Args:
-    path: of the file.
-
-  Returns:
-    Name -> array; of PyTorch's files whatever the dictionary holds beside arrays, too.
+  """Reads all that is in such a file: arrays, and of PyTorch's files whatever its dictionary holds.
 
   Raises:
     InputError: there is no such file, or it is of another kind or damaged.
@@ -101,7 +91,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def unwrap(content: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The weights of a checkpoint: what it has under "state_dict" or "model", else itself."""
+  """The weights of a checkpoint: what it has under "state_dict", "model" or "ema", else itself."""
   for name in _WRAPPERS:
     if isinstance(content.get(name), Mapping):
       return content[name]

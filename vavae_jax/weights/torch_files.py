@@ -202,8 +202,8 @@ class _Unpickler(pickle._Unpickler):
       or len(shape) != len(stride)
       or not all(isinstance(n, int) and n >= 0 for n in numbers)
     ):
-      told = ", ".join(map(reprlib.repr, (shape, stride, offset)))
-      raise InputError(f"a tensor of shape, stride, offset {told} makes no sense")
+      claimed = ", ".join(map(reprlib.repr, (shape, stride, offset)))
+      raise InputError(f"a tensor of shape, stride, offset {claimed} makes no sense")
     dtype, data = storage
     if math.prod(shape) > max(len(data) // dtype.itemsize, _MAX_EXPANDED):
       raise InputError(
@@ -277,8 +277,8 @@ def _read_legacy(file: io.BufferedReader) -> Any:
   protocol = _Unpickler(file, allocate).load()
   system = _Unpickler(file, allocate).load()
   if protocol != _LEGACY_PROTOCOL or not system["little_endian"]:
-    told = reprlib.repr((protocol, system))
-    raise InputError(f"protocol and system {told}: save it again with PyTorch 1.6 or later")
+    found = reprlib.repr((protocol, system))
+    raise InputError(f"protocol and system {found}: save it again with PyTorch 1.6 or later")
   unpickler = _Unpickler(file, allocate)
   content = unpickler.load()
 

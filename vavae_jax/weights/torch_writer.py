@@ -29,14 +29,9 @@ _LOCAL_HEADER = 30  # bytes of a zip entry's, before its name
 
 
 def write_torch_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-  """Writes a state dict, or a dictionary of them, whole or not at all.
+  """Writes a state dict, or a dictionary of them, whole or not at all; replaces an older file.
 
-  Args:
-    path: of the new file; one that is there is replaced.
-    content: PyTorch name -> array, or name -> such a mapping.
-
-  Raises:
-    InputError: an array's dtype is none of PyTorch's.
+  InputError if PyTorch has no tensors of an array's dtype.
   """
   arrays: list[np.ndarray] = []
   program = b"".join([pickle.PROTO, b"\x02", *_mapping(content, arrays), pickle.STOP])

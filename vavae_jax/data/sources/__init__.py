@@ -1,7 +1,7 @@
 """Image sources: labelled pictures by index, chosen by one string.
 
-A further kind is a class in a file beside this one and an entry in `_KINDS`. The order of the
-records is a function of the data alone, the same on every machine.
+A new kind is a class in a file beside this one and an entry in `_KINDS`. The order of the records
+is a function of the data alone, the same on every machine.
 """
 
 from __future__ import annotations
@@ -43,9 +43,6 @@ def open_source(spec: str) -> Source:
       by tensorflow-datasets as ArrayRecord; "arrayrecord:DIR", prepared by `launch.prepare`;
       "hf:PATH", parquet files of a Hugging Face data set, or of OWNER/NAME on the hub.
 
-  Returns:
-    The source.
-
   Raises:
     InputError: unknown kind, or nothing usable there.
   """
@@ -57,12 +54,9 @@ def open_source(spec: str) -> Source:
 
 
 def check_readable(source: Source, limit: int = 2_000) -> None:
-  """Decodes all pictures of a source, or `limit` of them spread over it, and throws them away.
+  """Decodes a source's pictures, or `limit` of them spread over it; InputError if one is damaged.
 
-  A damaged one beyond those is named when its turn comes.
-
-  Raises:
-    InputError: one cannot be read.
+  A damaged one beyond those is reported when its turn comes.
   """
   chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -71,15 +65,9 @@ def check_readable(source: Source, limit: int = 2_000) -> None:
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Seeded disjoint indices for training and evaluation.
+  """Seeded disjoint indices for (training, evaluation) of `count` records, int64, each ascending.
 
-  Args:
-    count: size of the source.
-    held_out: share for evaluation, in [0, 1).
-    seed: of the choice.
-
-  Returns:
-    (training, held-out), each int64 and ascending.
+  `held_out` is the share for evaluation, in [0, 1).
   """
   order = np.random.default_rng(seed).permutation(count)
   size = round(count * held_out)

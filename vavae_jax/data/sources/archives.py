@@ -52,12 +52,6 @@ class Archive(EncodedSource):
   def __init__(
     self, files: list[Path], members: list[_Member], class_names: list[str], labels: np.ndarray
   ):
-    """Args:
-    files: the archives.
-    members: of them, pictures alone.
-    class_names: a name for each label.
-    labels: of each member.
-    """
     order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
     self._files = [str(file) for file in files]
     self._names = [members[i].name for i in order]

@@ -41,13 +41,13 @@ class Source(Protocol):
     """(the picture's file as it is, label)."""
 
   def name(self, index: int) -> str:
-    """What a person knows the record by."""
+    """How a person finds the record."""
 
   def identity(self) -> str:
-    """Two sources with the same one have the same pictures in the same order."""
+    """Equal for two sources if they have the same pictures in the same order."""
 
   def listing(self) -> str:
-    """Of a copy elsewhere it is the same; it changes where records come, go or change places."""
+    """A hash that copies share; it changes if records are added, removed or reordered."""
 
 
 class EncodedSource:
@@ -75,17 +75,10 @@ class EncodedSource:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-  """A picture's file -> RGB, 8 bits, as a person sees it.
+  """A picture's file, in one of `_FORMATS` -> RGB, 8 bits, as a person sees it.
 
-  Upright by its EXIF orientation, on white where it is transparent, 16 bits scaled to 8, the first
-  one of an animation.
-
-  Args:
-    data: in any format that Pillow knows.
-    name: for the message.
-
-  Raises:
-    Unreadable: it is damaged, huge, or no picture.
+  Upright by its EXIF orientation, on white if it is transparent, 16 bits scaled to 8, the first one
+  of an animation. Unreadable, by its name, if it is damaged, huge, or no picture.
   """
   try:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
@@ -131,17 +124,10 @@ def listing_of(names: Iterable[str]) -> str:
 
 
 def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:
-  """Classes of pictures by the first folder of their names.
+  """(class names, sorted; label of each picture, int32) by the first folder of pictures' names.
 
-  Args:
-    names: "CLASS/.../picture.png" each; without folders all are of one class.
-    where: for the message.
-
-  Returns:
-    (class names, sorted; label of each picture, int32).
-
-  Raises:
-    InputError: some are in class folders and some beside them.
+  Without folders all pictures are of one class. InputError, naming `where`, if some are in class
+  folders and some beside them.
   """
   folders = [name.partition("/")[0] if "/" in name else "" for name in names]
   class_names = sorted(set(folders))

@@ -170,8 +170,8 @@ class HuggingFace(EncodedSource):
 
   def identity(self) -> str:
     """A hash of the files' names and sizes."""
-    told = [(file, os.path.getsize(file)) for file in self._files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    sizes = [(file, os.path.getsize(file)) for file in self._files]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
   def listing(self) -> str:
     """As `Source` says."""

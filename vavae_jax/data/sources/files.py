@@ -25,9 +25,6 @@ class Embedded:
   """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
 
   def __init__(self, which: str = "emoji"):
-    """Args:
-    which: "emoji"; there is nothing else.
-    """
     if which != "emoji":
       raise InputError(f"embedded:{which} is not in the package, only embedded:emoji.")
     self._images, self._labels, self.names, self.class_names = load_emoji()

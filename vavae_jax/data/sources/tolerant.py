@@ -13,15 +13,13 @@ from vavae_jax.data.sources.base import Source, Unreadable
 
 
 class Tolerant:
-  """A source in which the next readable picture stands for one that is not."""
+  """A source in which the next readable picture replaces an unreadable one.
+
+  At most `limit` may be unreadable in one process; one more is an error. If the caller uses only
+  some records, `among` has their ascending indices, so that no other replaces one.
+  """
 
   def __init__(self, source: Source, limit: int, among: np.ndarray | None = None):
-    """Args:
-    source: the pictures.
-    limit: how many may be unreadable, in one process; one more is an error.
-    among: ascending indices of those that are asked for, so that no other stands for one; all if
-      None.
-    """
     self._source, self._limit = source, limit
     self._among = np.arange(len(source)) if among is None else among
     self.class_names = source.class_names
