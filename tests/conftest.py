@@ -1,8 +1,9 @@
 """What the end-to-end tests share: commands as processes, pictures, one finished tiny pipeline.
 
-Everything here runs on the CPU. Compiling is most of the work: all processes of a session share a
-compilation cache, and commands leave out optimisations, which changes no property of theirs. The
-workers of pytest-xdist, which take a file of tests each, share what the session's fixtures make.
+Everything here runs on the CPU. Compiling is most of the work: all processes share a compilation
+cache, which tests/run.sh keeps from one run to the next, and commands leave out optimisations,
+which changes no property of theirs. The workers of pytest-xdist, which take a file of tests each,
+share what the session's fixtures make.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from launch import restore
 from launch.engine.writers import read_metrics
 from vavae_jax.assets import load_emoji
+
+if TYPE_CHECKING:
+  from launch import restore
 
 Command = Callable[..., subprocess.CompletedProcess]
 
@@ -209,10 +213,14 @@ def pipeline(
 @pytest.fixture(scope="session")
 def tokenizer(pipeline: Path) -> restore.Trained:
   """Its tokenizer."""
+  from launch import restore  # takes half a second, which tests of plain functions do without
+
   return restore.load(pipeline / "tokenizer", "tokenizer")
 
 
 @pytest.fixture(scope="session")
 def diffusion(pipeline: Path) -> restore.Trained:
   """Its diffusion model."""
+  from launch import restore  # takes half a second, which tests of plain functions do without
+
   return restore.load(pipeline / "diffusion", "diffusion")

@@ -18,7 +18,11 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_run_survives(name, folder, environment):
   # Optimised: what is computed anew by a resumed run must have the same bits.
-  variables = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  # In a cache of their own, since a kill may leave half an entry.
+  variables = environment | {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+  }
   (folder / name).mkdir()
   outcome = SCENARIOS[name](folder / name, variables)
   assert outcome.survived, outcome
