@@ -1,6 +1,6 @@
-"""Commands that need one another, run by a few workers and resumed where they were stopped.
+"""Commands that need one another, run by a few workers, and resumed where they were stopped.
 
-A job is done where it ended, its output is there, and neither its command, nor what the command
+A job is done if it has ended, its output exists, and neither its command, nor what the command
 reads, nor a job that it needs has changed since.
 """
 
@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launch.engine import console
@@ -25,7 +26,7 @@ from launch.engine.circumstances import commit, processor
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
-PATIENCE = 120.0  # seconds for a command that was told to stop to save what it has
+PATIENCE = 120.0  # seconds that a stopped command has to save its work
 _PAUSE = 0.2
 # Huge pages: on CPUs a fifth of a small training's time went into faulting in small ones.
 TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -36,15 +37,14 @@ class Job:
   """One command.
 
   Attributes:
-    name: of it, with slashes.
+    name: with slashes; its first part is the job's kind.
     words: `("launch.train", "--workdir=...")`, for `python -m`.
-    output: what is there when it has ended.
-    resumes: whether it goes on with an output that is there, which must then be its own; others
-      write theirs anew.
-    content: what else decides what it does, such as its configuration.
+    output: a file or folder that exists once the command has ended.
+    resumes: whether the command continues an output that exists, which must then be its own; other
+      commands write theirs anew.
+    content: whatever else decides the result, such as the configuration.
     needs: names of the jobs that must have ended before.
-    weight: expected minutes, for the time that is left until jobs of its kind have been timed. The
-      kind is the name's first part.
+    weight: expected minutes, until jobs of its kind have been timed.
   """
 
   name: str
@@ -57,99 +57,79 @@ class Job:
 
   @property
   def kind(self) -> str:
-    """What it is, among the others."""
+    """The first part of the name."""
     return self.name.partition("/")[0]
 
 
 def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-  """What identifies each job with all that it needs, wherever the folder lies.
-
-  Args:
-    jobs: all of them, each after what it needs.
-    folder: of all outputs.
-
-  Returns:
-    By the jobs' names.
+  """By name, what identifies each job with all that it needs, wherever the folder is.
 
   Raises:
-    ValueError: a name twice, or a need that no job before it meets.
+    ValueError: a name occurs twice, or a job comes before one that it needs.
   """
   found: dict[str, str] = {}
   for job in jobs:
     if job.name in found or not {*job.needs} <= {*found}:
-      raise ValueError(f"{job.name} is there twice, or before one of {', '.join(job.needs)}.")
-    # A configuration's file may lie elsewhere too; what it says is the job's content.
+      raise ValueError(f"{job.name} occurs twice, or before one of {', '.join(job.needs)}.")
+    # A configuration's file may move too; its content is the job's.
     words = [w.replace(str(folder), ".") for w in job.words if not w.startswith("--config=")]
-    told = json.dumps([words, job.content, [found[name] for name in job.needs]])
-    found[job.name] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = json.dumps([words, job.content, [found[name] for name in job.needs]])
+    found[job.name] = hashlib.sha256(identity.encode()).hexdigest()[:16]
   return found
 
 
 class Record:
-  """What became of the jobs of a folder, over all runs.
-
-  Args:
-    folder: of `jobs.json` and of all outputs.
-    jobs: as they stand now.
-  """
+  """The state of the jobs of a folder, over all runs, in its `jobs.json`."""
 
   def __init__(self, folder: Path, jobs: Sequence[Job]):
     self._path = folder / "jobs.json"
-    self._told = json.loads(self._path.read_text()) if self._path.is_file() else {}
+    self._entries = json.loads(self._path.read_text()) if self._path.is_file() else {}
     self._digests = digests(jobs, folder)
 
   def is_done(self, job: Job) -> bool:
-    """Whether a job has ended as it stands now."""
-    told = self._told.get(job.name, {})
-    same = told.get("digest") == self._digests[job.name]
-    return same and told["done"] and job.output.exists()
+    """Whether a job has ended, as it is defined now."""
+    return self._is_same(job) and self._entries[job.name]["done"] and job.output.exists()
 
   def is_foreign(self, job: Job) -> bool:
-    """Whether a job would go on with the output of another one."""
-    told = self._told.get(job.name, {})
-    same = told.get("digest") == self._digests[job.name]
-    return job.resumes and not same and job.output.exists()
+    """Whether a job would continue the output of another one."""
+    return job.resumes and not self._is_same(job) and job.output.exists()
+
+  def _is_same(self, job: Job) -> bool:
+    return self._entries.get(job.name, {}).get("digest") == self._digests[job.name]
 
   def seconds(self, name: str) -> float:
-    """What a job took so far."""
-    return float(self._told.get(name, {}).get("seconds", 0.0))
+    """The time that a job has taken so far."""
+    return float(self._entries.get(name, {}).get("seconds", 0.0))
 
   def where(self, name: str) -> tuple[str, str]:
-    """The commit and the machine that a job last ran with."""
-    told = self._told.get(name, {})
-    return told.get("commit", ""), told.get("machine", "")
-
-  def begin(self, job: Job) -> None:
-    """Notes that a job is being run."""
-    self._note(job, self.seconds(job.name), done=False)
+    """The commit and the machine of a job's last run."""
+    entry = self._entries.get(name, {})
+    return entry.get("commit", ""), entry.get("machine", "")
 
   def add(self, job: Job, seconds: float, *, done: bool) -> None:
-    """Notes that a job ran so long, and whether it came to its end."""
-    self._note(job, self.seconds(job.name) + seconds, done=done)
-
-  def _note(self, job: Job, seconds: float, *, done: bool) -> None:
-    self._told[job.name] = {
+    """Records that a job ran for some more seconds, and whether it is done."""
+    self._entries[job.name] = {
       "digest": self._digests[job.name],
-      "seconds": round(seconds, 3),
+      "seconds": round(self.seconds(job.name) + seconds, 3),
       "done": done,
       "commit": commit(),
       "machine": processor(),
     }
-    write_json(self._path, self._told)
+    write_json(self._path, self._entries)
 
 
 def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = ()) -> None:
-  """Runs what has not ended yet, in the order given, as soon as what it needs has ended.
+  """Runs the jobs that are not done, in their order, each as soon as those that it needs are done.
 
   Args:
-    jobs: all of them, each after what it needs.
+    jobs: all of them, each after those that it needs.
     folder: of `jobs.json`, of the logs, `logs/NAME.log`, and of all outputs.
-    workers: how many run at once, 1 or more.
-    cores: of the processor, one for each worker to stay on; none: wherever the system likes.
+    workers: how many jobs run at once.
+    cores: of the processor, one for each worker; none: the system chooses.
 
   Raises:
-    InputError: some failed, and all that does not need them was run; or before anything is run,
-      another process is at work in the folder, or there are outputs of jobs as they were before.
+    InputError: some jobs failed, and all that do not need them have run; or, before any job runs,
+      another process is using the folder, or outputs exist of jobs that have changed.
   """
   with _alone(folder) as lock:
     _run(jobs, folder, workers, cores, lock)
@@ -157,15 +137,15 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-  """Keeps others out of a folder while this process, or a command that it began, is at work."""
+  """Locks a folder for this process and the commands that it starts."""
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / "jobs.lock").open("w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise InputError(
-        f"Others are at work in {folder}: this command, or a job that it left when it was killed. "
-        "Wait for them, or stop them."
+        f"Another process is using {folder}: this command, or a job that it left when it was "
+        "killed. Wait for it, or stop it."
       ) from error
     yield lock.fileno()
 
@@ -174,54 +154,46 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
   record = Record(folder, jobs)
   if foreign := [job for job in jobs if record.is_foreign(job)]:
     raise InputError(
-      f"{len(foreign)} outputs are there that are not of these jobs as they stand now, such as "
+      f"{len(foreign)} outputs are not of these jobs as they are now, such as "
       f"{', '.join(str(job.output) for job in foreign[:5])}: a configuration, a command or what "
       "they need has changed. Move them away to make them anew, or give another folder."
     )
   waiting = [job for job in jobs if not record.is_done(job)]
-  kept = len(jobs) - len(waiting)
-  if kept:
+  if kept := len(jobs) - len(waiting):
     console.say(f"{kept} of {len(jobs)} jobs are done already")
-  minutes = _expectation(jobs, record)
-  total = _sum(jobs, minutes)
+  total = _minutes(jobs, jobs, record)
   running: dict[str, _Running] = {}
   failed: list[str] = []
   free = list(range(workers))
   with tempfile.TemporaryDirectory(prefix="programs-") as compiled:
     try:
-      done = round(total - _sum(waiting, minutes))
+      done = round(total - _minutes(waiting, jobs, record))
       with console.Bar("minutes of work", round(total), done) as bar:
         while waiting or running:
-          for job in _ready(waiting, running, failed, len(free)):
+          for job in _ready(waiting, {*running, *failed}, len(free)):
             waiting.remove(job)
-            core = free.pop(0)
-            record.begin(job)
-            running[job.name] = _Running(job, folder, core, cores[core : core + 1], compiled, lock)
+            worker = free.pop(0)
+            record.add(job, 0.0, done=False)
+            own = cores[worker : worker + 1]
+            running[job.name] = _Running(job, folder, worker, own, compiled, lock)
           if not running:
-            break  # what is left needs what failed
+            break  # all that wait need one that failed
           time.sleep(_PAUSE)
-          for name, each in list(running.items()):
-            code = each.process.poll()
-            if code is None:
-              continue
-            del running[name]
+          for name in [x for x, each in running.items() if each.process.poll() is not None]:
+            each = running.pop(name)
             free.append(each.worker)
-            record.add(each.job, each.seconds, done=code == 0)
-            minutes = _expectation(jobs, record)
-            if code:
+            if not each.end(record):
               failed.append(name)
-              console.say(f"{name} failed with exit code {code}: {each.log}")
-            else:
-              console.say(f"{name}: {console.clock(record.seconds(name))}")
-            left = _sum([*waiting, *(x.job for x in running.values())], minutes)
-            share = 1 - left / _sum(jobs, minutes)  # of what is expected by now
-            bar.update(round(total * share), jobs=len(jobs) - len(waiting) - len(running))
+            left = [*waiting, *(x.job for x in running.values())]
+            share = 1 - _minutes(left, jobs, record) / _minutes(jobs, jobs, record)
+            bar.update(round(total * share), jobs=len(jobs) - len(left))
     finally:
       _stop(running, record)
   if failed:
     raise InputError(
       f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; {len(waiting)} that need "
-      f"them were not begun. Their last words are in {folder / 'logs'}. The same command goes on."
+      f"them did not begin. See the ends of their logs in {folder / 'logs'}. The same command "
+      "continues."
     )
 
 
@@ -229,20 +201,14 @@ class _Running:
   """A job's process."""
 
   def __init__(
-    self,
-    job: Job,
-    folder: Path,
-    worker: int,
-    cores: Collection[int],
-    compiled: str,
-    lock: int,
+    self, job: Job, folder: Path, worker: int, cores: Collection[int], compiled: str, lock: int
   ):
     self.job, self.worker = job, worker
-    self.log = folder / "logs" / f"{job.name}.log"
-    self.log.parent.mkdir(parents=True, exist_ok=True)
+    self._log = folder / "logs" / f"{job.name}.log"
+    self._log.parent.mkdir(parents=True, exist_ok=True)
     self._began = time.monotonic()
-    with self.log.open("ab") as log:
-      # In a session of its own: Ctrl-C is told by us, once.
+    with self._log.open("ab") as log:
+      # In a session of its own, so that Ctrl-C reaches it once, from this process.
       self.process = subprocess.Popen(
         [sys.executable, "-m", *job.words],
         stdin=subprocess.DEVNULL,
@@ -250,46 +216,41 @@ class _Running:
         stderr=subprocess.STDOUT,
         start_new_session=True,
         pass_fds=(lock,),
-        # What one has compiled the others need not; not kept, for the next machine may be another.
+        # The jobs share what they compile; it is not kept, since the next machine may be another.
         env={"JAX_COMPILATION_CACHE_DIR": compiled, **TUNABLES, **os.environ},
       )
     if cores:
       os.sched_setaffinity(self.process.pid, cores)
 
-  @property
-  def seconds(self) -> float:
-    """Since it began."""
-    return time.monotonic() - self._began
+  def end(self, record: Record, *, quiet: bool = False) -> bool:
+    """Records a process that has ended; returns whether its job is done."""
+    code = self.process.returncode
+    record.add(self.job, time.monotonic() - self._began, done=code == 0)
+    name = self.job.name
+    if code and not quiet:
+      console.say(f"{name} failed with exit code {code}: {self._log}")
+    elif not quiet:
+      console.say(f"{name}: {console.clock(record.seconds(name))}")
+    return code == 0
 
 
-def _ready(
-  waiting: Sequence[Job], running: Mapping[str, _Running], failed: Collection[str], count: int
-) -> list[Job]:
+def _ready(waiting: Sequence[Job], not_done: Collection[str], count: int) -> list[Job]:
   """The first jobs that can begin now."""
-  not_ended = {*(job.name for job in waiting), *running, *failed}
-  return [job for job in waiting if not not_ended & set(job.needs)][:count]
+  missing = {*not_done, *(job.name for job in waiting)}
+  return [job for job in waiting if not missing & {*job.needs}][:count]
 
 
-def _expectation(jobs: Sequence[Job], record: Record) -> Callable[[Job], float]:
-  """Minutes that a job takes: what it took, or what jobs of its kind did, or its weight."""
-  known: dict[str, list[float]] = {}
+def _minutes(some: Iterable[Job], jobs: Sequence[Job], record: Record) -> float:
+  """Expected minutes of some of the jobs: their weights, at the pace of those of their kind."""
+  paces: dict[str, list[float]] = {}
   for job in jobs:
     if record.is_done(job):
-      known.setdefault(job.kind, []).append(record.seconds(job.name) / 60 / job.weight)
-
-  def minutes(job: Job) -> float:
-    ratios = known.get(job.kind, [1.0])
-    return job.weight * sum(ratios) / len(ratios)
-
-  return minutes
-
-
-def _sum(jobs: Sequence[Job], minutes: Callable[[Job], float]) -> float:
-  return sum(minutes(job) for job in jobs)
+      paces.setdefault(job.kind, []).append(record.seconds(job.name) / 60 / job.weight)
+  return sum(job.weight * statistics.mean(paces.get(job.kind, [1.0])) for job in some)
 
 
 def _stop(running: Mapping[str, _Running], record: Record) -> None:
-  """Tells what still runs to save and end, and waits for it."""
+  """Lets running jobs save and end, and waits for them."""
   for each in running.values():
     if each.process.poll() is None:
       each.process.send_signal(signal.SIGTERM)
@@ -300,4 +261,4 @@ def _stop(running: Mapping[str, _Running], record: Record) -> None:
     except subprocess.TimeoutExpired:
       os.killpg(each.process.pid, signal.SIGKILL)
       each.process.wait()
-    record.add(each.job, each.seconds, done=each.process.returncode == 0)
+    each.end(record, quiet=True)

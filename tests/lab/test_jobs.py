@@ -93,7 +93,7 @@ def test_what_would_go_on_with_the_output_of_another_is_refused(write, tmp_path)
   jobs = [write("a", resumes=True), write("b", "a", resumes=True), write("c")]
   run(jobs, tmp_path, 1)
   jobs[0] = dataclasses.replace(jobs[0], content="another configuration")
-  with pytest.raises(InputError, match=r"2 outputs are there that.*a\.out, .*b\.out: .* Move"):
+  with pytest.raises(InputError, match=r"2 outputs are not of.*a\.out, .*b\.out: .* Move"):
     run(jobs, tmp_path, 1)
   for job in jobs[:2]:
     job.output.rename(tmp_path / f"old_{job.name}")
@@ -120,7 +120,7 @@ def test_a_folder_that_has_moved_goes_on(write, tmp_path):
   assert ran(there) == ["b"]
 
 
-def test_a_folder_at_which_others_work_is_left_alone(write, tmp_path):
+def test_a_folder_in_use_is_left_alone(write, tmp_path):
   """Also where only a job is left, whose parent was killed."""
   code = RUNNER + "main([])"
   words = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}", str(tmp_path)]
@@ -128,7 +128,7 @@ def test_a_folder_at_which_others_work_is_left_alone(write, tmp_path):
   await_file(tmp_path / "begun", parent)
   parent.kill()
   parent.wait()
-  with pytest.raises(InputError, match="Others are at work"):
+  with pytest.raises(InputError, match="Another process is using"):
     run([write("a")], tmp_path, 1)
   os.kill(int((tmp_path / "begun").read_text()), signal.SIGKILL)
   deadline = time.monotonic() + 60
@@ -143,7 +143,7 @@ def test_a_folder_at_which_others_work_is_left_alone(write, tmp_path):
 )
 def test_jobs_that_cannot_be_are_a_mistake(write, tmp_path, jobs):
   made = [write(name, *needs.split()) for name, _, needs in (x.partition(" needs ") for x in jobs)]
-  with pytest.raises(ValueError, match="is there twice, or before one of"):
+  with pytest.raises(ValueError, match="occurs twice, or before one of"):
     run(made, tmp_path, 1)
 
 
@@ -177,6 +177,6 @@ def test_a_signal_lets_the_jobs_save(number, tmp_path):
   assert process.returncode == 128 + number
   assert "stopped; resume with" in errors
   assert (tmp_path / "saved").exists()
-  told = json.loads((tmp_path / "jobs.json").read_text())
-  assert not told["first"]["done"]
-  assert told["first"]["seconds"] > 0
+  record = json.loads((tmp_path / "jobs.json").read_text())
+  assert not record["first"]["done"]
+  assert record["first"]["seconds"] > 0
