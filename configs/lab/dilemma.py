@@ -35,6 +35,7 @@ from configs import base
 
 PARTS = ("judge", "tokenizer", "diffusion")
 # What is changed in the configuration of an aligned tokenizer.
+MAIN = ("plain", "aligned")
 VARIANTS: dict[str, dict[str, Any]] = {
   "plain": {"teacher.name": ""},
   "aligned": {},

@@ -10,8 +10,7 @@ from ml_collections import FrozenConfigDict
 import configs.base
 from configs.lab import dilemma
 from launch.engine import configuration
-from launch.lab.dilemma import __main__ as command_module
-from launch.lab.dilemma import graph, page
+from launch.lab.dilemma import checks, graph, page
 from launch.lab.jobs import Record, digests, run
 from vavae_jax.common.errors import InputError
 
@@ -73,7 +72,7 @@ def test_arguments_that_mean_nothing_are_refused(argument, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"ablations": ("no_sense",)}, "names 'no_sense'; there are"),
+    ({"ablations": ("no_sense",)}, "names 'no_sense'; choose from"),
     ({"ablations": ("no_cos", "plain")}, "a name twice, or one of plain and aligned"),
     ({"widths": (4, 4)}, "2 or more, each once"),
     ({"widths": ()}, "2 or more, each once"),
@@ -82,14 +81,14 @@ def test_arguments_that_mean_nothing_are_refused(argument, message):
     ({"ablation_seeds": ()}, "1 or more, each once"),
     ({"cells": 10}, "must be 50 or more"),
     ({"cfg_scale": -1.0}, r"must be 1\.0 or more"),
-    ({"size": "tinny"}, "there are cifar"),
+    ({"size": "tinny"}, "choose one of cifar"),
     ({"source": "folder:/nowhere"}, "nowhere"),
   ],
 )
 def test_what_cannot_be_run_is_refused_at_once(changes, message):
   def begin(config):
-    command_module.check(config)
-    command_module.check_parts(config)
+    checks.check(config)
+    checks.check_parts(config)
 
   with pytest.raises(InputError, match=message):
     begin(experiment("tiny", **changes))
@@ -98,7 +97,7 @@ def test_what_cannot_be_run_is_refused_at_once(changes, message):
 def test_a_teacher_without_weights_is_told_before_the_first_hour(monkeypatch):
   monkeypatch.setitem(dilemma.VARIANTS, "other_teacher", {"teacher.name": "dinov2_vitb14"})
   with pytest.raises(InputError, match="dinov2_vitb14"):
-    command_module.check_parts(experiment("tiny", ablations=("other_teacher",)))
+    checks.check_parts(experiment("tiny", ablations=("other_teacher",)))
 
 
 def test_a_training_is_identified_by_what_its_configuration_sets(tmp_path, monkeypatch):
@@ -158,7 +157,7 @@ def test_the_page_shows_what_there_is_and_keeps_what_a_person_wrote(measured, tm
   assert "| plain | 4 | 20.25 | 0.500 | 3.00 | 12.00 ± 2.83 | - |" in first
   assert "| aligned | 4 | - |" in first
   assert "| plain, 16 steps | 8 | - | - | - | 7.25 | - |" in first
-  assert "1,234 real pictures that nobody trained on have 0.500." in first
+  assert "1,234 real pictures that no training used have 0.500." in first
   assert (tmp_path / "page_frontier.png").stat().st_size > 1_000
   file.write_text(f"before {first} after")
   page.write(config, measured, jobs, file, "another command")

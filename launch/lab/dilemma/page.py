@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from configs.lab import dilemma
+from configs.lab.dilemma import MAIN
 from launch.lab.dilemma import pictures
-from launch.lab.dilemma.results import MAIN, Results, Space
+from launch.lab.dilemma.results import Results, Space
 from launch.lab.jobs import Job
 from launch.report.markdown import Region, beside, picture, table
 
@@ -21,25 +22,25 @@ REGION = Region(
 )
 NOT_RUN = "-"
 NOTES = (
-  "Validation MSE is the diffusion model's loss on held-out latents. It is of each latent space's "
-  "own scale and compares with no other row. Density CV, Gini and entropy tell how evenly latents "
-  "are spread (t-SNE, the mean of several; ± over those runs), effective dimensions over how many "
-  "directions. Teacher cosine is that of projected latents with the teacher's features, on "
-  "held-out pictures at the end of training."
+  "Validation MSE is the diffusion model's loss on held-out latents; its scale differs between "
+  "latent spaces, so rows do not compare. Density CV, Gini and entropy measure how evenly latents "
+  "are spread (mean ± standard deviation of several t-SNEs), effective dimensions how many "
+  "directions they use. Teacher cosine is the cosine between projected latents and the teacher's "
+  "features, on held-out pictures at the end of training."
 )
 
 
 def write(
   config: FrozenConfigDict, workdir: Path, jobs: Sequence[Job], page: Path, command: str
 ) -> None:
-  """Writes the page of what is there; what has not been run as configured shows as a dash.
+  """Writes the results so far; a dash stands for those that have not been run as configured.
 
   Args:
-    config: the experiment's.
-    workdir: where it ran.
-    jobs: all of it.
-    page: its results are put in the place of those it has, or make a new one; pictures go beside.
-    command: that runs the experiment.
+    config: of the experiment.
+    workdir: of the experiment.
+    jobs: all of them.
+    page: a new page, or one whose results are replaced; pictures go beside it.
+    command: which runs the experiment.
 
   Raises:
     InputError: the page has no place for results.
@@ -56,64 +57,58 @@ def write(
     *_table([*widest, *others, *longer], name),
     "",
   ]
-  if not others and not longer:
-    changed = []
   REGION.check(page)
-  drawn = {
-    "frontier": pictures.draw_frontier(main, others, name, beside(page, "frontier")),
-    "curves": pictures.draw_curves([*main, *longer], name, beside(page, "curves")),
-    "samples": pictures.draw_samples(found, main, beside(page, "samples")),
-  }
+  frontier = pictures.draw_frontier(main, others, name, beside(page, "frontier"))
+  curves = pictures.draw_curves([*main, *longer], name, beside(page, "curves"))
+  samples = pictures.draw_samples(found, main, beside(page, "samples"))
   text = [
     *_judge(found),
     *picture(
-      drawn["frontier"],
+      frontier,
       f"{name} over PSNR, with arrows from plain to aligned"
-      + (f"; on the right what was changed at {found.widest} channels" if others else ""),
+      + (f"; right: changes at {found.widest} channels" if others else ""),
     ),
     f"Reconstruction of held-out pictures by the posterior's mode, and generation, {name} of "
-    f"{config.num_samples:,} samples, lower is better; {_told_of_seeds(config)}. "
-    f"{_told_of_samples(config)}",
+    f"{config.num_samples:,} samples, lower is better; {_seeds(config)}. {_sampler(config)}",
     "",
     *_table(main, name),
     "",
     NOTES,
     "",
-    *picture(drawn["curves"], f"{name} of {config.curve_samples:,} samples over steps"),
+    *picture(curves, f"{name} of {config.curve_samples:,} samples over steps"),
     *picture(
-      drawn["samples"],
-      f"Without guidance (left) and with it ({config.cfg_scale:g}, right): same labels in each "
-      "row, and for the two tokenizers of a width the same noise",
+      samples,
+      f"Without guidance (left) and with it ({config.cfg_scale:g}, right): the labels are the same "
+      "in each row, and the noise for the two tokenizers of a width",
     ),
-    *changed,
+    *(changed if others or longer else []),
     *_made(found, command),
   ]
   REGION.write(page, text)
 
 
 def _judge(found: Results) -> list[str]:
-  """Who judges, and what perfect samples would get."""
+  """The classifier, and the distance of real pictures."""
   accuracy = found.figure("judge", "held_out/accuracy")
-  told = NOT_RUN if accuracy is None else f"{100 * accuracy:.1f} %"
+  percent = NOT_RUN if accuracy is None else f"{100 * accuracy:.1f} %"
   text = (
     f"{found.name} is the Frechet distance in the features of a classifier that was trained on the "
-    f"same pictures and taught no tokenizer; its accuracy on the held-out tenth is {told}. It is "
-    "not FID and compares with nothing outside this page."
+    f"same pictures and taught no tokenizer; its accuracy on the held-out tenth is {percent}. It "
+    "is not FID and compares with nothing outside this page."
   )
   if real := found.read("real"):
     distance = next(iter(real["figures"].values()))
     count = real["samples"]["pictures"]
-    text += f" {count:,} real pictures that nobody trained on have {distance:.3f}."
+    text += f" {count:,} real pictures that no training used have {distance:.3f}."
   return [text, ""]
 
 
-def _told_of_samples(config: FrozenConfigDict) -> str:
-  """How samples are drawn."""
+def _sampler(config: FrozenConfigDict) -> str:
   sampler = dilemma.diffusion(config.size, 1).sample
   return (
     f"Samples are drawn by {sampler.method} at {sampler.num_steps} times, shifted by "
-    f"{sampler.timestep_shift:g}; the guided ones with a scale of {config.cfg_scale:g} where t is "
-    f"at least {sampler.cfg_interval_start:g}, in all channels, of the first seed alone."
+    f"{sampler.timestep_shift:g}; those of the first seed also with a guidance scale of "
+    f"{config.cfg_scale:g} in all channels where t is at least {sampler.cfg_interval_start:g}."
   )
 
 
@@ -158,9 +153,9 @@ def _spread(values: Sequence[float]) -> str:
   return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-def _told_of_seeds(config: FrozenConfigDict) -> str:
+def _seeds(config: FrozenConfigDict) -> str:
   if len(config.seeds) == 1:
-    return "one seed of the diffusion model, so no spread"
+    return "the diffusion model has one seed, so there is no spread"
   return f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
 
 
@@ -173,14 +168,12 @@ def _made(found: Results, command: str) -> list[str]:
       kinds.setdefault(job.kind, []).append(seconds)
   total = sum(sum(seconds) for seconds in kinds.values())
   commits, machines = (
-    ", ".join(sorted({*told} - {""}))
-    for told in zip(*(record.where(job.name) for job in found.jobs), strict=True)
+    ", ".join(sorted({*each} - {""}))
+    for each in zip(*(record.where(job.name) for job in found.jobs), strict=True)
   )
   runs = [found.read(job.name).get("run", {}) for job in found.jobs if not job.resumes]
   jaxes = ", ".join(sorted({run["jax"] for run in runs if "jax" in run}))
-  devices = sorted(
-    {run["device"] for run in runs if "device" in run and "cpu" not in run["device"]}
-  )
+  devices = sorted({x for run in runs if "cpu" not in (x := run.get("device", "cpu"))})
   seeds = ", ".join(map(str, found.config.seeds))
   rows = [(kind, str(len(s)), f"{sum(s) / 60:.0f}") for kind, s in kinds.items()]
   return [
@@ -192,7 +185,7 @@ def _made(found: Results, command: str) -> list[str]:
     "",
     f"Commits {commits}; jax {jaxes}; {', '.join([machines, *devices])}. Seeds of the diffusion "
     f"models: {seeds}; of everything else 0. All jobs together took {total / 3600:.1f} hours of "
-    "one worker, with what was stopped and done again:",
+    "one worker, including work that was stopped and repeated:",
     "",
     *table(("jobs", "how many", "minutes"), rows),
     "",

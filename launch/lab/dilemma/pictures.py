@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from configs.lab import dilemma
-from launch.lab.dilemma.results import MAIN, Results, Space
+from configs.lab.dilemma import MAIN
+from launch.lab.dilemma.results import Results, Space
 from launch.report import plots
 
 COLOURS = {"plain": "#cc6677", "aligned": "#117733"}
@@ -20,7 +21,7 @@ SHOWN_ROWS = 2  # of each set's sheet
 def draw_frontier(
   main: Sequence[Space], others: Sequence[Space], name: str, path: Path
 ) -> Path | None:
-  """All widths on the left; on the right the widest alone, with what was changed there."""
+  """All widths on the left; on the right the widest, with the variants that were tried there."""
   shown = [s for s in main if s.distance is not None and "psnr" in s.figures]
   changed = [s for s in others if s.distance is not None and "psnr" in s.figures]
   if not shown:
@@ -35,7 +36,7 @@ def draw_frontier(
     for number, space in enumerate(sorted(changed, key=lambda s: s.distance or 0), 1):
       point = (space.figures["psnr"], space.distance)
       axes[0, 1].scatter(*point, s=25, color="grey", label=f"{number} {space.variant}")
-      # Side by side where two lie on one another.
+      # On alternate sides, since points may coincide.
       side = (-10, 0) if number % 2 else (10, 0)
       axes[0, 1].annotate(
         str(number), point, xytext=side, textcoords="offset points", ha="center", va="center"
@@ -49,14 +50,14 @@ def draw_frontier(
 
 
 def _by_factors(axis: Any) -> None:
-  """A logarithmic axis with its numbers written out."""
+  """Makes the y axis logarithmic, with plain numbers."""
   axis.set_yscale("log")
   for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
     which("{x:g}")
 
 
 def _draw_spaces(axis: Any, spaces: Sequence[Space]) -> None:
-  """Plain and aligned of each width, an arrow from the one to the other."""
+  """Plain and aligned of each width, with an arrow between them."""
   points = {(s.variant, s.width): (s.figures["psnr"], s.distance) for s in spaces}
   for variant in MAIN:
     line = [point for key, point in points.items() if key[0] == variant]

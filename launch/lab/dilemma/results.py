@@ -1,4 +1,4 @@
-"""What the jobs of `launch.lab.dilemma` have measured."""
+"""The measurements of the jobs of `launch.lab.dilemma`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,22 @@ from configs.lab import dilemma
 from launch.engine.writers import curve, read_metrics
 from launch.lab.jobs import Job, Record
 
-MAIN = ("plain", "aligned")
+
+def seeds_of(config: FrozenConfigDict, variant: str) -> tuple[int, ...]:
+  """The seeds of the diffusion models on a tokenizer's latents."""
+  return config.seeds if variant in dilemma.MAIN else config.ablation_seeds
 
 
 class Space(NamedTuple):
-  """What was measured of one tokenizer and of the diffusion models on its latents.
-
-  Attributes:
-    variant: how it was trained.
-    width: channels.
-    figures: reconstruction's and uniformity's, by name.
-    distances: of each seed's samples.
-    guided: likewise, with guidance.
-    mse: validation losses of the seeds.
-    steps: (step, distance) of the first seed.
-  """
+  """Measurements of one tokenizer and of the diffusion models on its latents."""
 
   variant: str
-  width: int
-  figures: dict[str, float]
-  distances: list[float]
-  guided: list[float]
-  mse: list[float]
-  steps: list[tuple[int, float]]
+  width: int  # channels
+  figures: dict[str, float]  # of reconstruction and uniformity
+  distances: list[float]  # of each seed's samples
+  guided: list[float]  # likewise, with guidance
+  mse: list[float]  # validation losses of the seeds
+  steps: list[tuple[int, float]]  # (step, distance) of the first seed
 
   @property
   def distance(self) -> float | None:
@@ -45,19 +38,18 @@ class Space(NamedTuple):
 
 
 class Results:
-  """What the jobs of an experiment have measured: of those alone that ended as they stand now."""
+  """Measurements of the jobs of an experiment that are done as they are defined now."""
 
   def __init__(self, config: FrozenConfigDict, workdir: Path, jobs: Sequence[Job]):
-    self.config, self.workdir = config, workdir
+    self.config, self.workdir, self.jobs = config, workdir, jobs
     self.record = Record(workdir, jobs)
-    self.jobs = jobs
     self.name = f"FD-{dilemma.judge(config.size).name}"
     self.widest = max(config.widths)
     self._key = self.name.lower().replace("-", "_")
     self._done = {job.name for job in jobs if self.record.is_done(job)}
 
   def read(self, job: str) -> dict[str, Any]:
-    """The results of a job; empty where there are none."""
+    """The results of a job; empty if there are none."""
     path = self.workdir / f"{job}.json"
     return json.loads(path.read_text()) if job in self._done else {}
 
@@ -69,24 +61,22 @@ class Results:
     return points[-1][1] if points else None
 
   def space(self, variant: str, width: int) -> Space:
-    """Of a tokenizer and all its diffusion models."""
-    config = self.config
-    seeds = config.seeds if variant in MAIN else config.ablation_seeds
-    return self._runs(variant, width, [f"seed{seed}" for seed in seeds])
+    """A tokenizer with all its diffusion models."""
+    return self._of(variant, width, [f"seed{seed}" for seed in seeds_of(self.config, variant)])
 
   def longer(self, variant: str) -> Space:
-    """Of a tokenizer of the widest latents, and its diffusion model of more steps."""
+    """A tokenizer of the widest latents with its diffusion model of more steps."""
     steps = dilemma.diffusion(self.config.size, self.widest, long=True).num_steps
-    found = self._runs(variant, self.widest, [dilemma.LONG])
+    found = self._of(variant, self.widest, [dilemma.LONG])
     return found._replace(variant=f"{variant}, {steps:,} steps")
 
   def sheet(self, kind: str, space: Space) -> Path | None:
-    """The picture of a space's samples, of the first seed."""
+    """The picture of the samples of a space, of the first seed."""
     name = f"{kind}/{space.variant}/d{space.width}/seed{self.config.seeds[0]}"
     path = self.workdir / f"{name}.png"
     return path if name in self._done and path.is_file() else None
 
-  def _runs(self, variant: str, width: int, names: Sequence[str]) -> Space:
+  def _of(self, variant: str, width: int, names: Sequence[str]) -> Space:
     space = f"{variant}/d{width}"
     runs = [f"{space}/{name}" for name in names]
 
@@ -99,12 +89,14 @@ class Results:
     figures = self.read(f"reconstruction/{space}").get("figures", {})
     figures |= uniformity.get("figures", {}) | {f"{k}_std": v for k, v in spread.items()}
     cosine = self.figure(f"tokenizer/{space}", "reconstruction/teacher_cosine")
+    if cosine is not None:
+      figures["teacher_cosine"] = cosine
     losses = [self.figure(f"diffusion/{run}", "validation/mse") for run in runs]
     points = self.read(f"curve/{runs[0]}").get("points", [])
     return Space(
       variant,
       width,
-      figures if cosine is None else figures | {"teacher_cosine": cosine},
+      figures,
       distances("samples"),
       distances("guided"),
       [loss for loss in losses if loss is not None],
