@@ -1,10 +1,9 @@
-r"""The paper's claim on a small scale: reconstruction against generation, and alignment's way out.
+r"""The paper's claim on a small scale: reconstruction against generation, and a teacher's effect.
 
   python -m launch.lab.dilemma --config=configs/lab/dilemma.py:cifar --workdir=runs/dilemma \
     --config.source=zip:cifar10_train.zip --config.test_source=zip:cifar10_test.zip
 
-trains and judges everything, or what is left of it, and writes the page. Parts run alone by the
-same configuration:
+trains and evaluates everything, or the rest of it, and writes the page. Parts also run alone:
 
   python -m launch.train --config=configs/lab/dilemma.py:cifar,judge --workdir=DIR
   python -m launch.train --config=configs/lab/dilemma.py:cifar,tokenizer,aligned,d48 --workdir=DIR
@@ -15,12 +14,12 @@ Arguments, joined by commas:
 
   cifar | emoji | gpu | tiny     pictures and budget: CIFAR-10 or the embedded emoji in hours of two
                                  CPU cores; CIFAR-10 at 64 px on a GPU; emoji as a smoke test
-  judge | tokenizer | diffusion  a part; without it the whole experiment
+  judge | tokenizer | diffusion  one part; by default the whole experiment
   dN                             channels of the latents
-  plain, aligned                 the tokenizer without and with a teacher, and at the widest latents
+  plain | aligned                the tokenizer without or with a teacher; at the widest latents also
   no_cos | no_distmat | no_margin | fixed_weight    aligned without a part of the method,
-  other_teacher | finer_teacher | strong            or with another teacher or weight,
-  plain_deep | aligned_deep                         or without the linear way past the networks
+  other_teacher | finer_teacher | strong            with another teacher or weight,
+  plain_deep | aligned_deep                         or without the linear shortcut
   long                           the diffusion model with four times the steps
 """
 
@@ -34,7 +33,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 PARTS = ("judge", "tokenizer", "diffusion")
-# What is changed in the configuration of an aligned tokenizer.
+# Changes to the configuration of an aligned tokenizer.
 MAIN = ("plain", "aligned")
 VARIANTS: dict[str, dict[str, Any]] = {
   "plain": {"teacher.name": ""},
@@ -42,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "no_cos": {"loss.cos_weight": 0.0},
   "no_distmat": {"loss.distmat_weight": 0.0},
   "no_margin": {"stages.cos_margin": (0.0,), "stages.distmat_margin": (0.0,)},
-  # About what the adaptive weight is on average.
+  # About the average of the adaptive weight.
   "fixed_weight": {"loss.adaptive_vf": False, "stages.vf_weight": (100.0,)},
   "other_teacher": {"teacher.name": "efficientnet_lite2"},
   "finer_teacher": {"teacher.scale": 4},
@@ -67,7 +66,7 @@ def get_config(argument: str = "cifar") -> ConfigDict:
   known = {*SIZES, *PARTS, *VARIANTS, *widths, LONG}
   if unknown := [word for word in words if word not in known]:
     choices = ", ".join([*SIZES, *PARTS, "dN", *VARIANTS, LONG])
-    raise ValueError(f"{unknown[0]!r} is none of: {choices}.")
+    raise ValueError(f"{unknown[0]!r} is not one of {choices}.")
   groups: tuple[Collection[str], ...] = (SIZES, PARTS, VARIANTS, widths)
   for group in groups:
     if len(given := [word for word in words if word in group]) > 1:
@@ -75,11 +74,11 @@ def get_config(argument: str = "cifar") -> ConfigDict:
   size, part, variant, channels = (next((w for w in words if w in g), "") for g in groups)
   size = size or "cifar"
   if (part in ("tokenizer", "diffusion")) != bool(channels):
-    raise ValueError("tokenizer and diffusion, and nothing else, take a width such as d16.")
+    raise ValueError("tokenizer and diffusion, and no other part, take a width such as d16.")
   if variant and part != "tokenizer":
-    raise ValueError(f"{variant} is of a tokenizer.")
+    raise ValueError(f"{variant} is for a tokenizer.")
   if LONG in words and part != "diffusion":
-    raise ValueError(f"{LONG} is of a diffusion model.")
+    raise ValueError(f"{LONG} is for a diffusion model.")
   width = int(channels[1:] or 0)
   if part == "judge":
     return judge(size)
@@ -89,24 +88,17 @@ def get_config(argument: str = "cifar") -> ConfigDict:
 
 
 def judge(size: str = "cifar") -> ConfigDict:
-  """The classifier in whose features generated pictures are judged; it teaches nobody."""
+  """The classifier whose features serve to evaluate generated pictures; it is no teacher."""
   config = base.classifier()
-  config.batch_size = 64
-  config.num_steps = 5_000
-  config.log_every_steps = 100
-  config.save_every_steps = 1_000
+  config.update(batch_size=64, num_steps=5_000, log_every_steps=100, save_every_steps=1_000)
   config.evaluate_every_steps = 1_000
   _pictures(config, size)
   config.data.flip = True
   if size == "gpu":
-    config.batch_size = 256
-    config.num_steps = 20_000
-    config.model.update(width=96, depth=2)
+    config.update(batch_size=256, num_steps=20_000, model={"width": 96, "depth": 2})
     config.optimizer.ema_decays = (0.999,)
   if size in ("emoji", "tiny"):
-    config.name = "Emoji"
-    config.num_steps = 1_500
-    config.model.update(num_classes=9, patch_size=4)
+    config.update(name="Emoji", num_steps=1_500, model={"num_classes": 9, "patch_size": 4})
   _tiny(config, size)
   if size == "tiny":
     config.model.update(width=8, norm_groups=4)
@@ -115,12 +107,9 @@ def judge(size: str = "cifar") -> ConfigDict:
 
 
 def tokenizer(size: str, width: int, variant: str) -> ConfigDict:
-  """A tokenizer with latents of so many channels, 4 x 4 cells of them for a picture."""
+  """A tokenizer with `width` channels of latents, 4 x 4 cells a picture."""
   config = base.tokenizer()
-  config.batch_size = 32
-  config.num_steps = 2_000
-  config.log_every_steps = 50
-  config.save_every_steps = 500
+  config.update(batch_size=32, num_steps=2_000, log_every_steps=50, save_every_steps=500)
   config.evaluate_every_steps = 1_000
   _pictures(config, size)
   config.data.crop = "center"  # so that the teacher sees each picture once and for all
@@ -136,19 +125,16 @@ def tokenizer(size: str, width: int, variant: str) -> ConfigDict:
     linear_shortcut=True,  # without it 1,000 steps bring 48 channels to 22 dB instead of 36
   )
   config.teacher.update(name="efficientnet_lite0", scale=2, cache="runs/dilemma/features")
-  # Neither perceptual distance nor GAN, so that nothing but the teacher knows more than pixels.
+  # No perceptual distance and no GAN, so that only the teacher knows more than pixels.
   config.loss.update(perceptual_weight=0.0, disc_weight=0.0)
   config.stages.update(
     epochs=(0.0,), vf_weight=(0.1,), cos_margin=(0.5,), distmat_margin=(0.25,), disc_start=(0,)
   )
   config.optimizer.update(learning_rate=3e-3, b1=0.9, b2=0.99, warmup_steps=100, ema_decays=(0.99,))
   if size in ("emoji", "tiny"):
-    config.num_steps = 1_000
-    config.model.update(resolution=64, patch_size=16)
-    config.teacher.scale = 1
+    config.update(num_steps=1_000, model={"resolution": 64, "patch_size": 16}, teacher={"scale": 1})
   if size == "gpu":
-    config.batch_size = 128
-    config.num_steps = 40_000
+    config.update(batch_size=128, num_steps=40_000)
     config.model.update(ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, patch_size=2, resolution=64)
     config.optimizer.update(learning_rate=3e-4, ema_decays=(0.999,))
   _tiny(config, size)
@@ -160,14 +146,10 @@ def tokenizer(size: str, width: int, variant: str) -> ConfigDict:
 
 
 def diffusion(size: str, width: int, long: bool = False) -> ConfigDict:
-  """LightningDiT of one size, whatever the channels of the latents."""
+  """LightningDiT of one size, for latents of `width` channels."""
   config = base.diffusion()
-  config.batch_size = 64
-  config.num_steps = 2_500
-  config.log_every_steps = 50
-  config.save_every_steps = 500
-  config.keep_every_steps = 500  # for the curves
-  config.keep_checkpoints = 1
+  config.update(batch_size=64, num_steps=2_500, log_every_steps=50, save_every_steps=500)
+  config.update(keep_every_steps=500, keep_checkpoints=1)  # for the curves
   config.evaluate_every_steps = 2_500
   config.dtype = "float32"  # bfloat16 is slower than float32 on most processors
   config.latents.path = "runs/dilemma/latents"
@@ -175,17 +157,15 @@ def diffusion(size: str, width: int, long: bool = False) -> ConfigDict:
     input_size=4, in_channels=width, hidden_size=128, depth=4, num_heads=2, num_classes=10
   )
   config.optimizer.update(learning_rate=3e-3, warmup_steps=200, clip_norm=1.0, ema_decays=(0.99,))
-  # All channels: the published guidance is of the first three, which mean nothing special here.
-  # At 128 channels Heun's 17 times are 0.03 of FD-CIFAR off what finer ones give, Euler's 0.5.
+  # Guidance is of all channels: the published first three mean nothing special here. At 128
+  # channels 17 times of Heun are within 0.03 of FD-CIFAR of finer ones, 17 of Euler within 0.5.
   config.sample.update(method="heun", num_steps=17, cfg_scale=1.0, cfg_channels=0, batch_size=250)
   if size in ("emoji", "tiny"):
     config.num_steps = config.evaluate_every_steps = 1_500
     config.model.num_classes = 9
   if size == "gpu":
-    config.batch_size = 256
-    config.num_steps = 60_000
-    config.save_every_steps = config.keep_every_steps = 10_000
-    config.dtype = "bfloat16"
+    config.update(batch_size=256, num_steps=60_000, dtype="bfloat16")
+    config.update(save_every_steps=10_000, keep_every_steps=10_000)
     config.model.update(input_size=8, hidden_size=384, depth=12, num_heads=6)
     config.optimizer.update(learning_rate=4e-4, ema_decays=(0.9995,))
     config.sample.update(num_steps=101, batch_size=1_000)
@@ -203,7 +183,7 @@ def diffusion(size: str, width: int, long: bool = False) -> ConfigDict:
 
 
 def _pictures(config: ConfigDict, size: str) -> None:
-  """The set that is trained on, a tenth of it held out."""
+  """The training set, of which a tenth is held out."""
   config.data.update(source="tfds:cifar10/train", image_size=32, held_out=0.1)
   if size in ("emoji", "tiny"):
     config.data.update(source="embedded:emoji", image_size=64)
@@ -213,34 +193,24 @@ def _pictures(config: ConfigDict, size: str) -> None:
 
 def _tiny(config: ConfigDict, size: str) -> None:
   if size == "tiny":
-    config.batch_size = 8
-    config.num_steps = 4
-    config.log_every_steps = config.save_every_steps = 2
+    config.update(batch_size=8, num_steps=4, log_every_steps=2, save_every_steps=2)
+    config.update(evaluate_every_steps=4, optimizer={"warmup_steps": 2})
     config.keep_every_steps = 2 if config.task == "diffusion" else 0
-    config.evaluate_every_steps = 4
-    config.optimizer.warmup_steps = 2
 
 
 def experiment(size: str = "cifar") -> ConfigDict:
-  """What the experiment runs: tokenizers, diffusion models on each, and how they are judged."""
+  """The experiment: tokenizers, diffusion models on the latents of each, and their evaluation."""
   config = ConfigDict(
     {
       "size": size,
       "source": "tfds:cifar10/train",
-      # Pictures that nobody trained on, for the distance that perfect samples would have; "": none.
+      # Pictures that no training uses, for the distance of perfect samples; "": none.
       "test_source": "tfds:cifar10/test",
       "widths": (4, 16, 48, 128),  # channels of the latents
       # Beside plain and aligned, at the widest latents.
       "ablations": (
-        "strong",
-        "finer_teacher",
-        "no_margin",
-        "aligned_deep",
-        "plain_deep",
-        "other_teacher",
-        "no_cos",
-        "no_distmat",
-        "fixed_weight",
+        *("strong", "finer_teacher", "no_margin", "aligned_deep", "plain_deep"),
+        *("other_teacher", "no_cos", "no_distmat", "fixed_weight"),
       ),
       "seeds": (0, 1),  # of the diffusion models on plain and aligned latents
       "ablation_seeds": (0,),
@@ -254,7 +224,7 @@ def experiment(size: str = "cifar") -> ConfigDict:
   )
   if size in ("emoji", "tiny"):
     config.update(source="embedded:emoji", test_source="")
-  if size == "emoji":  # the second set, of 1,852 pictures: whether it goes the same way
+  if size == "emoji":  # a second set, of 1,852 pictures
     config.update(widths=(4, 32, 128), ablations=(), seeds=(0,), long=False, cells=1_500)
     config.update(num_samples=5_000, curve_samples=1_000)
   if size == "gpu":

@@ -56,12 +56,12 @@ def test_tokenizers_differ_by_what_their_name_says_alone():
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("cifra", "'cifra' is none of: cifar"),
+    ("cifra", "'cifra' is not one of cifar"),
     ("cifar,emoji", "exclude each other"),
     ("cifar,tokenizer", "take a width such as d16"),
-    ("cifar,diffusion,aligned,d4", "aligned is of a tokenizer"),
-    ("cifar,judge,d4", "nothing else"),
-    ("cifar,tokenizer,d4,long", "long is of a diffusion model"),
+    ("cifar,diffusion,aligned,d4", "aligned is for a tokenizer"),
+    ("cifar,judge,d4", "no other part"),
+    ("cifar,tokenizer,d4,long", "long is for a diffusion model"),
   ],
 )
 def test_arguments_that_mean_nothing_are_refused(argument, message):

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launch.lab.equivalence import __main__ as equivalence
-from launch.lab.equivalence import differences
+from launch.lab.equivalence import comparison, differences
+from launch.lab.equivalence.cases import Settings
+from launch.report.html import write_page
 from tests import cases
 from vavae_jax.common.errors import InputError
+from vavae_jax.weights.state_dicts import read_state_dict
 
 TOKENIZER = str(cases.FOLDER / "formats" / "vavae_lightning.ckpt")
 TINY = str(cases.FOLDER / "formats" / "lightningdit_bare_state_dict.pt")
 CHECKOUT = os.environ.get("LIGHTNINGDIT", "")
 
 
-def settings(tmp_path, **changes) -> equivalence.Settings:
+def settings(tmp_path, **changes) -> Settings:
   (tmp_path / "models").mkdir(exist_ok=True)
   (tmp_path / "models" / "lightningdit.py").touch()
   given = {"model": "LightningDiT-B/1", "checkpoint": TINY, "steps": 1} | changes
-  return equivalence.Settings(**{"reference": tmp_path, "torch_python": sys.executable} | given)
+  return Settings(**{"reference": tmp_path, "torch_python": sys.executable} | given)
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +41,31 @@ def computed():
 @pytest.fixture
 def played(monkeypatch, computed):
   """The other side: what ours computes, changed by a function of (key, array)."""
-  make_case = equivalence.make_case
+  make_case = comparison.make_case
 
   def remembered(given):
     case = make_case(given)
 
-    def run(weights, inputs, dtype):
+    def run(weights, dtype):
       key = given.steps, given.trajectory, dtype
       if key not in computed:
-        computed[key] = case.run(weights, inputs, dtype)
+        computed[key] = case.run(weights, dtype)
       return computed[key]
 
-    return equivalence.dataclasses.replace(case, run=run)
+    return dataclasses.replace(case, run=run)
 
   def play(change):
-    def answer(python, job):
-      case = equivalence.make_case(play.settings)
-      weights = equivalence.read_state_dict(job["weights"])
-      ours = case.run(weights, case.inputs, job["dtype"])
+    @contextlib.contextmanager
+    def process(python, script, job, needs):
+      case = remembered(play.settings)
+      ours = case.run(read_state_dict(job["weights"]), job["dtype"])
       arrays = {k: np.asarray(x, np.float32) for k, x in ours.items()}
       named = {f"{k}/name" if k.startswith("layer/") else k: x for k, x in arrays.items()}
       np.savez(job["outputs"], **{k: change(k, x) for k, x in named.items()})
-      return {"torch": "0", "replaced": "nothing"}
+      yield types.SimpleNamespace(about={"torch": "0", "replaced": "nothing"})
 
-    monkeypatch.setattr(equivalence, "_run_torch", answer)
-    monkeypatch.setattr(equivalence, "make_case", remembered)
+    monkeypatch.setattr(comparison, "TorchProcess", process)
+    monkeypatch.setattr(comparison, "make_case", remembered)
 
   return play
 
@@ -69,7 +73,7 @@ def played(monkeypatch, computed):
 def test_every_layer_loss_gradient_and_parameter_is_compared(played, tmp_path):
   played(lambda key, x: x)
   played.settings = settings(tmp_path)
-  rows, _ = equivalence.compare(played.settings)
+  rows, _ = comparison.compare(played.settings)
   assert all(row.holds and row.max_abs == 0 for row in rows)
   counts = {what: int(n) for what, n, *_ in differences.summary(rows)}
   for dtype in ("float32", "bfloat16"):
@@ -84,20 +88,21 @@ def test_one_wrong_array_does_not_hold(played, tmp_path, wrong):
   bad = "gradient/blocks.0.attn.qkv.weight"
   played(lambda key, x: wrong(x) if key == bad else x * np.float32(1 + 1e-6))
   played.settings = settings(tmp_path)
-  rows, about = equivalence.compare(played.settings)
+  rows, about = comparison.compare(played.settings)
   failed = [row for row in rows if not row.holds and row.dtype == "float32"]
   assert [f"{row.group}/{row.name}" for row in failed] == [bad]
   lines = {line[0]: line for line in differences.summary(rows)}
   assert lines["float32 gradient"][-1] == "NO"
   assert lines["float32 gradient"][4] == "blocks.0.attn.qkv.weight"
-  page = differences.page("title", rows, about)
+  write_page(tmp_path / "page.html", "title", differences.sections(rows, about))
+  page = (tmp_path / "page.html").read_text()
   assert "Difference by layer" in page
   assert "blocks.0.attn.qkv.weight" in page
 
 
 def test_what_would_compare_nothing_is_refused(tmp_path):
   with pytest.raises(InputError, match="lpips is compared in float32, not in bfloat16"):
-    equivalence.compare(
+    comparison.compare(
       settings(tmp_path, model="lpips", checkpoint="", dtypes=("bfloat16",), image_size=32)
     )
 
@@ -112,12 +117,12 @@ def test_what_would_compare_nothing_is_refused(tmp_path):
 )
 def test_weights_of_another_model_are_refused(model, checkpoint, message, tmp_path):
   with pytest.raises(InputError, match=message):
-    equivalence.compare(settings(tmp_path, model=model, checkpoint=checkpoint, image_size=32))
+    comparison.compare(settings(tmp_path, model=model, checkpoint=checkpoint, image_size=32))
 
 
 def test_training_needs_the_other_checkout(tmp_path):
   with pytest.raises(InputError, match="CompVis/taming-transformers"):
-    equivalence.compare(settings(tmp_path, model="f16d32_training", checkpoint="", taming="/no"))
+    comparison.compare(settings(tmp_path, model="f16d32_training", checkpoint="", taming="/no"))
 
 
 def test_a_kinked_row_is_shown_by_what_it_is_judged_by():
@@ -128,24 +133,24 @@ def test_a_kinked_row_is_shown_by_what_it_is_judged_by():
   (line,) = differences.summary(rows)
   assert line[4] == "guilty"
   assert line[-1] == "NO"
-  told = equivalence._told(dataclasses.replace(rows[0], rms=np.nan))
-  assert json.dumps(told, allow_nan=False)
+  row = dataclasses.replace(rows[0], rms=np.nan).to_dict()
+  assert json.dumps(row, allow_nan=False)
 
 
 def test_sides_that_do_not_compute_the_same_are_refused(played, tmp_path):
   played(lambda key, x: x)
   played.settings = settings(tmp_path, trajectory=0, steps=0)
   with pytest.raises(InputError, match=r"gradient/.*on one of them only"):
-    equivalence.compare(settings(tmp_path, trajectory=0))
+    comparison.compare(settings(tmp_path, trajectory=0))
 
 
 def test_an_interpreter_without_pytorch_is_told(tmp_path, capfd):
   case = settings(tmp_path)
   with pytest.raises(InputError, match="interpreter with torch"):
-    equivalence.compare(equivalence.dataclasses.replace(case, torch_python=sys.executable))
+    comparison.compare(dataclasses.replace(case, torch_python=sys.executable))
   assert "torch" in capfd.readouterr().err
   with pytest.raises(InputError, match="models/lightningdit"):
-    equivalence.compare(equivalence.dataclasses.replace(case, reference=Path("/nowhere")))
+    comparison.compare(dataclasses.replace(case, reference=Path("/nowhere")))
 
 
 @pytest.mark.torch
@@ -155,8 +160,6 @@ def test_an_interpreter_without_pytorch_is_told(tmp_path, capfd):
 )
 def test_the_reference_itself(tmp_path, changes):
   given = settings(tmp_path, **changes)
-  rows, about = equivalence.compare(
-    equivalence.dataclasses.replace(given, reference=Path(CHECKOUT))
-  )
+  rows, about = comparison.compare(dataclasses.replace(given, reference=Path(CHECKOUT)))
   assert all(row.holds for row in rows), differences.summary(rows)
   json.dumps(about)

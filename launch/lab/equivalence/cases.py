@@ -1,4 +1,4 @@
-"""What `launch.lab.equivalence` compares: inputs, what the PyTorch side is told, our side."""
+"""The models that `launch.lab.equivalence` compares: inputs, the job for PyTorch, our side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import configs.base
 import lightningdit_jax.convert
 from launch.lab.equivalence import training as tokenizer_training
 from launch.lab.reference import Checkouts, training_job
-from launch.weights.recognition import Weights, recognise
+from launch.weights.recognition import recognise
 from lightningdit_jax import sampling, training
 from lightningdit_jax.model import ONLY_OURS, PRESETS, Block, FinalLayer, TimestepEmbedder
 from vavae_jax import autoencoder, perceptual, teachers
@@ -28,18 +28,14 @@ from vavae_jax import convert as vae
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 from vavae_jax.weights.state_dicts import read_content
+from vavae_jax.weights.torch_weights import StateDict
 
-AUTOENCODERS = ("f16d16", "f16d32", "f16d64", "mar_f16d16")
-# Two steps of both optimizers, with LPIPS, PatchGAN and DINOv2-L, of the reference's `vavae/`.
-TRAINED = {f"{name}_training": name for name in ("f16d16", "f16d32", "f16d64")}
-TEACHERS = tuple(name for name in teachers.NAMES if teachers.find(name)[1].timm)
-MODELS = (*PRESETS, *AUTOENCODERS, *TRAINED, *TEACHERS, "lpips", "fid_inception")
 Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What to compare; see the flags."""
+  """The flags of the command."""
 
   reference: Path
   torch_python: str
@@ -53,33 +49,43 @@ class Settings:
   dtypes: tuple[str, ...] = ("float32", "bfloat16")
   seed: int = 0
 
+  @property
+  def checkouts(self) -> Checkouts:
+    """The reference, run without compiling it."""
+    return Checkouts(self.reference, self.taming, self.torch_python, compiled=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A model on both sides.
 
   Attributes:
-    job: what the PyTorch side is told, beside paths.
+    job: for the PyTorch side, without paths.
     inputs: name -> array in PyTorch's layout.
+    run: (state dict, dtype) -> our arrays by the keys of the reference's.
+    weights: the kind of weights, as `recognise` names it; "": any.
     dtypes: to compare in.
-    run: (state dict, inputs, dtype) -> our arrays by the keys of the reference's.
-    kinked: gradients jump where the model has a kink, such as a max pool's tie, so that rounding
-      moves some of their elements as far as they are large: they are judged as a whole, and so is
-      what follows from them.
-    rounding: ends of names whose gradients are zero but for rounding; they are not compared.
+    kinked: the model has kinks, such as a max pool's tie, where gradients jump: rounding changes
+      some of their elements entirely. They, and parameters after a step, are compared as a whole.
+    rounding: ends of names whose gradients are only rounding errors; they are not compared.
   """
 
   job: dict[str, Any]
   inputs: Arrays
-  dtypes: tuple[str, ...]
-  run: Callable[[Mapping[str, np.ndarray], Arrays, str], Arrays]
+  run: Callable[[StateDict, str], Arrays]
+  weights: str = ""
+  dtypes: tuple[str, ...] = ("float32",)
   kinked: bool = False
   rounding: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def recording(classes: tuple[type, ...], found: list[jax.Array]) -> Iterator[None]:
-  """Keeps what every call of these modules gives; scans are loops in it, so that each is seen."""
+def recording(*classes: type) -> Iterator[Arrays]:
+  """Yields a dict that receives the output of every call of these modules, as "layer/NNN".
+
+  Scans become loops, so that it sees each of their rounds.
+  """
+  found: Arrays = {}
 
   def scan(body: Callable[..., Any], carry: Any, xs: Any, **_: Any) -> tuple[Any, None]:
     for i in range(len(jax.tree.leaves(xs)[0])):
@@ -89,7 +95,7 @@ def recording(classes: tuple[type, ...], found: list[jax.Array]) -> Iterator[Non
   def kept(call: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: nnx.Module, *arguments: Any) -> Any:
       output = call(self, *arguments)
-      found.append(output)
+      found[f"layer/{len(found):03}"] = _nchw(output)
       return output
 
     return wrapper
@@ -99,7 +105,7 @@ def recording(classes: tuple[type, ...], found: list[jax.Array]) -> Iterator[Non
     stack.enter_context(mock.patch.object(jax, "checkpoint", lambda f, **_: f))
     for watched in classes:
       stack.enter_context(mock.patch.object(watched, "__call__", kept(watched.__call__)))
-    yield
+    yield found
 
 
 def lightningdit_case(settings: Settings) -> Case:
@@ -114,36 +120,29 @@ def lightningdit_case(settings: Settings) -> Case:
   inputs: Arrays = {name: draw.standard_normal(shape, np.float32) for name in ("latent", "noise")}
   inputs["t"] = np.linspace(0.2, 0.8, settings.batch_size, dtype=np.float32)
   inputs["label"] = draw.integers(config.model.num_classes, size=settings.batch_size)
-  arguments = {k: v for k, v in config.model.items() if k not in ONLY_OURS}
   job = {
     "model": "lightningdit",
-    "arguments": arguments,
+    "arguments": {k: v for k, v in config.model.items() if k not in ONLY_OURS},
     "watch": ["TimestepEmbedder", "LightningDiTBlock", "FinalLayer"],
     "learning_rate": config.optimizer.learning_rate,
     "steps": settings.steps,
     "trajectory": settings.trajectory,
   }
-  run = functools.partial(_run_lightningdit, config.to_dict(), settings)
-  return Case(job, inputs, ("float32", "bfloat16"), run)
+  run = functools.partial(_run_lightningdit, config.to_dict(), settings, inputs)
+  return Case(job, inputs, run, "LightningDiT", ("float32", "bfloat16"))
 
 
 def _run_lightningdit(
-  config: dict[str, Any],
-  settings: Settings,
-  state_dict: Mapping[str, np.ndarray],
-  inputs: Arrays,
-  dtype: str,
+  config: dict[str, Any], settings: Settings, inputs: Arrays, state_dict: StateDict, dtype: str
 ) -> Arrays:
   frozen = FrozenConfigDict(config | {"dtype": dtype})
-  latent, noise = (jnp.asarray(_nhwc(inputs[name])) for name in ("latent", "noise"))
+  latent, noise = _nhwc(inputs["latent"]), _nhwc(inputs["noise"])
   t, label = jnp.asarray(inputs["t"]), jnp.asarray(inputs["label"], jnp.int32)
   kwargs = {k: v for k, v in frozen.model.items() if k != "attention"}
   model = lightningdit_jax.convert.from_torch(state_dict, **kwargs, dtype=jnp.dtype(dtype))
   graph, weights = nnx.split(model)
-  found: list[jax.Array] = []
-  with recording((TimestepEmbedder, Block, FinalLayer), found):
+  with recording(TimestepEmbedder, Block, FinalLayer) as out:
     model(latent, t, label)
-  out: Arrays = _layers(found)
 
   @jax.jit
   def forward(weights: Any, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -194,6 +193,7 @@ def autoencoder_case(settings: Settings) -> Case:
     "image": np.tanh(draw.standard_normal((settings.batch_size, 3, size, size), np.float32)),
     "z": draw.standard_normal((settings.batch_size, kwargs["embed_dim"], cells, cells), np.float32),
   }
+  watch = ("ResnetBlock", "AttnBlock", "Downsample", "Upsample")  # both sides name them alike
   job = {
     "model": "autoencoder",
     "arguments": {
@@ -201,37 +201,29 @@ def autoencoder_case(settings: Settings) -> Case:
       "ch_mult": [1, 1, 2, 2, 4],
       "model_type": "marvae" if settings.model.startswith("mar") else "vavae",
     },
-    "watch": ["ResnetBlock", "AttnBlock", "Downsample", "Upsample"],
+    "watch": watch,
   }
 
-  def run(state_dict: Mapping[str, np.ndarray], given: Arrays, dtype: str) -> Arrays:
+  def run(state_dict: StateDict, dtype: str) -> Arrays:
     model = vae.autoencoder_from_torch(state_dict, **kwargs, dtype=jnp.dtype(dtype))
-    found: list[jax.Array] = []
-    classes = (
-      autoencoder.ResnetBlock,
-      autoencoder.AttnBlock,
-      autoencoder.Downsample,
-      autoencoder.Upsample,
-    )
-    with recording(classes, found):
-      posterior = model.encode(jnp.asarray(_nhwc(given["image"])))
-      output = model.decode(jnp.asarray(_nhwc(given["z"])))
+    with recording(*(getattr(autoencoder, name) for name in watch)) as out:
+      posterior = model.encode(_nhwc(inputs["image"]))
+      output = model.decode(_nhwc(inputs["z"]))
     named = {"mean": posterior.mean, "logvar": posterior.logvar, "output": output}
-    return _layers(found) | {name: _nchw(x) for name, x in named.items()}
+    return out | {name: _nchw(x) for name, x in named.items()}
 
-  return Case(job, inputs, ("float32",), run)
+  return Case(job, inputs, run, f"tokenizer {settings.model.removeprefix('mar_')}")
 
 
 def tokenizer_training_case(settings: Settings) -> Case:
   """The reference's `training_step`, in the published recipe's last stage."""
   if settings.image_size != 256:
     raise InputError(
-      f"--image_size is {settings.image_size}; the reference trains tokenizers at 256 pixels alone."
+      f"--image_size is {settings.image_size}; the reference trains tokenizers only at 256 pixels."
     )
   config = configs.base.tokenizer()
   config.model.update(autoencoder.preset(TRAINED[settings.model]))
-  last = {name: column[-1:] for name, column in config.stages.items() if column}
-  config.stages.update(last)
+  config.stages.update({name: column[-1:] for name, column in config.stages.items() if column})
   draw = np.random.default_rng(settings.seed)
   shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
   noise_shape = (settings.batch_size, config.model.embed_dim, *[settings.image_size // 16] * 2)
@@ -239,15 +231,16 @@ def tokenizer_training_case(settings: Settings) -> Case:
   for i in range(settings.steps):
     inputs[f"image_{i}"] = draw.integers(256, size=shape, dtype=np.uint8)
     inputs[f"noise_{i}"] = draw.standard_normal(noise_shape, np.float32)
-  checkouts = Checkouts(settings.reference, settings.taming, settings.torch_python, compiled=False)
-  job = {
-    "model": "tokenizer_training",
-    "steps": settings.steps,
-    **training_job(FrozenConfigDict(config), checkouts),
-  }
-  run = functools.partial(tokenizer_training.run, FrozenConfigDict(config), settings.steps)
-  # Softmax takes no notice of what all keys have in common.
-  return Case(job, inputs, ("float32",), run, kinked=True, rounding=(".k.bias",))
+  frozen = FrozenConfigDict(config)
+  job = {"model": "tokenizer_training", "steps": settings.steps}
+  job |= training_job(frozen, settings.checkouts)
+
+  def run(state_dict: StateDict, dtype: str) -> Arrays:
+    del dtype  # float32, as tokenizers are trained
+    return tokenizer_training.run(frozen, settings.steps, state_dict, inputs)
+
+  # Softmax ignores what all keys have in common.
+  return Case(job, inputs, run, kinked=True, rounding=(".k.bias",))
 
 
 def teacher_case(settings: Settings) -> Case:
@@ -257,14 +250,13 @@ def teacher_case(settings: Settings) -> Case:
   classes, watch = zip(*family.compared, strict=True)
   job = {"model": "teacher", "name": variant.timm, "watch": watch}
 
-  def run(state_dict: Mapping[str, np.ndarray], given: Arrays, dtype: str) -> Arrays:
+  def run(state_dict: StateDict, dtype: str) -> Arrays:
     model = teachers.teacher_from_torch(settings.model, state_dict, dtype=jnp.dtype(dtype))
-    found: list[jax.Array] = []
-    with recording(classes, found):
-      output = model(jnp.asarray(_nhwc(given["image"])))
-    return _layers(found) | {"output": _nchw(output)}
+    with recording(*classes) as out:
+      output = model(_nhwc(inputs["image"]))
+    return out | {"output": _nchw(output)}
 
-  return Case(job, inputs, ("float32",), run)
+  return Case(job, inputs, run, f"teacher {settings.model}")
 
 
 def inception_case(settings: Settings) -> Case:
@@ -272,45 +264,59 @@ def inception_case(settings: Settings) -> Case:
   draw = np.random.default_rng(settings.seed)
   shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
   inputs = {"image": draw.integers(256, size=shape, dtype=np.uint8)}
-  job = {"model": "inception", "watch": [f"Mixed_{name}" for name in _MIXED]}
-  classes = tuple(getattr(inception, name) for name in ("_Block35", "_To17", "_Block17", "_To8"))
+  mixed = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+  job = {"model": "inception", "watch": [f"Mixed_{name}" for name in mixed]}
+  classes = ("_Block35", "_To17", "_Block17", "_To8", "_Block8")
 
-  def run(state_dict: Mapping[str, np.ndarray], given: Arrays, dtype: str) -> Arrays:
+  def run(state_dict: StateDict, dtype: str) -> Arrays:
     del dtype
     model = inception.from_torch(state_dict)
-    image = jnp.asarray(_nhwc(given["image"]))
-    found: list[jax.Array] = []
-    with recording((*classes, inception._Block8), found):
+    image = _nhwc(inputs["image"])
+    with recording(*(getattr(inception, name) for name in classes)) as out:
       adm = model(inception.adm_input(image))
     features = jax.jit(model.__call__)(inception.pytorch_fid_input(image))
-    names = ("pool3", "spatial", "logits_unbiased")
-    out = {f"output/adm {name}": adm[name] for name in names}
-    return _layers(found) | out | {"output/pytorch-fid pool3": features["pool3"]}
+    for name in ("pool3", "spatial", "logits_unbiased"):
+      out[f"output/adm {name}"] = adm[name]
+    return out | {"output/pytorch-fid pool3": features["pool3"]}
 
-  return Case(job, inputs, ("float32",), run)
-
-
-_MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+  return Case(job, inputs, run, "FID's Inception")
 
 
 def lpips_case(settings: Settings) -> Case:
   """LPIPS and its gradient."""
+  inputs = _pictures(settings)
   job = {"model": "lpips", "watch": [f"net.slice{i}" for i in range(1, 6)]}
 
-  def run(state_dict: Mapping[str, np.ndarray], given: Arrays, dtype: str) -> Arrays:
+  def run(state_dict: StateDict, dtype: str) -> Arrays:
     model = vae.lpips_from_torch(state_dict, dtype=jnp.dtype(dtype))
-    image, other = (jnp.asarray(_nhwc(given[name])) for name in ("image", "other"))
-    found: list[jax.Array] = []
-    with recording((perceptual._Slice,), found):
+    image, other = _nhwc(inputs["image"]), _nhwc(inputs["other"])
+    with recording(perceptual._Slice) as out:
       output = model(image, other)
     gradient = jax.grad(lambda other: model(image, other).sum())(other)
-    return _layers(found) | {"output": output, "gradient/other": _nchw(gradient)}
+    return out | {"output": output, "gradient/other": _nchw(gradient)}
 
-  return Case(job, _pictures(settings), ("float32",), run, kinked=True)
+  return Case(job, inputs, run, "LPIPS", kinked=True)
 
 
-def _layers(found: list[jax.Array]) -> Arrays:
-  return {f"layer/{i:03}": _nchw(x) for i, x in enumerate(found)}
+# Two steps of both optimizers, with LPIPS, PatchGAN and DINOv2-L, of the reference's `vavae/`.
+TRAINED = {f"{name}_training": name for name in ("f16d16", "f16d32", "f16d64")}
+TEACHERS = tuple(name for name in teachers.NAMES if teachers.find(name)[1].timm)
+CASES: Mapping[str, Callable[[Settings], Case]] = {
+  **dict.fromkeys(PRESETS, lightningdit_case),
+  **dict.fromkeys(("f16d16", "f16d32", "f16d64", "mar_f16d16"), autoencoder_case),
+  **dict.fromkeys(TRAINED, tokenizer_training_case),
+  **dict.fromkeys(TEACHERS, teacher_case),
+  "lpips": lpips_case,
+  "fid_inception": inception_case,
+}
+
+
+def make_case(settings: Settings) -> Case:
+  """The case of `settings.model`."""
+  size = settings.image_size
+  if settings.model not in PRESETS and (size < 16 or size % 16):
+    raise InputError(f"--image_size is {size}; give a multiple of 16.")
+  return CASES[settings.model](settings)
 
 
 def _pictures(settings: Settings) -> Arrays:
@@ -319,39 +325,8 @@ def _pictures(settings: Settings) -> Arrays:
   return {name: np.tanh(draw.standard_normal(shape, np.float32)) for name in ("image", "other")}
 
 
-def check_weights(settings: Settings, found: Weights) -> None:
-  """Raises InputError unless weights are of the kind that `settings.model` names."""
-  what = f"{found.kind} {found.name}".strip()
-  wanted = {
-    **dict.fromkeys(PRESETS, "LightningDiT"),  # of any size, which the tensors tell
-    **{name: f"tokenizer {name.removeprefix('mar_')}" for name in AUTOENCODERS},
-    **{name: f"teacher {name}" for name in TEACHERS},
-    "lpips": "LPIPS",
-    "fid_inception": "FID's Inception",
-  }[settings.model]
-  if wanted not in (what, found.kind):
-    raise InputError(
-      f"{settings.checkpoint} is a {what}, and --model={settings.model} needs a {wanted}."
-    )
-
-
-def make_case(settings: Settings) -> Case:
-  """The case of a model's name."""
-  if settings.model in PRESETS:
-    return lightningdit_case(settings)
-  if settings.image_size < 16 or settings.image_size % 16:
-    raise InputError(f"--image_size is {settings.image_size}; give a multiple of 16.")
-  if settings.model in TRAINED:
-    return tokenizer_training_case(settings)
-  if settings.model == "fid_inception":
-    return inception_case(settings)
-  if settings.model in AUTOENCODERS:
-    return autoencoder_case(settings)
-  return teacher_case(settings) if settings.model in TEACHERS else lpips_case(settings)
-
-
-def _nhwc(array: np.ndarray) -> np.ndarray:
-  return np.moveaxis(array, 1, -1)
+def _nhwc(array: np.ndarray) -> jax.Array:
+  return jnp.asarray(np.moveaxis(array, 1, -1))
 
 
 def _nchw(array: jax.Array) -> jax.Array:

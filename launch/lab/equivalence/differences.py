@@ -1,20 +1,19 @@
-"""How far two sides' arrays are from each other: rows, a summary, a page."""
+"""Differences between two sides' arrays: rows, a summary, the sections of a page."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.report.charts import Curve, line_chart
+from launch.report.html import Section, table
 
-STYLE = Path(__file__).parents[2] / "report" / "style.css"
-# What may differ, in units of the largest number of the reference's array. Rounding in float32
-# grows with depth; Adam divides by the root of squares that may be tiny.
+# The largest difference allowed, in units of the largest number of the reference's array. Rounding
+# in float32 grows with depth; Adam divides by the root of squares that may be tiny.
 TOLERANCES = {
   "layer": 1e-4,
   "output": 1e-4,
@@ -26,24 +25,25 @@ TOLERANCES = {
   "trajectory": 1e-3,
 }
 BFLOAT16_TOLERANCE = 0.1
-# Of models with kinks: the root mean square of what a max pool's ties and hinges move.
+# Of models with kinks: the root mean square that ties of max pools and hinges cause.
 KINKED_TOLERANCE = 5e-3
 KINKED_GROUPS = ("gradient", "parameter")
+HEADER = ("what", "n", "relative", "rms", "where", "limit", "holds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """How far an array of ours is from the reference's.
+  """The difference between an array of ours and the reference's.
 
   Attributes:
     group: a key of `TOLERANCES`.
-    name: the reference's for it.
-    dtype: that matrices multiply in.
+    name: the reference's name of the array.
+    dtype: of matrix products.
     max_abs: the largest difference.
-    relative: that in units of the reference's largest number.
-    rms: the norm of all differences in units of the norm of the reference's array.
-    tolerance: what `relative` may be.
-    kinked: of gradients and what follows, `rms` is judged; see `equivalence_cases.Case`.
+    relative: the same in units of the reference's largest number.
+    rms: norm of all differences in units of the norm of the reference's array.
+    tolerance: upper limit of `judged`.
+    kinked: `rms` is judged, not `relative`; see `cases.Case`.
   """
 
   group: str
@@ -57,66 +57,64 @@ class Row:
 
   @property
   def holds(self) -> bool:
-    """Whether it is near enough; a NaN is not."""
+    """Whether the difference is within the limit; a NaN is not."""
     return self.judged <= self.tolerance
 
   @property
   def judged(self) -> float:
-    """`relative`, or what stands for it where there are kinks."""
+    """The difference that the limit is for."""
     return self.rms if self.kinked and self.group in KINKED_GROUPS else self.relative
+
+  def to_dict(self) -> dict[str, Any]:
+    """For JSON, which has no NaN."""
+    fields = dataclasses.asdict(self) | {"holds": self.holds}
+    odd = {k: str(v) for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+    return fields | odd
+
+
+def row_of(key: str, dtype: str, actual: np.ndarray, expected: np.ndarray, kinked: bool) -> Row:
+  """Compares two arrays of one shape; `key` is "GROUP/NAME" or "GROUP"."""
+  difference = actual - expected
+  max_abs = float(np.abs(difference).max())
+  relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
+  rms = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(expected)), 1e-30)
+  group, _, name = key.partition("/")
+  tolerance = TOLERANCES[group] if dtype == "float32" else BFLOAT16_TOLERANCE
+  if kinked and group in KINKED_GROUPS:
+    tolerance = KINKED_TOLERANCE
+  return Row(group, name, dtype, max_abs, relative, rms, tolerance, kinked)
 
 
 def summary(rows: list[Row]) -> list[list[str]]:
-  """A line for each dtype and group: how many arrays, and of the worst how far it is, its name."""
+  """For each dtype and group the number of arrays, and the difference and name of the worst."""
   lines = []
   for dtype, group in dict.fromkeys((row.dtype, row.group) for row in rows):
     of_group = [row for row in rows if (row.dtype, row.group) == (dtype, group)]
     # A NaN is the worst.
     worst = max(of_group, key=lambda row: np.nan_to_num(row.judged / row.tolerance, nan=np.inf))
-    lines.append(
-      [
-        f"{dtype} {group}",
-        str(len(of_group)),
-        f"{worst.relative:.1e}",
-        f"{worst.rms:.1e}",
-        worst.name,
-        f"{worst.tolerance:.0e}",
-        "yes" if all(row.holds for row in of_group) else "NO",
-      ]
-    )
+    numbers = [f"{worst.relative:.1e}", f"{worst.rms:.1e}", worst.name, f"{worst.tolerance:.0e}"]
+    holds = "yes" if all(row.holds for row in of_group) else "NO"
+    lines.append([f"{dtype} {group}", str(len(of_group)), *numbers, holds])
   return lines
 
 
-HEADER = ("what", "n", "relative", "rms", "where", "limit", "holds")
-
-
-def page(title: str, rows: list[Row], about: Mapping[str, Any]) -> str:
-  """The HTML page: a chart of the difference by layer, the summary, every array."""
+def sections(rows: list[Row], about: Mapping[str, Any]) -> list[Section]:
+  """Of the page: a chart of the difference by layer, the summary, every array, how it was made."""
   layers = {
     dtype: [(i, row.relative) for i, row in enumerate(of_dtype)]
     for dtype in dict.fromkeys(row.dtype for row in rows)
     if (of_dtype := [row for row in rows if row.dtype == dtype and row.group == "layer"])
   }
   curve = Curve("Difference by layer", "largest relative", layers, log_y=True, x_label="layer")
-  chart = line_chart(curve)
   every = [
     [row.dtype, row.group, row.name, *(f"{x:.3e}" for x in (row.max_abs, row.relative, row.rms))]
     for row in rows
   ]
-  told = "".join(f"<li>{escape(k)}: {escape(str(v))}</li>" for k, v in about.items())
-  return (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style></head><body><main>"
-    f"<h1>{escape(title)}</h1><ul>{told}</ul><section>{chart}</section>"
-    f"<section><h2>Summary</h2>{_table(HEADER, summary(rows))}</section>"
-    f"<section><h2>Every array</h2>"
-    f"{_table(('dtype', 'what', 'name', 'abs', 'relative', 'rms'), every)}"
-    "</section></main></body></html>"
-  )
-
-
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-  head = "".join(f"<th>{escape(x)}</th>" for x in header)
-  body = "".join("<tr>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>" for row in rows)
-  return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+  header = ("dtype", "what", "name", "abs", "relative", "rms")
+  facts = [[name, str(value)] for name, value in about.items()]
+  return [
+    Section("Layers", "", [line_chart(curve)]),
+    Section("Summary", "The worst array of each kind.", [table(HEADER, summary(rows))]),
+    Section("Every array", "", [table(header, every)]),
+    Section("Run", "", [table(("what", "value"), facts)]),
+  ]

@@ -1,4 +1,4 @@
-"""The tokenizer's training beside the reference's: its state, losses and gradients by their names.
+"""The tokenizer's training under the reference's names: state, losses and gradients.
 
 The reference is the LightningModule of `vavae/ldm/models/autoencoder.py` with the losses of
 `contperceptual.py`.
@@ -26,9 +26,9 @@ from vavae_jax.teachers import teacher_from_torch
 from vavae_jax.warm_start import PROJECTION, from_state_dict
 from vavae_jax.weights.torch_weights import StateDict
 
-# Where the reference's LightningModule has its networks.
+# Prefixes of the networks in the reference's LightningModule.
 _TEACHER, _LPIPS, _JUDGE = "foundation_model.model.", "loss.perceptual_loss.", "loss.discriminator."
-# The reference's names of what is logged -> ours.
+# The reference's names of logged values -> ours.
 LOGGED = {
   "total_loss": "loss",
   "kl_loss": "kl",
@@ -48,22 +48,19 @@ def run(
   steps: int,
   state_dict: Mapping[str, np.ndarray],
   inputs: Mapping[str, np.ndarray],
-  dtype: str,
 ) -> dict[str, Any]:
-  """Steps of both optimizers.
+  """Steps of both optimizers, in float32.
 
   Args:
     config: of a tokenizer's training of one stage.
-    steps: how many.
+    steps: their number.
     state_dict: of the reference's LightningModule, with the loss and the teacher.
     inputs: "image_I" uint8 [B,3,H,W] and "noise_I" [B,Z,h,w] for each step I.
-    dtype: "float32", as tokenizers are trained.
 
   Returns:
-    "loss/I_NAME" for what the reference logs, "gradient/NAME" of the first step, "parameter/NAME"
-    after the last one.
+    "loss/I_NAME" for values that the reference logs, "gradient/NAME" of the first step,
+    "parameter/NAME" after the last one.
   """
-  del dtype
   networks = {
     "teacher": teacher_from_torch("dinov2_vitl14", _under(_TEACHER, state_dict)),
     "perceptual": vae.lpips_from_torch(_under(_LPIPS, state_dict)),
@@ -91,7 +88,7 @@ def run(
 
 
 def training_state(config: FrozenConfigDict, state_dict: Mapping[str, np.ndarray]) -> update.State:
-  """The state before the first step, of the weights of a LightningModule of the reference."""
+  """The state before the first step, from the weights of the reference's LightningModule."""
   others = ("loss.", "foundation_model.")
   own = {name: x for name, x in state_dict.items() if not name.startswith(others)}
   params = jax.tree.map(jnp.asarray, from_state_dict(own, config.model))
@@ -113,7 +110,7 @@ def training_state(config: FrozenConfigDict, state_dict: Mapping[str, np.ndarray
 
 
 def first_gradients(config: FrozenConfigDict, state: update.State, statistics: Any) -> StateDict:
-  """The gradients of the first step by the reference's names, out of Adam's moments after it."""
+  """The gradients of the first step by the reference's names, from Adam's moments after it."""
   moments = (state.optimizer, state.discriminator_optimizer)
   mu, judge_mu = (jax.device_get(optax.tree.get(x, "mu")) for x in moments)
   named = training_names(config, mu, judge_mu, statistics)
@@ -124,7 +121,7 @@ def first_gradients(config: FrozenConfigDict, state: update.State, statistics: A
 def training_names(
   config: FrozenConfigDict, params: Any, discriminator: Any, statistics: Any
 ) -> StateDict:
-  """Trees like the parameters of a training, under the names of the reference's LightningModule."""
+  """Trees like a training's parameters, under the names of the reference's LightningModule."""
   graph = functional.graph_of(update.build_autoencoder(config))
   judge = functional.graph_of(update.build_discriminator(config))
   named = vae.autoencoder_to_torch(nnx.merge(graph, params["autoencoder"]))
@@ -133,7 +130,7 @@ def training_names(
   if "bias" in projection:
     named[f"{PROJECTION}bias"] = np.asarray(projection["bias"])
   merged = vae.discriminator_to_torch(nnx.merge(judge, discriminator, statistics))
-  counters = "num_batches_tracked"  # which only count
+  counters = "num_batches_tracked"
   return named | _prefixed(_JUDGE, {k: x for k, x in merged.items() if not k.endswith(counters)})
 
 
