@@ -1,8 +1,7 @@
 # shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: one virtual environment, .venv at the root.
-# It is made anew when it is missing, half-made, or of another PYTHON or accelerator than asked for
-# (two builds of jax in one environment would fight), and brought up to date when setup.cfg or the
-# wanted extras change. PYTHON chooses the interpreter, ACCELERATOR=cpu|cuda|tpu the build of jax.
+# It is made anew when it is missing, incomplete, or made for another PYTHON or accelerator (two builds of
+# jax in one environment would conflict), and updated when setup.cfg or the extras change. PYTHON chooses the interpreter, ACCELERATOR=cpu|cuda|tpu the build of jax.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -26,12 +25,12 @@ choose_accelerator() {
   esac
 }
 
-# What an environment is made of: the accelerator and the interpreter.
+# What an environment was made for: the accelerator and the interpreter.
 describe() {
   echo "$accelerator $("$1" -c 'import sys; print(sys.base_prefix, *sys.version.split())')"
 }
 
-# prepare_environment [EXTRA]: afterwards "$venv/bin/python" has everything, EXTRA included.
+# prepare_environment [EXTRA]: installs everything, including EXTRA, for "$venv/bin/python".
 prepare_environment() {
   local python=${PYTHON:-python3} extras=${1:-} stamp=$venv/installed-${1:-core} wanted made=""
   choose_accelerator
@@ -39,7 +38,7 @@ prepare_environment() {
   if compgen -G "$venv/installed-*" >/dev/null; then
     made=$(cat "$venv/made-for")
   fi
-  # Without PYTHON whatever interpreter the environment has will do.
+  # Without PYTHON the environment keeps the interpreter it has.
   if [ "${made%% *}" != "$accelerator" ] ||
     { [ -n "${PYTHON:-}" ] && [ "$made" != "$(describe "$PYTHON")" ]; }; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

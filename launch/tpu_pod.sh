@@ -6,12 +6,12 @@
 #        --config.mesh.data=1 --workdir=gs://BUCKET/xl_64ep
 #   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --logs      # follows the running command
 #   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --stop      # SIGTERM: it saves a checkpoint and ends
-#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --delete    # gives the slice back
-# The queued resource NAME is created, or used as it is; the committed code is copied to its workers
-# and installed; what follows -- runs on all of them as `python -m ...`, apart from this connection.
-# When the slice is taken away, it is asked for anew, and the same command goes on from its last
-# checkpoint: give it a --workdir in a bucket (and gcsfs is installed for it). --delete with a command
-# gives the slice back when that has succeeded. --print shows the gcloud commands and runs none.
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --delete    # deletes the slice
+# Creates the queued resource NAME, or uses the existing one; copies the committed code to its workers
+# and installs it; runs what follows -- on all of them as `python -m ...`, independent of this connection.
+# When the slice is preempted, requests it again, and the same command resumes from its last checkpoint:
+# give it a --workdir in a bucket (gcsfs is installed for it). --delete with a command deletes the slice
+# after the command succeeded. --print shows the gcloud commands without running them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -61,7 +61,7 @@ fail() {
 place=(--zone="$zone")
 [ -z "$project" ] || place+=(--project="$project")
 
-# call WORDS...: runs a gcloud command, or shows it.
+# call WORDS...: runs a gcloud command, or shows it with --print.
 call() {
   if [ -n "$print" ]; then
     printf '%q ' gcloud "$@"
@@ -76,18 +76,18 @@ on() {
   call compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
 }
 
-# The queued resource's state; NONE where there is none, UNKNOWN where gcloud cannot say.
+# The queued resource's state; NONE if it does not exist, UNKNOWN if gcloud fails.
 state() {
-  local told
+  local answer
   if [ -n "$print" ]; then
     echo "$assumed"
-  elif told=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+  elif answer=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
     --format='value(state.state)' 2>&1); then
-    echo "$told"
-  elif [[ $told == *NOT_FOUND* || $told == *"not found"* ]]; then
+    echo "$answer"
+  elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
     echo NONE
   else
-    echo "$told" >&2
+    echo "$answer" >&2
     echo UNKNOWN
   fi
 }
@@ -101,7 +101,7 @@ give_back() {
   assumed=NONE
 }
 
-# Returns when the slice is there.
+# Returns when the slice is active.
 acquire() {
   local options=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version")
   [ -z "$spot" ] || options+=(--spot)
@@ -129,7 +129,7 @@ acquire() {
   done
 }
 
-# The committed code on all workers, installed; nothing happens where it is there already.
+# Installs the committed code on all workers that do not have it yet.
 install() {
   local commit archive
   commit=$(git -C "$root" rev-parse --short HEAD)
@@ -139,14 +139,14 @@ install() {
   git -C "$root" archive --format=tar.gz --output="$archive" HEAD
   call compute tpus tpu-vm scp "$archive" "$name": "${place[@]}" --worker=all || return 1
   rm -r "$(dirname "$archive")"
-  # The images have Python 3.10 alone.
+  # The images have only Python 3.10.
   on all "set -e; [ \"\$(cat vavae/commit 2>/dev/null)\" != $commit ] || exit 0
     command -v python3.11 >/dev/null || { sudo apt-get -qq update; sudo apt-get -qq install -y python3.11-venv; }
     mkdir -p vavae; tar xzf vavae.tar.gz -C vavae; cd vavae
     export PYTHON=python3.11 ACCELERATOR=tpu; . launch/environment.sh; prepare_environment gcs; echo $commit >commit"
 }
 
-# Starts the command on all workers, unless it runs; its output and exit code stay on each.
+# Starts the command on all workers, unless it runs; each keeps its output and exit code.
 begin() {
   local line
   line="$(printf '%q ' .venv/bin/python -m "$@"); echo \$? >run.code"
@@ -156,12 +156,12 @@ begin() {
     echo \$! >run.pid"
 }
 
-# Shows the first worker's output until its command has ended; fails when the worker is gone.
+# Shows the first worker's output until its command ends; fails when the worker is gone.
 follow() {
   on 0 "cd vavae; tail -n 20 --pid=\$(cat run.pid) -F run.log"
 }
 
-# The exit code of the command on the first worker; nothing while it runs or where it was killed.
+# The exit code of the command on the first worker; empty while it runs or if it was killed.
 code() {
   if [ -n "$print" ]; then echo 0; else on 0 "cat vavae/run.code" 2>/dev/null || true; fi
 }
@@ -169,7 +169,7 @@ code() {
 assumed=NONE
 if [ $# -eq 0 ]; then
   [ -z "$logs" ] || follow
-  # The interpreter, not the shell that waits for it.
+  # Signals the interpreter, not the shell that waits for it.
   [ -z "$stop" ] || on all "touch vavae/stopped; pkill -TERM -P \$(cat vavae/run.pid)" ||
     fail "nothing runs on $name"
   [ -z "$delete" ] || give_back
