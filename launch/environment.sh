@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: one virtual environment, .venv at the root.
-# It is made anew when it is missing, incomplete, or made for another PYTHON or accelerator (two builds of
-# jax in one environment would conflict), and updated when setup.cfg or the extras change. PYTHON chooses the interpreter, ACCELERATOR=cpu|cuda|tpu the build of jax.
+# It is made anew when it is missing, incomplete, or made for another PYTHON or accelerator (two builds
+# of jax in one environment would conflict), and updated when setup.cfg or the extras change. PYTHON
+# chooses the interpreter, ACCELERATOR=cpu|cuda|tpu the build of jax.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
