@@ -21,13 +21,28 @@ FOLDERS = ("vavae_jax", "lightningdit_jax", "launch", "configs")
 # One process, which imports and compiles once: each stage begins where the one before ended.
 RUN = """
 from pathlib import Path
+
+import jax
 from configs import quickstart
-from launch import train
+from launch import encode, restore, sample, train
 
 config = quickstart.tokenizer(tiny=True)
+config.update(num_steps=2, evaluate_every_steps=0)
 config.data.source = "npz:pictures.npz"
 config.teacher.name = "moments"
 train.train(config, Path("tokenizer"))
+tokenizer = restore.load(Path("tokenizer"), "tokenizer")
+encode.encode(tokenizer, Path("latents"), batch_size=8)
+
+config = quickstart.diffusion(tiny=True)
+config.update(num_steps=2, evaluate_every_steps=0)
+config.latents.path = "latents"
+config.model.use_layer_scale = True
+config.transport.update(prediction="data", path_type="Smooth", use_cosine_loss=False)
+train.train(config, Path("diffusion"))
+diffusion = restore.load(Path("diffusion"), "diffusion")
+assert "layer_scale" in str(jax.tree.structure(diffusion.params))
+sample.sample_set(diffusion, tokenizer, Path("samples.npz"), num_samples=2)
 """
 
 
@@ -41,6 +56,12 @@ def apply(diff: str, folder: Path, *options: str) -> None:
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+def metrics(workdir: Path) -> dict[str, float]:
+  """The last value of each metric."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return {name: value for line in lines for name, value in json.loads(line).items()}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +100,7 @@ def test_all_changes_together_train_and_sample(tree, environment):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
-  lines = (tree / "tokenizer" / "metrics.jsonl").read_text().splitlines()
-  metrics = {name: value for line in lines for name, value in json.loads(line).items()}
-  assert np.isfinite(metrics["vf_cos"])
+  assert np.isfinite(metrics(tree / "tokenizer")["vf_cos"])
+  assert np.isfinite(metrics(tree / "diffusion")["mse"])
+  with np.load(tree / "samples.npz") as samples:
+    assert samples["arr_0"].shape == (2, 64, 64, 3)
