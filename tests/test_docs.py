@@ -104,12 +104,12 @@ def test_commands_of_the_documents_can_be_given(command, options, known):
     resolve(config, getattr(base, config.task)())
 
 
-def test_the_readme_is_short_and_counts_the_core():
+def test_the_readme_is_short_and_counts_its_reading_path():
   text = (ROOT / "README.md").read_text()
   assert len(text.splitlines()) <= 150
   count, files = re.search(r"([\d,]+) lines in this order: (.*?)\n\n", text, re.DOTALL).groups()
   lines = sum(len((ROOT / path).read_text().splitlines()) for path in re.findall(r"`(.*?)`", files))
-  assert lines == pytest.approx(int(count.replace(",", "")), abs=100)
+  assert lines <= int(count.replace(",", "")) <= 4_700
 
 
 def test_the_keys_in_the_tutorial_exist():
