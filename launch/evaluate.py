@@ -51,6 +51,8 @@ from launch.engine import console
 from launch.engine.checkpoint import steps_of
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
+from launch.evaluation.figures import Options
+from launch.evaluation.frontier import frontier
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import (
   FromSource,
@@ -60,6 +62,7 @@ from launch.evaluation.pictures import (
   own_pictures,
   stored_statistics,
 )
+from launch.evaluation.reference import Reference, open_reference, statistics_of
 from launch.sample import SETTINGS, define_settings, given_settings
 from lightningdit_jax import checks, transport
 from lightningdit_jax.store.latents import LatentStore
@@ -109,8 +112,8 @@ def _network() -> Network:
   return load_network(FLAGS.protocol, FLAGS.weights)
 
 
-def _reference(network: Network, output: Output, size: int) -> generation.Reference:
-  return generation.open_reference(
+def _reference(network: Network, output: Output, size: int) -> Reference:
+  return open_reference(
     FLAGS.reference,
     network,
     image_size=FLAGS.image_size or size,
@@ -155,7 +158,7 @@ def _generation(output: Output) -> None:
     if FLAGS.samples
     else _drawer()({})
   )
-  options = generation.Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
+  options = Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
   generation.check(drawn, options)
   generation.evaluate(
     drawn,
@@ -230,7 +233,7 @@ def _sweep(output: Output) -> None:
     _reference(network, output, first.size),
     network,
     output,
-    options=generation.Options(FLAGS.precision_recall),
+    options=Options(FLAGS.precision_recall),
   )
 
 
@@ -249,7 +252,7 @@ def _solvers(output: Output) -> None:
 
 
 def _frontier(output: Output) -> None:
-  sweep.frontier(FLAGS.point, output, FLAGS.x, FLAGS.y)
+  frontier(FLAGS.point, output, FLAGS.x, FLAGS.y)
 
 
 def _statistics() -> None:
@@ -266,7 +269,7 @@ def _statistics() -> None:
     console.say(f"{path} has these statistics already")
     return
   progress = path.with_suffix(".progress")
-  found = generation.statistics_of(pictures, network, "reference", progress=progress)
+  found = statistics_of(pictures, network, "reference", progress=progress)
   arrays: dict[str, Any] = {"about": np.array(about)}
   for name, ending in (("pool", ""), ("spatial", "_s")):
     if name in found.moments:

@@ -26,9 +26,11 @@ from launch import restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, loop
 from launch.evaluation import generation, overview, reconstruction
-from launch.evaluation.features import EFFICIENTNET, load_network
+from launch.evaluation.features import EFFICIENTNET, Network, load_network
+from launch.evaluation.figures import Options
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import Npz, own_pictures
+from launch.evaluation.reference import reference_of, statistics_of
 from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError
@@ -83,10 +85,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
   )
-  results = stages.run("Evaluation", lambda: _evaluate(tokenizer, workdir))
+  network = load_network(EFFICIENTNET)
+  results = stages.run("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
   stages.run(
     "Report",
-    lambda: overview.write(resolved, workdir, tokenizer, store, results, stages.seconds),
+    lambda: overview.write(resolved, workdir, tokenizer, store, results, network, stages.seconds),
   )
   return results
 
@@ -118,26 +121,25 @@ def _check(config: FrozenConfigDict) -> None:
       raise InputError(f"config.{key} is {config[part][name]}; at least {bound} is needed.")
 
 
-def _evaluate(tokenizer: restore.Trained, workdir: Path) -> dict[str, float]:
+def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> dict[str, float]:
   held_out = own_pictures(tokenizer, held_out=True)
   output = Output(workdir / "reconstruction", "reconstruction")
   rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
-  network = load_network(EFFICIENTNET)
   training = own_pictures(tokenizer, held_out=False)
-  reference = generation.reference_of(training, network, keep=True)
+  reference = reference_of(training, network, keep=True)
   generated = generation.evaluate(
     Npz(workdir / "samples.npz"),
     reference,
     network,
     Output(workdir / "generation", "generation"),
-    options=generation.Options(),
+    options=Options(),
     workdir=workdir / "diffusion",
   )
-  real = generation.statistics_of(held_out, network, "held out").moments["pool"]
+  real = statistics_of(held_out, network, "held out").moments["pool"]
   return {
     **rebuilt,
     **generated,
-    "fd_efficientnet_real": reference.gaussian.distance(real.mean, real.cov).distance,
+    f"{network.key}_real": reference.gaussian.distance(real.mean, real.cov).distance,
   }
 
 

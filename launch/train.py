@@ -26,8 +26,8 @@ from launch import restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
-from launch.evaluation.generation import gaussian_of, key_of, statistics_of
 from launch.evaluation.pictures import Array, own_pictures
+from launch.evaluation.reference import gaussian_of, statistics_of
 from launch.evaluation.sample_files import contact_sheet
 from launch.initial import initial_weights
 from launch.sample import make_sampler
@@ -136,7 +136,7 @@ def _distance(
     network, gaussian = reference()
     drawn = Array(pictures[: config.evaluate_samples])
     moments = statistics_of(drawn, network, "samples").moments["pool"]
-    return {key_of(network): gaussian.distance(moments.mean, moments.cov).distance}
+    return {network.key: gaussian.distance(moments.mean, moments.cov).distance}
 
   return distance
 

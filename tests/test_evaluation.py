@@ -15,6 +15,8 @@ from PIL import Image
 
 from launch import evaluate, restore
 from launch.evaluation import (
+  figures,
+  frontier,
   generation,
   pictures,
   reconstruction,
@@ -24,7 +26,9 @@ from launch.evaluation import (
   sweep,
 )
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
+from launch.evaluation.figures import Entry, Options
 from launch.evaluation.output import Output
+from launch.evaluation.reference import open_reference, reference_of, statistics_of
 from launch.evaluation.sample_files import read_samples
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common.errors import InputError
@@ -67,7 +71,7 @@ def npz(path, **arrays):
 
 
 def test_streamed_statistics_are_those_of_all_at_once(network):
-  found = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  found = statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
   all_NF = found.column("pool").astype(np.float64)
   np.testing.assert_allclose(all_NF, features(network, PICTURES), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(found.moments["pool"].mean, all_NF.mean(0), rtol=1e-9)
@@ -77,7 +81,7 @@ def test_streamed_statistics_are_those_of_all_at_once(network):
 
 
 def test_statistics_survive_their_file(network):
-  found = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  found = statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
   again = statistics.Statistics.of_tensors(found.to_tensors())
   np.testing.assert_array_equal(again.moments["spatial"].scatter, found.moments["spatial"].scatter)
   np.testing.assert_array_equal(again.column("pool"), found.column("pool"))
@@ -101,29 +105,27 @@ class Dying(pictures.Array):
 def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(network, tmp_path, monkeypatch):
   monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", 0.0)
   compute = functools.partial(
-    generation.statistics_of, network=network, name="samples", keep=True, progress=tmp_path
+    statistics_of, network=network, name="samples", keep=True, progress=tmp_path
   )
   with pytest.raises(KeyboardInterrupt):
     compute(Dying(alive=False))
   again = Dying(alive=True)
   found = compute(again)
   assert again.reads == [20]
-  whole = generation.statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
+  whole = statistics_of(pictures.Array(PICTURES), network, "samples", keep=True)
   for name, tensor in whole.to_tensors().items():
     np.testing.assert_array_equal(found.to_tensors()[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize("change", ["other pictures", "damage"])
 def test_what_was_found_of_others_or_is_damaged_is_computed_anew(network, tmp_path, change):
-  compute = functools.partial(
-    generation.statistics_of, network=network, name="x", progress=tmp_path
-  )
+  compute = functools.partial(statistics_of, network=network, name="x", progress=tmp_path)
   compute(pictures.Array(PICTURES[::-1] if change == "other pictures" else PICTURES))
   (file,) = tmp_path.iterdir()
   if change == "damage":
     file.write_bytes(file.read_bytes()[:-100])
   found = compute(pictures.Array(PICTURES))
-  expected = generation.statistics_of(pictures.Array(PICTURES), network, "x")
+  expected = statistics_of(pictures.Array(PICTURES), network, "x")
   np.testing.assert_array_equal(found.moments["pool"].mean, expected.moments["pool"].mean)
 
 
@@ -136,15 +138,15 @@ def test_files_that_were_written_anew_are_other_pictures(network, tmp_path):
     for i, picture in enumerate(drawn):
       Image.fromarray(picture).save(folder / f"{i:02d}.png")
     opened = pictures.open_pictures(str(folder))
-    found = generation.statistics_of(opened, network, "samples", progress=progress)
+    found = statistics_of(opened, network, "samples", progress=progress)
     means.append(found.moments["pool"].mean)
   np.testing.assert_allclose(means[1], features(network, PICTURES[11:]).mean(0), rtol=1e-5)
   assert np.abs(means[0] - means[1]).max() > 0.01
 
 
 def test_pictures_of_two_sizes_compare_only_where_both_are_resized(network, tmp_path):
-  reference = generation.reference_of(pictures.Array(PICTURES[:, :4, :4]), network)
-  output, options = Output(tmp_path / "x", "generation"), generation.Options(precision_recall=False)
+  reference = reference_of(pictures.Array(PICTURES[:, :4, :4]), network)
+  output, options = Output(tmp_path / "x", "generation"), Options(precision_recall=False)
   generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
   other = dataclasses.replace(network, protocol=EFFICIENTNET, distance="FD-EfficientNet")
   with pytest.raises(InputError, match="samples of 8 px and a reference of 4 px"):
@@ -152,8 +154,8 @@ def test_pictures_of_two_sizes_compare_only_where_both_are_resized(network, tmp_
 
 
 def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
-  reference = generation.reference_of(pictures.Array(PICTURES), network, keep=True)
-  options = generation.Options(bootstrap=3, infinity=True)
+  reference = reference_of(pictures.Array(PICTURES), network, keep=True)
+  options = Options(bootstrap=3, infinity=True)
   output = Output(tmp_path / "equal", "generation")
   found = generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
   assert abs(found["fid"]) < 1e-8
@@ -166,42 +168,58 @@ def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
   assert noted["confidence"]["fid"]["resamples"] == 3
   assert "data:image/webp" in output.html.read_text()
   shifted = generation.evaluate(
-    pictures.Array(255 - PICTURES // 4), reference, network, output, options=generation.Options()
+    pictures.Array(255 - PICTURES // 4), reference, network, output, options=Options()
   )
   assert shifted["fid"] > 1
   assert shifted["precision"] < 1
 
 
+def test_a_new_figure_is_one_entry(network, tmp_path, monkeypatch):
+  """It stands in the JSON file and on the page under its own name."""
+  entry = Entry("count", "Samples", "", lambda g: float(g.samples.moments["pool"].count), "pcs")
+  table = {**figures.FIGURES, "generation": (*figures.FIGURES["generation"], entry)}
+  monkeypatch.setattr(figures, "FIGURES", table)
+  output, options = Output(tmp_path / "x", "generation"), Options(precision_recall=False)
+  reference = reference_of(pictures.Array(PICTURES), network)
+  found = generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
+  assert list(found) == ["fid", "sfid", "inception_score", "count"]
+  assert json.loads(output.json.read_text())["figures"]["count"] == 23
+  assert "<td>Samples</td><td>23 pcs</td>" in output.html.read_text()
+
+
 def test_few_samples_are_measured_and_warned_of(network, tmp_path):
-  reference = generation.reference_of(pictures.Array(PICTURES), network)
-  some = generation.statistics_of(pictures.Array(PICTURES[:5]), network, "samples")
-  options = generation.Options(precision_recall=False)
-  figures, more = generation.figures_of(some, reference, network, options)
-  assert np.isfinite(figures["fid"])
-  assert "5 samples are fewer than the 6 features" in more["warnings"][0]
-  few = generation.reference_of(pictures.Array(PICTURES[:4]), network)
-  many = generation.statistics_of(pictures.Array(PICTURES), network, "samples")
-  _, more = generation.figures_of(many, few, network, options)
-  assert "4 reference are fewer" in more["warnings"][0]
+  reference = reference_of(pictures.Array(PICTURES), network)
+  some = statistics_of(pictures.Array(PICTURES[:5]), network, "samples")
+  options = Options(precision_recall=False)
+  gathered = figures.Generated(some, reference, network, options)
+  assert np.isfinite(figures.compute("generation", gathered)["fid"])
+  assert "5 samples are fewer than the 6 features" in gathered.more()["warnings"][0]
+  few = reference_of(pictures.Array(PICTURES[:4]), network)
+  many = statistics_of(pictures.Array(PICTURES), network, "samples")
+  gathered = figures.Generated(many, few, network, options)
+  assert "4 reference are fewer" in gathered.more()["warnings"][0]
   with pytest.raises(InputError, match="The samples are 1"):
-    generation.statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
+    statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
 
 
 def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):
-  own = generation.reference_of(pictures.Array(PICTURES), network)
+  own = reference_of(pictures.Array(PICTURES), network)
   about = {"network": network.about, "pictures": {"kind": "array"}}
   moments = {"mu": own.gaussian.mean, "sigma": own.gaussian.cov}
   spatial = {"mu_s": own.spatial.mean, "sigma_s": own.spatial.cov}
   path = npz(tmp_path / "ours.npz", about=np.array(json.dumps(about)), **moments, **spatial)
-  some = generation.statistics_of(pictures.Array(PICTURES[:9]), network, "samples")
-  options = generation.Options(precision_recall=False)
-  found, _ = generation.figures_of(some, own, network, options)
-  stored = generation.open_reference(str(path), network)
-  assert generation.figures_of(some, stored, network, options)[0] == pytest.approx(found, rel=1e-9)
+  some = statistics_of(pictures.Array(PICTURES[:9]), network, "samples")
+  options = Options(precision_recall=False)
+
+  def computed(reference):
+    return figures.compute("generation", figures.Generated(some, reference, network, options))
+
+  stored = open_reference(str(path), network)
+  assert computed(stored) == pytest.approx(computed(own), rel=1e-9)
   about["network"] = {"protocol": "pytorch-fid"}
   other = npz(tmp_path / "other.npz", about=np.array(json.dumps(about)), **moments)
   with pytest.raises(InputError, match=r"was computed by .*pytorch-fid"):
-    generation.open_reference(str(other), network)
+    open_reference(str(other), network)
   for name, changed, message in (
     ("mean", {"mu": np.zeros(4)}, r"mean mu of shape \(4,\).* are 6"),
     ("spatial", {"mu_s": np.zeros(4)}, r"mean mu_s of shape \(4,\).* are 6"),
@@ -210,9 +228,9 @@ def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):
   ):
     bad = npz(tmp_path / f"{name}.npz", **moments | spatial | changed)
     with pytest.raises(InputError, match=message):
-      generation.open_reference(str(bad), network)
+      open_reference(str(bad), network)
   adm = npz(tmp_path / "adm.npz", arr_0=PICTURES, **moments)
-  both = generation.open_reference(str(adm), network, keep=True)
+  both = open_reference(str(adm), network, keep=True)
   np.testing.assert_allclose(both.features, features(network, PICTURES), rtol=1e-5, atol=1e-5)
 
 
@@ -358,7 +376,7 @@ def test_a_grid_is_read_by_the_types_of_the_settings():
 
 
 def test_a_sweep_goes_on_and_finds_the_best_point(network, tmp_path):
-  reference = generation.reference_of(pictures.Array(PICTURES), network)
+  reference = reference_of(pictures.Array(PICTURES), network)
   drawn = []
 
   def draw(point):
@@ -367,7 +385,7 @@ def test_a_sweep_goes_on_and_finds_the_best_point(network, tmp_path):
     return pictures.Array(dark + np.uint8(point["num_steps"]))
 
   output = Output(tmp_path / "sweep", "sweep")
-  options = generation.Options(precision_recall=False)
+  options = Options(precision_recall=False)
   run = functools.partial(
     sweep.sweep, reference=reference, network=network, output=output, options=options
   )
@@ -396,7 +414,7 @@ def test_a_frontier_joins_evaluations_of_one_protocol(tmp_path):
     drawn = evaluation(tmp_path / f"{name}_g.json", "generation", {"fid": fid}, **common)
     words.append(f"{name}/d16:{rebuilt}:{drawn}")
   output = Output(tmp_path / "frontier", "frontier")
-  points = sweep.frontier(words, output, "psnr", "fid")
+  points = frontier.frontier(words, output, "psnr", "fid")
   assert [list(point.values()) for point in points] == [
     ["plain/d16", 20.0, 9.0],
     ["aligned/d16", 19.0, 5.0],
@@ -411,7 +429,7 @@ def test_a_frontier_joins_evaluations_of_one_protocol(tmp_path):
     ("x:y", "is not NAME"),
   ):
     with pytest.raises(InputError, match=message):
-      sweep.frontier([words[0], bad], output, "psnr", "fid")
+      frontier.frontier([words[0], bad], output, "psnr", "fid")
 
 
 def test_an_extrapolation_finds_the_bias_of_few_samples():

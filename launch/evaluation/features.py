@@ -56,11 +56,22 @@ class Network:
   params: Any
   apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
 
+  @property
+  def key(self) -> str:
+    """The Frechet distance's name in JSON and logs: "fid", "fd_efficientnet", ..."""
+    return self.distance.lower().replace("-", "_")
+
   @functools.cached_property
-  def size(self) -> int:
-    """Of the features."""
+  def sizes(self) -> dict[str, int]:
+    """How many numbers each output has for a picture."""
     picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
-    return jax.eval_shape(self.apply, self.params, picture)["pool"].shape[1]
+    found = jax.eval_shape(self.apply, self.params, picture)
+    return {name: x.shape[-1] for name, x in found.items()}
+
+  @property
+  def size(self) -> int:
+    """How many features there are."""
+    return self.sizes["pool"]
 
 
 def load_network(protocol: str, path: str = "") -> Network:

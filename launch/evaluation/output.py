@@ -1,10 +1,11 @@
-"""Where an evaluation's results go: OUTPUT.json, OUTPUT.png, OUTPUT.html."""
+"""Where an evaluation's results go: OUTPUT.json, OUTPUT.png, OUTPUT.html, the console."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from PIL import Image
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances
-from launch.report.html import Figure, Section, write_page
+from launch.report.html import Figure, Section, details, figures_table, table, write_page
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
+Point = dict[str, Any]
 
 
 class Output:
@@ -51,41 +53,62 @@ class Output:
     *,
     title: str,
     summary: str,
-    figures: list[Figure],
-    sections: list[Section],
+    sections: Sequence[Section],
+    figures: Sequence[Figure] = (),
+    points: Sequence[Point] = (),
     picture: np.ndarray | None = None,
   ) -> None:
-    """Writes the files in the first process, the numbers last, and removes what was in progress.
+    """Prints the results and writes the files, the numbers last; removes what was in progress.
 
     Args:
-      result: of the JSON file; versions and kind are added.
+      result: of the JSON file, to which kind, versions and circumstances are added; its "warnings"
+        are shown.
       title: of the page.
       summary: of the page.
-      figures: of the page, the first four at its head.
-      sections: of the page.
+      sections: of the page; tables and the JSON follow.
+      figures: to show, the first four at the page's head.
+      points: rows of a table to show, all with the same keys.
       picture: uint8 [H,W,3]; None if it is there already.
     """
     if jax.process_index():
       return
+    warnings = result.get("warnings", ())
+    for warning in warnings:
+      console.say(f"note: {warning}")
+    header = list(points[0]) if points else []
+    rows = [[_text(value) for value in point.values()] for point in points]
     write_json(self._begun, {"evaluation": self.kind})  # whose the files are, if it ends between
     if picture is not None:
       with atomic_file(self.png) as file:
         Image.fromarray(picture).save(file, "PNG")
+    everything = [
+      *sections,
+      Section("Table", "", [table(header, rows)] if rows else []),
+      Section("Figures", "", [figures_table(figures, warnings)]),
+      Section("Protocol", "What was computed.", [details("JSON", json.dumps(result, indent=2))]),
+    ]
+    write_page(self.html, title, everything, summary=summary, figures=figures)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    noted = {"evaluation": self.kind, **result, "run": circumstances() | {"versions": versions}}
-    write_page(self.html, title, sections, summary=summary, figures=figures)
-    write_json(self.json, noted)
+    run = circumstances() | {"versions": versions}
+    write_json(self.json, {"evaluation": self.kind, **result, "run": run})
     shutil.rmtree(self.progress, ignore_errors=True)
-
-  def show(self, figures: list[Figure]) -> None:
-    """Prints the figures and where everything is."""
-    rows = [(f.name, f"{f.text} {f.unit}".strip()) for f in figures]
+    if rows:
+      console.table(f"{len(rows)} points", header, rows)
     files = [("numbers", self.json), ("picture", self.png), ("page", self.html)]
-    where = [(name, str(path)) for name, path in files]
-    console.table(f"Evaluation: {self.kind}", ("what", "value"), [*rows, *where])
+    console.table(
+      f"Evaluation: {self.kind}",
+      ("what", "value"),
+      [(f.name, f"{f.text} {f.unit}".strip()) for f in figures]
+      + [(name, str(path)) for name, path in files],
+    )
+
+
+def _text(value: Any) -> str:
+  return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _kind_of(path: Path) -> str:
+  """The evaluation that wrote a file; "" if none did."""
   try:
     noted = json.loads(path.read_text())
   except (OSError, ValueError):

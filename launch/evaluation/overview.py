@@ -13,8 +13,11 @@ from ml_collections import FrozenConfigDict
 
 from launch import restore
 from launch.engine.writers import curve, read_metrics
+from launch.evaluation import figures
+from launch.evaluation.features import Network
 from launch.evaluation.pictures import own_pictures, take
 from launch.evaluation.sample_files import read_samples
+from launch.evaluation.space import PERPLEXITY, tsne
 from launch.report import html
 from launch.report.charts import Curve, scatter, training_section
 from launch.report.html import Figure, Section
@@ -30,6 +33,7 @@ def write(
   tokenizer: restore.Trained,
   store: latents.LatentStore,
   results: dict[str, float],
+  network: Network,
   seconds: dict[str, float],
 ) -> None:
   """Writes WORKDIR/report.html.
@@ -39,7 +43,7 @@ def write(
     workdir: of the quickstart, all of whose stages have run.
     tokenizer: the trained one.
     store: its latents of the training pictures.
-    results: figures by name.
+    results: figures by name; those of samples are in the features of `network`.
     seconds: of each stage.
   """
   pictures, labels = read_samples(workdir / "samples.npz")
@@ -53,7 +57,7 @@ def write(
   originals = take(held_out, spread.tolist())
   rebuilt = restore.reconstruct(tokenizer, originals)
   counts = (len(pictures), len(store), len(held_out))
-  shown = _figures(results, *counts)
+  shown = _figures(results, network, *counts)
   sections = [
     Section(
       "Samples",
@@ -111,40 +115,25 @@ def _run_section(config: FrozenConfigDict, seconds: dict[str, float]) -> Section
   )
 
 
-def _figures(results: dict[str, float], samples: int, training: int, held_out: int) -> list[Figure]:
+def _figures(
+  results: dict[str, float], network: Network, samples: int, training: int, held_out: int
+) -> list[Figure]:
   """The figures with their units and notes."""
-  return [
-    Figure("PSNR", results["psnr"], "dB", f"{held_out} held-out pictures", "higher"),
-    Figure("SSIM", results["ssim"], "", f"{held_out} held-out pictures", "higher"),
-    Figure(
-      "FD-EfficientNet",
-      results["fd_efficientnet"],
-      "",
-      f"{samples} samples against {training} training pictures",
-      "lower",
-    ),
-    Figure(
-      "FD-EfficientNet of real pictures",
-      results["fd_efficientnet_real"],
-      "",
-      f"{held_out} held-out against {training} training pictures: what perfect samples would get",
-      "lower",
-    ),
-    Figure(
-      "Precision",
-      results["precision"],
-      "",
-      "share of samples among the training pictures, in the same features",
-      "higher",
-    ),
-    Figure(
-      "Recall",
-      results["recall"],
-      "",
-      "share of training pictures among the samples, in the same features",
-      "higher",
-    ),
-  ]
+  real = Figure(
+    f"{network.distance} of real pictures",
+    results[f"{network.key}_real"],
+    "",
+    f"{held_out} held-out against {training} training pictures: what perfect samples would get",
+    "lower",
+  )
+  rebuilt = figures.shown("reconstruction", results, None, f"{held_out} held-out pictures")
+  notes = {
+    "precision": "share of samples among the training pictures",
+    "recall": "share of training pictures among the samples",
+  }
+  against = f"{samples} samples against {training} training pictures"
+  distance, *drawn = figures.shown("generation", results, network, against, notes)
+  return [*rebuilt, distance, real, *drawn]
 
 
 def _caveats(samples: int, training: int, held_out: int) -> list[str]:
@@ -175,14 +164,6 @@ def _curves(workdir: Path) -> list[Curve]:
 
 
 def _project(store: latents.LatentStore) -> np.ndarray:
-  flat = np.stack(
-    [
-      latents.normalise(store[i]["latent"], store.mean, store.std).ravel()
-      for i in range(len(store))
-    ]
-  )
-  from sklearn.manifold import TSNE  # which takes a second to import
-
-  perplexity = min(30.0, (len(flat) - 1) / 3)
-  plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
-  return np.asarray(plane, np.float64)
+  every = [store[i]["latent"] for i in range(len(store))]
+  flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in every])
+  return tsne(flat, seed=0, perplexity=min(PERPLEXITY, (len(flat) - 1) / 3))

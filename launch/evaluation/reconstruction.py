@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
@@ -11,14 +10,15 @@ import numpy as np
 from flax import nnx
 
 from launch import restore
-from launch.engine import console, mesh
+from launch.engine import mesh
+from launch.evaluation import figures
 from launch.evaluation.features import Network
-from launch.evaluation.generation import gaussian_of, key_of, rank_warnings
+from launch.evaluation.figures import Rebuilt, rank_warnings
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet, take
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, compute
-from launch.report.html import Figure, Section, details, figures_table, picture_pairs
+from launch.report.html import Section, picture_pairs
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images
@@ -42,13 +42,10 @@ def evaluate(
   """All figures of a tokenizer's reconstructions, with JSON, picture and page.
 
   Args:
-    tokenizer: from `trained.load`.
-    pictures: of its size, or another multiple of its cells.
+    pictures: of the tokenizer's size, or of another multiple of its cells.
     network: in whose features reconstructions and pictures are compared; None: in none.
-    output: where to.
     posterior: "sample", as the reference's protocol has it, or "mode".
     seed: of the posterior's noise, drawn for each picture by its place.
-    lpips: the distance, or None.
 
   Returns:
     The figures.
@@ -75,69 +72,69 @@ def evaluate(
     about=about,
     progress=output.progress,
   )
-  psnr_N = found.column("psnr")
-  if np.isnan(psnr_N).any():
+  psnr_N = _checked(found.column("psnr"))
+  gathered = Rebuilt(found, network)
+  values = figures.compute("reconstruction", gathered)
+  chosen = _worst_and_median(psnr_N)
+  pairs = {name: _rebuild(pictures, run, params, indices) for name, indices in chosen.items()}
+  output.write(
+    {
+      "figures": values,
+      **_more(psnr_N, gathered),
+      "pictures": pictures.about,
+      **about,
+      "protocol": "PSNR of 8-bit pictures; SSIM (borders mirrored, as torchmetrics 1.9 has it) and "
+      "LPIPS of unrounded ones; each averaged over pictures",
+    },
+    title=f"Reconstruction: {values.get('psnr', np.inf):.2f} dB",
+    summary=f"{len(psnr_N)} pictures through the tokenizer and back.",
+    figures=figures.shown(
+      "reconstruction", values, network, f"{len(psnr_N)} pictures, posterior's {posterior}"
+    ),
+    sections=[
+      Section(
+        name,
+        f"{name} by PSNR: {', '.join(f'{psnr_N[i]:.1f}' for i in chosen[name])} dB. Left the "
+        "original, right its reconstruction.",
+        [picture_pairs(*pair, ("original", "reconstruction"))],
+      )
+      for name, pair in pairs.items()
+    ],
+    picture=contact_sheet(
+      np.concatenate([side for pair in pairs.values() for side in pair]), len(psnr_N[:SHOWN])
+    ),
+  )
+  return values
+
+
+def _checked(psnr_N: np.ndarray) -> np.ndarray:
+  if (broken := np.isnan(psnr_N)).any():
     raise InputError(
-      f"The tokenizer rebuilds {np.isnan(psnr_N).sum()} of {len(psnr_N)} pictures as NaN; the "
-      f"first is number {np.isnan(psnr_N).argmax()}."
+      f"The tokenizer rebuilds {broken.sum()} of {len(psnr_N)} pictures as NaN; the first is "
+      f"number {broken.argmax()}."
     )
-  exact = int(np.isinf(psnr_N).sum())  # of which PSNR is infinite
-  finite = {name: x[np.isfinite(x)] for name in found.columns for x in [found.column(name)]}
-  figures = {name: float(x.mean(dtype=np.float64)) for name, x in finite.items() if len(x)}
+  return psnr_N
+
+
+def _more(psnr_N: np.ndarray, gathered: Rebuilt) -> dict[str, Any]:
+  """What the JSON file says beside the figures."""
+  exact = int(np.isinf(psnr_N).sum())
   more: dict[str, Any] = {"exact": exact, "warnings": []}
   if exact:
     more["warnings"].append(f"{exact} pictures are rebuilt exactly and are not in PSNR's mean")
-  note = f"{len(psnr_N)} pictures, posterior's {posterior}"
-  units = {"psnr": ("PSNR", "dB", "higher"), "ssim": ("SSIM", "", "higher")}
-  units["lpips"] = ("LPIPS", "", "lower")
-  shown = [
-    Figure(units[n][0], value, units[n][1], note, units[n][2]) for n, value in figures.items()
-  ]
-  if network:
-    rebuilt = found.moments["rebuilt"]
-    distance = gaussian_of(found, "original").distance(rebuilt.mean, rebuilt.cov)
-    figures[f"r{key_of(network)}"] = distance.distance
-    more["negative_eigenvalue"] = distance.negative
-    more["warnings"] += rank_warnings({"pictures": len(psnr_N)}, network)
-    shown.insert(0, Figure(f"r{network.distance}", distance.distance, "", note, "lower"))
-  if lpips is None:
+  if gathered.network and gathered.distance:
+    more["negative_eigenvalue"] = gathered.distance.negative
+    more["warnings"] += rank_warnings({"pictures": len(psnr_N)}, gathered.network)
+  if not gathered.statistics.has("lpips"):
     more["warnings"].append("no LPIPS, whose weights were not given")
-  for warning in more["warnings"]:
-    console.say(f"note: {warning}")
+  return more
+
+
+def _worst_and_median(psnr_N: np.ndarray) -> dict[str, np.ndarray]:
+  """Indices of the pictures that are shown."""
   order = np.argsort(psnr_N)
   middle = max(len(order) // 2 - SHOWN // 2, 0)
-  chosen = {"Worst": order[:SHOWN], "Median": order[middle : middle + SHOWN]}
-  pairs = {name: _rebuild(pictures, run, params, indices) for name, indices in chosen.items()}
-  result = {
-    "figures": figures,
-    **more,
-    "pictures": pictures.about,
-    **about,
-    "protocol": "PSNR of 8-bit pictures; SSIM (borders mirrored, as torchmetrics 1.9 has it) and "
-    "LPIPS of unrounded ones; each averaged over pictures",
-  }
-  sections = [
-    Section(
-      name,
-      f"{name} by PSNR: {', '.join(f'{psnr_N[i]:.1f}' for i in chosen[name])} dB. Left the "
-      "original, right its reconstruction.",
-      [picture_pairs(*pairs[name], ("original", "reconstruction"))],
-    )
-    for name in chosen
-  ]
-  sections.append(Section("Figures", "", [figures_table(shown, more["warnings"])]))
-  sections.append(Section("Protocol", "", [details("JSON", json.dumps(result, indent=2))]))
-  rows = [picture for pair in pairs.values() for picture in pair]
-  output.write(
-    result,
-    title=f"Reconstruction: {figures.get('psnr', np.inf):.2f} dB",
-    summary=f"{len(psnr_N)} pictures through the tokenizer and back.",
-    figures=shown,
-    sections=sections,
-    picture=contact_sheet(np.concatenate(rows), len(rows[0])),
-  )
-  output.show(shown)
-  return figures
+  return {"Worst": order[:SHOWN], "Median": order[middle : middle + SHOWN]}
 
 
 def _compiled(

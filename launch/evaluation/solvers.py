@@ -18,10 +18,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.evaluation.output import Output
-from launch.evaluation.sweep import Point, points_of
+from launch.evaluation.output import Output, Point
+from launch.evaluation.sweep import points_of
 from launch.report import plots
-from launch.report.html import Section, picture_file, table
+from launch.report.html import Section, picture_file
 from launch.sample import labels_for
 from lightningdit_jax import checks
 from lightningdit_jax.sampling import sample_latents
@@ -43,17 +43,15 @@ def evaluate(
   """Compares all points of a grid with `settings`; writes JSON, picture and page.
 
   Args:
-    diffusion: the trained model.
-    settings: of the samples that the others should be, as `config.sample`; an ODE's.
-    grid: from `sweep.parse_grid`; what differs.
-    output: where to.
+    settings: of the best samples, as `config.sample`.
+    grid: from `sweep.parse_grid`; the settings that differ.
     count: samples.
     labels: see `labels_for`.
     seed: of noise and labels.
 
   Returns:
     For each point its settings, "evaluations" (of the velocity for one sample; None where the
-    solver chooses), "seconds" a sample, "distance" (the mean over samples), "distance_95" (of the
+    solver chooses), "seconds" per sample, "distance" (the mean over samples), "distance_95" (of the
     sample that 95 % are nearer than).
 
   Raises:
@@ -63,27 +61,23 @@ def evaluate(
   for each in (settings, *all_settings):  # before the first takes its time
     checks.check_sampling(each, diffusion.config.model, has_guide=False)
   label_N = labels_for(labels, count, diffusion.config.model.num_classes, seed)
-  console.say(f"what the others are compared with: {_told(settings)}")
+  console.say(f"reference settings: {_described(settings)}")
   best, _ = _samples(diffusion, settings, label_N, seed)
   scale_N = np.linalg.norm(best, axis=1)
   points: list[Point] = []
   for point, each in zip(points_of(grid), all_settings, strict=True):
     found, seconds = _samples(diffusion, each, label_N, seed)
     distance_N = np.linalg.norm(found - best, axis=1) / scale_N
-    points.append(
-      {
-        **point,
-        "evaluations": _evaluations(each),
-        "seconds": seconds,
-        "distance": float(distance_N.mean()),
-        "distance_95": float(np.quantile(distance_N, 0.95)),
-      }
-    )
+    measured = {
+      "evaluations": _evaluations(each),
+      "seconds": seconds,
+      "distance": float(distance_N.mean()),
+      "distance_95": float(np.quantile(distance_N, 0.95)),
+    }
+    points.append(point | measured)
     console.say(f"[{len(points)}/{len(all_settings)}] {points[-1]}")
   _draw(points, list(grid), output.png)
-  rows = [[_text(value) for value in point.values()] for point in points]
-  console.table(f"{len(points)} solvers", list(points[0]), rows)
-  summary = f"{count} samples each, beside {_told(settings)}."
+  summary = f"{count} samples each, beside {_described(settings)}."
   output.write(
     {
       "grid": grid,
@@ -96,13 +90,9 @@ def evaluate(
     },
     title="Solvers",
     summary=summary,
-    figures=[],
-    sections=[
-      Section("Cost and distance", summary, [picture_file(output.png)]),
-      Section("Table", "", [table(list(points[0]), rows)]),
-    ],
+    sections=[Section("Cost and distance", summary, [picture_file(output.png)])],
+    points=points,
   )
-  output.show([])
   return points
 
 
@@ -128,22 +118,16 @@ def _samples(
 
 
 def _evaluations(settings: FrozenConfigDict) -> int | None:
-  """How often the velocity is asked for; a stage of each method for each step."""
-  if settings.mode == "SDE":
-    return None
-  if settings.method not in TABLEAUX:
+  """Evaluations of the velocity: one for each stage of each step; None where the solver chooses."""
+  if settings.mode == "SDE" or settings.method not in TABLEAUX:
     return None
   stages, _ = TABLEAUX[settings.method]
   return (settings.num_steps - 1) * (len(stages) + 1)
 
 
-def _told(settings: FrozenConfigDict) -> str:
+def _described(settings: FrozenConfigDict) -> str:
   names = ("mode", "method", "num_steps", "timestep_shift", "cfg_scale", "cfg_interval_start")
   return ", ".join(f"{name}={settings[name]}" for name in names)
-
-
-def _text(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _draw(points: list[Point], names: list[str], path: Path) -> None:
@@ -158,7 +142,7 @@ def _draw(points: list[Point], names: list[str], path: Path) -> None:
     axis.plot(x, y, "o-", label=label or names[-1])
     for point, place in zip(line, zip(x, y, strict=True), strict=True):
       axis.annotate(str(point[names[-1]]), place, xytext=(4, 4), textcoords="offset points")
-  axis.set(xscale="log", yscale="log", xlabel="seconds a sample", ylabel="distance of latents")
+  axis.set(xscale="log", yscale="log", xlabel="seconds per sample", ylabel="distance of latents")
   axis.grid(alpha=0.3, which="both")
   axis.legend()
   plots.save(figure, path, dpi=120)

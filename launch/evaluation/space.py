@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +11,12 @@ import numpy as np
 from safetensors import safe_open
 
 from launch.engine import console
+from launch.evaluation import figures
+from launch.evaluation.figures import LatentSpace
 from launch.evaluation.output import Output
 from launch.report import plots
 from launch.report.charts import Curve, line_chart, scatter
-from launch.report.html import Figure, Section, details, figures_table
+from launch.report.html import Section
 from lightningdit_jax import transport
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
@@ -75,6 +76,19 @@ def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
   return Cells(values, store.labels_of(records))
 
 
+class Run(NamedTuple):
+  """One t-SNE.
+
+  Attributes:
+    plane: place of each cell [n,2].
+    density: at each place [n].
+  """
+
+  cells: Cells
+  plane: np.ndarray
+  density: np.ndarray
+
+
 def evaluate(
   store: latents.LatentStore,
   output: Output,
@@ -87,8 +101,6 @@ def evaluate(
   """All figures of a latent space, with JSON, picture and page.
 
   Args:
-    store: the latents.
-    output: where to.
     runs: t-SNEs, each of other cells.
     count: cells of each.
     seed: of the first run; the next ones follow.
@@ -102,95 +114,88 @@ def evaluate(
   """
   if len(store) < LEAST:
     raise InputError(f"{store.path} has {len(store)} latents; at least {LEAST} are needed.")
-  found: list[Uniformity] = []
-  shown: tuple[Cells, np.ndarray, np.ndarray] | None = None
-  for run in console.tracked(range(runs), "t-SNE"):
-    cells = draw_cells(store, count, seed + run)
-    plane = _plane(cells, seed + run, output.progress / f"run-{seed + run}.safetensors")
-    dense = density(plane)
-    found.append(uniformity(dense))
-    shown = shown or (cells, plane, dense)
-  assert shown is not None
-  cells, plane, dense = shown
-  values = cells.values.astype(np.float64)
+  done = [
+    _run(store, count, seed + run, output.progress) for run in console.tracked(range(runs), "t-SNE")
+  ]
+  first, found = done[0], [uniformity(run.density) for run in done]
+  values = first.cells.values.astype(np.float64)
   correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
   covariance = np.atleast_2d(np.cov(values.T))
   eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
-  figures = {name: float(np.mean([getattr(x, name) for x in found])) for name in Uniformity._fields}
+  computed = figures.compute("latents", LatentSpace(found, eigenvalues, correlation))
   spread = {
     name: float(np.std([getattr(x, name) for x in found], ddof=1)) if runs > 1 else None
     for name in Uniformity._fields
   }
-  off = correlation - np.eye(len(correlation))
-  figures["effective_dimensions"] = float(eigenvalues.sum() ** 2 / np.square(eigenvalues).sum())
-  figures["largest_correlation"] = float(np.abs(off).max())
   curves = signal_to_noise(eigenvalues, path)
-  result = {
-    "figures": figures,
-    "standard_deviation_over_runs": spread,
-    "runs": [x._asdict() for x in found],
-    "cells": len(values),
-    "seed": seed,
-    "perplexity": PERPLEXITY,
-    "latents": {"path": str(store.path), "sha256": store.sha256, "shape": list(store.shape)},
-    "channels": _channels(store, values),
-    "eigenvalues": eigenvalues.tolist(),
-    "signal_to_noise": {name: [[t, v] for t, v in points] for name, points in curves.items()},
-  }
-  note = f"{runs} runs of {len(values)} cells"
-  rows = [
-    Figure("Density CV", figures["density_cv"], _plus_minus(spread["density_cv"]), note, "lower"),
-    Figure("Gini", figures["gini"], _plus_minus(spread["gini"]), note, "lower"),
-    Figure(
-      "Normalised entropy",
-      figures["normalized_entropy"],
-      _plus_minus(spread["normalized_entropy"]),
-      note,
-      "higher",
+  channels = _channels(store, values)
+  _draw(output, first, channels, correlation, curves)
+  output.write(
+    {
+      "figures": computed,
+      "standard_deviation_over_runs": spread,
+      "runs": [x._asdict() for x in found],
+      "cells": len(values),
+      "seed": seed,
+      "perplexity": PERPLEXITY,
+      "latents": {"path": str(store.path), "sha256": store.sha256, "shape": list(store.shape)},
+      "channels": channels,
+      "eigenvalues": eigenvalues.tolist(),
+      "signal_to_noise": {name: [[t, v] for t, v in points] for name, points in curves.items()},
+    },
+    title=f"Latents: density CV {computed['density_cv']:.3f}",
+    summary=f"{len(store):,} latents of {store.shape[0]} x {store.shape[1]} x {store.shape[2]}.",
+    figures=figures.shown(
+      "latents",
+      computed,
+      None,
+      f"{runs} runs of {len(values)} cells, {values.shape[1]} channels",
+      {name: f"± {x:.3f}" for name, x in spread.items() if x is not None},
     ),
-    Figure("Effective dimensions", figures["effective_dimensions"], f"of {values.shape[1]}", note),
-    Figure("Largest correlation of two channels", figures["largest_correlation"], "", note),
-  ]
-  _draw(output, plane, dense, result["channels"], correlation, curves)
-  classes = store.manifest.get("class_names") or [str(i) for i in range(cells.labels.max() + 1)]
-  few = slice(None, _SHOWN_POINTS)
-  chart = Curve(
-    f"Signal to noise of the path {path}", "log10 of variances", curves, x_label="time x 100"
+    sections=_sections(store, first, curves, path),
   )
-  sections = [
+  return computed
+
+
+def _sections(
+  store: latents.LatentStore, run: Run, curves: dict[str, list[tuple[int, float]]], path: str
+) -> list[Section]:
+  labels = run.cells.labels
+  classes = store.manifest.get("class_names") or [str(i) for i in range(labels.max() + 1)]
+  some = slice(None, _SHOWN_POINTS)
+  title = f"Signal to noise of the path {path}"
+  chart = Curve(title, "log10 of variances", curves, x_label="time x 100")
+  return [
     Section(
       "Map",
       f"Cells of the first run in the plane (t-SNE, perplexity {PERPLEXITY:g}), by class.",
-      [scatter(plane[few], cells.labels[few], classes)],
+      [scatter(run.plane[some], labels[some], classes)],
     ),
     Section("Noise", "Along the axes of most, median and least variance.", [line_chart(chart)]),
-    Section("Figures", "", [figures_table(rows)]),
-    Section("Numbers", "", [details("JSON", json.dumps(result, indent=2))]),
   ]
-  output.write(
-    result,
-    title=f"Latents: density CV {figures['density_cv']:.3f}",
-    summary=f"{len(store):,} latents of {store.shape[0]} x {store.shape[1]} x {store.shape[2]}.",
-    figures=rows,
-    sections=sections,
-  )
-  output.show(rows)
-  return figures
 
 
-def _plane(cells: Cells, seed: int, path: Path) -> np.ndarray:
-  """t-SNE of the cells, or what a run before found of the same ones."""
+def _run(store: latents.LatentStore, count: int, seed: int, progress: Path) -> Run:
+  """One t-SNE, or what a run before found of the same cells."""
+  cells = draw_cells(store, count, seed)
+  path = progress / f"run-{seed}.safetensors"
   noted = {"cells": hashlib.sha256(cells.values.tobytes()).hexdigest()}
   if path.is_file():
     with safe_open(path, "numpy") as file:
       if file.metadata() == noted:
-        return file.get_tensor("plane")
+        plane = file.get_tensor("plane")
+        return Run(cells, plane, density(plane))
+  plane = tsne(cells.values, seed)
+  write_safetensors(path, {"plane": plane}, noted)
+  return Run(cells, plane, density(plane))
+
+
+def tsne(values: np.ndarray, seed: int, perplexity: float = PERPLEXITY) -> np.ndarray:
+  """Vectors [n,F] in the plane, float64 [n,2]."""
   from sklearn.manifold import TSNE  # which takes a second to import
 
-  tsne = TSNE(perplexity=PERPLEXITY, random_state=seed, init="pca")
-  plane = np.asarray(tsne.fit_transform(cells.values), np.float64)
-  write_safetensors(path, {"plane": plane}, noted)
-  return plane
+  plane = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(values)
+  return np.asarray(plane, np.float64)
 
 
 def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[int, float]]]:
@@ -232,21 +237,16 @@ def _channels(store: latents.LatentStore, values: np.ndarray) -> dict[str, list[
   return {name: np.asarray(x, np.float64).tolist() for name, x in columns.items()}
 
 
-def _plus_minus(spread: float | None) -> str:
-  return "" if spread is None else f"± {spread:.3f}"
-
-
 def _draw(
   output: Output,
-  plane: np.ndarray,
-  dense: np.ndarray,
+  run: Run,
   channels: dict[str, list[float]],
   correlation: np.ndarray,
   curves: dict[str, list[tuple[int, float]]],
 ) -> None:
   figure, axes = plots.panels(2, 2, size=(12, 10))
   (first, second), (third, fourth) = axes
-  first.scatter(*plane.T, c=dense, s=4, cmap="viridis", linewidths=0)
+  first.scatter(*run.plane.T, c=run.density, s=4, cmap="viridis", linewidths=0)
   first.set(title="cells by t-SNE, coloured by density", xticks=[], yticks=[])
   places = np.arange(len(channels["mean"]))
   second.bar(places, channels["std"], color="#44aa99")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from clu.metrics import CollectingMetric
 from safetensors import SafetensorError, safe_open
 
 from launch.engine import console, mesh, processes
@@ -52,13 +53,13 @@ class Statistics:
   Attributes:
     moments: by the names of `Part`.
     sums: of the probabilities of each block.
-    columns: likewise, a list of arrays of the blocks.
+    columns: arrays of the blocks, by the names of `Part`.
   """
 
   def __init__(self) -> None:
     self.moments: dict[str, Moments] = {}
     self.sums: list[ProbabilitySums] = []
-    self.columns: dict[str, list[np.ndarray]] = {}
+    self.columns = CollectingMetric.empty()
 
   def add(self, parts: list[Part]) -> None:
     """Adds the next block, which was computed in several parts."""
@@ -68,25 +69,28 @@ class Statistics:
     if parts[0].probabilities is not None:
       probabilities = np.concatenate([part.probabilities for part in parts])
       self.sums.append(ProbabilitySums.of(probabilities))
-    for name in parts[0].columns:
-      self.columns.setdefault(name, []).append(
-        np.concatenate([part.columns[name] for part in parts])
-      )
+    columns = {n: (np.concatenate([p.columns[n] for p in parts]),) for n in parts[0].columns}
+    self.columns = self.columns.merge(CollectingMetric(columns))
 
   def merge(self, other: Statistics) -> None:
     """Adds those of the pictures that follow."""
     for name, moments in other.moments.items():
       self.moments.setdefault(name, Moments()).merge(moments)
     self.sums += other.sums
-    for name, column in other.columns.items():
-      self.columns.setdefault(name, []).extend(column)
+    self.columns = self.columns.merge(other.columns)
+
+  def has(self, name: str) -> bool:
+    """Whether something of this name was kept of each picture."""
+    return name in self.columns.values
 
   def column(self, name: str) -> np.ndarray:
     """What was kept of all pictures [N, ...]."""
-    return np.concatenate(self.columns[name])
+    return np.concatenate(self.columns.values[name])
 
-  def inception_score(self) -> float:
-    """The mean over splits of 5,000 samples, a last smaller one included."""
+  def inception_score(self) -> float | None:
+    """The mean over splits of 5,000 samples, a last smaller one included; None without classes."""
+    if not self.sums:
+      return None
     per_split = SPLIT // BLOCK
     scores = []
     for begin in range(0, len(self.sums), per_split):
@@ -98,7 +102,7 @@ class Statistics:
 
   def to_tensors(self) -> dict[str, np.ndarray]:
     """All of it as arrays."""
-    tensors = {f"column.{name}": self.column(name) for name in self.columns}
+    tensors = {f"column.{name}": column for name, column in self.columns.compute().items()}
     for name, moments in self.moments.items():
       tensors[f"count.{name}"] = np.array([moments.count], np.int64)
       tensors[f"mean.{name}"] = moments.mean
@@ -111,16 +115,17 @@ class Statistics:
   @classmethod
   def of_tensors(cls, tensors: dict[str, np.ndarray]) -> Statistics:
     """The inverse of `to_tensors`."""
-    found = cls()
+    found, columns = cls(), {}
     for key, value in tensors.items():
       what, _, name = key.partition(".")
       if what == "column":
-        found.columns[name] = [value]
+        columns[name] = (value,)
       elif what == "count":
         mean, scatter = tensors[f"mean.{name}"], tensors[f"scatter.{name}"]
         found.moments[name] = Moments(int(value[0]), mean, scatter)
       elif what == "sums":
         found.sums = [ProbabilitySums(int(row[0]), float(row[1]), row[2:]) for row in value]
+    found.columns = CollectingMetric(columns)
     return found
 
 

@@ -24,8 +24,8 @@ from absl import flags
 from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.evaluation.features import load_network
-from launch.evaluation.generation import compiled, gaussian_of, statistics_of
 from launch.evaluation.pictures import Array, FromSource
+from launch.evaluation.reference import compiled, gaussian_of, statistics_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from vavae_jax.common.files import write_json
 from vavae_jax.metrics import inception

@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from launch import tasks
 from launch.engine import flops, hardware, loop, mesh
 from launch.engine.checkpoint import Checkpoints, survey
-from launch.evaluation.generation import feature_options
+from launch.evaluation.reference import feature_options
 from launch.lab import programs
 from launch.lab.benchmark import loading
 from launch.lab.benchmark.measuring import (

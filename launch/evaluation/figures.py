@@ -1,0 +1,294 @@
+"""The table of figures: name, how it is shown, which direction is better, function.
+
+A new figure is one entry of `FIGURES`. Its function takes what its evaluation has gathered and
+returns a number, or None where it was not asked for or cannot be computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from launch.engine import console
+from launch.evaluation.features import Network
+from launch.evaluation.reference import MOST_KEPT, Reference, gaussian_of
+from launch.evaluation.statistics import Statistics
+from launch.report.html import Figure
+from vavae_jax.common.errors import InputError
+from vavae_jax.metrics import confidence
+from vavae_jax.metrics.distribution import Frechet, PrecisionRecall, precision_recall
+from vavae_jax.metrics.uniformity import Uniformity
+
+T = TypeVar("T")
+NEIGHBOURS = 3  # k of precision and recall
+
+
+class Options(NamedTuple):
+  """What is computed beside the distances.
+
+  Attributes:
+    precision_recall: needs the features of all pictures in memory, 8 kB each.
+    bootstrap: resamples for a confidence interval; 0: none.
+    infinity: extrapolate to infinitely many samples.
+  """
+
+  precision_recall: bool = True
+  bootstrap: int = 0
+  infinity: bool = False
+
+  @property
+  def keep(self) -> bool:
+    """Whether the samples' features are kept."""
+    return self.precision_recall or self.bootstrap > 0 or self.infinity
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """Samples and real pictures in the features of one network."""
+
+  samples: Statistics
+  reference: Reference
+  network: Network
+  options: Options
+
+  @functools.cached_property
+  def features(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pooled features of reference and samples, [N,F] each, where both were kept."""
+    if self.reference.features is None or not self.samples.has("pool"):
+      return None
+    return self.reference.features, self.samples.column("pool")
+
+  @functools.cached_property
+  def pool(self) -> Frechet:
+    """In the pooled features."""
+    moments = self.samples.moments["pool"]
+    return self.reference.gaussian.distance(moments.mean, moments.cov)
+
+  @functools.cached_property
+  def spatial(self) -> Frechet | None:
+    """In sFID's features."""
+    moments = self.samples.moments.get("spatial")
+    if moments is None or self.reference.spatial is None:
+      return None
+    return self.reference.spatial.distance(moments.mean, moments.cov)
+
+  @functools.cached_property
+  def shares(self) -> PrecisionRecall | None:
+    """Precision and recall."""
+    if not self.options.precision_recall or self.features is None:
+      return None
+    real, drawn = self.features
+    if len(real) <= NEIGHBOURS:
+      raise InputError(f"The reference has {len(real)} pictures; give more.")
+    console.say(f"precision and recall of {len(drawn)} and {len(real)} features ...")
+    return precision_recall(real, drawn, NEIGHBOURS)
+
+  @functools.cached_property
+  def infinity(self) -> confidence.Infinity | None:
+    """The distance of infinitely many samples."""
+    if not self.options.infinity:
+      return None
+    subsets = confidence.subset_distances(self.samples.column("pool"), self.reference.gaussian)
+    return confidence.extrapolated(list(_tracked(subsets, "subsets", confidence.POINTS)))
+
+  def more(self) -> dict[str, Any]:
+    """What a JSON file says beside the figures: parts of the distances, warnings, confidence."""
+    key, options, pool = self.network.key, self.options, self.samples.moments["pool"]
+    distances = {key: self.pool, f"s{key}": self.spatial}
+    more: dict[str, Any] = {
+      "parts": {
+        name: {
+          "means": found.means,
+          "covariances": found.covariances,
+          "negative_eigenvalue": found.negative,
+        }
+        for name, found in distances.items()
+        if found
+      },
+      "warnings": rank_warnings(
+        {"samples": pool.count, "reference": self.reference.count}, self.network
+      ),
+    }
+    if options.precision_recall and self.reference.features is None:
+      more["warnings"].insert(
+        0,
+        "no precision and recall: the reference has statistics alone, or more than "
+        f"{MOST_KEPT:,} pictures",
+      )
+    if options.bootstrap:
+      features = self.samples.column("pool")
+      draws = confidence.resampled(features, self.reference.gaussian, options.bootstrap)
+      resamples = list(_tracked(draws, "bootstrap", options.bootstrap))
+      interval = confidence.interval(self.pool.distance, resamples)
+      more["confidence"] = {key: interval._asdict() | {"resamples": options.bootstrap}}
+    if self.infinity:
+      more["infinity"] = self.infinity._asdict()
+    return more
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuilt:
+  """Pictures and their reconstructions.
+
+  Attributes:
+    statistics: columns of what each picture has; moments "original" and "rebuilt" of the network.
+  """
+
+  statistics: Statistics
+  network: Network | None
+
+  def mean(self, name: str) -> float | None:
+    """Of a column, over the pictures where it is finite."""
+    if not self.statistics.has(name):
+      return None
+    column = self.statistics.column(name)
+    finite = column[np.isfinite(column)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else None
+
+  @functools.cached_property
+  def distance(self) -> Frechet | None:
+    """Between the features of originals and reconstructions."""
+    if not self.network:
+      return None
+    rebuilt = self.statistics.moments["rebuilt"]
+    return gaussian_of(self.statistics, "original").distance(rebuilt.mean, rebuilt.cov)
+
+
+class LatentSpace(NamedTuple):
+  """Cells of a latent space.
+
+  Attributes:
+    runs: uniformity of each t-SNE.
+    eigenvalues: of the covariance [Z], descending.
+    correlation: of the channels [Z,Z].
+  """
+
+  runs: list[Uniformity]
+  eigenvalues: np.ndarray
+  correlation: np.ndarray
+  network: None = None
+
+  def mean(self, name: str) -> float:
+    """Of a figure of uniformity, over the runs."""
+    return float(np.mean([getattr(run, name) for run in self.runs]))
+
+
+class Entry(NamedTuple):
+  """A figure.
+
+  Attributes:
+    key: its name in JSON; {distance} is the network's name for its Frechet distance, "fid".
+    label: its name for people; {distance} is "FID".
+    better: which direction is, "higher", "lower" or "".
+    compute: what was gathered -> the number, or None.
+    unit: of the number.
+    form: format of the number; see `report.html.Figure`.
+  """
+
+  key: str
+  label: str
+  better: str
+  compute: Callable[[Any], float | None]
+  unit: str = ""
+  form: str = ""
+
+
+FIGURES: dict[str, tuple[Entry, ...]] = {
+  "generation": (
+    Entry("{distance}", "{distance}", "lower", lambda g: g.pool.distance),
+    Entry("s{distance}", "s{distance}", "lower", lambda g: g.spatial and g.spatial.distance),
+    Entry("inception_score", "Inception score", "higher", lambda g: g.samples.inception_score()),
+    Entry("precision", "Precision", "higher", lambda g: g.shares and g.shares.precision),
+    Entry("recall", "Recall", "higher", lambda g: g.shares and g.shares.recall),
+    Entry(
+      "{distance}_infinity",
+      "{distance} (infinitely many samples)",
+      "lower",
+      lambda g: g.infinity and g.infinity.distance,
+    ),
+  ),
+  "reconstruction": (
+    Entry("r{distance}", "r{distance}", "lower", lambda g: g.distance and g.distance.distance),
+    Entry("psnr", "PSNR", "higher", lambda g: g.mean("psnr"), "dB"),
+    Entry("ssim", "SSIM", "higher", lambda g: g.mean("ssim")),
+    Entry("lpips", "LPIPS", "lower", lambda g: g.mean("lpips")),
+  ),
+  "latents": (
+    Entry("density_cv", "Density CV", "lower", lambda g: g.mean("density_cv")),
+    Entry("gini", "Gini", "lower", lambda g: g.mean("gini")),
+    Entry(
+      "normalized_entropy",
+      "Normalised entropy",
+      "higher",
+      lambda g: g.mean("normalized_entropy"),
+    ),
+    Entry(
+      "effective_dimensions",
+      "Effective dimensions",
+      "",
+      lambda g: float(g.eigenvalues.sum() ** 2 / np.square(g.eigenvalues).sum()),
+    ),
+    Entry(
+      "largest_correlation",
+      "Largest correlation of two channels",
+      "",
+      lambda g: float(np.abs(g.correlation - np.eye(len(g.correlation))).max()),
+    ),
+  ),
+}
+
+
+def compute(kind: str, gathered: Generated | Rebuilt | LatentSpace) -> dict[str, float]:
+  """All figures of an evaluation by their names in JSON."""
+  key = gathered.network.key if gathered.network else ""
+  found = {each.key.format(distance=key): each.compute(gathered) for each in FIGURES[kind]}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def shown(
+  kind: str,
+  figures: Mapping[str, float],
+  network: Network | None,
+  note: str,
+  notes: Mapping[str, str] | None = None,
+) -> list[Figure]:
+  """Figures as the console and pages show them.
+
+  Args:
+    kind: the evaluation, a key of `FIGURES`.
+    figures: by their names in JSON; others than the table's are left out.
+    network: of the distances.
+    note: about every figure.
+    notes: about single figures, by name.
+  """
+  key, name = (network.key, network.distance) if network else ("", "")
+  rows = []
+  for each in FIGURES[kind]:
+    full = each.key.format(distance=key)
+    if full in figures:
+      about = ", ".join(filter(None, [note, (notes or {}).get(full)]))
+      label = each.label.format(distance=name)
+      rows.append(Figure(label, figures[full], each.unit, about, each.better, each.form))
+  return rows
+
+
+def rank_warnings(counts: Mapping[str, int | None], network: Network) -> list[str]:
+  """Warnings about sets that have fewer pictures than there are features."""
+  return [
+    f"{count} {name} are fewer than the {network.size} features: their covariance has not full "
+    f"rank, and {network.distance} compares with no other number of pictures"
+    for name, count in counts.items()
+    if count is not None and count <= network.size
+  ]
+
+
+def _tracked(items: Iterator[T], name: str, total: int) -> Iterator[T]:
+  """The items, with a bar."""
+  with console.Bar(name, total) as bar:
+    for done, item in enumerate(items, 1):
+      yield item
+      bar.update(done)

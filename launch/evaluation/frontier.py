@@ -1,0 +1,78 @@
+"""Reconstruction against generation for several tokenizers, as figure 2 of the paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.evaluation.output import Output, Point
+from launch.report import plots
+from launch.report.html import Section, picture_file
+from vavae_jax.common.errors import InputError
+
+
+def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point]:
+  """Joins evaluations of several tokenizers; writes JSON, picture and page.
+
+  Args:
+    words: `NAME:RECONSTRUCTION.json:GENERATION.json` each, of `launch.evaluate`; see
+      `plots.frontier` for names with a slash.
+    x: a figure of the reconstructions.
+    y: a figure of the generations.
+
+  Returns:
+    {"name", x, y} of each.
+
+  Raises:
+    InputError: a file is missing, is of another evaluation or of another protocol than the others.
+  """
+  points: list[Point] = []
+  protocols: dict[str, str] = {}
+  for word in words:
+    name, *paths = word.split(":")
+    if len(paths) != 2:
+      raise InputError(f"--point={word} is not NAME:RECONSTRUCTION.json:GENERATION.json.")
+    point: Point = {"name": name}
+    kinds = {"reconstruction": ("x", x), "generation": ("y", y)}
+    for path, (kind, (axis, figure)) in zip(paths, kinds.items(), strict=True):
+      noted = _read(Path(path), kind)
+      if figure not in noted["figures"]:
+        raise InputError(
+          f"{path} has no {figure}; give --{axis}={' or '.join(noted['figures'])}, which it has."
+        )
+      point[f"{kind}: {figure}"] = noted["figures"][figure]
+      if kind == "generation":
+        protocol = json.dumps(
+          [noted["network"], noted["samples"].get("pictures"), noted["reference"]]
+        )
+        if protocols and protocol not in protocols:
+          raise InputError(f"{path} and {next(iter(protocols.values()))} are of other protocols.")
+        protocols[protocol] = path
+    points.append(point)
+  if not points:
+    raise InputError("Give --point=NAME:RECONSTRUCTION.json:GENERATION.json once or more.")
+  _, across, down = points[0]
+  drawing, ((axes,),) = plots.panels(size=(7, 5))
+  plots.frontier(axes, {point["name"]: (point[across], point[down]) for point in points})
+  axes.set(xlabel=across, ylabel=down)
+  plots.save(drawing, output.png, dpi=120)
+  output.write(
+    {"points": points},
+    title="Reconstruction against generation",
+    summary=f"{len(points)} tokenizers.",
+    sections=[Section("Frontier", f"{down} over {across}.", [picture_file(output.png)])],
+    points=points,
+  )
+  return points
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+  try:
+    noted = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} cannot be read ({error}).") from error
+  if not isinstance(noted, dict) or noted.get("evaluation") != kind:
+    raise InputError(f"{path} is not what python -m launch.evaluate {kind} writes.")
+  return noted

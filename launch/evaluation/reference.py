@@ -1,0 +1,177 @@
+"""Pictures in the features of a network; real ones as the reference of a distance."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.evaluation.features import Network
+from launch.evaluation.pictures import (
+  PictureSet,
+  describe,
+  has_pictures,
+  open_pictures,
+  stored_statistics,
+)
+from launch.evaluation.statistics import Part, Statistics, compute
+from vavae_jax.common.errors import InputError
+from vavae_jax.metrics.distribution import Gaussian
+
+MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on the host
+
+
+@dataclasses.dataclass
+class Reference:
+  """Real pictures, or what was computed of them before.
+
+  Attributes:
+    about: what they are, for a JSON file.
+    gaussian: of their features.
+    count: pictures; None where the file of the statistics does not note it.
+    spatial: of sFID's features.
+    features: [N,F].
+  """
+
+  about: dict[str, Any]
+  gaussian: Gaussian
+  count: int | None = None
+  spatial: Gaussian | None = None
+  features: np.ndarray | None = None
+  pictures: PictureSet | None = None
+
+
+def feature_options() -> dict[str, str]:
+  """Compiler options for feature networks."""
+  # XLA's newer kernels for a CPU take 1.5 times as long for Inception's convolutions.
+  return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
+@functools.cache
+def compiled(network: Network, keep: bool) -> Callable[[Any, dict[str, jax.Array]], Part]:
+  """A jitted function for `compute`, which keeps the features "pool" as a column if `keep`."""
+
+  @functools.partial(jax.jit, compiler_options=feature_options())
+  def run(params: Any, batch: dict[str, jax.Array]) -> Part:
+    found = network.apply(params, batch["image"])
+    moments = {name: x for name, x in found.items() if name != "probabilities"}
+    return Part(moments, found.get("probabilities"), {"pool": found["pool"]} if keep else {})
+
+  return run
+
+
+def statistics_of(
+  pictures: PictureSet,
+  network: Network,
+  name: str,
+  *,
+  keep: bool = False,
+  progress: Path | None = None,
+) -> Statistics:
+  """Moments "pool" and, of Inception, "spatial" and probabilities; see `compiled` and `compute`.
+
+  Raises:
+    InputError: fewer than two pictures.
+  """
+  if len(pictures) < 2:
+    raise InputError(f"The {name} are {len(pictures)}; a covariance needs at least 2.")
+  return compute(
+    pictures,
+    compiled(network, keep),
+    network.params,
+    name=name,
+    about=[network.about, keep],
+    progress=progress,
+  )
+
+
+def gaussian_of(statistics: Statistics, name: str = "pool") -> Gaussian:
+  """The Gaussian of one of the features; InputError where they have none."""
+  moments = statistics.moments[name]
+  try:
+    return Gaussian(moments.mean, moments.cov)
+  except ValueError as error:
+    raise InputError(f"The features {name} have no Gaussian: {error}") from error
+
+
+def reference_of(
+  pictures: PictureSet, network: Network, *, keep: bool = False, progress: Path | None = None
+) -> Reference:
+  """Pictures as a reference, whose features are kept if `keep` and there are not too many."""
+  keep = keep and len(pictures) <= MOST_KEPT
+  found = statistics_of(pictures, network, "reference", keep=keep, progress=progress)
+  features = found.column("pool") if keep else None
+  spatial = gaussian_of(found, "spatial") if "spatial" in found.moments else None
+  return Reference(pictures.about, gaussian_of(found), len(pictures), spatial, features, pictures)
+
+
+def open_reference(
+  spec: str,
+  network: Network,
+  *,
+  image_size: int = 0,
+  tokenizer: str = "",
+  keep: bool = False,
+  progress: Path | None = None,
+) -> Reference:
+  """Real pictures, their statistics stored or computed now.
+
+  Args:
+    spec: an npz with mu and sigma, as ADM, pytorch-fid and `launch.evaluate statistics` write it,
+      or pictures, as `open_pictures` takes them with `image_size` and `tokenizer`.
+    network: whose features.
+    keep: the features too, where there are pictures.
+    progress: see `compute`.
+
+  Raises:
+    InputError: the statistics are of another network or protocol, or there is nothing usable.
+  """
+  stored = stored_statistics(spec)
+  if not stored:
+    pictures = open_pictures(spec, image_size=image_size, tokenizer=tokenizer)
+    return reference_of(pictures, network, keep=keep, progress=progress)
+  reference = _of_stored(stored, spec, network)
+  if has_pictures(spec):
+    reference.pictures = open_pictures(spec)
+    if keep and len(reference.pictures) <= MOST_KEPT:
+      found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
+      reference.features = found.column("pool")
+  return reference
+
+
+def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Reference:
+  """A reference from the arrays of the file `spec`."""
+  sizes = network.sizes
+  for name, what in (("mu", "pool"), ("mu_s", "spatial")):
+    if name in stored and what in sizes and stored[name].shape != (sizes[what],):
+      raise InputError(
+        f"{spec} has a mean {name} of shape {stored[name].shape}, but the features of "
+        f"{network.protocol} are {sizes[what]}: it is of another network."
+      )
+  try:
+    about = json.loads(str(stored["about"])) if "about" in stored else {}
+  except ValueError as error:
+    raise InputError(f"{spec} does not say what it is of ({error}); make it again.") from error
+  own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
+  if about and not own.items() <= about["network"].items():
+    raise InputError(
+      f"{spec} was computed by {describe(about['network'])}; now it is {describe(network.about)}."
+    )
+  try:
+    both = "mu_s" in stored and "spatial" in sizes
+    spatial = Gaussian(stored["mu_s"], stored["sigma_s"]) if both else None
+    gaussian = Gaussian(stored["mu"], stored["sigma"])
+  except (ValueError, KeyError) as error:
+    raise InputError(f"The statistics in {spec} are no mean and covariance: {error}") from error
+  pictures = about.get("pictures") or {
+    "kind": "statistics",
+    "note": "their protocol is not noted in the file",
+    "mu_sum": float(stored["mu"].sum()),
+  }
+  return Reference(pictures, gaussian, pictures.get("pictures"), spatial)
