@@ -89,6 +89,12 @@ def of(
   return make(config, devices, coded or CODED_PER_DEVICE * devices.size, num_images)
 
 
+def traced(program: Program, devices: Mesh) -> Any:
+  """The program's trace, whose `jaxpr` `launch.engine.flops` counts."""
+  with jax.set_mesh(devices):
+    return program.function.trace(*program.arguments)
+
+
 def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
   """The training step as the loop runs it, in its most expensive phase."""
   task = tasks.of(config)

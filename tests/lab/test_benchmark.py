@@ -8,16 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from ml_collections import FrozenConfigDict
 
 from configs import lightningdit, quickstart, vavae_f16d32
-from launch.engine import mesh
+from launch.engine import flops, mesh
 from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, measuring, parts, steps
 from launch.lab.benchmark import rows as row_module
-from lightningdit_jax import training
 from vavae_jax.common.errors import InputError
-from vavae_jax.stages import Phase
 
 
 def tiny():
@@ -57,12 +54,14 @@ def test_each_batch_size_gets_a_row_of_consistent_numbers(monkeypatch):
   json.dumps(result)  # goes into a file
   for row in result["rows"]:
     speed = row["batch_size"] / row["seconds"]
-    flops = 6 * speed * training.macs_per_image(tiny().model)
+    counted = row_module.count(
+      row_module.resolved(tiny(), "train", row["batch_size"], "xla"), "train"
+    )
     assert row["images_per_second"] == pytest.approx(speed)
-    assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
+    assert row["model_tflops_per_second"] == pytest.approx(speed * counted["tflop_per_image"])
     assert row["fastest"] <= row["seconds"]
     least = row["least_gib"] * 2**30
-    assert least > 8 * 4 * training.macs_per_image(tiny().model) / 256  # AdamW and EMA, in and out
+    assert least > 8 * 4 * 2 * 12 * 32**2  # AdamW and EMA of two blocks, in and out
     # So slow a copy bounds it.
     assert row["share_of_ceiling"] == pytest.approx(least / 1e3 / row["seconds"])
     assert row["share_of_ceiling"] > row["share_of_matmul"]
@@ -109,36 +108,35 @@ def test_a_reference_takes_its_steps_in_turn_with_ours(tmp_path, monkeypatch):
   assert row["times_torch"] == pytest.approx(0.5 / row["seconds"])
 
 
-def test_the_tokenizers_table_tells_seconds_and_operations_of_every_row(monkeypatch):
-  """Steps that only add a product stand for those of minutes of compiling."""
+def test_a_part_costs_what_the_step_saves_without_it(monkeypatch):
+  """Products stand for steps, which take minutes to compile: one more for each part."""
 
-  def step(config, phase, state, networks, batch, noise, times=1):
-    x = jnp.ones((8, 8)) * noise.ravel()[0]
-    for _ in range(times):
-      x = x @ x
-    return state + 1, x
+  def program(config, devices, what, num_images, coded):
+    parts = bool(config.teacher.name) + bool(config.loss.disc_weight)
+    x = programs.rows((16, 8, 8), jnp.float32, devices)
 
-  monkeypatch.setattr(parts.training, "init_state", lambda config, key: jnp.zeros(()))
-  monkeypatch.setattr(parts, "fresh", lambda config, rngs: {})
-  monkeypatch.setattr(parts.update, "update", step)
+    def run(x):
+      for _ in range(1 + parts * (what == "train")):
+        x = x @ x
+      return x
+
+    return programs.Program(jax.jit(run), (x,), {}, 1, coded)
+
+  monkeypatch.setattr(parts.programs, "of", program)
   monkeypatch.setattr(
-    parts,
-    "reference_order",
-    lambda *words, recompute=False: step(*words, times=3 if recompute else 2),
+    parts.rows, "prepare", lambda config, devices, program, _: measuring.Prepared(program, devices)
   )
-  config = quickstart.tokenizer(tiny=True)
-  config.loss.perceptual_weight = 1.0
-  config.model.update(ch=8, norm_groups=4)
-  monkeypatch.setattr(parts, "WITHOUT", dict.fromkeys(("GAN",), ({}, Phase(0, True))))
+  config = quickstart.tokenizer(tiny=True)  # which has no perceptual network
   result = parts.benchmark(config, steps=2)
   json.dumps(result)  # goes into a file
   seconds, tflops = result["seconds"], result["tflops"]
-  rows = ["ours", "reference", "recomputed", "without GAN", "encode", "decode"]
-  assert list(seconds) == list(tflops) == list(result["fastest"]) == rows
-  assert tflops["reference"] - tflops["ours"] == pytest.approx(2 * 8**3 / 1e12)
-  assert tflops["recomputed"] - tflops["ours"] == pytest.approx(4 * 8**3 / 1e12)
-  assert result["times_reference"] == seconds["reference"] / seconds["ours"]
-  assert result["shares"]["GAN"] == 1 - seconds["without GAN"] / seconds["ours"]
+  names = ["step", "without teacher", "without GAN", "encode", "decode"]
+  assert list(seconds) == list(tflops) == names
+  for part in ("teacher", "GAN"):
+    assert tflops["step"] - tflops[f"without {part}"] == pytest.approx(16 * 2 * 8**3 / 1e12)
+    assert result["shares"][part] == 1 - seconds[f"without {part}"] / seconds["step"]
+  with pytest.raises(InputError, match="not a tokenizer's"):
+    parts.benchmark(tiny(), steps=2)
 
 
 def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
@@ -172,10 +170,10 @@ def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
 
 
 def test_a_step_is_measured_on_the_state_that_the_last_one_left():
-  config = steps._resolved(tiny(), "train", 8, "xla")
+  config = row_module.resolved(tiny(), "train", 8, "xla")
   devices = mesh.make_mesh()
   program = programs.of(config, devices, "train", 1)
-  prepared = measuring.Prepared(program, devices, row_module._fresh_state(config, devices))
+  prepared = row_module.prepare(config, devices, program, "train")
   states = [prepared.run()[0] for _ in range(3)]
   assert int(states[-1].step) == 3
 
@@ -253,26 +251,45 @@ def test_counts_are_of_products_and_of_what_goes_in_and_out(monkeypatch):
   a, b = jax.ShapeDtypeStruct((6, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
   program = programs.Program(jax.jit(lambda a, b: a @ b), (a, b), {}, 1, 3)
   monkeypatch.setattr(row_module.programs, "of", lambda *_, **__: program)
-  row = row_module.count(steps._resolved(tiny(), "train", 8, "xla"), "train")
+  row = row_module.count(row_module.resolved(tiny(), "train", 8, "xla"), "train")
   assert row["tflop_per_image"] * 3e12 == pytest.approx(2 * 6 * 5 * 7)
   assert row["least_gib"] * 2**30 == pytest.approx(4 * 6 * 5 + 2 * 5 * 7 + 4 * 6 * 7)
 
 
+def useful_flops(config, what):
+  frozen = row_module.resolved(config, what, 4, "xla")
+  devices = mesh.make_mesh()
+  computed = flops.count(programs.traced(row_module._program(frozen, devices, what), devices).jaxpr)
+  return row_module.useful_flops(frozen, devices, what, computed), computed
+
+
 def test_sampling_is_charged_for_no_half_that_guidance_leaves_out():
   config = tiny()
-  config.sample.update(num_steps=5, timestep_shift=0.0, cfg_scale=4.0, cfg_interval_start=0.4)
-  macs = training.macs_per_image(tiny().model)
+  config.sample.update(num_steps=5, timestep_shift=0.0, cfg_scale=1.0)
+  plain, computed = useful_flops(config, "sample")
+  assert plain == computed
+  config.sample.update(cfg_scale=4.0, cfg_interval_start=0.0)
+  guided, computed = useful_flops(config, "sample")
+  assert guided == computed > 1.9 * plain
   # t = 0, 0.25, 0.5, 0.75: two below the start.
-  assert row_module._spared(FrozenConfigDict(config), 3) == 2 * macs * 3 * 2
-  for never in ({"cfg_scale": 1.0}, {"cfg_scale": 4.0, "cfg_interval_start": 1.0}):
-    config.sample.update(never)
-    assert row_module._spared(FrozenConfigDict(config), 3) == 0
+  config.sample.update(cfg_interval_start=0.4)
+  assert useful_flops(config, "sample")[0] == pytest.approx((plain + guided) / 2)
+  config.sample.update(cfg_interval_start=1.0)
+  assert useful_flops(config, "sample")[0] == plain
+
+
+def test_a_step_is_charged_for_nothing_that_it_computes_again():
+  config = tiny()
+  plain, _ = useful_flops(config, "train")
+  config.model.use_checkpoint = True
+  useful, computed = useful_flops(config, "train")
+  assert useful == plain < computed
 
 
 def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
   config = quickstart.tokenizer(tiny=True)
   config.data.image_size = config.model.resolution = 32
-  frozen = steps._resolved(config, "decode", 4, "")
+  frozen = row_module.resolved(config, "decode", 4)
   program = programs.of(frozen, mesh.make_mesh(), "decode", 1, coded=8)
   (z,) = program.arguments[1:]
   assert z.shape == (8, 2, 2, 48)
@@ -281,7 +298,7 @@ def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
 
 
 def test_the_reference_is_asked_for_what_ours_does(tmp_path):
-  config = steps._resolved(tiny(), "sample", 8, "xla")
+  config = row_module.resolved(tiny(), "sample", 8, "xla")
   job = reference.job_of(checkouts(tmp_path), config, "sample", 8)
   assert job["work"] == "diffusion sample"
   assert (job["batch_size"], job["dtype"], job["model"]["depth"]) == (8, "float32", 2)
@@ -289,18 +306,18 @@ def test_the_reference_is_asked_for_what_ours_does(tmp_path):
   json.dumps(job)
   stochastic = tiny()
   stochastic.sample.mode = "SDE"
-  sde = steps._resolved(stochastic, "sample", 8, "xla")
+  sde = row_module.resolved(stochastic, "sample", 8, "xla")
   with pytest.raises(InputError, match=r"beside the reference: ODE"):
     reference.job_of(checkouts(tmp_path), sde, "sample", 8)
   published = vavae_f16d32.get_config("d16,50ep")
-  coder = steps._resolved(published, "decode", 2, "")
+  coder = row_module.resolved(published, "decode", 2)
   job = reference.job_of(checkouts(tmp_path), coder, "decode", 2)
   assert job["model"] == {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "model_type": "vavae"}
   with pytest.raises(InputError, match=r"no taming/modules/losses/lpips\.py"):
     reference.job_of(checkouts(tmp_path), coder, "train", 2)
   published.model.ch = 64
   with pytest.raises(InputError, match=r"has config\.model\.ch as published"):
-    reference.job_of(checkouts(tmp_path), steps._resolved(published, "encode", 2, ""), "encode", 2)
-  toy = steps._resolved(quickstart.tokenizer(tiny=True), "encode", 2, "")
+    reference.job_of(checkouts(tmp_path), row_module.resolved(published, "encode", 2), "encode", 2)
+  toy = row_module.resolved(quickstart.tokenizer(tiny=True), "encode", 2)
   with pytest.raises(InputError, match=r"no config\.model\.patch_size"):
     reference.job_of(checkouts(tmp_path), toy, "encode", 2)

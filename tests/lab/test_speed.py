@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.lab import speed as sizes
 from launch.engine.configuration import flat
-from launch.lab.benchmark import baseline, steps
+from launch.lab.benchmark import baseline, rows, steps
 from launch.lab.benchmark import page as speed
 from launch.lab.jobs import run
 from launch.report import markdown
@@ -45,7 +45,7 @@ def test_every_measurement_is_of_a_configuration_that_can_be(size):
     assert given["what"] in steps.WHAT
     config = configuration_of(each["flags"])
     for batch in given.get("batch_sizes", "8").split(","):
-      steps._resolved(config, given["what"], int(batch), "xla")
+      rows.resolved(config, given["what"], int(batch), "xla")
       assert int(batch) % max(each["devices"], 1) == 0
     # The reference takes one device.
     assert size != "gpu" or not each["reference"] or each["devices"] == 1

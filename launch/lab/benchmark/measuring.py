@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from launch.engine import flops, tracing
+from launch.lab import programs
 from launch.lab.programs import Program
 
 PROFILED_RUNS = 3
@@ -67,7 +68,7 @@ class Prepared:
     state: what stands for the argument that each run hands on to the next; random if None.
     """
     self._devices, self._program = devices, program
-    with tempfile.TemporaryDirectory() as folder, _cache(folder), jax.set_mesh(devices):
+    with tempfile.TemporaryDirectory() as folder, _cache(folder):
       self.compile_cold, _ = self._compile()
       jax.clear_caches()
       self.compile_warm, self._compiled = self._compile()
@@ -88,8 +89,9 @@ class Prepared:
 
   def _compile(self) -> tuple[float, Any]:
     began = time.perf_counter()
-    traced = self._program.function.trace(*self._program.arguments)
-    compiled = traced.lower().compile()
+    traced = programs.traced(self._program, self._devices)
+    with jax.set_mesh(self._devices):
+      compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     self.flops = flops.count(traced.jaxpr)
     return seconds, compiled

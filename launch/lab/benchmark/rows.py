@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import FrozenConfigDict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
+import lightningdit_jax.checks
 from launch import tasks
 from launch.engine import flops, hardware, loop, mesh
 from launch.engine.checkpoint import Checkpoints, survey
@@ -32,7 +34,6 @@ from launch.lab.benchmark.measuring import (
 from launch.lab.reference import NEEDS, Checkouts, job_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.sampling import time_grid
-from lightningdit_jax.training import macs_per_image
 from vavae_jax.metrics import inception
 from vavae_jax.metrics.distribution import frechet_distance
 
@@ -41,6 +42,20 @@ ROUNDS = 2  # of ours and the reference's in turn
 FID_BATCH = 50
 RECORDS = 5_000
 Row = dict[str, Any]
+
+
+def resolved(
+  config: ConfigDict, what: str, batch_size: int, attention: str = ""
+) -> FrozenConfigDict:
+  """The configuration of a row, checked; InputError where it has a mistake."""
+  changed = config.copy_and_resolve_references()
+  (changed.sample if what == "sample" else changed).batch_size = batch_size
+  if config.task == "diffusion":
+    changed.model.attention = attention
+  frozen = tasks.resolve(changed, num_images=10**6)
+  if config.task == "diffusion":
+    lightningdit_jax.checks.check_model(frozen)
+  return frozen
 
 
 def measure(
@@ -52,30 +67,32 @@ def measure(
 ) -> Row:
   """Times runs of a program, in rounds with the reference's where it is given.
 
-  Not run by run: each of the two would pay for memory that the other has just given back.
+  The two do not take turns run by run: each would pay for memory that the other has just freed.
 
   Args:
-    config: of a training, resolved.
-    what: as of `programs.of`, or "fid".
-    steps: how many are timed, each round after one that is not.
-    checkouts: of the reference, which does the same in turns with ours.
+    config: resolved.
+    what: a program of `programs.WHAT`, or "fid".
+    steps: how many runs are timed in each round, after one that is not.
+    checkouts: of the reference.
     trace: a folder for a profile.
 
   Returns:
-    A row of the table; medians of seconds.
+    The row, with medians of seconds.
   """
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = _program(config, devices, what)
-  row = _named(config, what, program)
+  dtype = config.sample.dtype if what == "sample" else config.dtype
+  row: Row = {"what": what, "dtype": "float32" if what == "fid" else dtype}
+  row["batch_size"] = program.images
+  if what == "train" and config.task == "diffusion":
+    row["attention"] = config.model.attention
   before = peak_memory()
   reference = None
   if checkouts and what in BESIDE_REFERENCE:
     job = job_of(checkouts, config, what, program.images)
     reference = TorchProcess(checkouts.python, SCRIPTS / "steps.py", job, NEEDS)
   try:
-    prepared = Prepared(
-      program, devices, _fresh_state(config, devices) if what == "train" else None
-    )
+    prepared = prepare(config, devices, program, what)
     timed(prepared.run)
     ours, theirs = [], []
     for _ in range(ROUNDS if reference else 1):
@@ -90,11 +107,7 @@ def measure(
     if reference:
       reference.close()
   seconds = float(np.median(ours))
-  # What is computed again (remat) is work of the devices, but none of the model.
-  counted = tasks.of(config).flops_per_step(config) if what == "train" else 0.0
-  work = counted or prepared.flops
-  if what == "sample":
-    work -= _spared(config, program.images)
+  work = useful_flops(config, devices, what, prepared.flops)
   row |= {
     "seconds": seconds,
     "fastest": min(ours),
@@ -105,7 +118,7 @@ def measure(
     "compile_warm": prepared.compile_warm,
     **_beside_limits(work, prepared.least_bytes, seconds, row["dtype"], devices),
   }
-  # The device's count is of the whole process: it tells of this row where the row raised it.
+  # The device counts for the whole process: the peak is this row's where the row raised it.
   if (most := peak_memory()) > before:
     row["peak_gib"] = most / 2**30
   if reference:
@@ -117,38 +130,53 @@ def measure(
   return row
 
 
-def _program(config: FrozenConfigDict, devices: jax.sharding.Mesh, what: str) -> programs.Program:
+def _program(config: FrozenConfigDict, devices: Mesh, what: str) -> programs.Program:
   if what == "fid":
     return _fid_program(devices)
   return programs.of(config, devices, what, 1, coded=config.batch_size)
 
 
-def _named(config: FrozenConfigDict, what: str, program: programs.Program) -> Row:
-  """What a row is of."""
-  dtype = config.sample.dtype if what == "sample" else config.dtype
-  row: Row = {"what": what, "dtype": "float32" if what == "fid" else dtype}
-  row["batch_size"] = program.images
-  if what == "train" and config.task == "diffusion":
-    row["attention"] = config.model.attention
-  return row
+def prepare(
+  config: FrozenConfigDict, devices: Mesh, program: programs.Program, what: str
+) -> Prepared:
+  """A program ready to run; training begins with fresh parameters."""
+  if what != "train":
+    return Prepared(program, devices)
+  init = functools.partial(tasks.of(config).init_state, config)
+  shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
+  with jax.set_mesh(devices):
+    return Prepared(program, devices, loop.jit_init(init, shardings)(jax.random.key(0)))
 
 
-def _spared(config: FrozenConfigDict, images: int) -> float:
-  """FLOPs of unconditional halves that are not computed, though the program counts them.
+def useful_flops(config: FrozenConfigDict, devices: Mesh, what: str, computed: float) -> float:
+  """FLOPs of a run that are the model's, by tracing the program without the others.
 
-  Where guidance is off, by Euler's method; of others it is not known without running them.
+  Not the model's: what the backward pass computes again, and, in Euler's method, unconditional
+  halves where guidance is off, which the trace has in a branch. How often adaptive solvers leave
+  them out is not known.
+
+  Args:
+    computed: FLOPs of the program as it is.
   """
-  settings = config.sample
-  both = settings.cfg_scale != 1 and settings.cfg_interval_start < 1
-  if (settings.mode, settings.method) != ("ODE", "euler") or not both:
-    return 0.0
-  t = time_grid(settings.num_steps, settings.timestep_shift)[:-1]
-  unguided = int((t < settings.cfg_interval_start).sum())
-  return 2.0 * macs_per_image(config.model) * images * unguided
+
+  def without(change: dict[str, Any]) -> float:
+    changed = ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(change)
+    program = _program(FrozenConfigDict(changed), devices, what)
+    return flops.count(programs.traced(program, devices).jaxpr)
+
+  if what == "train" and config.model.use_checkpoint:
+    return without({"model.use_checkpoint": False})
+  if what != "sample" or (config.sample.mode, config.sample.method) != ("ODE", "euler"):
+    return computed
+  t = time_grid(config.sample.num_steps, config.sample.timestep_shift)[:-1]
+  if config.sample.cfg_scale == 1 or not (off := (t < config.sample.cfg_interval_start).mean()):
+    return computed
+  return float(computed - off * (computed - without({"sample.cfg_scale": 1.0})))
 
 
 def _beside_limits(
-  work: float, least_bytes: float, seconds: float, dtype: str, devices: jax.sharding.Mesh
+  work: float, least_bytes: float, seconds: float, dtype: str, devices: Mesh
 ) -> Row:
   """How far from what the devices can do: products alone, by the data sheet, and with memory."""
   # Virtual devices share a CPU, all of which a product on one of them takes.
@@ -184,20 +212,14 @@ def _beside_reference(
 
 
 def count(config: FrozenConfigDict, what: str) -> Row:
-  """The two numbers of a program before it is measured: its FLOPs, and the bytes it cannot avoid.
+  """FLOPs of a program, and the bytes that it cannot avoid, as a row; nothing runs.
 
-  Args:
-    config: of a training, resolved.
-    what: as of `programs.of`, or "fid".
-
-  Returns:
-    A row of the table. Bytes are those of arguments and results, each once: what is between them
-    may stay on the chip, and weights that a loop reads in each round are more.
+  Bytes are those of arguments and results, each once: what is between them may stay on the chip,
+  and weights that a loop reads in each round are more.
   """
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = _program(config, devices, what)
-  with jax.set_mesh(devices):
-    traced = program.function.trace(*program.arguments)
+  traced = programs.traced(program, devices)
   arrays = jax.tree.leaves((program.arrays, traced.out_info))
   work = flops.count(traced.jaxpr)
   least = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
@@ -210,14 +232,7 @@ def count(config: FrozenConfigDict, what: str) -> Row:
   }
 
 
-def _fresh_state(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
-  init = functools.partial(tasks.of(config).init_state, config)
-  shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
-  with jax.set_mesh(devices):
-    return loop.jit_init(init, shardings)(jax.random.key(0))
-
-
-def _fid_program(devices: jax.sharding.Mesh) -> programs.Program:
+def _fid_program(devices: Mesh) -> programs.Program:
   """FID's Inception by ADM's protocol on pictures of 256 pixels, with random weights."""
   graph, weights = nnx.split(nnx.eval_shape(lambda: inception.InceptionV3(rngs=nnx.Rngs(0))))
   prepare = inception.PROTOCOLS["adm"]
@@ -266,7 +281,7 @@ def measure_checkpoint(config: FrozenConfigDict, steps: int) -> Row:
   """Times steps during which one checkpoint is written, in turns with as many without one."""
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = programs.of(config, devices, "train", 1)
-  prepared = Prepared(program, devices, _fresh_state(config, devices))
+  prepared = prepare(config, devices, program, "train")
   timed(prepared.run)
   plain, saving, blocked, written = [], [], [], []
   for _ in range(ROUNDS):

@@ -36,16 +36,22 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
-import lightningdit_jax.checks
 from launch import tasks
 from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import reference
 from launch.lab.benchmark import baseline
 from launch.lab.benchmark.measuring import copy_rate, matmul_rate
-from launch.lab.benchmark.rows import Row, count, measure, measure_checkpoint, measure_loader
+from launch.lab.benchmark.rows import (
+  Row,
+  count,
+  measure,
+  measure_checkpoint,
+  measure_loader,
+  resolved,
+)
 from launch.lab.programs import CODED_PER_DEVICE
 from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
@@ -107,7 +113,7 @@ def benchmark(
   for kind in what:
     for attention in attentions if kind == "train" else attentions[:1]:
       for batch_size in batch_sizes or [_usual_batch_size(config, kind)]:
-        frozen = _resolved(config, kind, batch_size, attention)
+        frozen = resolved(config, kind, batch_size, attention)
         if count_only:
           rows.append(count(frozen, kind))
           continue
@@ -141,20 +147,6 @@ def _usual_batch_size(config: ConfigDict, what: str) -> int:
   if what in ("encode", "decode"):
     return CODED_PER_DEVICE * jax.device_count()
   return config.sample.batch_size if what == "sample" else config.batch_size
-
-
-def _resolved(config: ConfigDict, what: str, batch_size: int, attention: str) -> FrozenConfigDict:
-  changed = config.copy_and_resolve_references()
-  if what == "sample":
-    changed.sample.batch_size = batch_size
-  else:
-    changed.batch_size = batch_size
-  if config.task == "diffusion":
-    changed.model.attention = attention
-  frozen = tasks.resolve(changed, num_images=10**6)
-  if config.task == "diffusion":
-    lightningdit_jax.checks.check_model(frozen)
-  return frozen
 
 
 def _asked() -> str:
