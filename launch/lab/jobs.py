@@ -34,26 +34,17 @@ TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One command.
+  """One command."""
 
-  Attributes:
-    name: with slashes; its first part is the job's kind.
-    words: `("launch.train", "--workdir=...")`, for `python -m`.
-    output: a file or folder that exists once the command has ended.
-    resumes: whether the command continues an output that exists, which must then be its own; other
-      commands write theirs anew.
-    content: whatever else decides the result, such as the configuration.
-    needs: names of the jobs that must have ended before.
-    weight: expected minutes, until jobs of its kind have been timed.
-  """
-
-  name: str
-  words: tuple[str, ...]
-  output: Path
+  name: str  # with slashes; the first part is the job's kind
+  words: tuple[str, ...]  # ("launch.train", "--workdir=..."), for `python -m`
+  output: Path  # a file or folder that exists once the command has ended
+  # Whether the command continues an output that exists, which must then be its own; other commands
+  # write theirs anew.
   resumes: bool = False
-  content: str = ""
-  needs: tuple[str, ...] = ()
-  weight: float = 1.0
+  content: str = ""  # whatever else decides the result, such as the configuration
+  needs: tuple[str, ...] = ()  # names of the jobs that must have ended before
+  weight: float = 1.0  # expected minutes, until jobs of its kind have been timed
 
   @property
   def kind(self) -> str:

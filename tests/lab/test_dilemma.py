@@ -94,7 +94,7 @@ def test_what_cannot_be_run_is_refused_at_once(changes, message):
     begin(experiment("tiny", **changes))
 
 
-def test_a_teacher_without_weights_is_told_before_the_first_hour(monkeypatch):
+def test_a_teacher_without_weights_is_refused_before_any_job(monkeypatch):
   monkeypatch.setitem(dilemma.VARIANTS, "other_teacher", {"teacher.name": "dinov2_vitb14"})
   with pytest.raises(InputError, match="dinov2_vitb14"):
     checks.check_parts(experiment("tiny", ablations=("other_teacher",)))
@@ -193,7 +193,7 @@ def test_the_command_writes_its_page_and_tells_how_it_was_called(command, measur
   file.write_text("a page of another kind")
   done = command("launch.lab.dilemma", *words, f"--page={file}")
   assert (done.returncode, "has no place for results" in done.stderr) == (2, True)
-  assert not (measured / "logs").exists()  # told before anything ran
+  assert not (measured / "logs").exists()  # refused before any job
 
 
 def test_one_chain_of_jobs_runs_by_the_released_commands(environment, monkeypatch, tmp_path):

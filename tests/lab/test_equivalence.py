@@ -1,4 +1,4 @@
-"""launch.lab.equivalence: what it compares and how it judges; the other side is played by ours."""
+"""launch.lab.equivalence: arrays, tolerances, errors; our side plays the reference, too."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_training_needs_the_other_checkout(tmp_path):
     comparison.compare(settings(tmp_path, model="f16d32_training", checkpoint="", taming="/no"))
 
 
-def test_a_kinked_row_is_shown_by_what_it_is_judged_by():
+def test_a_kinked_row_is_judged_by_its_rms():
   rows = [
     differences.Row("gradient", "innocent", "float32", 1.0, 0.5, 1e-3, 5e-3, kinked=True),
     differences.Row("gradient", "guilty", "float32", 1.0, 0.1, 2e-2, 5e-3, kinked=True),
@@ -144,7 +144,7 @@ def test_sides_that_do_not_compute_the_same_are_refused(played, tmp_path):
     comparison.compare(settings(tmp_path, trajectory=0))
 
 
-def test_an_interpreter_without_pytorch_is_told(tmp_path, capfd):
+def test_an_interpreter_without_pytorch_is_refused(tmp_path, capfd):
   case = settings(tmp_path)
   with pytest.raises(InputError, match="interpreter with torch"):
     comparison.compare(dataclasses.replace(case, torch_python=sys.executable))

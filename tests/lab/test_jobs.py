@@ -1,4 +1,4 @@
-"""Jobs run in order of their needs, once, and go on where they were stopped."""
+"""Jobs run in order of their needs, once, and continue where they were stopped."""
 
 from __future__ import annotations
 

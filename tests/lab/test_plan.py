@@ -191,7 +191,7 @@ def test_a_program_of_another_task_is_refused(command):
   assert "--what=sample is not of a tokenizer; there are train, encode" in done.stderr
 
 
-def test_without_the_plugin_it_is_told_what_to_install():
+def test_an_error_says_what_to_install_without_the_plugin():
   if importlib.util.find_spec("jax_cuda13_plugin"):
     pytest.skip("the plugin is here")
   with pytest.raises(InputError, match=r"pip install -e '\.\[cuda\]'"):
@@ -280,7 +280,7 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
 
 
 @pytest.mark.tpu_aot
-def test_what_does_not_fit_is_told_with_what_it_needs(command):
+def test_a_plan_says_that_a_program_does_not_fit(command):
   done = command(
     *("launch.lab.plan", "--config=configs/lightningdit_xl_64ep.py", "--topology=v5e:2x4"),
     JAX_DISABLE_MOST_OPTIMIZATIONS="0",

@@ -36,11 +36,8 @@ def write(
   """Writes the results so far; a dash stands for those that have not been run as configured.
 
   Args:
-    config: of the experiment.
-    workdir: of the experiment.
-    jobs: all of them.
     page: a new page, or one whose results are replaced; pictures go beside it.
-    command: which runs the experiment.
+    command: shown as the one that runs the experiment.
 
   Raises:
     InputError: the page has no place for results.

@@ -50,6 +50,11 @@ class Settings:
   seed: int = 0
 
   @property
+  def image_shape(self) -> tuple[int, ...]:
+    """Of a batch of pictures, as PyTorch has it."""
+    return self.batch_size, 3, self.image_size, self.image_size
+
+  @property
   def checkouts(self) -> Checkouts:
     """The reference, run without compiling it."""
     return Checkouts(self.reference, self.taming, self.torch_python, compiled=False)
@@ -57,26 +62,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A model on both sides.
+  """A model on both sides."""
 
-  Attributes:
-    job: for the PyTorch side, without paths.
-    inputs: name -> array in PyTorch's layout.
-    run: (state dict, dtype) -> our arrays by the keys of the reference's.
-    weights: the kind of weights, as `recognise` names it; "": any.
-    dtypes: to compare in.
-    kinked: the model has kinks, such as a max pool's tie, where gradients jump: rounding changes
-      some of their elements entirely. They, and parameters after a step, are compared as a whole.
-    rounding: ends of names whose gradients are only rounding errors; they are not compared.
-  """
-
-  job: dict[str, Any]
-  inputs: Arrays
-  run: Callable[[StateDict, str], Arrays]
-  weights: str = ""
+  job: dict[str, Any]  # for the PyTorch side, without paths
+  inputs: Arrays  # in PyTorch's layout
+  run: Callable[[StateDict, str], Arrays]  # (weights, dtype) -> arrays by the reference's keys
+  weights: str = ""  # their kind, as `recognise` names it; "": any
   dtypes: tuple[str, ...] = ("float32",)
+  # The model has kinks, such as a max pool's tie, where gradients jump: rounding changes some of
+  # their elements entirely. They, and parameters after a step, are compared as a whole.
   kinked: bool = False
-  rounding: tuple[str, ...] = ()
+  rounding: tuple[str, ...] = ()  # ends of names whose gradients are rounding errors: not compared
 
 
 @contextlib.contextmanager
@@ -188,19 +184,15 @@ def autoencoder_case(settings: Settings) -> Case:
   """A tokenizer of the reference's `tokenizer/autoencoder.py`."""
   kwargs = autoencoder.preset(settings.model)
   draw = np.random.default_rng(settings.seed)
-  size, cells = settings.image_size, settings.image_size // 16
-  inputs = {
-    "image": np.tanh(draw.standard_normal((settings.batch_size, 3, size, size), np.float32)),
-    "z": draw.standard_normal((settings.batch_size, kwargs["embed_dim"], cells, cells), np.float32),
-  }
+  cells = settings.image_size // 16
+  z_shape = (settings.batch_size, kwargs["embed_dim"], cells, cells)
+  inputs = {"image": np.tanh(draw.standard_normal(settings.image_shape, np.float32))}
+  inputs["z"] = draw.standard_normal(z_shape, np.float32)
+  kind = "marvae" if settings.model.startswith("mar") else "vavae"
   watch = ("ResnetBlock", "AttnBlock", "Downsample", "Upsample")  # both sides name them alike
   job = {
     "model": "autoencoder",
-    "arguments": {
-      "embed_dim": kwargs["embed_dim"],
-      "ch_mult": [1, 1, 2, 2, 4],
-      "model_type": "marvae" if settings.model.startswith("mar") else "vavae",
-    },
+    "arguments": {"embed_dim": kwargs["embed_dim"], "ch_mult": [1, 1, 2, 2, 4], "model_type": kind},
     "watch": watch,
   }
 
@@ -225,11 +217,10 @@ def tokenizer_training_case(settings: Settings) -> Case:
   config.model.update(autoencoder.preset(TRAINED[settings.model]))
   config.stages.update({name: column[-1:] for name, column in config.stages.items() if column})
   draw = np.random.default_rng(settings.seed)
-  shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
   noise_shape = (settings.batch_size, config.model.embed_dim, *[settings.image_size // 16] * 2)
   inputs: Arrays = {}
   for i in range(settings.steps):
-    inputs[f"image_{i}"] = draw.integers(256, size=shape, dtype=np.uint8)
+    inputs[f"image_{i}"] = draw.integers(256, size=settings.image_shape, dtype=np.uint8)
     inputs[f"noise_{i}"] = draw.standard_normal(noise_shape, np.float32)
   frozen = FrozenConfigDict(config)
   job = {"model": "tokenizer_training", "steps": settings.steps}
@@ -262,8 +253,7 @@ def teacher_case(settings: Settings) -> Case:
 def inception_case(settings: Settings) -> Case:
   """The features of FID, sFID and the inception score by ADM's protocol, and by pytorch-fid's."""
   draw = np.random.default_rng(settings.seed)
-  shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
-  inputs = {"image": draw.integers(256, size=shape, dtype=np.uint8)}
+  inputs = {"image": draw.integers(256, size=settings.image_shape, dtype=np.uint8)}
   mixed = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
   job = {"model": "inception", "watch": [f"Mixed_{name}" for name in mixed]}
   classes = ("_Block35", "_To17", "_Block17", "_To8", "_Block8")
@@ -320,8 +310,7 @@ def make_case(settings: Settings) -> Case:
 
 
 def _pictures(settings: Settings) -> Arrays:
-  draw = np.random.default_rng(settings.seed)
-  shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
+  draw, shape = np.random.default_rng(settings.seed), settings.image_shape
   return {name: np.tanh(draw.standard_normal(shape, np.float32)) for name in ("image", "other")}
 
 

@@ -15,14 +15,8 @@ from launch.report.html import Section, table
 # The largest difference allowed, in units of the largest number of the reference's array. Rounding
 # in float32 grows with depth; Adam divides by the root of squares that may be tiny.
 TOLERANCES = {
-  "layer": 1e-4,
-  "output": 1e-4,
-  "mean": 1e-4,
-  "logvar": 1e-4,
-  "loss": 1e-4,
-  "gradient": 1e-3,
-  "parameter": 1e-3,
-  "trajectory": 1e-3,
+  **dict.fromkeys(("layer", "output", "mean", "logvar", "loss"), 1e-4),
+  **dict.fromkeys(("gradient", "parameter", "trajectory"), 1e-3),
 }
 BFLOAT16_TOLERANCE = 0.1
 # Of models with kinks: the root mean square that ties of max pools and hinges cause.
@@ -33,27 +27,16 @@ HEADER = ("what", "n", "relative", "rms", "where", "limit", "holds")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """The difference between an array of ours and the reference's.
+  """The difference between an array of ours and the reference's."""
 
-  Attributes:
-    group: a key of `TOLERANCES`.
-    name: the reference's name of the array.
-    dtype: of matrix products.
-    max_abs: the largest difference.
-    relative: the same in units of the reference's largest number.
-    rms: norm of all differences in units of the norm of the reference's array.
-    tolerance: upper limit of `judged`.
-    kinked: `rms` is judged, not `relative`; see `cases.Case`.
-  """
-
-  group: str
-  name: str
-  dtype: str
+  group: str  # a key of `TOLERANCES`
+  name: str  # the reference's
+  dtype: str  # of matrix products
   max_abs: float
-  relative: float
-  rms: float
-  tolerance: float
-  kinked: bool = False
+  relative: float  # the largest difference in units of the reference's largest number
+  rms: float  # norm of all differences in units of the norm of the reference's array
+  tolerance: float  # upper limit of `judged`
+  kinked: bool = False  # see `cases.Case`
 
   @property
   def holds(self) -> bool:

@@ -68,18 +68,14 @@ def plan(
   num_images: int = IMAGENET,
   settings: Settings | None = None,
 ) -> Plan:
-  """Compiles one program for a slice.
+  """Compiles one program of a resolved training for a slice.
 
   Args:
-    config: of a training, resolved.
     topology: see `slices.make_mesh`.
     what: one of `programs.WHAT[config.task]`.
     mfu: share of the chips' peak at which the hours are estimated.
     num_images: to encode, or to sample.
     settings: the changes that led to this configuration.
-
-  Returns:
-    The plan, without traffic where the compiler refuses the program.
 
   Raises:
     InputError: unknown slice, or a mesh or batch that does not fit it.

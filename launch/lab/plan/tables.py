@@ -18,13 +18,8 @@ from vavae_jax.common.files import write_json
 
 # Every published recipe, and the sizes of LightningDiT.
 PUBLISHED = (
-  ("configs/lightningdit_xl_64ep.py", "train"),
-  ("configs/lightningdit_xl_800ep.py", "train"),
-  ("configs/lightningdit_sdvae.py", "train"),
-  ("configs/lightningdit.py:B/1", "train"),
-  ("configs/lightningdit.py:L/1", "train"),
-  ("configs/lightningdit.py:1p0B/1", "train"),
-  ("configs/lightningdit.py:1p6B/1", "train"),
+  *((f"configs/lightningdit_{name}.py", "train") for name in ("xl_64ep", "xl_800ep", "sdvae")),
+  *((f"configs/lightningdit.py:{size}/1", "train") for size in ("B", "L", "1p0B", "1p6B")),
   ("configs/lightningdit_xl_64ep.py", "sample"),
   ("configs/vavae_f16d32.py", "encode"),
   ("configs/vavae_f16d32.py", "train"),  # last: these take ten minutes each on two cores
@@ -83,7 +78,7 @@ def _rows(chosen: Plan, mfu: float) -> list[tuple[str, str]]:
   if chosen.kernels:
     launched = sum(x.runs for x in chosen.kernels)
     milliseconds = 1e3 * chosen.moved / chosen.bandwidth
-    text = f"{launched:,} move {_gib(chosen.moved)} GiB: {milliseconds:.1f} ms"
+    text = f"{launched:,} runs move {_gib(chosen.moved)} GiB: {milliseconds:.1f} ms"
     rows.append(("kernels", f"{text} at {chosen.bandwidth / 1e12:g} TB/s"))
   if chosen.fits:
     rows.append((f"at {mfu:.0%} of the peak", f"{chosen.images_per_second:,.0f} images/s"))
