@@ -57,12 +57,25 @@ def within(name: str, package: str) -> bool:
 
 
 def breaches(importer, forbidden) -> list[str]:
-  """ "A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
+  """"A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
   return [
     f"{name} -> {other}"
     for name in sorted(filter(importer, modules()))
     for other in sorted(filter(forbidden, imports(name)))
   ]
+
+
+def test_nothing_outside_the_lab_imports_it():
+  # The makers of the reference cases run the PyTorch reference, which the lab does too.
+  lab = ("launch.lab", "tests.lab", "tests.reference")
+  assert not breaches(
+    lambda name: not any(within(name, room) for room in lab),
+    lambda other: within(other, "launch.lab") or within(other, "tests.lab"),
+  )
+  assert not breaches(
+    lambda name: within(name, "configs") and not within(name, "configs.lab"),
+    lambda other: within(other, "configs.lab"),
+  )
 
 
 @pytest.mark.parametrize("floor", FLOORS)
