@@ -20,6 +20,8 @@ SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```diff\n(.*?)```", TE
 FOLDERS = ("vavae_jax", "lightningdit_jax", "launch", "configs")
 # One process, which imports and compiles once: each stage begins where the one before ended.
 RUN = """
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -43,6 +45,10 @@ train.train(config, Path("diffusion"))
 diffusion = restore.load(Path("diffusion"), "diffusion")
 assert "layer_scale" in str(jax.tree.structure(diffusion.params))
 sample.sample_set(diffusion, tokenizer, Path("samples.npz"), num_samples=2)
+
+words = "reconstruction --workdir=tokenizer --protocol=none --output=reconstruction"
+sys.argv = ["launch.evaluate", *words.split()]
+runpy.run_module("launch.evaluate", run_name="__main__", alter_sys=True)
 """
 
 
@@ -104,3 +110,5 @@ def test_all_changes_together_train_and_sample(tree, environment):
   assert np.isfinite(metrics(tree / "diffusion")["mse"])
   with np.load(tree / "samples.npz") as samples:
     assert samples["arr_0"].shape == (2, 64, 64, 3)
+  figures = json.loads((tree / "reconstruction.json").read_text())["figures"]
+  assert figures["psnr_worst"] <= figures["psnr"]
