@@ -1,7 +1,7 @@
-"""Where a token is: the fixed embedding added to it, and the rotation of queries and keys.
+"""A token's position: the fixed embedding added to it, and the rotation of queries and keys.
 
-Both are constants of the actual grid. Source: hustvl/LightningDiT models/pos_embed.py and
-models/lightningdit.py.
+Both are constants of the actual token grid, height x width. Source: hustvl/LightningDiT
+models/pos_embed.py and models/lightningdit.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,9 @@ Rope = tuple[np.ndarray, np.ndarray]
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
-  """The fixed position embedding: the first half of the channels is the column, then the row.
+  """The fixed embedding, float32 [height * width, dim]; dim is a multiple of 4.
 
-  Args:
-    height: rows of the token grid.
-    width: columns of the token grid.
-    dim: channels, a multiple of 4.
-
-  Returns:
-    [height * width, dim] float32; each half is sines, then cosines.
+  The first half of the channels is the column's, then the row's; each half is sines, then cosines.
   """
   row_N, column_N = np.indices((height, width)).reshape(2, -1)
   frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4) / (dim / 4))
@@ -32,15 +26,10 @@ def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
 
 
 def rope_tables(height: int, width: int, head_size: int) -> Rope:
-  """Cosine and sine of the angle by which RoPE turns each channel: first by row, then by column.
+  """Cosine and sine of RoPE's angles, float32 [height * width, head_size] each.
 
-  Args:
-    height: rows of the token grid.
-    width: columns of the token grid.
-    head_size: channels of a head, a multiple of 4.
-
-  Returns:
-    Two [height * width, head_size] float32 arrays; channels 2i and 2i+1 share an angle.
+  The first half of the channels turns by the row, the second by the column; channels 2i and 2i+1
+  share an angle, so head_size is a multiple of 4.
   """
   row_N, column_N = np.indices((height, width)).reshape(2, -1)
   pairs_per_axis = head_size // 4

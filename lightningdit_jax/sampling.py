@@ -23,21 +23,16 @@ from lightningdit_jax.solvers import check_solver, integrate, sample_sde
 from vavae_jax.common import functional
 
 Model = LightningDiT | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[[Any, jax.Array], Any]
 
 
 def time_grid(
   num_steps: int, timestep_shift: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)
 ) -> jax.Array:
-  """Grid points of the solver, denser near the noise for a shift below 1.
+  """Grid points of the solver, float32 [num_steps], denser near the noise for a shift below 1.
 
-  Args:
-    num_steps: number of grid points, as the reference counts: one more than solver steps.
-    timestep_shift: s in t' = s t / (1 + (s - 1) t); 0 is no shift.
-    interval: first and last point before the shift.
-
-  Returns:
-    float32 [num_steps].
+  As in the reference, num_steps counts points, one more than steps. The shift s moves the points of
+  `interval` to t' = s t / (1 + (s - 1) t); 0 is no shift.
   """
   check_solver(num_steps=num_steps, timestep_shift=timestep_shift)
   t = jnp.linspace(*interval, num_steps)
@@ -48,7 +43,7 @@ def time_grid(
 
 def sample_ode(
   velocity: Velocity,
-  noise: jax.Array,
+  noise: Any,
   *,
   num_steps: int = 250,
   method: str = "euler",
@@ -57,16 +52,16 @@ def sample_ode(
   reverse: bool = False,
   atol: float = 1e-6,
   rtol: float = 1e-3,
-) -> jax.Array:
+) -> Any:
   """Integrates dx/dt = velocity(x, t) from noise at t=0 to data at t=1, or back.
 
   Args:
     velocity: function of x and t in [0, 1], a scalar; of t [B] if the method is "dopri5".
-    noise: standard normal, the batch in the leading axis; the data if `reverse`.
+    noise: standard normal, the batch in the leading axis; the data if `reverse`. Or a pytree.
     num_steps: grid points; 250 means 249 steps. An adaptive method uses the ends of the grid only.
     method: one of `solvers.METHODS`.
     timestep_shift: see `time_grid`.
-    interval: where to begin and end, `transport.interval` of what the model predicts.
+    interval: first and last time, `transport.interval` of the prediction.
     reverse: from data to noise, along the same grid.
     atol: absolute tolerance of "dopri5".
     rtol: relative tolerance of "dopri5".
@@ -82,20 +77,12 @@ def sample_ode(
   )
   grid = time_grid(num_steps, timestep_shift, interval)
   grid = grid[::-1] if reverse else grid
-  return integrate(velocity, noise.astype(jnp.float32), grid, method, atol, rtol)
+  start = jax.tree.map(lambda x: x.astype(jnp.float32), noise)
+  return integrate(velocity, start, grid, method, atol, rtol)
 
 
 def log_likelihood(
-  velocity: Velocity,
-  latent: jax.Array,
-  probe: jax.Array,
-  *,
-  num_steps: int = 250,
-  method: str = "dopri5",
-  timestep_shift: float = 0.0,
-  interval: tuple[float, float] = (0.0, 1.0),
-  atol: float = 1e-6,
-  rtol: float = 1e-3,
+  velocity: Velocity, latent: jax.Array, probe: jax.Array, **settings: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Log-density of latents under the flow, by Hutchinson's estimate of the divergence.
 
@@ -104,29 +91,21 @@ def log_likelihood(
     latent: [B, ...], at t=1, normalised as the model sees them. For the density of stored latents
       add the sum of log(multiplier / std) over all their numbers.
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
-    num_steps: as of `sample_ode`, like the rest.
-    method: likewise.
-    timestep_shift: likewise.
-    interval: likewise.
-    atol: likewise.
-    rtol: likewise.
+    **settings: of `sample_ode`; by default "dopri5" without shift.
 
   Returns:
     (natural logarithm of the density [B], the noise that the latents come from).
 
   Source: Chen et al., Neural ordinary differential equations; Grathwohl et al., FFJORD.
   """
+  chex.assert_equal_shape([latent, probe])
 
   def field(state: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[jax.Array, jax.Array]:
     speed, along = jax.jvp(lambda x: velocity(x, t).astype(jnp.float32), state[:1], (probe,))
     return speed, _sample_sum(along * probe)
 
-  check_solver(
-    num_steps=num_steps, method=method, timestep_shift=timestep_shift, atol=atol, rtol=rtol
-  )
-  grid = time_grid(num_steps, timestep_shift, interval)[::-1]
-  start = (latent.astype(jnp.float32), jnp.zeros(len(latent)))
-  noise, change = integrate(field, start, grid, method, atol, rtol)
+  settings = {"method": "dopri5", "timestep_shift": 0.0, **settings}
+  noise, change = sample_ode(field, (latent, jnp.zeros(len(latent))), reverse=True, **settings)
   size = noise[0].size
   prior = -0.5 * (_sample_sum(noise**2) + size * jnp.log(2 * jnp.pi))
   # Down from t=1 to t=0 the divergence was summed with the sign that the density needs.

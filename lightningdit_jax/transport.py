@@ -3,8 +3,8 @@
 t=0 is noise and t=1 is data everywhere (the opposite of score-based papers), and t is not scaled by
 1000. A path is x_t = alpha(t) latent + sigma(t) noise. A model predicts its velocity dx_t/dt, the
 noise, or the score. `PATHS` and `PREDICTIONS` hold all that differs between them: a new one is one
-entry. A time is a scalar, or [B] with one for each sample. Paper section 5 and table 1; reference
-`transport/`.
+entry; arguments `path` and `prediction` are their keys. A time t is a scalar, or [B] with one for
+each sample. Paper section 5 and table 1; reference `transport/`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,14 @@ BETA_MIN, BETA_MAX = 0.1, 20.0
 
 
 class Coefficients(NamedTuple):
-  """A path at one time.
+  """A path at one time."""
 
-  Attributes:
-    alpha: share of the latent.
-    sigma: share of the noise.
-    d_alpha: d alpha / dt.
-    d_sigma: d sigma / dt.
-    rate: d log alpha / dt, infinite where alpha is 0.
-    spread: sigma^2 rate - sigma d_sigma; the velocity is rate x + spread score.
-  """
-
-  alpha: Array
-  sigma: Array
-  d_alpha: Array
-  d_sigma: Array
-  rate: Array
-  spread: Array
+  alpha: Array  # share of the latent
+  sigma: Array  # share of the noise
+  d_alpha: Array  # d alpha / dt
+  d_sigma: Array  # d sigma / dt
+  rate: Array  # d log alpha / dt, infinite where alpha is 0
+  spread: Array  # sigma^2 rate - sigma d_sigma; the velocity is rate x + spread score
 
 
 def linear(t: Array) -> Coefficients:
@@ -69,19 +60,12 @@ def vp(t: Array) -> Coefficients:
 
 
 class Path(NamedTuple):
-  """A path from noise, at t=0, to data, at t=1, where sigma is 0.
+  """A path from noise, at t=0, to data, at t=1, where sigma is 0."""
 
-  Attributes:
-    at: its coefficients at times.
-    starts_at_zero: alpha is 0 at t=0, so that nothing can be divided by it there.
-    is_smooth: the velocity is finite at t=1.
-    train_eps: default distance of training times from singular ends.
-  """
-
-  at: Callable[[Array], Coefficients]
-  starts_at_zero: bool = True
-  is_smooth: bool = True
-  train_eps: float = 1e-3
+  at: Callable[[Array], Coefficients]  # by time
+  starts_at_zero: bool = True  # alpha is 0 at t=0: nothing can be divided by it there
+  is_smooth: bool = True  # the velocity is finite at t=1
+  train_eps: float = 1e-3  # default distance of training times from singular ends
 
 
 PATHS = {
@@ -242,14 +226,7 @@ def _share(t: Array, mu: float) -> Array:
 
 
 def interpolate(latent: Array, noise: Array, t: Array, path: str = "Linear") -> Array:
-  """The point x_t = alpha latent + sigma noise of a path.
-
-  Args:
-    latent: normalised [B, h, w, Z], the point at t=1.
-    noise: standard normal [B, h, w, Z], the point at t=0.
-    t: scalar or [B].
-    path: a key of `PATHS`.
-  """
+  """The point x_t = alpha latent + sigma noise of a path; both ends are [B, h, w, Z]."""
   chex.assert_equal_shape([latent, noise])
   c = coefficients(path, t, latent)
   return c.alpha * latent + c.sigma * noise
@@ -273,7 +250,7 @@ def losses(
     noise_BhwZ: standard normal.
     t_B: times.
     path: a key of `PATHS`.
-    prediction: what the model predicts, a key of `PREDICTIONS`.
+    prediction: a key of `PREDICTIONS`.
     loss_weight: a key of `LOSS_WEIGHTS`; predictions that are not weighted ignore it.
 
   Returns:
@@ -305,20 +282,12 @@ def _cosine(a: Array, b: Array) -> Array:
 
 
 def to_velocity(predicted: Array, x: Array, t: Array, path: str, prediction: str) -> Array:
-  """The velocity of the flow that a prediction implies.
-
-  Args:
-    predicted: [B, ...], the model's.
-    x: [B, ...], where it was made.
-    t: scalar or [B], inside of `interval`.
-    path: a key of `PATHS`.
-    prediction: a key of `PREDICTIONS`.
-  """
+  """The velocity [B, ...] of the flow that a prediction at x implies; t is inside `interval`."""
   return PREDICTIONS[prediction].to_velocity(coefficients(path, t, x), predicted, x)
 
 
 def to_noise(predicted: Array, x: Array, t: Array, path: str, prediction: str) -> Array:
-  """The noise that a prediction implies, arguments as of `to_velocity`; t may be at its ends.
+  """The noise [B, ...] that a prediction at x implies.
 
   The score is -noise / sigma, and the latent (x - sigma noise) / alpha.
   """
@@ -326,13 +295,5 @@ def to_noise(predicted: Array, x: Array, t: Array, path: str, prediction: str) -
 
 
 def diffusion(form: str, norm: float, t: Array, x: Array, path: str) -> Array:
-  """The diffusion D(t) of the SDE dx = (velocity + D score) dt + sqrt(2 D) dw.
-
-  Args:
-    form: a key of `DIFFUSION_FORMS`.
-    norm: its magnitude.
-    t: scalar or [B].
-    x: [B, ...], for the shape of the result: a scalar or [B, 1, ...].
-    path: a key of `PATHS`.
-  """
+  """The diffusion D(t) of the SDE dx = (velocity + D score) dt + sqrt(2 D) dw, shaped for x."""
   return DIFFUSION_FORMS[form](coefficients(path, t, x), _aligned(t, x), norm)
