@@ -22,31 +22,38 @@ def draw_frontier(
   main: Sequence[Space], others: Sequence[Space], name: str, path: Path
 ) -> Path | None:
   """All widths on the left; on the right the widest, with the variants that were tried there."""
-  shown = [s for s in main if s.distance is not None and "psnr" in s.figures]
-  changed = [s for s in others if s.distance is not None and "psnr" in s.figures]
+  shown = _places(main)
+  changed = sorted(_places(others).items(), key=lambda x: x[1][1])
   if not shown:
     return None
   figure, axes = plots.panels(1, 2 if changed else 1, size=(13 if changed else 7, 5))
-  _draw_spaces(axes[0, 0], shown)
+  plots.frontier(axes[0, 0], shown, COLOURS)
   _by_factors(axes[0, 0])
   axes[0, 0].set(ylabel=f"{name}, lower is better")
   if changed:
-    widest = max(space.width for space in shown)
-    _draw_spaces(axes[0, 1], [s for s in shown if s.width == widest])
-    for number, space in enumerate(sorted(changed, key=lambda s: s.distance or 0), 1):
-      point = (space.figures["psnr"], space.distance)
-      axes[0, 1].scatter(*point, s=25, color="grey", label=f"{number} {space.variant}")
+    right = axes[0, 1]
+    widest = f"/d{max(space.width for space in main)}"
+    plots.frontier(right, {k: x for k, x in shown.items() if k.endswith(widest)}, COLOURS)
+    for number, (key, point) in enumerate(changed, 1):
+      right.scatter(*point, s=25, color="grey", label=f"{number} {key.partition('/')[0]}")
       # On alternate sides, since points may coincide.
       side = (-10, 0) if number % 2 else (10, 0)
-      axes[0, 1].annotate(
+      right.annotate(
         str(number), point, xytext=side, textcoords="offset points", ha="center", va="center"
       )
-    axes[0, 1].legend(fontsize=8)
+    right.legend(fontsize=8)
   for axis in axes[0]:
-    axis.margins(x=0.15)
     axis.set(xlabel="PSNR of held-out pictures (dB), higher is better")
-    axis.grid(alpha=0.3, which="both")
   return plots.save(figure, path, dpi=110)
+
+
+def _places(spaces: Sequence[Space]) -> dict[str, tuple[float, float]]:
+  """(PSNR, distance) of "VARIANT/dWIDTH", of those that have both."""
+  return {
+    f"{space.variant}/d{space.width}": (space.figures["psnr"], space.distance)
+    for space in spaces
+    if space.distance is not None and "psnr" in space.figures
+  }
 
 
 def _by_factors(axis: Any) -> None:
@@ -54,23 +61,6 @@ def _by_factors(axis: Any) -> None:
   axis.set_yscale("log")
   for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
     which("{x:g}")
-
-
-def _draw_spaces(axis: Any, spaces: Sequence[Space]) -> None:
-  """Plain and aligned of each width, with an arrow between them."""
-  points = {(s.variant, s.width): (s.figures["psnr"], s.distance) for s in spaces}
-  for variant in MAIN:
-    line = [point for key, point in points.items() if key[0] == variant]
-    if line:
-      axis.plot(*zip(*line, strict=True), "o-", color=COLOURS[variant], alpha=0.5, ms=7)
-  for (variant, width), point in points.items():
-    place = (8, -12) if variant == "plain" else (8, 8)
-    axis.annotate(
-      f"{variant} d{width}", point, xytext=place, textcoords="offset points", fontsize=8
-    )
-    if variant == "plain" and ("aligned", width) in points:
-      arrow = {"arrowstyle": "->", "color": "black", "shrinkA": 0, "shrinkB": 0}
-      axis.annotate("", points["aligned", width], point, arrowprops=arrow, zorder=5)
 
 
 def draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
