@@ -1,4 +1,4 @@
-"""How far the losses of both trainings are from one device's on every mesh and number of processes.
+"""How far both trainings' losses differ from one device's on all meshes and numbers of processes.
 
   python -m tests.same_everywhere --output=same.json
 

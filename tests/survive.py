@@ -1,4 +1,4 @@
-"""Faults that real runs meet, each done to real processes, and whether the run gets over it.
+"""Faults that real runs meet, applied to real processes, and whether the run survives.
 
   python -m tests.survive --kills=30 --output=survived.json
 

@@ -1,4 +1,4 @@
-"""The embedded images decode to what their description says, and the script rebuilds such files."""
+"""The embedded images match their description, and the script rebuilds such files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workdir in a bucket, damaged and gone on with, by the real clients and a stand-in server."""
+"""A workdir in a bucket: written, damaged, resumed, by the real clients and a stand-in server."""
 
 from __future__ import annotations
 

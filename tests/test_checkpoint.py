@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, in parts too; half of one counts nothing."""
+"""Checkpoints restore the saved bits, in parts too; an incomplete one does not count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding: latents are a function of picture and seed; a stopped run goes on; no mixing."""
+"""Encoding: latents are a function of picture and seed; a stopped run resumes; no mixing."""
 
 from __future__ import annotations
 

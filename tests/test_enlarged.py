@@ -1,4 +1,4 @@
-"""A teacher that sees pictures enlarged has features of them, one for each latent."""
+"""A teacher that sees enlarged pictures has one feature for each latent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features on disk are the teacher's of the pictures that they come with, and are made once."""
+"""Cached features are the teacher's own of each picture, and are computed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial weights: what is taken over, what starts afresh, what is refused; PyTorch's names."""
+"""Initial weights: what is kept, what is initialised anew, what is refused; PyTorch's names."""
 
 from __future__ import annotations
 

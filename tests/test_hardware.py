@@ -1,4 +1,4 @@
-"""What a machine has decides: the attention kernel, flags of XLA, the cache of programs."""
+"""The machine decides the attention kernel, XLA's flags and the cache of programs."""
 
 from __future__ import annotations
 

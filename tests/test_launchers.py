@@ -1,4 +1,4 @@
-"""The scripts that bring a command to clusters: what they would run, and after a preemption."""
+"""The scripts for clusters: which commands they would run; what follows a preemption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches ahead of the steps: in order, errors where the step waits, and an end to it."""
+"""Batches ahead of the steps: their order, errors in the waiting step, and their end."""
 
 from __future__ import annotations
 

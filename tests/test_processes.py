@@ -1,4 +1,4 @@
-"""Two real processes train as one does, and a job goes on with another number of them."""
+"""Two real processes train as one does, and a job resumes with another number of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: a sample is a function of seed and index; a stopped run goes on; labels."""
+"""Sampling: a sample is a function of seed and index; a stopped run resumes; labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and starved end as if nothing had been; see survive.py."""
+"""Runs that are killed, stopped or starved end like undisturbed ones; see survive.py."""
 
 from __future__ import annotations
 
