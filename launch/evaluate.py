@@ -1,39 +1,16 @@
-r"""Evaluates samples, a tokenizer or a latent space, by a protocol that the results name.
+"""Evaluates samples, a tokenizer or a latent space, by a protocol that the results name.
 
-  python -m launch.evaluate generation --samples=RUNS/samples.npz --reference=REFERENCE \
-    --output=RUNS/generation
-  python -m launch.evaluate generation --workdir=RUNS/diffusion --num_samples=50000 \
-    --reference=VIRTUAL_imagenet256_labeled.npz --output=RUNS/generation
-  python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
-    --output=RUNS/reconstruction
-  python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
-  python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
-    --grid=cfg_interval_start=0,0.1 --num_samples=2000 --reference=REFERENCE --output=RUNS/sweep
-  python -m launch.evaluate solvers --workdir=RUNS/diffusion --num_steps=250 \
-    --grid=method=euler,heun --grid=num_steps=25,50,100 --output=RUNS/solvers
-  python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
-  python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
-
-generation: FID, sFID, inception score, precision and recall of --samples (an npz, a folder, a
-latent store, an image source), or of samples that --workdir's model draws, which are never all in
-memory; against --reference (an npz of ADM's or pytorch-fid's, a folder, a latent store, an image
-source). reconstruction: rFID, PSNR, SSIM, LPIPS. latents: the paper's uniformity figures, channels,
-signal to noise. sweep: a distance over a grid of sampling settings, of checkpoints (step) and
-averages (ema). solvers: latents by cheaper settings of the solver beside those by the given ones,
-from the same noise. frontier: reconstruction against generation of several tokenizers. statistics:
-mean and covariance of a reference, once and for all.
-
---protocol=adm is what the paper's numbers are (TensorFlow 1's resize), pytorch-fid the other one in
+Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html; an evaluation that was stopped resumes.
+--protocol=adm gives the paper's numbers (TensorFlow 1's resize), pytorch-fid the other protocol in
 use; both need FID's Inception (--weights). efficientnet_lite0, a teacher's name with --weights=its
-file, or classifier with --weights=the workdir of one that launch.train trained, is a Frechet
+file, or classifier with --weights=the workdir of one that launch.train trained, give a Frechet
 distance under its own name, which compares with no FID.
-
-Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html. What was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -46,8 +23,9 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 import configs.base
+import launch.sample
 from launch import restore
-from launch.engine import console
+from launch.engine import console, subcommands
 from launch.engine.checkpoint import steps_of
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
@@ -63,7 +41,7 @@ from launch.evaluation.pictures import (
   stored_statistics,
 )
 from launch.evaluation.reference import Reference, open_reference, statistics_of
-from launch.sample import SETTINGS, define_settings, given_settings
+from launch.sample import given_settings
 from lightningdit_jax import checks, transport
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common.errors import InputError
@@ -71,41 +49,11 @@ from vavae_jax.common.files import atomic_file, place
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
-COMMON = ("output",)
-NETWORK = ("protocol", "weights")
-SAMPLER = ("workdir", "step", "ema", "num_samples", "labels", "seed", "tokenizer", *SETTINGS)
-FIGURES = ("precision_recall", "bootstrap", "fid_infinity")
-SOURCE = ("reference", "image_size")
-# Evaluation -> the flags that mean something to it.
-ACCEPTED = {
-  "generation": (*COMMON, *NETWORK, *SAMPLER, *FIGURES, *SOURCE, "samples"),
-  "reconstruction": (
-    *COMMON,
-    *NETWORK,
-    *("workdir", "step", "seed", "source", "crop", "image_size", "limit"),
-    *("posterior", "lpips_vgg", "lpips_heads"),
-  ),
-  "latents": (*COMMON, "latents", "runs", "cells", "seed", "path"),
-  "sweep": (*COMMON, *NETWORK, *SAMPLER, "precision_recall", *SOURCE, "grid"),
-  "solvers": (*COMMON, *SAMPLER, "grid"),
-  "frontier": (*COMMON, "point", "x", "y"),
-  "statistics": (*COMMON, *NETWORK, *SOURCE, "tokenizer"),
-}
+FLAGS = flags.FLAGS
 
 
-def _check_flags(what: str) -> None:
-  if what not in ACCEPTED:
-    raise InputError(f"What to evaluate is {what!r}; give one of {', '.join(ACCEPTED)}.")
-  own = {name for names in ACCEPTED.values() for name in names}
-  for name in sorted(own - set(ACCEPTED[what])):
-    if FLAGS[name].present:
-      raise InputError(f"--{name} means nothing to {what}; see --help.")
-
-
-def _needed(*names: str) -> None:
-  for name in names:
-    if not FLAGS[name].value:
-      raise InputError(f"Give --{name}: {FLAGS[name].help}")
+def _output(kind: str) -> Output:
+  return Output(Path(FLAGS.output), kind)
 
 
 def _network() -> Network:
@@ -144,20 +92,29 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   return draw
 
 
-def _generation(output: Output) -> None:
-  _needed("reference")
+def _generation(argv: list[str]) -> None:
+  r"""FID, sFID, inception score, precision and recall of samples against real pictures.
+
+    python -m launch.evaluate generation --samples=RUNS/samples.npz --reference=REFERENCE \
+      --output=RUNS/generation
+    python -m launch.evaluate generation --workdir=RUNS/diffusion --num_samples=50000 \
+      --reference=VIRTUAL_imagenet256_labeled.npz --output=RUNS/generation
+
+  Samples are --samples, or drawn by the model of --workdir, never all in memory. The reference is
+  an npz of ADM's, of pytorch-fid's or of `launch.evaluate statistics`, or pictures of any kind.
+  """
+  del argv
   if bool(FLAGS.samples) == bool(FLAGS.workdir):
-    raise InputError("Give either --samples or --workdir: pictures that are there, or a model.")
+    raise InputError("Give either --samples or --workdir: existing samples, or a model.")
   if FLAGS.samples:
-    for name in sorted({*SAMPLER} - {"tokenizer", "workdir"}):
+    for name in sorted({"step", "ema", "num_samples", "labels", "seed", *launch.sample.SETTINGS}):
       if FLAGS[name].present:
-        raise InputError(f"--{name} is of samples that are drawn; --samples are there already.")
-  network = _network()
-  drawn = (
-    open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
-    if FLAGS.samples
-    else _drawer()({})
-  )
+        raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
+  output, network = _output("generation"), _network()
+  if FLAGS.samples:
+    drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
+  else:
+    drawn = _drawer()({})
   options = Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
   generation.check(drawn, options)
   generation.evaluate(
@@ -170,8 +127,14 @@ def _generation(output: Output) -> None:
   )
 
 
-def _reconstruction(output: Output) -> None:
-  _needed("workdir")
+def _reconstruction(argv: list[str]) -> None:
+  r"""rFID, PSNR, SSIM and LPIPS of a tokenizer.
+
+    python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
+      --output=RUNS/reconstruction
+  """
+  del argv
+  output = _output("reconstruction")
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
@@ -180,16 +143,14 @@ def _reconstruction(output: Output) -> None:
     pictures = FromSource(source, size, crop=FLAGS.crop, limit=FLAGS.limit)
   else:
     pictures = own_pictures(tokenizer, held_out=True, size=size, crop=FLAGS.crop, limit=FLAGS.limit)
-  network = None if FLAGS.protocol == "none" else _network()
-  lpips = _lpips(tokenizer.config)
   reconstruction.evaluate(
     tokenizer,
     pictures,
-    network,
+    None if FLAGS.protocol == "none" else _network(),
     output,
     posterior=FLAGS.posterior,
     seed=FLAGS.seed,
-    lpips=lpips,
+    lpips=_lpips(tokenizer.config),
   )
 
 
@@ -203,19 +164,32 @@ def _lpips(config: FrozenConfigDict) -> Lpips | None:
   return None
 
 
-def _latents(output: Output) -> None:
-  _needed("latents")
-  store = LatentStore(Path(FLAGS.latents))
+def _latents(argv: list[str]) -> None:
+  """Uniformity of a latent space, its channels, and signal to noise.
+
+    python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
+
+  Figures are those of the paper's table 6, by t-SNE.
+  """
+  del argv
+  output, store = _output("latents"), LatentStore(Path(FLAGS.latents))
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
 
 
-def _sweep(output: Output) -> None:
-  _needed("workdir", "reference")
+def _sweep(argv: list[str]) -> None:
+  r"""Figures over a grid of sampling settings, checkpoints (step) and averages (ema).
+
+    python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
+      --grid=cfg_interval_start=0,0.1 --num_samples=2000 --reference=REFERENCE --output=RUNS/sweep
+
+  Finished points are kept, also for a larger grid.
+  """
+  del argv
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
-  network, draw = _network(), _drawer()
+  output, network, draw = _output("sweep"), _network(), _drawer()
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
   steps = steps_of(place(FLAGS.workdir))
@@ -227,36 +201,46 @@ def _sweep(output: Output) -> None:
     settings = given_settings(diffusion, **point)
     checks.check_sampling(settings, diffusion.config.model, has_guide=False)
   first = draw({name: values[0] for name, values in grid.items()})
-  sweep.sweep(
-    grid,
-    draw,
-    _reference(network, output, first.size),
-    network,
-    output,
-    options=Options(FLAGS.precision_recall),
-  )
+  reference = _reference(network, output, first.size)
+  sweep.sweep(grid, draw, reference, network, output, options=Options(FLAGS.precision_recall))
 
 
-def _solvers(output: Output) -> None:
-  _needed("workdir")
+def _solvers(argv: list[str]) -> None:
+  r"""Distance and cost of cheaper solver settings, from the same noise.
+
+    python -m launch.evaluate solvers --workdir=RUNS/diffusion --num_steps=250 \
+      --grid=method=euler,heun --grid=num_steps=25,50,100 --output=RUNS/solvers
+
+  The latents of each point of the grid are compared with those of the settings given by flags.
+  """
+  del argv
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   solvers.evaluate(
     diffusion,
     given_settings(diffusion),
     sweep.parse_grid(FLAGS.grid, configs.base.sample().to_dict()),
-    output,
-    count=FLAGS.num_samples if FLAGS["num_samples"].present else solvers.DEFAULT_SAMPLES,
+    _output("solvers"),
+    count=FLAGS.num_samples,
     labels=FLAGS.labels,
     seed=FLAGS.seed,
   )
 
 
-def _frontier(output: Output) -> None:
-  frontier(FLAGS.point, output, FLAGS.x, FLAGS.y)
+def _frontier(argv: list[str]) -> None:
+  """Reconstruction against generation of several tokenizers, as figure 2 of the paper.
+
+  python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
+  """
+  del argv
+  frontier(FLAGS.point, _output("frontier"), FLAGS.x, FLAGS.y)
 
 
-def _statistics() -> None:
-  _needed("reference")
+def _statistics(argv: list[str]) -> None:
+  """Mean and covariance of a reference, to be computed once and used often.
+
+  python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
+  """
+  del argv
   path = Path(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
@@ -286,62 +270,127 @@ def _statistics() -> None:
   )
 
 
-EVALUATIONS = {
-  "generation": _generation,
-  "reconstruction": _reconstruction,
-  "latents": _latents,
-  "sweep": _sweep,
-  "solvers": _solvers,
-  "frontier": _frontier,
-}
+def _output_flags(text: str = "Path of the results without suffix.") -> None:
+  flags.DEFINE_string("output", None, text, required=True)
 
 
-def main(argv: list[str]) -> None:
-  """The command."""
-  what = argv[1] if len(argv) > 1 else ""
-  _check_flags(what)
-  if what == "statistics":
-    _statistics()
-  else:
-    EVALUATIONS[what](Output(Path(FLAGS.output), what))
-
-
-FLAGS = flags.FLAGS
-
-if __name__ == "__main__":
-  flags.DEFINE_string("output", None, "Path of the results without suffix.", required=True)
-  flags.DEFINE_enum(
-    "protocol", "adm", ("none", *PROTOCOLS), "Network and preparation; none: PSNR and SSIM alone."
-  )
+def _network_flags() -> None:
+  flags.DEFINE_enum("protocol", "adm", PROTOCOLS, "Feature network and how pictures come to it.")
   flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-  flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
-  flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
-  flags.DEFINE_integer(
-    "image_size", 0, "ADM's crop of folders and sources; 0: references as samples are."
+
+
+def _reference_flags() -> None:
+  flags.DEFINE_string(
+    "reference", None, "Real pictures, or an npz of their mu and sigma.", required=True
   )
+  flags.DEFINE_integer(
+    "image_size", 0, "ADM's crop of folders and sources; 0: the size of the samples."
+  )
+  flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, if the latents do not name it.")
+
+
+def _sampler_flags(workdir: str | None = None, num_samples: int = 50_000) -> None:
+  flags.DEFINE_string("workdir", workdir, "Workdir of the model.", required=workdir is None)
+  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Decay of the average; the first if not given, 0: none.")
+  flags.DEFINE_integer("num_samples", num_samples, "Samples to draw.", lower_bound=2)
+  flags.DEFINE_string(
+    "labels", "balanced", "balanced, uniform (as the paper's), or numbers such as 3,7,7."
+  )
+  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
+  launch.sample.define_settings()
+  flags.adopt_module_key_flags(launch.sample)
+
+
+def _precision_recall_flag() -> None:
   flags.DEFINE_boolean("precision_recall", True, "Needs the features of all pictures in memory.")
+
+
+def _grid_flag() -> None:
+  flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
+
+
+def _generation_flags() -> None:
+  _output_flags()
+  _network_flags()
+  _reference_flags()
+  _sampler_flags(workdir="")
+  _precision_recall_flag()
+  flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
   flags.DEFINE_integer("bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.")
   flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")
-  flags.DEFINE_string("workdir", "", "The tokenizer's, or of the model that draws the samples.")
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
-  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
-  flags.DEFINE_integer("num_samples", 50_000, "To draw.", lower_bound=2)
-  flags.DEFINE_string("labels", "balanced", 'Or "uniform", as the paper\'s, or numbers as 3,7,7.')
-  flags.DEFINE_integer("seed", 0, "Of noise, labels, choices.")
-  flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where latents do not say.")
+
+
+def _reconstruction_flags() -> None:
+  _output_flags()
+  flags.DEFINE_enum(
+    "protocol", "adm", ("none", *PROTOCOLS), "Feature network; none: no distance of features."
+  )
+  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
+  flags.DEFINE_string("workdir", None, "The tokenizer's workdir.", required=True)
+  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
   flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
+  flags.DEFINE_integer("image_size", 0, "Side of the pictures; 0: as in training.")
   flags.DEFINE_integer("limit", 0, "A seeded choice of so many pictures; 0: all.", lower_bound=0)
   flags.DEFINE_enum("posterior", "sample", reconstruction.POSTERIORS, "sample: the reference's.")
-  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; the training's if not given and there.")
-  flags.DEFINE_string("lpips_heads", "", "Its heads, where they are in another file.")
-  flags.DEFINE_string("latents", "", "A latent store.")
-  flags.DEFINE_integer("runs", 10, "t-SNEs, of which figures are the mean.", lower_bound=1)
-  flags.DEFINE_integer("cells", 10_000, "Of the latents, in each.", lower_bound=space.LEAST)
-  flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Of signal to noise.")
-  flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
+  flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.")
+  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; by default the training's, if it is there.")
+  flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, if they are in another file.")
+
+
+def _latents_flags() -> None:
+  _output_flags()
+  flags.DEFINE_string("latents", None, "A latent store.", required=True)
+  flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
+  flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=space.LEAST)
+  flags.DEFINE_integer("seed", 0, "Seed of the first run.")
+  flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Path for signal to noise.")
+
+
+def _sweep_flags() -> None:
+  _output_flags()
+  _network_flags()
+  _reference_flags()
+  _sampler_flags()
+  _precision_recall_flag()
+  _grid_flag()
+
+
+def _solvers_flags() -> None:
+  _output_flags()
+  _sampler_flags(num_samples=solvers.DEFAULT_SAMPLES)
+  _grid_flag()
+
+
+def _frontier_flags() -> None:
+  _output_flags()
   flags.DEFINE_multi_string("point", [], "NAME:RECONSTRUCTION.json:GENERATION.json of a tokenizer.")
   flags.DEFINE_string("x", "psnr", "Figure of reconstruction for the frontier.")
   flags.DEFINE_string("y", "fid", "Figure of generation for the frontier.")
-  define_settings()
-  console.run_command(main, arguments=1)
+
+
+def _statistics_flags() -> None:
+  _output_flags("The npz to write.")
+  _network_flags()
+  _reference_flags()
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], Callable[[], None]]] = {
+  "generation": (_generation, _generation_flags),
+  "reconstruction": (_reconstruction, _reconstruction_flags),
+  "latents": (_latents, _latents_flags),
+  "sweep": (_sweep, _sweep_flags),
+  "solvers": (_solvers, _solvers_flags),
+  "frontier": (_frontier, _frontier_flags),
+  "statistics": (_statistics, _statistics_flags),
+}
+
+if __name__ == "__main__":
+  subcommands.run(
+    __doc__,
+    {
+      name: subcommands.Subcommand(inspect.getdoc(main) or "", main, define_flags)
+      for name, (main, define_flags) in COMMANDS.items()
+    },
+  )

@@ -323,7 +323,7 @@ def outcomes(command, pipeline, pictures, tmp_path_factory):
     ("no such argument", "'nonsense' is none of"),
     ("no such flag", "Unknown command line flag 'nonsense'"),
     ("a word too many", "Unexpected argument 'again'"),
-    ("nothing to evaluate", "What to evaluate is 'everything'"),
+    ("nothing to evaluate", "invalid choice: 'everything'"),
     ("no such class", "--labels is '3,9'; labels must lie in 0..8."),
     ("no folder", "Not a directory"),
     ("unreadable picture", "The picture {picture} cannot be read"),
@@ -364,7 +364,7 @@ def test_help_of_every_command_says_what_it_does_without_slow_imports(command):
     docstring = source.split('"""')[1].strip()
     told = " ".join(done.stdout.split())
     assert " ".join(docstring.split()) in told, name
-    assert any(flag in told for flag in ("--workdir: ", "--output: ", "--to: "))
+    assert any(flag in told for flag in ("--workdir: ", "--output: ", "--to: ", "subcommands:"))
     assert "Traceback" not in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "jax" in imported

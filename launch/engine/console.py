@@ -6,6 +6,7 @@ command that resumes.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
@@ -163,7 +164,7 @@ def resume_command() -> str:
   return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   """The command line without its flags; a wrong flag or configuration file ends the process."""
   try:
     words = flags.FLAGS(argv)
@@ -180,7 +181,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     message = (
       f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
     )
-  print(f"error: {message}; see --help", file=sys.stderr)
+  print(f"error: {message}; see {f'{name} --help'.strip()}", file=sys.stderr)
   sys.exit(2)
 
 
@@ -205,6 +206,7 @@ def run_command(
   arguments: int = 0,
   config: str | None = None,
   argv: list[str] | None = None,
+  name: str = "",
 ) -> None:
   """Runs a command's main by absl and ends the process as a person expects.
 
@@ -214,7 +216,8 @@ def run_command(
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
     config: value of --config where it is not given.
-    argv: the command line, of which a subcommand's name was taken; the process's own if None.
+    argv: the command line without a subcommand's name; the process's own if None.
+    name: of command and subcommand, for messages.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -247,4 +250,4 @@ def run_command(
   argv = list(argv or sys.argv)
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
-  app.run(guarded, argv, flags_parser=_parse_flags)
+  app.run(guarded, argv, flags_parser=functools.partial(_parse_flags, name=name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import flags
 
@@ -34,6 +34,12 @@ class Subcommand(NamedTuple):
   config: str | None = None
 
 
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    print(f"error: {message}; see --help", file=sys.stderr)
+    sys.exit(2)
+
+
 def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   """Runs the subcommand that the command line names and ends the process.
 
@@ -43,7 +49,7 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   """
   main = sys.modules["__main__"]
   program = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else sys.argv[0]
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog=f"python -m {program}",
     description=text,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,4 +63,6 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   chosen = subcommands[given.name]
   main.__doc__ = chosen.text  # which absl shows for --help
   chosen.define_flags()
-  console.run_command(chosen.main, config=chosen.config, argv=[sys.argv[0], *options])
+  console.run_command(
+    chosen.main, config=chosen.config, argv=[sys.argv[0], *options], name=f"{program} {given.name}"
+  )
