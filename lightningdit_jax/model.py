@@ -61,11 +61,8 @@ def _option(
 ) -> Any:
   """A field of `Options`.
 
-  Args:
-    default: its value.
-    tensor: the PyTorch name of a weight that exists exactly where the option is True.
-    choices: every value that it may have.
-    is_ours: it changes how the numbers are computed, not the numbers; the reference lacks it.
+  `tensor` is the PyTorch name of a weight that exists exactly where the option is True. An option
+  that `is_ours` changes how numbers are computed, not the numbers; the reference lacks it.
   """
   about = {"tensor": tensor, "choices": choices, "is_ours": is_ours}
   return dataclasses.field(default=default, metadata=about)
@@ -331,15 +328,8 @@ class FinalLayer(nnx.Module):
 class LightningDiT(nnx.Module):
   """The velocity field of a class-conditional flow over latents, or another prediction of it.
 
-  Args:
-    dtype: what matrices multiply in; weights are float32.
-    rngs: source of the initial weights.
-    **options: the fields of `Options`; `PRESETS` has the published sizes.
-
-  Raises:
-    InputError: by `Options`.
-
-  Source: hustvl/LightningDiT models/lightningdit.py.
+  Keyword arguments are the fields of `Options`, which checks them; `PRESETS` has the published
+  sizes. Matrices multiply in `dtype`, weights are float32.
   """
 
   def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any):

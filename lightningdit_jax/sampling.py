@@ -140,11 +140,11 @@ def guided(
     cfg_scale: 1 is no guidance.
     cfg_interval_start: guidance is off where t is smaller; 1 is no guidance, 0 is everywhere.
     cfg_channels: guidance acts on the first channels only, as the published scales want; 0: all.
-    guide: a second, weaker model to be guided away from, with the same label (autoguidance); None:
-      the model itself with the null label (classifier-free guidance).
+    guide: a weaker model whose prediction with the same label is pushed away from (autoguidance);
+      None: the model itself with the null label (classifier-free guidance).
 
   Returns:
-    A function of x and t, scalar or [B]. At a scalar t where guidance is off, the half that guides
+    A function of x and t, scalar or [B]. At a scalar t where guidance is off, the second prediction
     is not computed.
 
   Source: `forward_with_cfg` of the reference; Karras et al., Guiding a diffusion model with a bad
@@ -192,16 +192,9 @@ def guided(
 def noise_of(
   seed: int, index_B: jax.Array, shape: tuple[int, ...], step: int | jax.Array = 0
 ) -> jax.Array:
-  """The noise of samples by their index in the set, whatever the batch they are in.
+  """Standard normal float32 [B, *shape] by the samples' index in the set, whatever their batch.
 
-  Args:
-    seed: of the whole set.
-    index_B: int32.
-    shape: of one latent, (h, w, Z).
-    step: 0 is the starting noise, more are the kicks of an SDE.
-
-  Returns:
-    float32 [B, *shape], standard normal.
+  Step 0 is the starting noise, the others are the kicks of an SDE; shape is (h, w, Z).
   """
   chex.assert_rank(index_B, 1)
   key = jax.random.key(seed)
@@ -223,20 +216,16 @@ def sample_latents(
   sample: FrozenConfigDict,
   guide: tuple[FrozenConfigDict, Any] | None = None,
 ) -> jax.Array:
-  """Normalised latents of samples by their index; pure and jittable.
+  """Normalised latents [B, h, w, Z] of samples by their int32 index in the set; pure and jittable.
 
   Args:
     config: the training's configuration.
     params: usually an EMA.
-    index_B: int32, each sample's place in the set.
+    index_B: each sample's place in the set.
     label_B: int32.
     seed: of the set.
-    sample: the sampling settings, as `config.sample`.
-    guide: configuration and parameters of a second model to be guided away from; None: the model
-      itself without label.
-
-  Returns:
-    float32 [B, h, w, Z].
+    sample: settings as `config.sample`.
+    guide: configuration and parameters of a weaker model, for autoguidance; see `guided`.
   """
 
   chex.assert_equal_shape([index_B, label_B])

@@ -229,8 +229,8 @@ def sample_sde(
     predict: function of x and a scalar t: what the model predicts.
     noise: standard normal, the batch in the leading axis.
     draw: standard normal of the shape of `noise` for each step 0, 1, ...
-    path: a key of `transport.PATHS`.
-    prediction: what `predict` is, a key of `transport.PREDICTIONS`.
+    path: a key of `transport.PATHS`, likewise the next.
+    prediction: what `predict` gives.
     num_steps: grid points, the last one behind the last step.
     method: "euler" (Euler-Maruyama) or "heun" (noise first, then a step of Heun's method).
     diffusion_form: of D(t), a key of `transport.DIFFUSION_FORMS`.

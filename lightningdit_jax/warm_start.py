@@ -88,7 +88,7 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
     rows, _ = np.shape(state_dict["y_embedder.embedding_table.weight"])
   except (KeyError, ValueError) as error:
     raise InputError(
-      f"The initial weights are not a LightningDiT's: they have no fitting {error}; known names "
+      f"The initial weights are not a LightningDiT's: they have no fitting {error}; their names "
       f"begin with {', '.join(sorted(state_dict)[:3])}."
     ) from error
   kwargs |= {"in_channels": channels, "patch_size": patch}
