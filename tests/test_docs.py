@@ -112,6 +112,13 @@ def test_the_readme_is_short_and_counts_its_reading_path():
   assert lines <= int(count.replace(",", "")) <= 4_700
 
 
+def test_functions_that_the_readme_names_are_where_it_says():
+  found = re.findall(r"`(\w+)` in \[([\w/.]+)\]", (ROOT / "README.md").read_text())
+  assert len(found) == 3
+  for name, path in found:
+    assert f"\ndef {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
 def test_the_keys_in_the_tutorial_exist():
   text = (ROOT / "docs" / "tutorial.md").read_text()
   known = dict(flat(base.diffusion().to_dict()))
