@@ -89,14 +89,6 @@ def phase(config: FrozenConfigDict, step: int) -> str:
   return "logit-normal" if is_lognorm else "uniform"
 
 
-def flops_per_step(config: FrozenConfigDict) -> float:
-  """FLOPs of the model in one training step, by count: 2 a multiply-add, thrice the forward pass.
-
-  Matrix products alone, as is usual for a utilisation; recomputation (remat) does not count.
-  """
-  return 6.0 * config.batch_size * macs_per_image(config.model)
-
-
 def macs_per_image(model: FrozenConfigDict) -> float:
   """Multiply-adds of the forward pass of one latent."""
   width, tokens = model.hidden_size, (model.input_size // model.patch_size) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import shutil
 import signal
@@ -10,13 +11,18 @@ import sys
 import time
 from types import SimpleNamespace
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
-from launch.engine import hardware, loop
+import configs.base
+from launch.engine import flops, hardware, log, loop, step
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import read_metrics
+from lightningdit_jax import training
 from tests import toy_task
 from tests.conftest import ROOT
 from tests.conftest import repeatable_metrics as lines
@@ -81,7 +87,7 @@ def test_compiling_and_evaluating_do_not_count_as_training(tmp_path, monkeypatch
     clock[0] += 1000.0
     return {}
 
-  monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic))
+  monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=monotonic))
   run(tmp_path, {"slow": (1, slow)}, num_steps=4, log_every_steps=1)
   told = [line for line in read_metrics(tmp_path) if "loss" in line]
   assert ["steps_per_second" in line for line in told] == [False, True, True, True]
@@ -135,9 +141,50 @@ def test_flops_are_counted_and_compared_with_what_the_device_can(tmp_path, monke
   monkeypatch.setitem(hardware.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
   run(tmp_path, num_steps=2)
   (line,) = [line for line in read_metrics(tmp_path) if "mfu" in line]
-  flops = 6.0 * 15 * 4 * line["steps_per_second"]
+  flops = 2 * 2 * 4 * 3 * 5 * line["steps_per_second"]  # x @ w, and its gradient for w
   assert line["model_tflops_per_second"] == pytest.approx(flops / 1e12)
   assert line["mfu"] == pytest.approx(flops / 1e6 / jax.device_count())
+
+
+def test_the_step_is_traced_once_a_phase_and_another_time_is_said(tmp_path, capsys):
+  chex.clear_trace_counter()
+  once = chex.assert_max_traces(n=2)(toy_task.train_step)
+  config = toy_task.config()
+  loop.run(SimpleNamespace(**{**vars(toy_task), "train_step": once}), config, tmp_path / "once")
+  assert "traced and compiled again" not in capsys.readouterr().out
+
+  def data(*arguments):
+    batches = iter(toy_task.train_data(*arguments))
+    return ({"x": x["x"].astype("float16" if n == 3 else "float32")} for n, x in enumerate(batches))
+
+  loop.run(SimpleNamespace(**{**vars(toy_task), "train_data": data}), config, tmp_path / "again")
+  assert capsys.readouterr().out.count("traced and compiled again") == 1
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_recomputation_does_not_count_as_work_of_the_model(policy):
+  def flops_of(config):
+    config = FrozenConfigDict(config)
+    jitted = step.jit_step(training.train_step, config, None)
+    init = functools.partial(training.init_state, config)
+    batch = {
+      "latent": jax.ShapeDtypeStruct((8, 4, 4, 3), jnp.float32),
+      "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    key = jax.random.key(0)
+    traced = jitted.trace("uniform", jax.eval_shape(init, key), {}, batch, key)
+    return flops.count(traced.jaxpr)
+
+  config = configs.base.diffusion()
+  sizes = {"input_size": 4, "in_channels": 3, "hidden_size": 24, "num_heads": 2, "depth": 2}
+  config.model.update(sizes | {"num_classes": 5, "remat_policy": policy})
+  plain = flops_of(config)
+  config.model.use_checkpoint = True
+  assert (flops_of(config) > 1.2 * plain) == (policy == "full")
+  assert flops_of(step.without_recomputation(FrozenConfigDict(config))) == plain
+  # Forward, and backward twice that, of 16 tokens: 4 D^2 of attention, 3 D (8/3 D) of the MLP.
+  products = 8 * 16 * 2 * (4 * 24**2 + 3 * 24 * 64)
+  assert plain == pytest.approx(6 * products, rel=0.3)
 
 
 def test_norms_of_the_weights_and_their_average_are_logged(tmp_path):

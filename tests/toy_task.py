@@ -83,11 +83,6 @@ def phase(config: FrozenConfigDict, step: int) -> str:
   return "late" if step > 6 else "early"
 
 
-def flops_per_step(config: FrozenConfigDict) -> float:
-  """A multiply-add for each number of the matrix and record, thrice."""
-  return 6.0 * 15 * config.batch_size
-
-
 def train_step(
   config: FrozenConfigDict, phase: str, state: State, frozen: Any, batch: Any, key: jax.Array
 ) -> tuple[State, dict[str, jax.Array]]:

@@ -99,12 +99,6 @@ def phase(config: FrozenConfigDict, step: int) -> None:
   del config, step
 
 
-def flops_per_step(config: FrozenConfigDict) -> float:
-  """Not counted."""
-  del config
-  return 0.0
-
-
 def train_step(
   config: FrozenConfigDict, phase: None, state: State, frozen: Any, batch: Any, key: jax.Array
 ) -> tuple[State, dict[str, jax.Array]]:

@@ -174,12 +174,6 @@ def phase(config: FrozenConfigDict, step: int) -> Phase:
   return stages.phase_of(config, step)
 
 
-def flops_per_step(config: FrozenConfigDict) -> float:
-  """Not counted yet."""
-  del config
-  return 0.0
-
-
 def train_step(
   config: FrozenConfigDict,
   phase: Phase,

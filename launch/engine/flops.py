@@ -1,7 +1,8 @@
 """FLOPs of a traced function: its matrix products and convolutions, by their shapes.
 
-Counted in the jaxpr, before any compiler: a scan counts all its rounds, what the backward pass
-computes again counts too. XLA's own count takes the body of a loop once.
+Counted in the jaxpr, before any compiler: a scan counts all its rounds, and what the backward pass
+computes again counts again. XLA's own count takes the body of a loop once. A primitive of ours has
+a method `flops` (shapes of its inputs -> FLOPs).
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from typing import Any
 import jax
 import jax.extend
 
-from lightningdit_jax.dense import dense_p
-
-# Matrix products of jax's cuDNN attention; backward, the logits are computed again.
-CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+# Matrix products of jax's cuDNN attention, without the logits that its backward kernel makes again.
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 
 
 def count(jaxpr: Any) -> float:
@@ -39,8 +38,8 @@ def _of(equation: Any) -> float:
     left = equation.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
     return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-  if name == dense_p.name:
-    return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.invars[1].aval.shape[1]
+  if own := getattr(equation.primitive, "flops", None):
+    return own(*(x.aval.shape for x in equation.invars))
   if name == "conv_general_dilated":
     kernel = equation.invars[1].aval.shape
     out_axis = params["dimension_numbers"].rhs_spec[0]

@@ -18,7 +18,8 @@ from ml_collections import FrozenConfigDict
 import vavae_jax.training
 from launch import restore, tasks
 from launch.encode import columns
-from launch.engine import loop, mesh
+from launch.engine import mesh
+from launch.engine.step import jit_step
 from lightningdit_jax.sampling import sample_latents
 from vavae_jax import frozen, stages
 from vavae_jax.common.errors import InputError
@@ -117,7 +118,7 @@ def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
     "frozen networks": weights,
     "batch": batch,
   }
-  function = loop.jit_step(step, config, shardings)
+  function = jit_step(step, config, shardings)
   arguments = (phase, state, weights, batch, key)
   size = config.batch_size
   return Program(function, arguments, parts, config.num_steps, size, statics=1, handed_on=0)

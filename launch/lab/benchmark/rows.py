@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.checks
 from launch import tasks
-from launch.engine import flops, hardware, loop, mesh
+from launch.engine import flops, hardware, mesh
 from launch.engine.checkpoint import Checkpoints, survey
+from launch.engine.step import jit_init
 from launch.evaluation.reference import feature_options
 from launch.lab import programs
 from launch.lab.benchmark import loading
@@ -145,7 +146,7 @@ def prepare(
   init = functools.partial(tasks.of(config).init_state, config)
   shardings = mesh.parameter_shardings(jax.eval_shape(init, jax.random.key(0)), devices)
   with jax.set_mesh(devices):
-    return Prepared(program, devices, loop.jit_init(init, shardings)(jax.random.key(0)))
+    return Prepared(program, devices, jit_init(init, shardings)(jax.random.key(0)))
 
 
 def useful_flops(config: FrozenConfigDict, devices: Mesh, what: str, computed: float) -> float:

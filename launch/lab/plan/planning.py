@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import vavae_jax.training
 from launch import tasks
 from launch.engine import flops, hardware
+from launch.engine.step import without_recomputation
 from launch.lab import programs
 from launch.lab.plan import hlo, kernels, slices
 from vavae_jax.common import functional
@@ -151,11 +152,9 @@ def _bytes_of_one_device(tree: Any) -> int:
 
 def _model_flops(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> float:
   """A device's FLOPs where no activation is computed again; 0 where none is in any case."""
-  if not config.model.use_checkpoint or what != "train":
+  if what != "train" or (plain := without_recomputation(config)) == config:
     return 0.0
-  plain = ConfigDict(config.to_dict())
-  plain.model.use_checkpoint = False
-  program = programs.of(FrozenConfigDict(plain), devices, what, num_images)
+  program = programs.of(plain, devices, what, num_images)
   with jax.set_mesh(devices):
     traced = program.function.trace(*program.arguments)
   return flops.count(traced.jaxpr) / devices.size

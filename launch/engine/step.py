@@ -1,0 +1,110 @@
+"""A task's training step as the loop runs it: jitted, with its FLOPs, compiled once a phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from launch.engine import console, flops
+
+Metrics = dict[str, Any]
+TrainStep = Callable[..., tuple[Any, Metrics]]
+
+
+class Step:
+  """`state, metrics = step(phase, state, frozen, batch, key)`; takes the state's memory.
+
+  Attributes:
+    flops: phase -> model FLOPs of one step, for the phases that were run; see
+      `without_recomputation`.
+    norms: state -> norms of parameters and averages; for the log, so not part of every step.
+  """
+
+  def __init__(self, train_step: TrainStep, config: FrozenConfigDict, shardings: Any):
+    """Args:
+    train_step: the task's.
+    config: the whole configuration.
+    shardings: of the state.
+    """
+    self.flops: dict[Hashable, float] = {}
+    self._train_step, self._config, self._shardings = train_step, config, shardings
+    self._jitted = jit_step(self._traced, config, shardings)
+    self._traces = 0
+    self.norms = jax.jit(_norms)
+
+  def _traced(self, *arguments: Any) -> tuple[Any, Metrics]:
+    self._traces += 1
+    return self._train_step(*arguments)
+
+  def __call__(self, phase: Hashable, *arguments: Any) -> tuple[Any, Metrics]:
+    if phase not in self.flops:
+      plain = without_recomputation(self._config)
+      jitted = self._jitted
+      if plain != self._config:
+        jitted = jit_step(self._train_step, plain, self._shardings)
+      # Where it is the step itself that is traced here, the call below takes what was traced.
+      self.flops[phase] = flops.count(jitted.trace(phase, *arguments).jaxpr)
+    result = self._jitted(phase, *arguments)
+    if self._traces > len(self.flops):
+      self._traces = len(self.flops)
+      console.say(
+        "warning: the training step was traced and compiled again, which is slow: the batch has "
+        f"another shape or dtype than before ({jax.tree.map(jnp.shape, arguments[2])})"
+      )
+    return result
+
+
+def without_recomputation(config: FrozenConfigDict) -> FrozenConfigDict:
+  """The same training where the backward pass computes no block again.
+
+  Its traced step has the model's FLOPs, by which utilisations are usually told.
+  """
+  if not config.get("model", {}).get("use_checkpoint"):
+    return config
+  plain = ConfigDict(config.to_dict())
+  plain.model.use_checkpoint = False
+  return FrozenConfigDict(plain)
+
+
+def jit_init(init: Callable[[jax.Array], Any], shardings: Any = None) -> Callable[..., Any]:
+  """`init` (key -> state) compiled to run once; to make it fast takes a CPU's compiler too long."""
+  lazy = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  return jax.jit(init, out_shardings=shardings, compiler_options=lazy)
+
+
+def jit_step(train_step: TrainStep, config: FrozenConfigDict, shardings: Any) -> Any:
+  """The step jitted, with the arguments of `Step` and the state's memory donated."""
+  return jax.jit(
+    functools.partial(_guarded, train_step, config),
+    static_argnums=0,
+    donate_argnums=1,
+    out_shardings=(shardings, None),
+  )
+
+
+def _guarded(
+  train_step: TrainStep, config: FrozenConfigDict, phase: Hashable, state: Any, *more: Any
+) -> tuple[Any, Metrics]:
+  """The task's step; with "skip", one with a metric that is not finite leaves all but the count.
+
+  All metrics: a finite loss can have gradients that are not.
+  """
+  new, metrics = train_step(config, phase, state, *more)
+  if config.non_finite == "skip":
+    finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = dataclasses.replace(kept, step=new.step)
+    metrics = {**metrics, "skipped": 1.0 - finite}
+  return new, metrics
+
+
+def _norms(state: Any) -> Metrics:
+  trees = {"param": state.params, **{f"ema_{name}": tree for name, tree in state.ema.items()}}
+  return {f"{name}_norm": optax.tree.norm(tree) for name, tree in trees.items()}
