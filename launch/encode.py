@@ -6,9 +6,9 @@ r"""Encodes pictures to a latent store, which LightningDiT trains on, or checks 
 The pictures are those that the tokenizer was trained on (--source takes others, --held_out the ones
 that training left out). Each is stored as one posterior sample of itself and one of its mirror
 image; the noise is a function of seed and index. With --moments the posteriors themselves are
-stored, and training draws anew in each epoch. Shards are written whole, in the published layout, so
-a run that was stopped goes on with the first missing one when started again. Several processes
-(launch/engine/processes.py) share the shards; the output must be a folder that all of them see.
+stored, and training draws anew in each epoch. Shards are written whole, in the published layout; a
+run that was stopped goes on with the first missing one when started again. Several processes
+(launch/engine/processes.py) share the shards and need an output folder that all of them see.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from ml_collections import FrozenConfigDict
 
 from launch import restore
 from launch.engine import console, mesh, processes
+from launch.engine.configuration import check_begun
 from launch.evaluation import check_latents
+from lightningdit_jax import encoding
 from lightningdit_jax.store import latents, shards
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place, remove_partial, write_json
@@ -47,13 +49,21 @@ class _Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  """The pictures of a piece that can be read, and names and messages of those that cannot."""
+  """The readable pictures of a piece, and names and messages of the others."""
 
   piece: _Piece
   image: np.ndarray
   index: np.ndarray
   label: np.ndarray
   skipped: dict[str, str]
+
+
+class _Part(NamedTuple):
+  """What a shard stores of one batch."""
+
+  columns: dict[str, np.ndarray]
+  label: np.ndarray
+  skipped: list[str]
 
 
 def encode(
@@ -73,7 +83,7 @@ def encode(
   """Writes the latent store of a source, or what is missing of it.
 
   Args:
-    tokenizer: from `trained.load`.
+    tokenizer: from `restore.load`.
     output: the store's folder.
     source: as in `config.data.source`; "" is the tokenizer's own.
     held_out: encode the held-out share instead of the training share.
@@ -83,36 +93,22 @@ def encode(
     seed: of the posterior's noise.
     dtype: of what is stored, one of `DTYPES`.
     moments: store the posterior's mean and deviation instead of a sample.
-    max_corrupt: how many pictures that cannot be read are left out, in each process; one more is an
-      error.
+    max_corrupt: unreadable pictures that each process leaves out; one more is an error.
     threads: that decode pictures.
 
   Returns:
     The finished store.
 
   Raises:
-    InputError: nothing to encode, too many pictures that cannot be read, or `output` was begun with
-      other settings.
+    InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
+      settings.
   """
   data = tokenizer.config.data
   spec = source or data.source
   pictures = sources.open_source(spec)
-  if source in ("", data.source):
-    train, rest = sources.split(len(pictures), data.held_out, data.split_seed)
-    indices = rest if held_out else train
-  elif held_out:
-    raise InputError(f"Training left out none of {source}; --held_out is of {data.source}.")
-  else:
-    indices = np.arange(len(pictures))
-  if not len(indices):
-    raise InputError(f"{spec} has no pictures to encode.")
-  home = tokenizer.workdir
+  indices = _indices(data, spec, len(pictures), held_out)
   manifest = {
-    "tokenizer": {
-      "workdir": str(home if is_url(home) else home.absolute()),
-      "step": tokenizer.step,
-      "sha256": tokenizer.sha256,
-    },
+    "tokenizer": _identity_of(tokenizer),
     "source": spec,
     "listing": pictures.listing(),
     "held_out": held_out,
@@ -127,45 +123,36 @@ def encode(
   _claim(output, manifest)
   count = -(-len(indices) // shard_size)
   paths = [output / shards.shard_name(number, count) for number in range(count)]
-  mine = range(jax.process_index(), count, jax.process_count())
-  todo = [number for number in mine if not paths[number].exists()]
+  mine = {
+    number: indices[number * shard_size : (number + 1) * shard_size]
+    for number in range(jax.process_index(), count, jax.process_count())
+  }
+  there = [shards.Shard(paths[number]) for number in mine if paths[number].exists()]
   first = (BEGUN, latents.STATISTICS, latents.MANIFEST) if jax.process_index() == 0 else ()
   for name in (*(paths[number].name for number in mine), *first):  # left by a run that was killed
     remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
-  pieces = [
-    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
-    for number in todo
-    for shard in [indices[number * shard_size : (number + 1) * shard_size]]
-    for start in range(0, len(shard), batch_size)
-  ]
+  pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
   load = functools.partial(_load, pictures, data.image_size)
-  run = _encoder(tokenizer, devices, seed=seed, dtype=dtype, moments=moments, size=batch_size)
-  done = sum(min(shard_size, len(indices) - n * shard_size) for n in mine if n not in todo)
-  total = done + sum(len(piece.indices) for piece in pieces)
-  parts: list[dict[str, np.ndarray]] = []
-  labels: list[np.ndarray] = []
-  skipped: list[str] = []
-  written = [shards.Shard(paths[number]) for number in mine if number not in todo]
-  lost = sum(len(shard.note.skipped) for shard in written if shard.note)
+  pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
+  run = _encoder(tokenizer, devices, pure, size=batch_size)
+  total = sum(map(len, mine.values()))
+  done = total - sum(len(piece.indices) for piece in pieces)
+  lost = sum(len(shard.note.skipped) for shard in there if shard.note)
   _check_lost(lost, max_corrupt, output)
+  parts: list[_Part] = []
   with console.Bar("encode", total, done) as bar:
     for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
-      for name, message in batch.skipped.items():
-        lost += 1
-        console.say(f"left out ({lost} of at most {max_corrupt}): {message}")
-        _check_lost(lost, max_corrupt, name)
+      lost = _leave_out(batch.skipped, lost, max_corrupt)
       kept = len(batch.index)  # what follows only fills up
-      parts.append({name: x[:kept] for name, x in jax.device_get(encoded).items()})
-      labels.append(batch.label)
-      skipped += batch.skipped
+      columns = {name: x[:kept] for name, x in jax.device_get(encoded).items()}
+      parts.append(_Part(columns, batch.label, list(batch.skipped)))
       done += len(batch.piece.indices)
       bar.update(done)
       if batch.piece.ends:
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        shards.write_shard(paths[batch.piece.shard], whole, np.concatenate(labels), skipped)
-        parts, labels, skipped = [], [], []
+        _write(paths[batch.piece.shard], parts)
+        parts = []
   processes.wait_for_all("latents are encoded")
   if jax.process_index() == 0:
     latents.finish_store(output, manifest, seed, paths)
@@ -173,11 +160,58 @@ def encode(
   return latents.LatentStore(output)
 
 
+def _indices(data: FrozenConfigDict, spec: str, count: int, held_out: bool) -> np.ndarray:
+  """Which pictures of a source of `count` are encoded."""
+  if spec == data.source:
+    train, rest = sources.split(count, data.held_out, data.split_seed)
+    indices = rest if held_out else train
+  elif held_out:
+    raise InputError(f"Training left out none of {spec}; --held_out is of {data.source}.")
+  else:
+    indices = np.arange(count)
+  if not len(indices):
+    raise InputError(f"{spec} has no pictures to encode.")
+  return indices
+
+
+def _pieces(todo: dict[int, np.ndarray], batch_size: int) -> list[_Piece]:
+  """The shards, by their numbers, in batches."""
+  return [
+    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
+    for number, shard in todo.items()
+    for start in range(0, len(shard), batch_size)
+  ]
+
+
+def _identity_of(tokenizer: restore.Trained) -> dict[str, Any]:
+  home = tokenizer.workdir
+  workdir = str(home if is_url(home) else home.absolute())
+  return {"workdir": workdir, "step": tokenizer.step, "sha256": tokenizer.sha256}
+
+
+def _leave_out(skipped: dict[str, str], lost: int, allowed: int) -> int:
+  """Reports the unreadable pictures of a batch; returns how many there are by now."""
+  for name, message in skipped.items():
+    lost += 1
+    console.say(f"left out ({lost} of at most {allowed}): {message}")
+    _check_lost(lost, allowed, name)
+  return lost
+
+
 def _check_lost(lost: int, allowed: int, last: Any) -> None:
   if lost > allowed:
     raise InputError(
       f"{lost} pictures cannot be read, and --max_corrupt allows {allowed}; the last: {last}"
     )
+
+
+def _write(path: Path, parts: list[_Part]) -> None:
+  """A whole shard."""
+  columns = {
+    name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
+  }
+  labels = np.concatenate([part.label for part in parts])
+  shards.write_shard(path, columns, labels, [name for part in parts for name in part.skipped])
 
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
@@ -194,23 +228,16 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
   processes.wait_for_all("the folder is claimed")
   if not path.is_file():
     raise InputError(
-      f"Process {jax.process_index()} does not see {path}, which the first one wrote: --output "
-      "must be on a disk that all processes share."
+      f"Process {jax.process_index()} does not see {path}, which the first one wrote: put --output "
+      "on a disk that all processes share."
     )
   _check_same(output, json.loads(path.read_text()), manifest)
 
 
 def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -> None:
-  if differing := [k for k in manifest if _identity(begun.get(k)) != _identity(manifest[k])]:
-    raise InputError(
-      f"{output} holds latents that were begun with another {', '.join(differing)}; give a new "
-      "folder, or the settings it was begun with, or delete it."
-    )
-
-
-def _identity(noted: Any) -> Any:
   """A tokenizer is known by its hash, wherever its workdir has gone."""
-  return noted.get("sha256") if isinstance(noted, dict) else noted
+  both = [{**m, "tokenizer": m.get("tokenizer", {}).get("sha256")} for m in (begun, manifest)]
+  check_begun(output, *both)
 
 
 def _loaded(
@@ -239,14 +266,11 @@ def _load(pictures: sources.Source, size: int, piece: _Piece) -> _Batch:
   return _Batch(piece, image, np.array(kept, np.int32), np.array(labels, np.int64), skipped)
 
 
-_Encoded = dict[str, jax.Array]
-
-
 def _one_late(
-  batches: Iterator[_Batch], run: Callable[[_Batch], _Encoded]
-) -> Iterator[tuple[_Batch, _Encoded]]:
+  batches: Iterator[_Batch], run: Callable[[_Batch], dict[str, jax.Array]]
+) -> Iterator[tuple[_Batch, dict[str, jax.Array]]]:
   """Each batch when the next one is under way on the devices."""
-  waiting: list[tuple[_Batch, _Encoded]] = []
+  waiting: list[tuple[_Batch, dict[str, jax.Array]]] = []
   for batch in batches:
     waiting.append((batch, run(batch)))
     if len(waiting) > 1:
@@ -254,65 +278,17 @@ def _one_late(
   yield from waiting
 
 
-def columns(
-  config: FrozenConfigDict,
-  params: Any,
-  batch: dict[str, jax.Array],
-  *,
-  seed: int,
-  dtype: str,
-  moments: bool,
-) -> _Encoded:
-  """What is stored of a batch; pure and jittable.
-
-  Args:
-    config: of the tokenizer.
-    params: its parameters.
-    batch: {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}.
-    seed: of the posterior's noise.
-    dtype: of the result.
-    moments: the posterior's mean and deviation instead of a sample.
-
-  Returns:
-    Arrays [B, h, w, Z] by the names of `shards.SAMPLES` or `shards.POSTERIORS`.
-  """
-  model = restore.autoencoder(config, params)
-  picture = images.to_float(batch["image"])
-  posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])
-  if moments:
-    plain, mirror = posteriors
-    found = (plain.mean, plain.std, mirror.mean, mirror.std)
-    return {n: x.astype(dtype) for n, x in zip(shards.POSTERIORS, found, strict=True)}
-  key = jax.random.key(seed)
-
-  def noise(flip: int, shape: tuple[int, ...]) -> jax.Array:
-    def one(i: jax.Array) -> jax.Array:
-      return jax.random.normal(jax.random.fold_in(key, 2 * i + flip), shape[1:])
-
-    return jax.vmap(one)(batch["index"])
-
-  return {
-    name: posterior.sample(noise(flip, posterior.mean.shape)).astype(dtype)
-    for flip, (name, posterior) in enumerate(zip(shards.SAMPLES, posteriors, strict=True))
-  }
-
-
 def _encoder(
-  tokenizer: restore.Trained,
-  devices: jax.sharding.Mesh,
-  *,
-  seed: int,
-  dtype: str,
-  moments: bool,
-  size: int,
-) -> Callable[[_Batch], _Encoded]:
-  """`columns` of batches of any size on these devices."""
+  tokenizer: restore.Trained, devices: jax.sharding.Mesh, pure: Callable[..., Any], *, size: int
+) -> Callable[[_Batch], dict[str, jax.Array]]:
+  """`encoding.columns` of batches of any size on these devices."""
   params = tokenizer.on(devices).params
 
-  pure = functools.partial(columns, tokenizer.config, seed=seed, dtype=dtype, moments=moments)
-  run = jax.jit(pure)
+  @jax.jit
+  def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return pure(restore.autoencoder(tokenizer.config, params), batch)
 
-  def on_devices(batch: _Batch) -> _Encoded:
+  def on_devices(batch: _Batch) -> dict[str, jax.Array]:
     """The batch is filled up by repeating, so that one shape compiles and devices divide it."""
     count = len(batch.index)
     filled = np.resize(np.arange(max(count, 1)), size)
@@ -333,19 +309,11 @@ def main(argv: list[str]) -> None:
     return
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
-  store = encode(
-    restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step),
-    Path(FLAGS.output),
-    source=FLAGS.source,
-    held_out=FLAGS.held_out,
-    batch_size=FLAGS.batch_size,
-    shard_size=FLAGS.shard_size,
-    seed=FLAGS.seed,
-    dtype=FLAGS.dtype,
-    moments=FLAGS.moments,
-    max_corrupt=FLAGS.max_corrupt,
-    threads=FLAGS.threads,
-  )
+  names: tuple[str, ...] = ("source", "held_out", "batch_size", "shard_size", "seed", "dtype")
+  names += ("moments", "max_corrupt", "threads")
+  settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
+  store = encode(tokenizer, Path(FLAGS.output), **settings)
   height, width, channels = store.shape
   drift = np.abs(store.mean - store.manifest["exact_mean"]) / store.std
   console.table(
@@ -372,11 +340,11 @@ if __name__ == "__main__":
   flags.DEFINE_string("source", "", "Other pictures, such as folder:DIR.")
   flags.DEFINE_bool("held_out", False, "Encode the pictures that training left out.")
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
-  flags.DEFINE_integer("batch_size", 64, "Pictures at once, of each process.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 64, "Pictures at once in each process.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Of the posterior's noise.", lower_bound=0)
-  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of what is stored; bfloat16 halves it.")
-  flags.DEFINE_bool("moments", False, "Store posteriors, of which training draws in each epoch.")
-  flags.DEFINE_integer("max_corrupt", 0, "Unreadable pictures left out; 0: the first is an error.")
-  flags.DEFINE_integer("threads", 4, "That decode pictures.", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.", lower_bound=0)
+  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the latents; bfloat16 halves their size.")
+  flags.DEFINE_bool("moments", False, "Store posteriors; each epoch of training draws from them.")
+  flags.DEFINE_integer("max_corrupt", 0, "How many unreadable pictures to leave out.")
+  flags.DEFINE_integer("threads", 4, "Threads that decode pictures.", lower_bound=1)
   console.run_command(main)

@@ -3,9 +3,9 @@ r"""Prepares pictures as ArrayRecord files, the fastest to read at random from a
   python -m launch.prepare --source=tar:ILSVRC2012_img_train.tar --output=data/imagenet/train
   python -m launch.train --config.data.source=arrayrecord:data/imagenet/train ...
 
---source is any that trainings take: folder:DIR, zip:FILE, tar:FILES, tfds:NAME/SPLIT, hf:PATH. The
-files of pictures stay as they are, byte for byte; each is decoded once, so that one that cannot be
-read is named now and not in the middle of a training. A run that was stopped goes on where it was.
+--source is any that a training takes: folder:DIR, zip:FILE, tar:FILES, tfds:NAME/SPLIT, hf:PATH.
+The pictures' files are copied byte for byte; each is decoded once, so that an unreadable one is
+named now and not in the middle of a training. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from launch.engine import console
+from launch.engine.configuration import check_begun
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import remove_partial, write_json
 from vavae_jax.data import sources
@@ -31,20 +32,17 @@ BEGUN = "preparing.json"
 def prepare(
   source: str, output: Path, *, shard_size: int = 2_000, max_corrupt: int = 0, threads: int = 4
 ) -> Records:
-  """Writes the ArrayRecord files of a source, or what is missing of them.
+  """Writes the ArrayRecord files of a source, or what is missing of them, and opens them.
 
   Args:
     source: as in `config.data.source`.
     output: the folder.
     shard_size: pictures a file.
-    max_corrupt: how many pictures that cannot be read are left out; one more is an error.
+    max_corrupt: how many unreadable pictures to leave out; one more is an error.
     threads: that read and decode.
 
-  Returns:
-    The finished data.
-
   Raises:
-    InputError: too many pictures cannot be read, or the folder was begun with another source.
+    InputError: too many unreadable pictures, or the folder was begun with another source.
   """
   pictures = sources.open_source(source)
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}
@@ -62,9 +60,9 @@ def prepare(
         found = _read(pictures, chosen, threads, left_out, max_corrupt - len(skipped), bar)
         write_records(output / name, found)
         write_json(noted, {"records": len(chosen) - len(left_out), "skipped": left_out})
-      told = json.loads(noted.read_text())
-      counts[name] = told["records"]
-      skipped += told["skipped"]
+      note = json.loads(noted.read_text())
+      counts[name] = note["records"]
+      skipped += note["skipped"]
       bar.update(chosen.stop)
   description = {
     "class_names": list(pictures.class_names),
@@ -79,11 +77,7 @@ def prepare(
 def _claim(output: Path, begun: dict[str, Any]) -> None:
   path = output / BEGUN
   if path.is_file():
-    before = json.loads(path.read_text())
-    if differing := [key for key in begun if before.get(key) != begun[key]]:
-      raise InputError(
-        f"{output} was begun with another {', '.join(differing)}; give a new folder, or delete it."
-      )
+    check_begun(output, json.loads(path.read_text()), begun)
   elif output.is_dir() and any(not file.name.startswith(".") for file in output.iterdir()):
     raise InputError(f"{output} is not empty; give a new folder.")
   else:
@@ -99,7 +93,7 @@ def _read(
   allowed: int,
   bar: console.Bar,
 ) -> Iterator[tuple[bytes, int]]:
-  """Files and labels of the pictures that can be read; messages about others go to `left_out`."""
+  """Files and labels of the readable pictures; messages about the others go to `left_out`."""
 
   def one(index: int) -> tuple[bytes, int] | str:
     try:
@@ -152,6 +146,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("source", None, "Which pictures, such as zip:FILE.", required=True)
   flags.DEFINE_string("output", None, "The folder to write.", required=True)
   flags.DEFINE_integer("shard_size", 2_000, "Pictures a file.", lower_bound=1)
-  flags.DEFINE_integer("max_corrupt", 0, "Unreadable pictures left out; 0: the first is an error.")
-  flags.DEFINE_integer("threads", 4, "That read and decode.", lower_bound=1)
+  flags.DEFINE_integer("max_corrupt", 0, "How many unreadable pictures to leave out.")
+  flags.DEFINE_integer("threads", 4, "Threads that read and decode.", lower_bound=1)
   console.run_command(main)

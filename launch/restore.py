@@ -1,10 +1,15 @@
-"""Trained models out of workdirs: their configuration, and the parameters that inference uses."""
+"""Workdirs back to models, and what a training begins with where `config.init_from` names weights.
+
+A training that begins with given weights starts moments, moving averages and the tokenizer's
+discriminator afresh.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
+import lightningdit_jax.warm_start
 import vavae_jax.training
+import vavae_jax.warm_start
 from launch import tasks
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
@@ -24,8 +31,15 @@ from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
-from vavae_jax.common.optimizer import ema_name
+from vavae_jax.common.optimizer import ema_name, start_emas
 from vavae_jax.data import images
+from vavae_jax.weights.state_dicts import SUFFIXES, read_state_dict
+
+# A classifier has no `init_from`.
+_WARM_STARTS: dict[str, Any] = {
+  "tokenizer": vavae_jax.warm_start,
+  "diffusion": lightningdit_jax.warm_start,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +74,17 @@ class Trained:
 def load(
   workdir: Path, task_name: str, step: int | None = None, ema: float | None = None
 ) -> Trained:
-  """Restores what inference needs from a workdir.
+  """Restores what inference needs from a training's workdir.
 
   Args:
-    workdir: a training's.
+    workdir: of a training of the task `task_name`.
     task_name: a key of `tasks.TASKS`.
     step: which checkpoint; the newest if None.
-    ema: decay of the average that is wanted, 0 for the parameters themselves; None: the first one
-      of `config.optimizer.ema_decays`, or where there is none the parameters.
-
-  Returns:
-    The trained model.
+    ema: decay of the wanted average, 0 for the parameters themselves; None: the first one of
+      `config.optimizer.ema_decays`, or where there is none the parameters.
 
   Raises:
-    InputError: not a workdir, of the other task, or without a checkpoint or such an average.
+    InputError: not a workdir, of another task, or without a checkpoint or such an average.
   """
   config = FrozenConfigDict(ConfigDict(read_config(workdir)))
   if config.task != task_name:
@@ -104,31 +115,21 @@ def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
 
 
 def tokenizer_of(config: FrozenConfigDict, override: Path | None = None) -> Trained:
-  """The tokenizer whose latents a diffusion model was trained on.
+  """The tokenizer whose latents a diffusion model was trained on; errors as of the two below.
 
   Args:
     config: of the diffusion model.
     override: a tokenizer's workdir, for latents that do not say where theirs is.
-
-  Raises:
-    InputError: unknown, or another one than the latents were made with; or these are not the
-      latents that the model was trained on.
   """
   return tokenizer_of_latents(check_latents(config), override or config.tokenizer)
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
-  """The tokenizer that made a latent store.
+  """The tokenizer that made a latent store; InputError where it is unknown or another one.
 
   Args:
     store: the latents.
     workdir: the tokenizer's; "": as the store says.
-
-  Returns:
-    The trained tokenizer.
-
-  Raises:
-    InputError: unknown, or another one than the latents were made with.
   """
   noted = store.manifest.get("tokenizer", {})
   workdir = workdir or noted.get("workdir", "")
@@ -173,16 +174,7 @@ def check_latents(config: FrozenConfigDict) -> LatentStore:
 
 
 def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64) -> np.ndarray:
-  """Pictures through the autoencoder, by the posterior's mode.
-
-  Args:
-    tokenizer: from `load`.
-    image_BHWC: uint8.
-    batch_size: how many at once.
-
-  Returns:
-    uint8, the same shape.
-  """
+  """uint8 pictures through the autoencoder and back, by the posterior's mode."""
 
   @jax.jit
   def run(params: Any, batch: jax.Array) -> jax.Array:
@@ -191,3 +183,44 @@ def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64
 
   rebuild = functools.partial(run, tokenizer.params)
   return np.concatenate(list(in_batches(rebuild, image_BHWC, batch_size, mesh.make_mesh())))
+
+
+def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
+  """Reads the weights of `config.init_from`.
+
+  Returns:
+    A function from a fresh state to one with these weights, in the averages too; None where
+    `init_from` names none.
+
+  Raises:
+    InputError: nothing readable there, or, when the function is called, weights of another
+      architecture.
+  """
+  if not config.get("init_from"):
+    return None
+  path = place(config.init_from)
+  given = _params_of(path, config)
+
+  def adopt(state: Any) -> Any:
+    params, notes = _WARM_STARTS[config.task].adapt(state.params, given)
+    for note in notes:
+      console.say(f"initial weights: {note}")
+    console.say(f"initial weights: from {path}")
+    emas = start_emas(params, config.optimizer.ema_decays)
+    return dataclasses.replace(state, params=params, ema=emas)
+
+  return adopt
+
+
+def _params_of(path: Path, config: FrozenConfigDict) -> Any:
+  """Parameters of a training, or tensors of a file for the warm start of the task."""
+  if path.is_dir():
+    # As in the reference the weights themselves, whose averages begin anew.
+    return load(path, config.task, ema=0.0).params
+  if not path.is_file():
+    raise InputError(
+      f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
+      f"weights ({', '.join(SUFFIXES)})."
+    )
+  stored = read_state_dict(path)
+  return _WARM_STARTS[config.task].from_state_dict(stored, config.model)

@@ -5,8 +5,8 @@ r"""Samples pictures with a trained LightningDiT and its tokenizer.
 Writes one npz as ADM's evaluator reads it (arr_0 uint8 pictures, arr_1 labels), a contact sheet
 beside it (.png), the settings (.json), and with --png a folder of the pictures (no suffix). Sample
 i is a function of the seed and i alone, whatever the batch size and the number of devices. A run
-that was stopped goes on when started again. The settings are the training's config.sample, but for
-those given here; --guide is autoguidance, by another training on the same latents.
+that was stopped goes on when started again. The settings are the training's config.sample, changed
+by the flags given here; --guide is autoguidance by another training on the same latents.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import configs.base
 from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
+from launch.engine.configuration import check_begun
 from launch.evaluation.sample_files import claim_png_folder, part_path, write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
@@ -47,26 +48,26 @@ SETTINGS = {
   "diffusion_form": "Of the SDE: constant, SBDM, sigma, linear, decreasing, increasing-decreasing.",
   "diffusion_norm": "Magnitude of the SDE's diffusion.",
   "last_step": 'Of the SDE: Mean, Tweedie, Euler, or "".',
-  "last_step_size": "Of the SDE.",
+  "last_step_size": "Length of that step in t.",
   "dtype": "What matrices multiply in: float32 or bfloat16.",
   "batch_size": "Samples at once, over all devices.",
 }
 
+SHARED_WITH_GUIDE = (
+  *("model.input_size", "model.in_channels", "model.num_classes"),
+  *("transport.path_type", "transport.prediction"),
+  *("latents.sha256", "latents.latent_norm", "latents.latent_multiplier"),
+)
+
 
 def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.ndarray:
-  """The label of each sample.
+  """The label of each sample, int32 [num_samples].
 
   Args:
     kind: "balanced" (every class as often), "uniform" (random), or labels as in "3,7,7", repeated.
     num_samples: how many.
     num_classes: labels are below it.
     seed: of the random ones.
-
-  Returns:
-    int32 [num_samples].
-
-  Raises:
-    InputError: no such kind, or a label out of range.
   """
   if kind == "balanced":
     return np.arange(num_samples, dtype=np.int32) % num_classes
@@ -95,9 +96,9 @@ def make_sampler(
 
   Args:
     config: of the diffusion model; its latent store gives the statistics.
-    tokenizer: whose decoder makes the pictures.
+    tokenizer: its decoder makes the pictures.
     settings: as `config.sample`.
-    seed: of the set of samples.
+    seed: of the noise.
     devices: from `mesh.make_mesh`.
     guide: a second model to be guided away from.
 
@@ -145,22 +146,22 @@ def sample_set(
   """Samples a set and writes it, or what is missing of it.
 
   Args:
-    diffusion: from `trained.load`.
-    tokenizer: likewise.
+    diffusion: from `restore.load`, as are `tokenizer` and `guide`.
+    tokenizer: of the latents.
     output: the npz; finished batches wait in the folder `output.parts` beside it.
     num_samples: how many.
     labels: see `labels_for`.
     seed: of noise and labels.
     settings: as `config.sample`; the training's own if None.
     guide: a second model to be guided away from.
-    png: whether to write a folder of PNG files too, named as the npz without its suffix.
+    png: also write a folder of PNG files, named as the npz without its suffix.
 
   Raises:
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
   if jax.process_count() > 1:
-    raise InputError("Sampling is not made for several processes yet; start it in one.")
+    raise InputError("Sampling cannot run in several processes yet; start it in one.")
   checks.check_sampling(settings, diffusion.config.model, has_guide=guide is not None)
   if guide:
     _check_guide(diffusion, guide)
@@ -178,7 +179,7 @@ def sample_set(
   }
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
   if output.is_file() or parts.is_dir() or about.is_file():
-    _check_begun(output, about, noted)
+    check_begun(output, json.loads(about.read_text()) if about.is_file() else {}, noted)
   if png:
     claim_png_folder(output.with_suffix(""), noted)
   if not output.is_file():
@@ -193,10 +194,9 @@ def sample_set(
 
 
 def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> None:
-  num_samples = len(label_N)
-  with console.Bar("sample", num_samples) as bar:
-    for start in range(0, num_samples, size):
-      index_B = np.arange(start, min(start + size, num_samples))
+  with console.Bar("sample", len(label_N)) as bar:
+    for start in range(0, len(label_N), size):
+      index_B = np.arange(start, min(start + size, len(label_N)))
       path = part_path(parts, start, len(index_B))
       if not path.is_file():
         pictures = run(index_B, label_N[index_B])
@@ -206,42 +206,25 @@ def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> 
 
 
 def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:
-  for part, keys in (
-    ("model", ("input_size", "in_channels", "num_classes")),
-    ("transport", ("path_type", "prediction")),
-    ("latents", ("sha256", "latent_norm", "latent_multiplier")),
-  ):
-    for key in keys:
-      mine, other = diffusion.config[part][key], guide.config[part][key]
-      if mine != other:
-        raise InputError(
-          f"The guide {guide.workdir} was trained with config.{part}.{key}={other!r}, but "
-          f"{diffusion.workdir} with {mine!r}; a guide must see the same latents in the same way."
-        )
-
-
-def _check_begun(output: Path, about: Path, noted: dict[str, Any]) -> None:
-  begun = json.loads(about.read_text()) if about.is_file() else {}
-  if differing := [k for k in noted if begun.get(k) != noted[k]]:
-    raise InputError(
-      f"{output} was begun with another {', '.join(differing)}; give a new --output, or the "
-      "settings it was begun with."
-    )
+  for name in SHARED_WITH_GUIDE:
+    part, key = name.split(".")
+    mine, other = diffusion.config[part][key], guide.config[part][key]
+    if mine != other:
+      raise InputError(
+        f"The guide {guide.workdir} was trained with config.{name}={other!r}, but "
+        f"{diffusion.workdir} with {mine!r}; a guide must see the same latents in the same way."
+      )
 
 
 def define_settings() -> None:
   """Defines a flag for each of `config.sample`."""
-  define: dict[type, Any] = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-  }
   for name, default in configs.base.sample().items():
-    define[type(default)](name, None, SETTINGS[name])
+    kind = {int: "integer", float: "float", str: "string"}[type(default)]
+    getattr(flags, f"DEFINE_{kind}")(name, None, SETTINGS[name])
 
 
 def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:
-  """The model's own `config.sample`, but for the flags that were given, and those `changes`."""
+  """The model's own `config.sample` with the flags that were given and these changes."""
   settings = diffusion.config.sample.to_dict()
   settings |= {k: flags.FLAGS[k].value for k in settings if flags.FLAGS[k].value is not None}
   return FrozenConfigDict(ConfigDict(settings | changes))
@@ -267,17 +250,11 @@ def main(argv: list[str]) -> None:
     guide=guide,
     png=FLAGS.png,
   )
-  folder = [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
-  console.table(
-    "Samples",
-    ("what", "where"),
-    [
-      (f"{FLAGS.num_samples} pictures", str(output)),
-      ("contact sheet", str(output.with_suffix(".png"))),
-      ("settings", str(output.with_suffix(".json"))),
-      *folder,
-    ],
-  )
+  rows = [(f"{FLAGS.num_samples} pictures", str(output))]
+  rows += [("contact sheet", str(output.with_suffix(".png")))]
+  rows += [("settings", str(output.with_suffix(".json")))]
+  rows += [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
+  console.table("Samples", ("what", "where"), rows)
 
 
 FLAGS = flags.FLAGS

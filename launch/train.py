@@ -29,7 +29,6 @@ from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.pictures import Array, own_pictures
 from launch.evaluation.reference import gaussian_of, statistics_of
 from launch.evaluation.sample_files import contact_sheet
-from launch.initial import initial_weights
 from launch.sample import make_sampler
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
@@ -43,15 +42,7 @@ REFERENCE_PICTURES = 10_000
 
 
 def train(config: ConfigDict, workdir: Path) -> Any:
-  """Checks a configuration and trains as it says.
-
-  Args:
-    config: with all keys of `configs/base.py` for its task.
-    workdir: of this configuration.
-
-  Returns:
-    The final state.
-  """
+  """Checks a configuration, with all keys of its task, and trains; returns the final state."""
   frozen = tasks.resolve(config)
   more = {}
   if config.task == "tokenizer" and uses_teacher(frozen) and frozen.teacher.cache:
@@ -69,14 +60,14 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     workdir,
     name=f"train {config.task}",
     more_evaluators=more,
-    initial_weights=functools.partial(initial_weights, frozen) if frozen.get("init_from") else None,
+    initial_weights=functools.partial(restore.initial_weights, frozen),
   )
 
 
 def _cache_features(config: FrozenConfigDict) -> None:
   """Runs the teacher over all pictures, once and for all."""
   if jax.process_count() > 1:
-    return  # a cache that another run made is opened; without one training says so
+    return  # they open a cache that another run made, and report where there is none
   vavae_jax.training.check(config)
   source, indices = vavae_jax.training.training_pictures(config)
   with console.Bar("teacher's features", len(indices), 0) as bar:
@@ -87,12 +78,12 @@ def _cache_features(config: FrozenConfigDict) -> None:
 def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   """Samples of the EMA as one picture and, if asked, their Frechet distance to training pictures.
 
-  Each time from the same noise; none without a tokenizer.
+  Always from the same noise; none where the tokenizer is gone.
   """
   if not config.evaluate_every_steps:
     return {}
   if jax.process_count() > 1:
-    console.say("no samples will be shown while training: not yet made for several processes")
+    console.say("training shows no samples: with several processes it cannot sample yet")
     return {}
   try:
     tokenizer = restore.tokenizer_of(config)
@@ -100,7 +91,7 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
     if config.tokenizer or config.evaluate_samples:
       raise
     # Latents outlive their tokenizer's workdir, and training needs nothing but latents.
-    console.say(f"no samples will be shown while training: {error}")
+    console.say(f"training shows no samples: {error}")
     return {}
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   sampler = make_sampler(config, tokenizer, config.sample, seed=0, devices=devices)
@@ -119,9 +110,9 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
 def _distance(
   config: FrozenConfigDict, tokenizer: restore.Trained
 ) -> Callable[[np.ndarray], dict[str, float]]:
-  """FD-EfficientNet of few samples to pictures that the tokenizer saw: to compare steps by.
+  """FD-EfficientNet of few samples to pictures that the tokenizer saw, to compare steps by.
 
-  It is biased upwards for few samples, and compares with nothing of another size.
+  Few samples bias it upwards, so it compares only with sets of the same size.
   """
   if config.evaluate_samples < 2:
     raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")

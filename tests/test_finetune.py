@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from configs import base
 from launch.convert import convert
-from launch.initial import initial_weights
+from launch.restore import initial_weights
 from lightningdit_jax import training, warm_start
 from lightningdit_jax.convert import from_torch
 from lightningdit_jax.model import LightningDiT

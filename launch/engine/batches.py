@@ -20,13 +20,13 @@ def in_batches(
   """Runs a function over the leading axis of some arrays.
 
   Args:
-    run: jitted, from a global batch (like `arrays`) to an array [B, ...] or a pytree of them.
+    run: jitted, from a global batch (like `arrays`) to a pytree of arrays [B, ...].
     arrays: pytree of host arrays [N, ...]; the last batch is filled up by repetition.
     batch_size: over all devices; rounded up to a multiple of their number.
     devices: from `mesh.make_mesh`.
 
   Yields:
-    What `run` gives for each batch, as host arrays without the filling: N rows in all.
+    The results as host arrays without the filling: N rows in all.
   """
   batch_size = mesh.round_up(batch_size, devices)
   total = len(jax.tree.leaves(arrays)[0])

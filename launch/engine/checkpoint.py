@@ -1,9 +1,9 @@
 """Checkpoints {params, ema, training state, config, log}, each whole or not at all.
 
 The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
-and sampling restore one without the rest. Where the data goes on is told by the step. A killed
-save leaves a temporary folder that counts for nothing; a saved step is never overwritten. What is
-read is first compared with its manifest: damage is told, and the checkpoint before serves.
+and sampling restore one without the rest. The step says where the data go on. A killed save leaves
+a temporary folder that counts for nothing; a saved step is never overwritten. Files are compared
+with their manifest before use: damage is reported, and the checkpoint before it serves.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from launch.engine import console, manifest, processes
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import full_disk_as_oserror, is_url, write_json
 
-# The step of weights that were not trained here; a training's first checkpoint is of a later one.
+# The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
 _DAMAGED = "damaged-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-# Orbax logs the traceback of what fails in the background, twice; it is raised as well.
+# Orbax logs the traceback of a failure in the background, twice, and raises it as well.
 logging.get_absl_logger().addFilter(
   lambda record: not (record.exc_info and "orbax" in record.pathname)
 )
@@ -51,8 +51,8 @@ class Checkpoints:
     """Args:
     workdir: checkpoints lie in its folder `checkpoints`, one folder a step.
     keep: how many of the latest stay.
-    keep_every: those of the multiples of this step stay for good; 0: none.
-    best: of steps with a checkpoint, the one to keep for what it is worth, if any.
+    keep_every: multiples of this step stay for good; 0: none.
+    best: chooses one of the steps with a checkpoint that stays too, if any.
     """
     self.folder = _folder(workdir)
     if (self.folder / _CONVERTED / "params").is_dir():
@@ -68,10 +68,9 @@ class Checkpoints:
     )
 
   def sound_step(self) -> int | None:
-    """The newest checkpoint whose files are as they were written, or None where there is none.
+    """The newest undamaged checkpoint; None where there is no checkpoint.
 
-    Newer ones that are damaged are told and put aside, as `damaged-STEP`: their step can then be
-    written again.
+    Damaged ones are reported and renamed to `damaged-STEP`, to make room for their step.
 
     Raises:
       InputError: there are checkpoints, but every one is damaged.
@@ -79,8 +78,8 @@ class Checkpoints:
     found = _in_first(self._sound_step)
     if found == _ALL_DAMAGED:
       raise InputError(
-        f"All checkpoints in {self.folder} are damaged, as told above, and were put aside. Copy a "
-        "sound one there, give a new --workdir to begin anew, or delete the folder."
+        f"All checkpoints in {self.folder} are damaged, as reported above, and were renamed. Copy "
+        "a sound one there, give a new --workdir to begin anew, or delete the folder."
       )
     return None if found < 0 else found
 
@@ -106,24 +105,22 @@ class Checkpoints:
     return _ALL_DAMAGED if damaged else _NONE
 
   def check_space(self, state: Any) -> None:
-    """Raises InputError when the disk has no room for all that is kept and one more.
+    """Raises InputError when the disk has no room for all kept checkpoints and one more.
 
     Args:
-      state: pytree of arrays or shapes; the one kept beside the newest during a save is counted.
+      state: pytree of arrays or shapes.
     """
     if is_url(self.folder):
       return
     self.folder.mkdir(parents=True, exist_ok=True)
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    stored = len(_steps(self.folder))
-    needed = size * max(self._keep + 1 - stored, 1)
-    free = shutil.disk_usage(self.folder).free
-    if free < needed:
-      raise InputError(
-        f"{self.folder} has {free / 2**30:.2f} GiB free, but {needed / 2**30:.2f} GiB are needed "
-        f"for checkpoints of {size / 2**30:.2f} GiB each; free some space, choose another workdir, "
-        "or lower config.keep_checkpoints."
-      )
+    needed = size * max(self._keep + 1 - len(_steps(self.folder)), 1)
+    _check_free(
+      self.folder,
+      needed,
+      f"for checkpoints of {size / 2**30:.2f} GiB each; free some space, choose another workdir, "
+      "or lower config.keep_checkpoints",
+    )
 
   def save(self, state: Any, config: dict, log: dict | None = None) -> None:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
@@ -131,11 +128,11 @@ class Checkpoints:
     Args:
       state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
       config: plain nested dict.
-      log: likewise, what the log knows between two lines.
+      log: likewise; the state of the log between two lines.
 
     Raises:
-      OSError: the disk is full; what was there before is untouched. Of a save in the background it
-        is raised by the next call.
+      OSError: the disk is full, which a later call raises too for a save in the background. Earlier
+        checkpoints are untouched.
     """
     step = int(state.step)
     with full_disk_as_oserror(Path(str(self.folder))):
@@ -149,13 +146,13 @@ class Checkpoints:
       self._writer.save(self.folder / str(step), args=_orbax().args.Composite(**items))
 
   def _seal(self) -> None:
-    """Called in the first process when all have written, just before the folder gets its name."""
+    """Runs in the first process when all have written, just before the folder gets its name."""
     unfinished = list(self.folder.glob(f"{self._sealing}{_UNFINISHED}*"))
     # In a bucket nothing can be renamed: the folder has its name from the start.
     manifest.seal(unfinished[0] if unfinished else self.folder / str(self._sealing))
 
   def _finish(self) -> None:
-    """Waits for what is being written; then what need not be kept goes."""
+    """Waits for the save under way; then deletes what need not be kept."""
     self._writer.wait_until_finished()
     if jax.process_index() == 0:
       steps = _steps(self.folder)
@@ -165,15 +162,14 @@ class Checkpoints:
           (self.folder / str(step)).rmtree()
 
   def restore(self, step: int, state: Any) -> tuple[Any, dict]:
-    """Reads a checkpoint.
+    """Reads a checkpoint, on however many devices there are now.
 
     Args:
       step: which one.
-      state: the state as `jax.ShapeDtypeStruct` with shardings: what to make of the files, on
-        however many devices there are now.
+      state: the state as `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      (the state as arrays, what `save` was given as log).
+      (the state as arrays, `log` as it was saved).
     """
     items = {name: _orbax().args.StandardRestore(tree) for name, tree in _items(state).items()}
     items["log"] = _orbax().args.JsonRestore()
@@ -183,13 +179,13 @@ class Checkpoints:
     return state, restored["log"]
 
   def close(self) -> None:
-    """Waits for what is being written."""
+    """Waits for the save under way."""
     with full_disk_as_oserror(Path(str(self.folder))):
       self._finish()
     self._writer.close()
 
 
-# What stands for a step where there is none; negative, since processes tell each other numbers.
+# Instead of a step where there is none; negative, since processes exchange numbers.
 _NONE, _ALL_DAMAGED = -1, -2
 
 
@@ -201,14 +197,14 @@ def _in_first(work: Callable[[], int]) -> int:
 
 @functools.cache
 def _orbax() -> Any:
-  """It takes half a second to import, for which no --help should wait."""
+  """Imported when needed: it takes half a second, for which no --help should wait."""
   import orbax.checkpoint
 
   return orbax.checkpoint
 
 
 def steps_of(workdir: Path) -> list[int]:
-  """The steps of a workdir's checkpoints, ascending; whether they are sound is not looked at."""
+  """The steps of a workdir's checkpoints, ascending; they may be damaged."""
   return _steps(_folder(workdir))
 
 
@@ -217,7 +213,6 @@ def _folder(workdir: Path) -> epath.Path:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-  """The steps that a folder has something for, in order."""
   if not folder.is_dir():
     return []
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -236,13 +231,10 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
     workdir: a training's workdir.
     item: "params", or "ema_" and the name of one.
     like: pytree of `jax.ShapeDtypeStruct` with shardings.
-    step: which checkpoint; the newest if None.
+    step: which checkpoint; the newest undamaged one if None.
 
   Returns:
     (pytree of arrays, step).
-
-  Raises:
-    InputError: there is no such checkpoint or item.
   """
   folder = _folder(workdir)
   steps = _steps(folder)
@@ -266,25 +258,25 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
     return checkpointer.restore(path / item, like), chosen
 
 
+def _check_free(folder: Any, needed: int, why: str) -> None:
+  if (free := shutil.disk_usage(folder).free) < needed:
+    raise InputError(
+      f"{folder} has {free / 2**30:.2f} GiB free, but {needed / 2**30:.2f} GiB are needed {why}."
+    )
+
+
 def save_weights(workdir: Path, params: Any, config: dict) -> None:
   """Makes a workdir of weights alone, for encoding, sampling and evaluating; whole or not at all.
 
   Args:
     workdir: a folder that does not exist, or is empty.
-    params: pytree of arrays, as a task's state has them.
+    params: pytree of arrays, as in a task's state.
     config: plain nested dict.
-
-  Raises:
-    InputError: the disk has no room for them.
   """
   workdir = Path(workdir).absolute()
   workdir.parent.mkdir(parents=True, exist_ok=True)
   size = sum(x.nbytes for x in jax.tree.leaves(params))
-  if (free := shutil.disk_usage(workdir.parent).free) < size:
-    raise InputError(
-      f"{workdir.parent} has {free / 2**30:.2f} GiB free, but {size / 2**30:.2f} GiB are needed; "
-      "free some space, or choose another folder."
-    )
+  _check_free(workdir.parent, size, "for the weights; free some space, or choose another folder")
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
@@ -298,11 +290,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
 
 
 def read_config(workdir: Path) -> dict:
-  """The configuration that a workdir was trained with.
-
-  Raises:
-    InputError: the folder is not a training's workdir.
-  """
+  """The configuration of a training; InputError where the folder is not a training's workdir."""
   path = workdir / "config.json"
   if not path.exists():
     raise InputError(
@@ -314,7 +302,7 @@ def read_config(workdir: Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """One checkpoint, as `survey` found it; `wrong` is "" where it is sound."""
+  """One checkpoint, as `survey` found it; `wrong` says how it is damaged, "" if not."""
 
   name: str
   items: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a measurement has to be told with."""
+"""The circumstances that a measurement is reported with."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ def circumstances() -> dict[str, str]:
 
 
 def own_command(without: Collection[str]) -> str:
-  """The command line that started this process.
-
-  Args:
-    without: flags that are left out.
-  """
+  """The command line that started this process, without some flags."""
   words, given = [], iter(sys.argv[1:])
   for word in given:
     name, assigned, _ = word.lstrip("-").partition("=")

@@ -15,8 +15,8 @@ from ml_collections import config_flags
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
-# What may differ when a run is continued: how long, how often and by what means, not what is
-# computed. What happens to a step that is not finite is part of it, so that a run can get past one.
+# What may change when a run goes on: how long, how often and by what means, not what is computed.
+# The answer to a step that is not finite may change too, so that a run can get past one.
 MAY_CHANGE = (
   "num_steps",
   "log_every_steps",
@@ -43,28 +43,21 @@ MAY_CHANGE = (
   "latents.cache",
   "mesh.data",
   "mesh.fsdp",
-  # Where things are; that the latents are the same ones is checked by what they are.
+  # Where things are. Latents are identified by their contents.
   "latents.path",
   "tokenizer",
 )
 
 
 def define_flag(text: str) -> None:
-  """Defines --config and --config.KEY; a key that is unknown is left to `resolve` to refuse."""
+  """Defines --config and --config.KEY; `resolve` refuses unknown keys."""
   config_flags.DEFINE_config_file(
     "config", None, text, lock_config=False, accept_new_attributes=True
   )
 
 
 def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict) -> Any:
-  """Checks every key and value type against the published configuration and freezes the result.
-
-  Args:
-    config: what the person gave.
-    schema: a configuration with all keys, as `configs/base.py` makes.
-
-  Returns:
-    A hashable `FrozenConfigDict`.
+  """Checks every key and value type against a configuration with all keys, and freezes the result.
 
   Raises:
     InputError: unknown or missing key, or a value of another type, by full name.
@@ -105,14 +98,23 @@ def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
       )
 
 
+def check_begun(output: Path, begun: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
+  """Raises InputError where a piece of work was begun with other settings than `noted`."""
+  if differing := [key for key in noted if begun.get(key) != noted[key]]:
+    raise InputError(
+      f"{output} was begun with another {', '.join(differing)}; give another output, or the "
+      "settings it was begun with, or delete it."
+    )
+
+
 def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Writes the configuration into a workdir; raises InputError where that is not possible."""
   path = workdir / "config.json"
   if jax.process_index() == 0:
     try:
-      told = json.loads(json.dumps(config.to_dict()))
-      if not path.exists() or json.loads(path.read_text()) != told:
-        write_json(path, told)
+      mine = json.loads(json.dumps(config.to_dict()))
+      if not path.exists() or json.loads(path.read_text()) != mine:
+        write_json(path, mine)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
 

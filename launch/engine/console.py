@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: a bar with ETA on a terminal, lines in a log.
+"""Progress of a command: a bar with ETA on a terminal, lines in a log.
 
 Also the end of every command: input errors as one line without a traceback, interrupts with the
 command that resumes.
@@ -28,22 +28,23 @@ from launch.engine.circumstances import own_program
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import DISK_FULL, allow_open_files
 
-# Flags that are defined in here are those of the command that asks for them.
+# Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
-# A path that a person gave and that cannot be written or read; other system errors may be ours.
+# A path from the user that cannot be written or read; other system errors may be our mistakes.
 UNUSABLE_PATH = PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError
 
 
 class Interrupted(BaseException):
-  """A signal ended the work; like KeyboardInterrupt no `except Exception` of a library takes it."""
+  """A signal ended the work; no `except Exception` of a library catches it.
+
+  Attributes:
+    exit_code: of the process.
+    together: all processes of the job end here, so that each can wait for the others.
+  """
 
   def __init__(self, signal_number: int, together: bool = False):
-    """Args:
-    signal_number: of the signal.
-    together: all processes of the job end here, so that each can wait for the others.
-    """
     super().__init__(f"interrupted by signal {signal_number}")
     self.exit_code = 128 + signal_number
     self.together = together
@@ -52,15 +53,11 @@ class Interrupted(BaseException):
 class Bar:
   """Progress of one long work: `with Bar("train", total=100) as bar: bar.update(step, loss=...)`.
 
-  On a terminal a live bar; elsewhere a line every ten seconds. Only the first process shows it.
+  A live bar on a terminal, elsewhere a line every ten seconds; only in the first process. Units
+  that an earlier run did (`start`) do not count for the ETA.
   """
 
   def __init__(self, name: str, total: int, start: int = 0):
-    """Args:
-    name: what is being done.
-    total: number of units at the end.
-    start: units that were done before this run; they do not count for the ETA.
-    """
     self._name, self._total, self._start, self._done = name, total, start, start
     self._show = jax.process_index() == 0
     self._live = self._show and console.is_terminal
@@ -150,7 +147,7 @@ def number(value: float) -> str:
 
 
 def printable(text: str) -> str:
-  """The text without what would steer a terminal; names in files come from strangers."""
+  """The text without control characters; names in files come from strangers."""
   return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -159,7 +156,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def resume_command() -> str:
-  """The command line that started this process, to be given again from any folder."""
+  """The command line that started this process, usable from any folder."""
   words = [sys.executable, *own_program(), *sys.argv[1:]]
   return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
 
@@ -169,14 +166,14 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   try:
     words = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.keys()  # a file that is missing is told only when it is used
+      flags.FLAGS.config.keys()  # a missing file raises only when it is used
     return words
   except (flags.Error, OSError) as error:
-    # ml_collections gives the whole traceback of a configuration file; its last line says it.
+    # ml_collections gives the whole traceback of a configuration file; its last line is enough.
     message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
   except (LookupError, TypeError) as error:
     if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
-      raise  # a mistake in the file itself, which takes its traceback to find
+      raise  # a mistake in the file itself, whose traceback helps
     keys = [word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")]
     message = (
       f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
@@ -186,12 +183,12 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
 
 
 def _explained(error: BaseException) -> int | None:
-  """The exit code of an end that was to be expected, told in a line; None: this is a mistake."""
+  """Prints an expected end in one line and returns its exit code; None: it is a mistake of ours."""
   if isinstance(error, InputError | UNUSABLE_PATH):
     print(printable(f"error: {error}"), file=sys.stderr)
     return 2
   if isinstance(error, OSError) and error.errno in DISK_FULL:
-    # Files are written whole or not at all, so what is there is good to go on from.
+    # Files are written whole or not at all, so a run can go on from them.
     print(f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr)
     return 2
   if isinstance(error, KeyboardInterrupt | Interrupted):
@@ -208,20 +205,20 @@ def run_command(
   argv: list[str] | None = None,
   name: str = "",
 ) -> None:
-  """Runs a command's main by absl and ends the process as a person expects.
+  """Runs a command's main by absl and ends the process with a message and an exit code.
 
-  Wrong flags and input: a message and exit code 2. Interrupts: the resume command and 128 + signal.
+  Wrong flags and input end with 2; interrupts with the resume command and 128 + signal.
 
   Args:
     main: takes the command line without its options.
     arguments: how many words beside options the command takes.
-    config: value of --config where it is not given.
-    argv: the command line without a subcommand's name; the process's own if None.
+    config: default of --config.
+    argv: the command line, without a subcommand's name; the process's own if None.
     name: of command and subcommand, for messages.
   """
 
   def guarded(argv: list[str]) -> None:
-    # Libraries tell every file they touch; their warnings are enough.
+    # Libraries log every file they touch; their warnings are enough.
     logging.set_verbosity(logging.WARNING)
     try:
       if len(argv) > arguments + 1:
@@ -246,7 +243,7 @@ def run_command(
       sys.exit(code or 1)
 
   tracing.define_flags()
-  # Not as the flag's default: that is parsed before errors can be caught.
+  # Not as the flag's default, which is parsed before errors can be caught.
   argv = list(argv or sys.argv)
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")

@@ -1,4 +1,4 @@
-"""What devices can do at most, so that a training can say what share of it it gets."""
+"""The devices' limits, by which a training reports its utilisation, and settings for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import jax
 from jax.sharding import Mesh
 
-# Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; a name is matched by how
-# `device_kind` begins, longer ones first.
+# Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; the longest name that
+# `device_kind` begins with counts.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -29,21 +29,20 @@ PEAK_FLOPS = {
 }
 
 
-# What XLA is told on NVIDIA GPUs beyond its defaults, unless XLA_FLAGS says otherwise.
+# Flags for XLA on NVIDIA GPUs, unless XLA_FLAGS says otherwise.
 GPU_FLAGS = (
   # Weights of the next block are gathered, and gradients summed, while this one computes.
   "--xla_gpu_enable_latency_hiding_scheduler=true",
 )
 
 
-# Where compiled programs are kept, so that a run that is started again does not compile again.
-# JAX_COMPILATION_CACHE_DIR names another folder. CPUs do without: their programs are of one
-# machine, and homes are of several.
+# The cache of compiled programs, for runs that are started again; JAX_COMPILATION_CACHE_DIR names
+# another folder. Not on CPUs: their programs fit one machine, and several may share a home.
 PROGRAMS = "~/.cache/vavae_jax/programs"
 
 
 def prepare() -> None:
-  """Sets what this machine's accelerators want set, without asking jax for them."""
+  """Sets XLA's flags and the cache for this machine's accelerators, before jax looks for them."""
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     return
   gpu = os.path.exists("/dev/nvidiactl")
@@ -56,8 +55,8 @@ def prepare() -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(PROGRAMS))
 
 
-# GiB that a program can have of one device: of TPUs as the compiler says when it refuses one; of
-# GPUs 0.95 of the memory, which XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives instead of 0.75.
+# GiB of one device that a program can use: on TPUs as the compiler says when it refuses one; on
+# GPUs 0.95 of the memory, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 instead of 0.75.
 MEMORY = {
   "TPU v4": 30.75,
   "TPU v5 lite": 15.75,
@@ -75,21 +74,20 @@ BANDWIDTH = {
 
 
 def peak_flops(mesh: Mesh) -> float:
-  """Dense bfloat16 FLOP/s of all devices of a mesh; 0 where the kind is not known, as of CPUs."""
+  """Dense bfloat16 FLOP/s of all devices of a mesh; 0 for an unknown kind, such as CPUs."""
   return _of_kind(PEAK_FLOPS, mesh.devices.flat[0].device_kind) * mesh.size
 
 
 def memory(mesh: Mesh) -> float:
-  """Bytes that a program can have of one device of a mesh; 0 where the kind is not known."""
+  """Bytes of one device of a mesh that a program can use; 0 for an unknown kind."""
   return _of_kind(MEMORY, mesh.devices.flat[0].device_kind) * 2**30
 
 
 def bandwidth(mesh: Mesh) -> float:
-  """Bytes/s of the memory of one device of a mesh; 0 where the kind is not known."""
+  """Bytes/s of the memory of one device of a mesh; 0 for an unknown kind."""
   return _of_kind(BANDWIDTH, mesh.devices.flat[0].device_kind)
 
 
 def _of_kind(table: dict[str, float], kind: str) -> float:
-  """The entry whose name the kind begins with, the longest one; 0 where there is none."""
   names = [name for name in table if kind.startswith(name)]
   return table[max(names, key=len)] if names else 0.0

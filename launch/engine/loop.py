@@ -91,7 +91,7 @@ def run(
   *,
   name: str = "train",
   more_evaluators: dict[str, Evaluator] | None = None,
-  initial_weights: Callable[[], Adopt] | None = None,
+  initial_weights: Callable[[], Adopt | None] | None = None,
 ) -> Any:
   """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
   from `initial_weights`, or where there are none from random ones.
@@ -102,7 +102,8 @@ def run(
     workdir: metrics, checkpoints and the configuration go there.
     name: what the progress bar says.
     more_evaluators: beside the task's own.
-    initial_weights: reads weights and returns the function that puts them into a fresh state.
+    initial_weights: reads weights and returns the function that puts them into a fresh state, or
+      None where there are none to read.
 
   Returns:
     The final state, on the devices.

@@ -1,4 +1,4 @@
-"""What a checkpoint's files were when they were written, so that damage is seen before it is used.
+"""Sizes and checksums of a checkpoint's files, so that damage is found before they are used.
 
 `manifest.json` in a checkpoint's folder names each of its files with size and CRC-32. It is
 written before the folder takes its final name: a folder without one was never whole. Folders are
@@ -19,13 +19,13 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url
 
 MANIFEST = "manifest.json"
-# Orbax writes these at its commit, afterwards, and nothing is read from them.
+# Orbax writes these afterwards, at its commit, and reads nothing from them.
 _UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 2**22
 
 
 def seal(folder: epath.Path) -> None:
-  """Brings the files of a checkpoint to the disk and lists them in its manifest."""
+  """Syncs the files of a checkpoint to the disk and lists them in its manifest."""
   files = {}
   for name, path in _files(folder):
     with path.open("rb") as file:
@@ -39,14 +39,11 @@ def seal(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path, item: str = "") -> str:
-  """What is wrong with a checkpoint, found by reading all of it; "" where nothing is.
+  """Reads a checkpoint and says in a few words how it is damaged; "" where it is sound.
 
   Args:
     folder: of one step.
-    item: the part that is read, such as "params"; "": all.
-
-  Returns:
-    One or two files with what is wrong with each, for a message.
+    item: the part to read, such as "params"; "": all.
   """
   try:
     listed = json.loads((folder / MANIFEST).read_text())["files"]

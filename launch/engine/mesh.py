@@ -22,26 +22,18 @@ MIN_SHARDED_SIZE = 2**14
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   """The mesh ("data", "fsdp") over all devices of all processes.
 
+  With Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
+
   Args:
     data: size of the data axis; -1 takes what fsdp leaves.
     fsdp: number of shards of parameters and optimizer state; -1 takes what data leaves.
-
-  Returns:
-    A mesh with Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
-
-  Raises:
-    InputError: data x fsdp is not the number of devices.
   """
   sizes = axis_sizes(data, fsdp, jax.device_count())
   return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
 
 
 def use(count: int) -> None:
-  """Confines this process to so many devices, of a CPU virtual ones, before any has been asked for.
-
-  Raises:
-    InputError: there are not so many.
-  """
+  """Confines this process to so many devices (virtual ones on a CPU), before jax looks for any."""
   jax.config.update("jax_num_cpu_devices", count)
   jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(count))))
   if jax.device_count() != count:
@@ -66,20 +58,14 @@ def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
 
 
 def local_mesh() -> Mesh:
-  """The mesh over this process's devices alone, for work that processes do apart."""
+  """The mesh over this process's devices alone, for work that processes do separately."""
   devices = jax.local_devices()
   return jax.make_mesh((len(devices), 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=devices)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-  """A sharding for each array of a state: the largest axis that "fsdp" divides, else replicated.
-
-  Args:
-    tree: pytree of arrays or `jax.ShapeDtypeStruct`.
-    mesh: from `make_mesh`.
-
-  Returns:
-    The same tree of `NamedSharding`.
+  """A `NamedSharding` for each array or shape of a tree: the largest axis that "fsdp" divides over
+  it, else replicated.
   """
   shards = mesh.shape["fsdp"]
 
@@ -94,7 +80,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """Every device holds the whole array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -114,14 +100,8 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
-  """This process's part of a batch -> global arrays, the leading axis over the whole mesh.
-
-  Args:
-    batch: pytree of host arrays [B / processes, ...].
-    mesh: from `make_mesh`.
-
-  Returns:
-    The tree of global arrays [B, ...].
+  """This process's part of a batch, a pytree of host arrays [B / processes, ...] -> global arrays
+  [B, ...], the leading axis over the whole mesh.
   """
   sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   return jax.tree.map(

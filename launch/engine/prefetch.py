@@ -1,4 +1,4 @@
-"""Batches put onto the devices by a thread, ahead of the steps that take them."""
+"""A thread puts batches onto the devices ahead of the steps that take them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ AHEAD = 2
 
 
 class Prefetched:
-  """`with Prefetched(data, put) as batches: next(batches)`; what fails in the thread is raised."""
+  """`with Prefetched(data, put) as batches: next(batches)`, which raises the thread's errors.
+
+  The data are endless; `put` starts the transfer of a batch to the devices.
+  """
 
   def __init__(self, data: Iterable[Any], put: Callable[[Any], Any]):
-    """Args:
-    data: endless.
-    put: of a batch, starts its way to the devices.
-    """
     self._data, self._put = data, put
     self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
     self._stopped = threading.Event()
@@ -35,7 +34,7 @@ class Prefetched:
         if self._stopped.is_set():
           return
         self._ready.put((self._put(batch), None))
-      raise RuntimeError("The data of a training ended; they should be endless.")
+      raise RuntimeError("The training data ended; they should be endless.")
     except BaseException as error:
       self._ready.put((None, _explained(error)))
 
@@ -48,14 +47,14 @@ class Prefetched:
   def __exit__(self, *_: object) -> None:
     self._stopped.set()
     while self._thread.is_alive():
-      try:  # room for what it may be waiting to put
+      try:  # make room: the thread may be waiting for it
         self._ready.get(timeout=0.05)
       except queue.Empty:
         continue
 
 
 def _explained(error: BaseException) -> BaseException:
-  """In words of ours where grain tells that a worker died."""
+  """An error of our own where grain reports that a worker died."""
   if "Worker process was terminated unexpectedly" not in str(error):
     return error
   explained = InputError(

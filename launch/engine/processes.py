@@ -1,4 +1,4 @@
-"""Several processes of one job: how they find each other, and waiting for all of them."""
+"""Several processes of one job: how they find each other, exchange arrays and wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from vavae_jax.common.errors import InputError
 
-# After so long without a sign of one process the others give up.
+# The others give up after so long without a heartbeat of one process.
 HEARTBEAT_SECONDS = 30
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -20,14 +20,14 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def start() -> None:
   """Joins the processes of a job, where the environment says that there are several.
 
-  JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell it on
-  any machines. DISTRIBUTED=1, which launch/tpu_pod.sh and launch/slurm.sbatch set, leaves it to jax
-  to find them out, of a TPU slice or a Slurm job; so does a list in TPU_WORKER_HOSTNAMES.
+  JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so on
+  any machines. With DISTRIBUTED=1, which launch/tpu_pod.sh and launch/slurm.sbatch set, or a list
+  in TPU_WORKER_HOSTNAMES, jax finds them itself, in a TPU slice or a Slurm job.
 
   Raises:
     InputError: some of the variables are missing, or are no numbers.
   """
-  # It would take SIGTERM from us, in every command.
+  # The service would take SIGTERM from us, in every command.
   jax.config.update("jax_enable_preemption_service", False)
   given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   if not given:
@@ -52,9 +52,9 @@ def several() -> bool:
 
 
 def abandon(code: int) -> None:
-  """Ends this process of a job with an error, without the wait for the others that jax would make.
+  """Ends this process of a job with an error; jax would wait for the others.
 
-  They wait for it in vain and end when its heartbeat is missed.
+  They wait for it in vain and end when they miss its heartbeat.
   """
   if several():
     sys.stdout.flush()
@@ -86,6 +86,6 @@ def first_says(answer: bool) -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here; `what` is said where one does not."""
+  """Returns when all processes have come here; jax names `what` where one does not."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT end a training after the step under way, in all its processes after the same.
 
-One process that is told is enough. It asks by the key-value store of JAX's distributed runtime;
+A signal to one process is enough. It asks by the key-value store of JAX's distributed runtime;
 each process answers with the first step after which it can still stop, and goes no further until
 all have answered. They stop after the latest of these, which is one step ahead at most. JAX's own
-preemption service does likewise, but looks for news once a second.
+preemption service works likewise, but looks for news once a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax._src import distributed  # the store has no public name
 
 from launch.engine import console
 
-# How long one waits for the others' answers, each of which takes a message to the coordinator.
+# Each answer takes a message to the coordinator.
 ANSWERED_WITHIN_MS = 60_000
 _LISTENED_MS = 1_000
 _rounds = itertools.count()
@@ -49,8 +49,8 @@ class Signals:
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:
-    """A signal ends at once what is done inside, which can be done again; of one process alone,
-    since several would wait for each other.
+    """A signal ends the work inside at once, since it can be repeated; not with several processes,
+    which would wait for each other.
     """
     if self.received and not self._together:
       raise console.Interrupted(self.received)
@@ -63,9 +63,7 @@ class Signals:
   def stop_after(self, step: int, last: bool) -> int:
     """The signal that ends the loop after this step, in all processes; else 0.
 
-    Args:
-      step: all processes ask for every step.
-      last: it ends here anyhow.
+    All processes ask after every step; the last one ends the loop in any case.
     """
     if last:
       return 0
@@ -96,7 +94,7 @@ class _Together:
     self._listener.start()
 
   def _listen(self) -> None:
-    """Answers when some process asks."""
+    """Answers when a process asks."""
     while not self._closed.is_set():
       try:
         self._store.blocking_key_value_get(f"{self._name}/asked", _LISTENED_MS)
@@ -111,7 +109,7 @@ class _Together:
       return
 
   def agreed(self, step: int, wanted: bool) -> bool:
-    """Whether all stop after this step; `wanted`: this process was told to."""
+    """Whether all stop after this step; `wanted`: this process received a signal."""
     if wanted and not self._asked:
       self._asked = True
       self._store.key_value_set(f"{self._name}/asked", "", allow_overwrite=True)
@@ -126,6 +124,6 @@ class _Together:
     return step >= max(answers)
 
   def close(self) -> None:
-    """Ends the listening."""
+    """Ends the listening thread."""
     self._closed.set()
     self._listener.join()

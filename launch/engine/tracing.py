@@ -1,7 +1,6 @@
-"""What the devices did: a trace of any command, how busy they were, and with what.
+"""`--trace=FOLDER` of every command: records how busy the devices were, and with what.
 
-Every command has `--trace=FOLDER`: it is traced for a while in the midst of its work, so that what
-the device waits for (data, the host, a file) shows.
+It traces a while in the middle of the work, so that waiting for data, the host or a file shows.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from absl import flags
 
 from launch.engine import processes
 
-# The flags are those of the command that defines them, and of its --help.
+# Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
 LARGEST = 10
-# What holds other operations, whose time is told with theirs.
+# Their time is that of the operations inside, which are listed themselves.
 _CONTAINERS = ("while", "cond", "call")
 
 
@@ -35,12 +34,12 @@ class Operation(NamedTuple):
   end: float
 
 
-class Told(NamedTuple):
-  """What a trace tells.
+class Activity(NamedTuple):
+  """What the devices did while they were traced.
 
   Attributes:
-    busy: the share of the time in which a device computed something; the mean over this process's
-      devices. Virtual devices of a CPU are one.
+    busy: the share of the time in which a device computed, the mean over this process's devices;
+      the virtual devices of a CPU count as one.
     largest: (operation, its share of the time of all), the ten largest.
   """
 
@@ -52,20 +51,20 @@ def define_flags() -> None:
   """Defines the flags of `traced`, once."""
   if "trace" in flags.FLAGS:
     return
-  flags.DEFINE_string("trace", "", "A folder for a trace of this process: how busy is the device?")
-  flags.DEFINE_float("trace_after", 60.0, "Seconds of the command before it.", lower_bound=0)
-  flags.DEFINE_float("trace_seconds", 5.0, "How long it is traced.", lower_bound=0.1)
+  flags.DEFINE_string("trace", "", "Folder; records there how busy the device was.")
+  flags.DEFINE_float("trace_after", 60.0, "Seconds before the trace begins.", lower_bound=0)
+  flags.DEFINE_float("trace_seconds", 5.0, "Length of the trace in seconds.", lower_bound=0.1)
 
 
-def read(folder: Path, seconds: float) -> Told:
-  """What the newest trace in a folder tells.
+def read(folder: Path, seconds: float) -> Activity:
+  """Reads the newest trace that jax.profiler wrote into a folder.
 
   Args:
-    folder: that jax.profiler wrote into.
-    seconds: how long was traced.
+    folder: of the trace.
+    seconds: its length.
 
   Returns:
-    See `Told`; nothing and 0 where the profile of this kind of device has no operations.
+    Nothing and 0 where the profile of this kind of device has no operations.
   """
   file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   spent: dict[str, float] = collections.defaultdict(float)
@@ -73,7 +72,7 @@ def read(folder: Path, seconds: float) -> Told:
   cpu = jax.default_backend() == "cpu"
   for operation in _operations(file):
     if not cpu and not operation.device.startswith("/device:"):
-      continue  # what the host did besides
+      continue  # the host's own work
     spans.setdefault(operation.device, []).append((operation.begin, operation.end))
     if not operation.name.removeprefix("%").startswith(_CONTAINERS):
       spent[operation.name] += operation.end - operation.begin
@@ -81,7 +80,7 @@ def read(folder: Path, seconds: float) -> Told:
   count = 1 if cpu else jax.local_device_count()
   busy = sum(union(each) for each in spans.values()) / 1e9 / seconds / count
   largest = sorted(spent, key=lambda name: -spent[name])[:LARGEST]
-  return Told(min(busy, 1.0), [(name, spent[name] / total) for name in largest])
+  return Activity(min(busy, 1.0), [(name, spent[name] / total) for name in largest])
 
 
 def _operations(file: Path) -> Iterator[Operation]:
@@ -105,18 +104,14 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
 
 @contextlib.contextmanager
 def traced(say: Callable[[str], None]) -> Iterator[None]:
-  """Traces what runs in this block as the flags ask, and says what was seen.
-
-  Args:
-    say: takes a line.
-  """
+  """Traces what runs in this block as the flags ask; `say` reports it in a line."""
   if not flags.FLAGS.trace:
     yield
     return
   folder = Path(flags.FLAGS.trace)
   if processes.several():
     folder /= f"process{jax.process_index()}"
-  folder.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+  folder.mkdir(parents=True, exist_ok=True)  # fails now where it cannot be written
   ended = threading.Event()
 
   def trace() -> None:
@@ -128,13 +123,13 @@ def traced(say: Callable[[str], None]) -> Iterator[None]:
         began = time.perf_counter()
         ended.wait(flags.FLAGS.trace_seconds)
         seconds = time.perf_counter() - began
-      told = read(folder, seconds)
+      seen = read(folder, seconds)
     except (RuntimeError, OSError, ValueError) as error:
       say(f"no trace: {error}")  # the command's own work goes on
       return
-    parts = ", ".join(f"{name} {share:.1%}" for name, share in told.largest)
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in seen.largest)
     say(
-      f"traced {seconds:.1f} s into {folder}: the device was busy {told.busy:.1%} of the time; "
+      f"traced {seconds:.1f} s into {folder}: the device was busy {seen.busy:.1%} of the time; "
       f"largest operations: {parts or 'none seen'}"
     )
 

@@ -1,8 +1,8 @@
 """Scalars and pictures to TensorBoard and JSON lines; one process, the first, writes.
 
 `metrics.jsonl` has one object a line, `{"step": 100, "loss": 1.2, ...}`. When a run resumes, lines
-after the restored step are dropped, so that the file tells the story of one uninterrupted run. In a
-bucket, where nothing can be appended, the file is written anew every half minute and at the end.
+after the restored step are dropped, so that the file is that of one uninterrupted run. In a bucket,
+where nothing can be appended, the file is written anew every half minute and at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Writer:
   def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
     """Args:
     workdir: where the files go.
-    resume_step: lines of later steps are from an interrupted run and are dropped.
-    active: False in all processes but the first; then nothing is written.
+    resume_step: lines of later steps are dropped.
+    active: False in all processes but the first, which write nothing.
     """
     self._active = active
     if not active:

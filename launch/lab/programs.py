@@ -17,9 +17,9 @@ from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
 from launch import restore, tasks
-from launch.encode import columns
 from launch.engine import mesh
 from launch.engine.step import jit_step
+from lightningdit_jax import encoding
 from lightningdit_jax.sampling import sample_latents
 from vavae_jax import frozen, stages
 from vavae_jax.common.errors import InputError
@@ -153,7 +153,11 @@ def encode_program(
 ) -> Program:
   """Encoding of pictures, as `launch.encode` does on each host."""
   params = _params(config, devices)
-  run = functools.partial(columns, config, seed=0, dtype="float32", moments=False)
+
+  def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    model = restore.autoencoder(config, params)
+    return encoding.columns(model, batch, seed=0, dtype="float32", moments=False)
+
   batch = _batch(config, batch_size, devices)
   batch["index"] = rows((batch_size,), jnp.int32, devices)
   parts = {"parameters": params, "batch": batch}
