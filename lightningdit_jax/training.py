@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import sampling, transport
 from lightningdit_jax.checks import check_model, check_store
-from lightningdit_jax.model import TimestepEmbedder, build_model
+from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
 from vavae_jax.common import functional
@@ -87,19 +87,6 @@ def phase(config: FrozenConfigDict, step: int) -> str:
   until = config.transport.lognorm_until
   is_lognorm = config.transport.use_lognorm and (not until or step <= until)
   return "logit-normal" if is_lognorm else "uniform"
-
-
-def macs_per_image(model: FrozenConfigDict) -> float:
-  """Multiply-adds of the forward pass of one latent."""
-  width, tokens = model.hidden_size, (model.input_size // model.patch_size) ** 2
-  hidden = int(width * model.mlp_ratio)
-  mlp = 3 * width * int(2 / 3 * hidden) if model.use_swiglu else 2 * width * hidden
-  block = tokens * (4 * width**2 + mlp + 2 * tokens * width)
-  block += (4 if model.wo_shift else 6) * width**2
-  patch = model.patch_size**2 * model.in_channels * width
-  out = patch * (2 if model.learn_sigma else 1)
-  time = (2 * TimestepEmbedder.NUM_FREQUENCIES + width) * width
-  return model.depth * block + tokens * (patch + out) + time + 2 * width**2
 
 
 def train_step(
