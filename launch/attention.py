@@ -1,4 +1,4 @@
-"""Which attention kernel serves: measured where a training begins, on its device and shapes."""
+"""The attention kernel of a training, chosen by measuring on its device and shapes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,16 @@ from launch.engine.checkpoint import read_config
 from lightningdit_jax.model import ATTENTIONS, attend
 
 ROUNDS = 5
-# Two kernels differ in their rounding; only for so much faster does a run take the fused one.
+# The kernels round differently; a run uses the fused one only below this share of the time.
 WORTH = 0.9
 
 
 def choose(config: FrozenConfigDict, workdir: Path) -> str:
-  """The kernel for `config.model.attention`: itself where it names one; of "auto" the faster.
+  """ "xla" or "cudnn": the kernel that `config.model.attention` names, for "auto" the faster one.
 
-  cuDNN's is tried on NVIDIA GPUs in bfloat16 alone, forward and backward, with one device's share
-  of a batch; where it does not run, or is no tenth faster, "xla" it is. All processes of a job take
-  what the first one finds.
-
-  Args:
-    config: of a diffusion training.
-    workdir: its; a training that goes on keeps the kernel that it began with.
-
-  Returns:
-    "xla" or "cudnn".
+  cuDNN's is tried only on NVIDIA GPUs in bfloat16, forward and backward, with one device's share of
+  a batch; it must run and be a tenth faster. All processes of a job use what the first one finds. A
+  training that goes on in `workdir` keeps its kernel.
   """
   if config.model.attention != "auto":
     return config.model.attention
@@ -57,7 +50,7 @@ def choose(config: FrozenConfigDict, workdir: Path) -> str:
 
 
 def _seconds(config: FrozenConfigDict, implementation: str) -> float:
-  """Of a layer's attention, forward and backward."""
+  """Seconds of a layer's attention, forward and backward."""
   model = config.model
   batch = max(config.batch_size // config.accumulate_steps // jax.device_count(), 1)
   tokens = (model.input_size // model.patch_size) ** 2

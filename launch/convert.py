@@ -12,14 +12,14 @@ r"""Converts weights: published files to what the commands here take, and ours t
 
 SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/REPO/FILE on the Hugging
 Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir of a training here.
-What it is, is found out: LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
-diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, FID's Inception. DEST
-is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for statistics),
-or a file, by whose ending the format is chosen; LightningDiT and tokenizers then have the names
-that the reference loads with strict=True, all others those they came with. A workdir is float32.
-Pickles are read without running them and without PyTorch. All or nothing: tensors that are unknown,
-missing, misshapen or not finite are listed, and nothing is written. --inspect of a workdir reads
-its checkpoints and compares them with their checksums; the exit code is 2 where one is damaged.
+The command recognises LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
+diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, and FID's Inception.
+DEST is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for
+statistics), or a file whose ending chooses the format; LightningDiT and tokenizers then have the
+names that the reference loads with strict=True, all others keep theirs. A workdir is float32.
+Pickles are read without running them and without PyTorch. Unknown, missing, misshapen or non-finite
+tensors are listed, and nothing is written. --inspect of a workdir reads its checkpoints and
+compares them with their checksums; the exit code is 2 where one is damaged.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from vavae_jax.weights.torch_writer import write_torch_file
 FORMS = ("folder", "safetensors", "pt")
 _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
 STATISTICS_KIND = "latent statistics"
-# Which training a model's workdir is one of.
+# The task of a model's workdir.
 _TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", recognition.SD_VAE: "tokenizer"}
-# What the reference's autoencoder has no argument for: the value that it always has.
+# Options that the reference's autoencoder lacks, with the values it is built by.
 _ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
 
 
 class Converted(NamedTuple):
-  """What was written, for the summary; `arguments` are the architecture that the tensors told."""
+  """What was written, for the summary; `arguments` are the architecture by the tensors' shapes."""
 
   what: str
   tensors: StateDict
@@ -90,18 +90,12 @@ def convert(
     source: what to read.
     dest: what to write; it must not exist yet.
     to: one of `FORMS`; "" goes by the ending of `dest`.
-    part: of a training checkpoint in PyTorch, one of `weights.PARTS`; "": the average, if any.
+    part: of a PyTorch training checkpoint, one of `recognition.PARTS`; "": the average, if any.
     heads: LPIPS' heads, where source is VGG16.
-    latents: the store that a converted LightningDiT's statistics are in.
+    latents: the store with the statistics of a converted LightningDiT.
     tokenizer: the workdir of its tokenizer.
     step: of a training here, which checkpoint; the newest if None.
     ema: of a training here, which average; the first if None, 0 for the weights themselves.
-
-  Returns:
-    What was written.
-
-  Raises:
-    InputError: nothing is written.
   """
   to = _form_of(dest, to)
   if to != "folder":
@@ -125,7 +119,7 @@ def convert(
   if heads and found.kind != recognition.LPIPS:
     raise InputError(f"--heads is for VGG16, and {path} is {what}.")
   if found.kind != "LightningDiT" or to != "folder":
-    _refuse("no workdir of a LightningDiT is made", latents=latents, tokenizer=tokenizer)
+    _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
   if found.kind == STATISTICS_KIND and to == "folder":
     dest, to = dest / STATISTICS, "safetensors"
   if to != "folder":
@@ -153,7 +147,7 @@ def _workdir_config(
   console.say(f"configuration: {module or f'configs.base.{task}'}, with the file's architecture")
   config = importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
   config.model.update(found.arguments)
-  config.optimizer.ema_decays = ()  # what is there is all there is
+  config.optimizer.ema_decays = ()  # the weights are the only ones
   if task == "tokenizer":
     config.teacher.name = ""
   else:
@@ -164,19 +158,19 @@ def _workdir_config(
 
 
 def _form_of(dest: Path, to: str) -> str:
-  """What to write, by the ending of DEST and --to, which must agree."""
+  """The format, by the ending of DEST and --to, which must agree."""
   by_ending = _SUFFIXES.get(dest.suffix, "folder")
   if dest.suffix.lower() in SUFFIXES and dest.suffix not in _SUFFIXES:
     raise InputError(f"{dest.suffix} files are read, not written; end DEST in .safetensors or .pt.")
   if to and dest.suffix and to != by_ending:
-    raise InputError(f"--to={to} and {dest} contradict each other; leave --to away.")
+    raise InputError(f"--to={to} and {dest} contradict each other; leave --to out.")
   return to or by_ending
 
 
 def _refuse(why: str, **options: Any) -> None:
   for name, value in options.items():
     if value not in ("", None):
-      raise InputError(f"--{name}={value} means nothing here: {why}.")
+      raise InputError(f"--{name}={value} does not apply: {why}.")
 
 
 def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tuple[str, StateDict]:
@@ -190,8 +184,8 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
   for key, only in _ONLY_OURS.items():
     if arguments[key] != only:
       raise InputError(
-        f"{workdir} was trained with config.model.{key}={arguments[key]}; the reference knows only "
-        f"{only}, so that no file of its kind can hold these weights."
+        f"{workdir} was trained with config.model.{key}={arguments[key]}; the reference has only "
+        f"{only}, so its files cannot hold these weights."
       )
   module = restore.autoencoder(model.config, model.params)
   return f"tokenizer of step {model.step}", autoencoder_to_torch(module)
@@ -199,7 +193,7 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
 
 def _check_free(dest: Path) -> None:
   if dest.is_file() or (dest.is_dir() and (dest.suffix in _SUFFIXES or any(dest.iterdir()))):
-    raise InputError(f"{dest} is there already; give another DEST, or move it away.")
+    raise InputError(f"{dest} already exists; give another DEST, or move it away.")
 
 
 def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
@@ -218,11 +212,7 @@ def _sha256(path: Path) -> str:
 
 
 def inspect_workdir(workdir: Path) -> None:
-  """Lists the checkpoints of a training and reads each one whole.
-
-  Raises:
-    InputError: it is none, or some of them are damaged.
-  """
+  """Lists the checkpoints of a training and reads each one; InputError where one is damaged."""
   config = read_config(workdir)
   found = survey(workdir)
   rows = [
@@ -236,7 +226,7 @@ def inspect_workdir(workdir: Path) -> None:
   if damaged := [one.name for one in found if one.wrong]:
     raise InputError(
       f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}; training, "
-      "sampling and encoding take the newest that is sound."
+      "sampling and encoding use the newest sound one."
     )
 
 
@@ -267,7 +257,7 @@ def inspect(source: str) -> None:
 
 
 def _listed(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-  """Names and values of a file and of the dictionaries in it; what is deeper is only told to be."""
+  """Names and values of a file and of the dictionaries in it, not of those inside them."""
   for key, value in content.items():
     if isinstance(value, Mapping):
       yield from ((f"{key}.{name}", inner) for name, inner in value.items())
@@ -294,7 +284,7 @@ def _describe(tensors: StateDict) -> str:
 def _say_aside(aside: Mapping[str, int]) -> None:
   if aside:
     listed = ", ".join(f"{name} ({count})" for name, count in aside.items())
-    console.say(f"left aside, since they are not the model's: {listed}")
+    console.say(f"left out, since they are not the model's: {listed}")
 
 
 def main(argv: list[str]) -> None:

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_listed_and_nothing_written(change, message, tmp_pa
 
 def test_what_is_there_is_not_written_over(tmp_path):
   (tmp_path / "there.pt").write_text("mine")
-  with pytest.raises(InputError, match="is there already"):
+  with pytest.raises(InputError, match="already exists"):
     convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / "there.pt")
   assert (tmp_path / "there.pt").read_text() == "mine"
 
@@ -172,7 +172,7 @@ def test_a_converted_workdir_is_no_training_that_could_go_on(tmp_path, pipeline)
 
 
 def test_weights_with_what_only_this_project_has_are_not_exported(pipeline, tmp_path):
-  with pytest.raises(InputError, match=r"config\.model\.patch_size=16; the reference knows only 1"):
+  with pytest.raises(InputError, match=r"config\.model\.patch_size=16; the reference has only 1"):
     convert(str(pipeline / "tokenizer"), tmp_path / "file.pt")
 
 
@@ -333,8 +333,8 @@ def test_inspection_lists_tensors_and_values(capsys):
 @pytest.mark.parametrize(
   ("dest", "options", "message"),
   [
-    ("x.pt", {"ema": 0.0}, "--ema=0.0 means nothing here"),
-    ("x.pt", {"latents": "data"}, "--latents=data means nothing here"),
+    ("x.pt", {"ema": 0.0}, "--ema=0.0 does not apply"),
+    ("x.pt", {"latents": "data"}, "--latents=data does not apply"),
     ("x.pt", {"heads": str(FORMATS / "torch_zip.pt")}, "more than tensors"),
     ("x.npz", {}, "are read, not written"),
     ("x.pt", {"to": "safetensors"}, "contradict each other"),

@@ -1,7 +1,6 @@
-"""What a file of weights holds, by the names and shapes of its tensors.
+"""Recognises the model of a file of weights by the names and shapes of its tensors.
 
-A model is recognised only once its own module has taken every tensor: nothing is guessed further
-than that.
+A model counts as recognised only once its own module has taken every tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from vavae_jax.metrics import inception
 from vavae_jax.perceptual import LEFT_ASIDE
 from vavae_jax.weights.torch_weights import StateDict
 
-# Parts under which checkpoints keep weights; the first that is there is taken, so the average
-# before the weights themselves, as published numbers are of averages.
+# Parts under which checkpoints keep weights, the average first, as published numbers use averages.
 PARTS = ("ema", "model_ema", "state_dict", "model")
 ITSELF = "the file itself"
 
@@ -32,12 +30,12 @@ class Weights(NamedTuple):
 
   Attributes:
     kind: one of the names in `_KINDS`, such as "LightningDiT".
-    name: what is known more exactly, such as "dinov2_vitl14"; "" if nothing.
+    name: of the preset or teacher, such as "dinov2_vitl14"; "" where there is none.
     part: one of `PARTS` or `ITSELF`.
     tensors: PyTorch name -> array, without prefixes; all of the model's and no other. Teachers'
       files are kept whole, with heads and text towers that publishers ship with them.
-    aside: what else is in the file -> how many tensors or values.
-    arguments: the constructor's, where tensors tell them.
+    aside: other contents of the file -> how many tensors or values.
+    arguments: the constructor's, where tensors determine them.
     module: ours with these weights; None for statistics.
   """
 
@@ -57,11 +55,8 @@ def recognise(
 
   Args:
     content: from `state_dicts.read_content`.
-    part: one of `PARTS`; "": the first that is there, or the file itself.
-    more: tensors of a second file that belong to the same model, as LPIPS' heads.
-
-  Returns:
-    The weights, checked.
+    part: one of `PARTS`; "": the first one in the file, or the file itself.
+    more: tensors of a second file that belong to the same model, such as LPIPS' heads.
 
   Raises:
     InputError: no such part, no known model, or a known one with unknown, missing, misshapen or
@@ -91,7 +86,7 @@ def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Coun
   whole = content if part == ITSELF else content[part]
   others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
   if others:
-    raise InputError(f"Among the weights there is more than tensors: {', '.join(others[:8])}.")
+    raise InputError(f"The weights have entries that are no tensors: {', '.join(others[:8])}.")
   aside = Counter(
     {
       str(name): len(value) if isinstance(value, Mapping) else 1
@@ -111,7 +106,7 @@ def _group(name: str) -> str:
 
 
 class _Read(NamedTuple):
-  """What a kind's reader gives: as in `Weights`, and the names of what it left aside."""
+  """As in `Weights`, with the names of the tensors that a kind's reader left out."""
 
   tensors: StateDict
   name: str
@@ -173,7 +168,7 @@ def _read_inception(tensors: StateDict) -> _Read:
 
 
 def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, list[str]]:
-  """(what is the model's, names of what is not, by the beginnings of these)."""
+  """(the model's tensors, names of the others, which begin with one of `others`)."""
   left = [name for name in tensors if name.startswith(others)]
   return {name: x for name, x in tensors.items() if name not in left}, left
 

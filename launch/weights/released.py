@@ -15,7 +15,7 @@ PREFIX = "hf:"
 
 
 class Released(NamedTuple):
-  """Where a released file is, and the module of the configuration its model was trained with."""
+  """A released file and the module of its training's configuration."""
 
   file: str
   config: str = ""
@@ -47,16 +47,13 @@ def config_of(source: str) -> str:
 
 
 def find(source: str) -> Path:
-  """The file that a person means, fetched if it is on the hub and not yet in its cache.
+  """The path of a file or folder, downloaded from the hub if it is not yet in the cache.
 
   Args:
     source: a path, "hf:OWNER/REPO/FILE", or a key of `RELEASED`. A path that exists comes first.
 
-  Returns:
-    The path of the file or folder.
-
   Raises:
-    InputError: it is nowhere, or the hub cannot be reached; the message says what to put where.
+    InputError: it does not exist, or the hub cannot be reached; the message says what to put where.
   """
   if Path(source).exists():
     return Path(source)
@@ -64,14 +61,14 @@ def find(source: str) -> Path:
     source = PREFIX + RELEASED[source].file
   if not source.startswith(PREFIX):
     raise InputError(
-      f"There is no {source}; give a file or folder, {PREFIX}OWNER/REPO/FILE, or one of "
+      f"{source} does not exist; give a file or folder, {PREFIX}OWNER/REPO/FILE, or one of "
       f"{', '.join(RELEASED)}."
     )
   owner, _, rest = source.removeprefix(PREFIX).partition("/")
   repository, _, file = rest.partition("/")
   if not file:
     raise InputError(f"{source} is not of the form {PREFIX}OWNER/REPO/FILE.")
-  hub_logging.set_verbosity_error()  # it tells every retry
+  hub_logging.set_verbosity_error()  # it logs every retry
   try:
     return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
   except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
