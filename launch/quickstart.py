@@ -40,7 +40,7 @@ CONFIG = f"{quickstart.__file__}:pipeline"
 
 
 class Stages:
-  """Runs the stages one after the other and keeps what each took, over all runs of a workdir."""
+  """Runs the stages one after the other and sums up the seconds of each over a workdir's runs."""
 
   def __init__(self, workdir: Path):
     self._path = workdir / "timings.json"
@@ -48,7 +48,7 @@ class Stages:
     self._number = 0
 
   def run(self, name: str, work: Callable[[], Any]) -> Any:
-    """Runs one stage; its time is noted when it ends, or when it is interrupted."""
+    """Runs one stage and writes down its time, also when it is interrupted."""
     self._number += 1
     console.say(f"\n[{self._number}/6] {name}")
     began = time.monotonic()
@@ -60,11 +60,7 @@ class Stages:
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
-  """All stages, or what is left of them.
-
-  Args:
-    config: from `configs/quickstart.py:pipeline`.
-    workdir: everything goes there.
+  """Runs all stages, or the remaining ones, of `configs/quickstart.py:pipeline` in a workdir.
 
   Returns:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ..., "precision": ..., ...}.
@@ -95,7 +91,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 
 def _check(config: FrozenConfigDict) -> None:
-  """All that can be checked of the later stages before the first one takes its minutes."""
+  """Checks the later stages as far as possible before the first one takes its minutes."""
   first, second = tasks.resolve(config.tokenizer), tasks.frozen(config.diffusion)
   loop.check(first)
   vavae_jax.training.check(first)

@@ -44,13 +44,13 @@ _WARM_STARTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """What a training left for use.
+  """A trained model.
 
   Attributes:
-    workdir: where it was.
-    config: what it was trained with.
+    workdir: of its training.
+    config: of its training.
     step: of the checkpoint.
-    params: the EMA that was asked for, or the parameters; on every device.
+    params: the wanted EMA, or the parameters; on every device.
     ema: its decay; 0: the parameters themselves.
   """
 
@@ -148,7 +148,7 @@ def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Traine
 
 
 def open_latents(config: FrozenConfigDict) -> LatentStore:
-  """The latents of a diffusion configuration; a bar shows how far a copy is, where one is made."""
+  """The latents of a diffusion configuration; a bar shows the progress of a copy."""
   path, cache = config.latents.path, config.latents.cache
   with contextlib.ExitStack() as stack:
     bars: list[console.Bar] = []
@@ -167,8 +167,8 @@ def check_latents(config: FrozenConfigDict) -> LatentStore:
   store = open_latents(config)
   if config.latents.sha256 not in ("", store.sha256):
     raise InputError(
-      f"The model was trained on other latents than those that {store.path} holds now: what it "
-      "draws would decode to noise. Bring those back, or give a new --workdir to train on these."
+      f"The model was trained on other latents than those that {store.path} holds now: its samples "
+      "would decode to noise. Bring those back, or give a new --workdir to train on these."
     )
   return store
 

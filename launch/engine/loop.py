@@ -43,21 +43,21 @@ Adopt = Callable[[Any], Any]  # from a fresh state to one with given weights
 
 
 class Task(Protocol):
-  """What a training module offers; `state` is a dataclass with `step`, `params` and `ema`, a dict
-  from names to trees like `params`.
+  """The functions of a training module; `state` is a dataclass with `step`, `params` and `ema`, a
+  dict from names to trees like `params`.
   """
 
   def check(self, config: FrozenConfigDict) -> None:
-    """Raises InputError for anything wrong with the configuration or its data."""
+    """Raises InputError for mistakes in the configuration or its data."""
 
   def init_state(self, config: FrozenConfigDict, key: jax.Array) -> Any:
     """A fresh state, jittable."""
 
   def load_frozen(self, config: FrozenConfigDict) -> Any:
-    """Pytree of what the step needs and never trains (host arrays)."""
+    """Pytree of host arrays that the step needs and never trains."""
 
   def phase(self, config: FrozenConfigDict, step: int) -> Hashable:
-    """What is static about the update that makes `step`; the loop compiles once for each value."""
+    """The static part of the update that makes `step`; the loop compiles once for each value."""
 
   def train_step(
     self,
@@ -99,8 +99,8 @@ def run(
   Args:
     task: a module that fits `Task`.
     config: the whole configuration, frozen.
-    workdir: metrics, checkpoints and the configuration go there.
-    name: what the progress bar says.
+    workdir: of metrics, checkpoints and the configuration.
+    name: shown by the progress bar.
     more_evaluators: beside the task's own.
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
@@ -111,7 +111,7 @@ def run(
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
     FloatingPointError: a metric is not finite and `config.non_finite` is "stop", or it is "skip"
-      and more than `config.max_skipped_steps` steps were skipped one after the other.
+      and more than `config.max_skipped_steps` steps in a row were skipped.
     console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
   """
   devices = check(config)
@@ -204,7 +204,7 @@ def _checkpoints(config: FrozenConfigDict, workdir: Path) -> Checkpoints:
 
 
 def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
-  """Checks what every training's configuration has, whatever the task; returns its mesh."""
+  """Checks the part of a configuration that all tasks share; returns its mesh."""
   for field in COUNTS:
     if config[field] < 1:
       raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")

@@ -28,11 +28,7 @@ class Step:
   """
 
   def __init__(self, train_step: TrainStep, config: FrozenConfigDict, shardings: Any):
-    """Args:
-    train_step: the task's.
-    config: the whole configuration.
-    shardings: of the state.
-    """
+    """`train_step` is the task's, `config` whole; `shardings` are the state's."""
     self.flops: dict[Hashable, float] = {}
     self._train_step, self._config, self._shardings = train_step, config, shardings
     self._jitted = jit_step(self._traced, config, shardings)
@@ -64,7 +60,7 @@ class Step:
 def without_recomputation(config: FrozenConfigDict) -> FrozenConfigDict:
   """The same training where the backward pass computes no block again.
 
-  Its traced step has the model's FLOPs, by which utilisations are usually told.
+  Its traced step has the model's FLOPs, which utilisation is usually computed from.
   """
   if not config.get("model", {}).get("use_checkpoint"):
     return config

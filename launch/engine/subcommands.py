@@ -14,18 +14,18 @@ from absl import flags
 
 from launch.engine import console
 
-# Flags that are defined in here are those of the command that asks for them.
+# Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
 
 
 class Subcommand(NamedTuple):
-  """One of them.
+  """One subcommand.
 
   Attributes:
     text: for its --help; the first line also stands in the command's.
-    main: takes the command line without its options, as of `console.run_command`.
-    define_flags: defines the flags of this subcommand by `flags.DEFINE_...`.
-    config: value of --config where it is not given.
+    main: takes the command line without its options, as `console.run_command` says.
+    define_flags: defines its flags by `flags.DEFINE_...`.
+    config: default of --config.
   """
 
   text: str
@@ -41,12 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
-  """Runs the subcommand that the command line names and ends the process.
-
-  Args:
-    text: for --help of the command itself.
-    subcommands: by their names.
-  """
+  """Runs the subcommand that the command line names and ends the process; `text` is for --help."""
   main = sys.modules["__main__"]
   program = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else sys.argv[0]
   parser = _Parser(
