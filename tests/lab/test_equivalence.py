@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.lab.equivalence import comparison, differences
+from launch.lab.equivalence import comparison
 from launch.lab.equivalence.cases import Settings
 from launch.report.html import write_page
 from tests import cases
@@ -75,7 +75,7 @@ def test_every_layer_loss_gradient_and_parameter_is_compared(played, tmp_path):
   played.settings = settings(tmp_path)
   rows, _ = comparison.compare(played.settings)
   assert all(row.holds and row.max_abs == 0 for row in rows)
-  counts = {what: int(n) for what, n, *_ in differences.summary(rows)}
+  counts = {what: int(n) for what, n, *_ in comparison.summary(rows)}
   for dtype in ("float32", "bfloat16"):
     # The embedding of the time, one block, the head; 27 tensors, three of them constants.
     assert counts[f"{dtype} layer"] == 3
@@ -91,10 +91,10 @@ def test_one_wrong_array_does_not_hold(played, tmp_path, wrong):
   rows, about = comparison.compare(played.settings)
   failed = [row for row in rows if not row.holds and row.dtype == "float32"]
   assert [f"{row.group}/{row.name}" for row in failed] == [bad]
-  lines = {line[0]: line for line in differences.summary(rows)}
+  lines = {line[0]: line for line in comparison.summary(rows)}
   assert lines["float32 gradient"][-1] == "NO"
   assert lines["float32 gradient"][4] == "blocks.0.attn.qkv.weight"
-  write_page(tmp_path / "page.html", "title", differences.sections(rows, about))
+  write_page(tmp_path / "page.html", "title", comparison.sections(rows, about))
   page = (tmp_path / "page.html").read_text()
   assert "Difference by layer" in page
   assert "blocks.0.attn.qkv.weight" in page
@@ -127,10 +127,10 @@ def test_training_needs_the_other_checkout(tmp_path):
 
 def test_a_kinked_row_is_judged_by_its_rms():
   rows = [
-    differences.Row("gradient", "innocent", "float32", 1.0, 0.5, 1e-3, 5e-3, kinked=True),
-    differences.Row("gradient", "guilty", "float32", 1.0, 0.1, 2e-2, 5e-3, kinked=True),
+    comparison.Row("gradient", "innocent", "float32", 1.0, 0.5, 1e-3, 5e-3, kinked=True),
+    comparison.Row("gradient", "guilty", "float32", 1.0, 0.1, 2e-2, 5e-3, kinked=True),
   ]
-  (line,) = differences.summary(rows)
+  (line,) = comparison.summary(rows)
   assert line[4] == "guilty"
   assert line[-1] == "NO"
   row = dataclasses.replace(rows[0], rms=np.nan).to_dict()
@@ -161,5 +161,5 @@ def test_an_interpreter_without_pytorch_is_refused(tmp_path, capfd):
 def test_the_reference_itself(tmp_path, changes):
   given = settings(tmp_path, **changes)
   rows, about = comparison.compare(dataclasses.replace(given, reference=Path(CHECKOUT)))
-  assert all(row.holds for row in rows), differences.summary(rows)
+  assert all(row.holds for row in rows), comparison.summary(rows)
   json.dumps(about)

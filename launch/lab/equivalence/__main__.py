@@ -25,8 +25,7 @@ from absl import flags
 from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.lab.equivalence.cases import CASES, Settings
-from launch.lab.equivalence.comparison import compare
-from launch.lab.equivalence.differences import HEADER, sections, summary
+from launch.lab.equivalence.comparison import HEADER, compare, sections, summary
 from launch.lab.reference import define_flags
 from launch.report.html import write_page
 from vavae_jax.common.files import write_json

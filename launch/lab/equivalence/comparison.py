@@ -1,16 +1,20 @@
-"""Runs a model on both sides and compares their arrays."""
+"""Runs a model on both sides and compares their arrays: rows, a summary, sections of a page."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from launch.engine import console
 from launch.lab.equivalence.cases import TRAINED, Arrays, Case, Settings, make_case
-from launch.lab.equivalence.differences import Row, row_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
+from launch.report.charts import Curve, line_chart
+from launch.report.html import Section, table
 from launch.weights.recognition import recognise
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
@@ -20,6 +24,95 @@ NEEDS = (
   "torch, einops, numpy, pillow; for teachers and training also timm, for fid_inception "
   "torch-fidelity (pip install --no-deps)"
 )
+# The largest difference allowed, in units of the largest number of the reference's array. Rounding
+# in float32 grows with depth; Adam divides by the root of squares that may be tiny.
+TOLERANCES = {
+  **dict.fromkeys(("layer", "output", "mean", "logvar", "loss"), 1e-4),
+  **dict.fromkeys(("gradient", "parameter", "trajectory"), 1e-3),
+}
+BFLOAT16_TOLERANCE = 0.1
+# Of models with kinks: the root mean square that ties of max pools and hinges cause.
+KINKED_TOLERANCE = 5e-3
+KINKED_GROUPS = ("gradient", "parameter")
+HEADER = ("what", "n", "relative", "rms", "where", "limit", "holds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """The difference between an array of ours and the reference's."""
+
+  group: str  # a key of `TOLERANCES`
+  name: str  # the reference's
+  dtype: str  # of matrix products
+  max_abs: float
+  relative: float  # the largest difference in units of the reference's largest number
+  rms: float  # norm of all differences in units of the norm of the reference's array
+  tolerance: float  # upper limit of `judged`
+  kinked: bool = False  # see `cases.Case`
+
+  @property
+  def holds(self) -> bool:
+    """Whether the difference is within the limit; a NaN is not."""
+    return self.judged <= self.tolerance
+
+  @property
+  def judged(self) -> float:
+    """The difference that the limit is for."""
+    return self.rms if self.kinked and self.group in KINKED_GROUPS else self.relative
+
+  def to_dict(self) -> dict[str, Any]:
+    """For JSON, which has no NaN."""
+    fields = dataclasses.asdict(self) | {"holds": self.holds}
+    odd = {k: str(v) for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+    return fields | odd
+
+
+def row_of(key: str, dtype: str, actual: np.ndarray, expected: np.ndarray, kinked: bool) -> Row:
+  """Compares two arrays of one shape; `key` is "GROUP/NAME" or "GROUP"."""
+  difference = actual - expected
+  max_abs = float(np.abs(difference).max())
+  relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
+  rms = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(expected)), 1e-30)
+  group, _, name = key.partition("/")
+  tolerance = TOLERANCES[group] if dtype == "float32" else BFLOAT16_TOLERANCE
+  if kinked and group in KINKED_GROUPS:
+    tolerance = KINKED_TOLERANCE
+  return Row(group, name, dtype, max_abs, relative, rms, tolerance, kinked)
+
+
+def summary(rows: list[Row]) -> list[list[str]]:
+  """For each dtype and group the number of arrays, and the difference and name of the worst."""
+  lines = []
+  for dtype, group in dict.fromkeys((row.dtype, row.group) for row in rows):
+    of_group = [row for row in rows if (row.dtype, row.group) == (dtype, group)]
+    # A NaN is the worst.
+    worst = max(of_group, key=lambda row: np.nan_to_num(row.judged / row.tolerance, nan=np.inf))
+    numbers = [f"{worst.relative:.1e}", f"{worst.rms:.1e}", worst.name, f"{worst.tolerance:.0e}"]
+    holds = "yes" if all(row.holds for row in of_group) else "NO"
+    lines.append([f"{dtype} {group}", str(len(of_group)), *numbers, holds])
+  return lines
+
+
+def sections(rows: list[Row], about: Mapping[str, Any]) -> list[Section]:
+  """Of the page: a chart of the difference by layer, the summary, every array, how it was made."""
+  layers = {
+    dtype: [(i, row.relative) for i, row in enumerate(of_dtype)]
+    for dtype in dict.fromkeys(row.dtype for row in rows)
+    if (of_dtype := [row for row in rows if row.dtype == dtype and row.group == "layer"])
+  }
+  curve = Curve("Difference by layer", "largest relative", layers, log_y=True, x_label="layer")
+  every = [
+    [row.dtype, row.group, row.name, *(f"{x:.3e}" for x in (row.max_abs, row.relative, row.rms))]
+    for row in rows
+  ]
+  header = ("dtype", "what", "name", "abs", "relative", "rms")
+  facts = [[name, str(value)] for name, value in about.items()]
+  return [
+    Section("Layers", "", [line_chart(curve)]),
+    Section("Summary", "The worst array of each kind.", [table(HEADER, summary(rows))]),
+    Section("Every array", "", [table(header, every)]),
+    Section("Run", "", [table(("what", "value"), facts)]),
+  ]
 
 
 def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
