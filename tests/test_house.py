@@ -57,7 +57,7 @@ def within(name: str, package: str) -> bool:
 
 
 def breaches(importer, forbidden) -> list[str]:
-  """ "A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
+  """"A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
   return [
     f"{name} -> {other}"
     for name in sorted(filter(importer, modules()))
@@ -75,6 +75,17 @@ def test_nothing_outside_the_lab_imports_it():
   assert not breaches(
     lambda name: within(name, "configs") and not within(name, "configs.lab"),
     lambda other: within(other, "configs.lab"),
+  )
+
+
+def test_the_engine_imports_no_model():
+  assert not breaches(
+    lambda name: within(name, "launch.engine"),
+    lambda other: (
+      not within(other, "launch.engine")
+      and not within(other, "vavae_jax.common")
+      and other not in ("launch", "vavae_jax")
+    ),
   )
 
 
