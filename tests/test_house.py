@@ -57,7 +57,7 @@ def within(name: str, package: str) -> bool:
 
 
 def breaches(importer, forbidden) -> list[str]:
-  """"A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
+  """ "A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
   return [
     f"{name} -> {other}"
     for name in sorted(filter(importer, modules()))
