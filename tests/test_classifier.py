@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs.lab import dilemma
-from launch.engine import loop
+from launch.engine.step import jit_init
 from launch.evaluation.features import load_network
 from vavae_jax import classification
 from vavae_jax.common.errors import InputError
@@ -42,7 +42,7 @@ def test_features_are_of_one_picture_and_the_head_is_linear_in_them():
 
 def test_it_learns_to_tell_classes_apart(pictures):
   config = configuration(pictures, **{"batch_size": 32, "optimizer.decay_steps": 0})
-  state = loop.jit_init(functools.partial(classification.init_state, config))(jax.random.key(0))
+  state = jit_init(functools.partial(classification.init_state, config))(jax.random.key(0))
   step = jax.jit(functools.partial(classification.train_step, config, None))
   batch = next(iter(classification.train_data(config, 0, 1, 0)))
   losses = []

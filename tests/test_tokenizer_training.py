@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import quickstart
-from launch.engine import loop
+from launch.engine.step import jit_init
 from tests import cases
 from vavae_jax import frozen, losses, stages, training, update, warm_start
 from vavae_jax.common import functional
@@ -77,7 +77,7 @@ def setting(network):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(update, "_update_autoencoder", lambda config, state, grads: (state, grads))
     patch.setattr(training, "latent_shape", lambda config: (2, 3, 6))
-    state = loop.jit_init(functools.partial(training.init_state, config))(jax.random.key(1))
+    state = jit_init(functools.partial(training.init_state, config))(jax.random.key(1))
     steps = {}
     for name, phase in PHASES.items():
       step = jax.jit(functools.partial(training.train_step, config, phase))
