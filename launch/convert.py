@@ -313,12 +313,12 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_enum("to", "", ("", *FORMS), "What to write; by DEST's ending if not given.")
+  flags.DEFINE_enum("to", "", ("", *FORMS), "Format; by DEST's ending if not given.")
   flags.DEFINE_boolean("inspect", False, "Only list what SOURCE holds.")
-  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Of a checkpoint; the average, if any.")
+  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Part of a checkpoint; the average, if any.")
   flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
   flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
   flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")
-  flags.DEFINE_integer("step", None, "Of a workdir, which checkpoint; the newest if not given.")
-  flags.DEFINE_float("ema", None, "Of a workdir, which average; the first if not given, 0: none.")
+  flags.DEFINE_integer("step", None, "Step of a workdir's checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Decay of a workdir's average; the first if not given, 0: none.")
   console.run_command(main, arguments=2)

@@ -339,7 +339,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("check", "", "Verify this store instead of making one.")
   flags.DEFINE_string("source", "", "Other pictures, such as folder:DIR.")
   flags.DEFINE_bool("held_out", False, "Encode the pictures that training left out.")
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+  flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_integer("batch_size", 64, "Pictures at once in each process.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.", lower_bound=0)

@@ -45,11 +45,11 @@ SETTINGS = {
   "cfg_channels": "Guidance on the first channels only; 0: on all.",
   "atol": "Absolute tolerance of dopri5.",
   "rtol": "Relative tolerance of dopri5.",
-  "diffusion_form": "Of the SDE: constant, SBDM, sigma, linear, decreasing, increasing-decreasing.",
+  "diffusion_form": "SDE: constant, SBDM, sigma, linear, decreasing, increasing-decreasing.",
   "diffusion_norm": "Magnitude of the SDE's diffusion.",
-  "last_step": 'Of the SDE: Mean, Tweedie, Euler, or "".',
+  "last_step": 'Last step of the SDE: Mean, Tweedie, Euler, or "".',
   "last_step_size": "Length of that step in t.",
-  "dtype": "What matrices multiply in: float32 or bfloat16.",
+  "dtype": "Dtype of matrix products: float32 or bfloat16.",
   "batch_size": "Samples at once, over all devices.",
 }
 
@@ -262,14 +262,14 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "The diffusion model's workdir.", required=True)
   flags.DEFINE_string("output", None, "The npz to write.", required=True)
-  flags.DEFINE_integer("num_samples", 1000, "How many.", lower_bound=1)
-  flags.DEFINE_string("labels", "balanced", 'Or "uniform", or numbers as in 3,7,7, repeated.')
-  flags.DEFINE_integer("seed", 0, "Of noise and labels.")
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+  flags.DEFINE_integer("num_samples", 1000, "Number of samples.", lower_bound=1)
+  flags.DEFINE_string("labels", "balanced", "balanced, uniform, or labels such as 3,7,7, repeated.")
+  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
+  flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where the latents do not say.")
   flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
   flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
-  flags.DEFINE_integer("guide_step", None, "Which checkpoint of it; the newest if not given.")
-  flags.DEFINE_boolean("png", False, "Also a folder of PNG files.")
+  flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
+  flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")
   define_settings()
   console.run_command(main)
