@@ -315,7 +315,7 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_enum("to", "", ("", *FORMS), "Format; by DEST's ending if not given.")
   flags.DEFINE_boolean("inspect", False, "Only list what SOURCE holds.")
-  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Part of a checkpoint; the average, if any.")
+  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Its part; the average, if any.")
   flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
   flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
   flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")

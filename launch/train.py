@@ -153,6 +153,6 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT")
-  flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the configuration.", required=True)
+  flags.DEFINE_string("workdir", None, "Folder for everything it writes.", required=True)
   flags.mark_flag_as_required("config")
   console.run_command(main)
