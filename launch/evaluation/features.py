@@ -75,7 +75,7 @@ class Network:
 
 
 def load_network(protocol: str, path: str = "") -> Network:
-  """The feature network of a protocol.
+  """The feature network of a protocol; InputError if the protocol or its weights are unknown.
 
   Args:
     protocol: "adm" or "pytorch-fid", whose network is FID's Inception, "classifier", or a
@@ -83,12 +83,6 @@ def load_network(protocol: str, path: str = "") -> Network:
     path: its weights, as published or from `launch.convert`; "": Inception's where pytorch-fid or
       torch-fidelity put them, EfficientNet's of the package that has them. Of "classifier": the
       workdir where it was trained.
-
-  Returns:
-    The network.
-
-  Raises:
-    InputError: unknown protocol, or no weights of that network there.
   """
   if protocol not in PROTOCOLS:
     raise InputError(f"The protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")

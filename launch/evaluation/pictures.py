@@ -1,7 +1,4 @@
-"""Sets of pictures that can be read piece by piece, whatever they come from.
-
-50,000 pictures of 256 px are 10 GB: none of this holds more than the piece that was asked for.
-"""
+"""Sets of pictures, read piece by piece: 50,000 pictures of 256 px would be 10 GB in memory."""
 
 from __future__ import annotations
 
@@ -58,9 +55,6 @@ class Array:
   """Pictures in memory, for evaluations in a program."""
 
   def __init__(self, pictures_NHWC: np.ndarray):
-    """Args:
-    pictures_NHWC: uint8.
-    """
     self._pictures = pictures_NHWC
     self.size = _side(pictures_NHWC.shape[1:3])
     digest = hashlib.sha256(pictures_NHWC.tobytes()).hexdigest()
@@ -70,7 +64,6 @@ class Array:
     return len(self._pictures)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """As `PictureSet` says."""
     return self._pictures[start:stop]
 
 
@@ -83,15 +76,10 @@ class Npz:
   """The `arr_0` of an npz, as `launch.sample` and ADM write it."""
 
   def __init__(self, path: Path):
-    """Args:
-      path: the file.
-
-    Raises:
-      InputError: it is damaged, or has no uint8 [N,H,W,3].
-    """
+    """Raises InputError if the file is damaged, or has no uint8 [N,H,W,3]."""
     self._path = path
     try:
-      # Stays open: in a compressed file to seek back is to start anew.
+      # Stays open: seeking back in a compressed file starts anew.
       self._array = zipfile.ZipFile(path).open(FIRST)  # noqa: SIM115
       major, _ = np.lib.format.read_magic(self._array)
       read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
@@ -116,7 +104,6 @@ class Npz:
     return self._shape[0]
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """As `PictureSet` says; of a compressed file all that stands before is passed over."""
     shape = (stop - start, *self._shape[1:])
     size = int(np.prod(self._shape[1:]))
     try:
@@ -140,15 +127,12 @@ class FromSource:
     max_corrupt: int = 0,
   ):
     """Args:
-      spec: as `sources.open_source` takes it.
-      size: side of the crops in pixels; 0: no crop.
-      crop: one of `images.FIXED_CROPS`.
-      indices: which pictures, ascending; None: all.
-      limit: a seeded choice of so many of them; 0: all.
-      max_corrupt: how many that cannot be read are replaced by a neighbour; one more is an error.
-
-    Raises:
-      InputError: nothing usable there.
+    spec: as `sources.open_source` takes it.
+    size: side of the crops in pixels; 0: no crop.
+    crop: one of `images.FIXED_CROPS`.
+    indices: ascending; None: all.
+    limit: a seeded choice of so many of them; 0: all.
+    max_corrupt: how many unreadable pictures are replaced by a neighbour.
     """
     self.source = sources.open_source(spec)
     listing, identity = self.source.listing(), self.source.identity()
@@ -175,7 +159,6 @@ class FromSource:
     return len(self.indices)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """As `PictureSet` says, decoded by threads."""
     with ThreadPoolExecutor() as pool:
       return np.stack(list(pool.map(self._one, self.indices[start:stop].tolist())))
 
@@ -193,7 +176,7 @@ class FromSource:
 
 
 class Sampled:
-  """Samples of a trained model, drawn when they are read."""
+  """Samples of a trained model, drawn when they are read; `settings` are as `config.sample`."""
 
   def __init__(
     self,
@@ -205,14 +188,6 @@ class Sampled:
     labels: str,
     seed: int,
   ):
-    """Args:
-    diffusion: from `trained.load`.
-    tokenizer: likewise.
-    settings: as `config.sample`.
-    count: how many.
-    labels: see `labels_for`.
-    seed: of noise and labels.
-    """
     self.size = tokenizer.config.data.image_size
     self._labels = labels_for(labels, count, diffusion.config.model.num_classes, seed)
     devices = mesh.local_mesh()
@@ -234,7 +209,6 @@ class Sampled:
     return len(self._labels)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """As `PictureSet` says."""
     return self._run(np.arange(start, stop), self._labels[start:stop])
 
 
@@ -242,11 +216,6 @@ class Decoded:
   """The pictures that a tokenizer makes of a latent store."""
 
   def __init__(self, store: LatentStore, tokenizer: restore.Trained, batch_size: int = 64):
-    """Args:
-    store: the latents.
-    tokenizer: that made them.
-    batch_size: how many at once.
-    """
     self.size = tokenizer.config.data.image_size if _side(store.shape[:2]) else 0
     self._store, self._batch_size = store, batch_size
     self._devices = mesh.local_mesh()
@@ -269,7 +238,6 @@ class Decoded:
     return len(self._store)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """As `PictureSet` says."""
     z_BhwZ = np.empty((stop - start, *self._store.shape), np.float32)
     self._store.read(np.arange(start, stop), np.zeros(stop - start, bool), out=z_BhwZ)
     batches = in_batches(self._decode, z_BhwZ, self._batch_size, self._devices)
@@ -286,15 +254,7 @@ def own_pictures(
 ) -> FromSource:
   """Pictures that a tokenizer was trained on, or those it was not; see `training.share`.
 
-  Args:
-    tokenizer: from `trained.load`.
-    held_out: which of the two.
-    size: side of the crops; 0: as in training.
-    crop: see `FromSource`, like the rest.
-    limit: likewise.
-
-  Returns:
-    The set.
+  The crops are `FromSource`'s; a size of 0 is that of the training.
   """
   data = tokenizer.config.data
   return FromSource(
@@ -308,18 +268,12 @@ def own_pictures(
 
 
 def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> PictureSet:
-  """A set of pictures that exist already.
+  """An existing set of pictures; InputError if there are none.
 
   Args:
     spec: an npz, a folder of pictures, a folder of latents, or an image source such as zip:FILE.
     image_size: side of ADM's centre crop, of folders and sources; 0: as they are.
     tokenizer: workdir of latents' tokenizer; "": as the latents say.
-
-  Returns:
-    The set.
-
-  Raises:
-    InputError: nothing of the kind, or no pictures.
   """
   path = Path(spec).expanduser()
   if path.is_dir() and shard_files(path):
@@ -341,12 +295,9 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
 def stored_statistics(spec: str) -> dict[str, np.ndarray]:
   """The mean and covariance of an npz that has them, as ADM and pytorch-fid store them, or {}.
 
-  Args:
-    spec: as `open_pictures` takes it.
-
   Returns:
-    "mu" [F], "sigma" [F,F], where there are some "mu_s", "sigma_s" of sFID's features, and of files
-    that `launch.evaluate statistics` wrote "about", a JSON text.
+    "mu" [F], "sigma" [F,F]; if the file has them "mu_s", "sigma_s" of sFID's features, and "about",
+    a JSON text that `launch.evaluate statistics` wrote.
   """
   path = Path(spec).expanduser()
   if path.suffix != ".npz" or not path.is_file():

@@ -1,6 +1,6 @@
 """The files that samples are in: parts, the npz that ADM's evaluator reads, PNG folders, sheets.
 
-50,000 pictures of 256 px are 10 GB: none of this holds more than a part of them in memory.
+Only a part of the samples is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,12 +42,9 @@ def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:
 
 
 def write_npz(output: Path, parts: Path, labels: np.ndarray) -> None:
-  """Puts finished parts together as `arr_0`, with the labels as `arr_1`, and makes a sheet of them.
+  """Joins the parts of a folder as `arr_0` of an npz, with labels int32 [N] as `arr_1`.
 
-  Args:
-    output: the npz; the sheet is beside it, ending in .png.
-    parts: the folder of the parts.
-    labels: int32 [N].
+  A contact sheet goes beside it, as .png.
   """
   first = next(_parts(parts, len(labels)))
   _write_sheet(output.with_suffix(".png"), parts, len(labels))
@@ -56,7 +53,7 @@ def write_npz(output: Path, parts: Path, labels: np.ndarray) -> None:
     "fortran_order": False,
     "shape": (len(labels), *first.shape[1:]),
   }
-  # Last: its being there says that everything is.
+  # Last: the npz exists only if everything does.
   with atomic_file(output) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
     with archive.open(FIRST, "w", force_zip64=True) as array:
       np.lib.format.write_array_header_1_0(array, header)
@@ -95,14 +92,10 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def claim_png_folder(folder: Path, noted: dict[str, Any]) -> None:
-  """Notes in a folder of PNG files what they are samples of.
-
-  Args:
-    folder: is made.
-    noted: what the samples depend on.
+  """Makes a folder for PNG files and writes there what the samples depend on.
 
   Raises:
-    InputError: it is not empty, and its files are of something else.
+    InputError: the folder holds files of something else.
   """
   about = folder / PNG_SETTINGS
   if about.is_file():
@@ -117,12 +110,7 @@ def claim_png_folder(folder: Path, noted: dict[str, Any]) -> None:
 
 
 def write_pngs(output: Path, folder: Path) -> None:
-  """Writes the pictures of an npz as FOLDER/000000.png, ..., those that are not there yet.
-
-  Args:
-    output: the npz, from `write_npz`.
-    folder: is made.
-  """
+  """Writes the pictures of an npz as FOLDER/000000.png, ..., where they are missing."""
   folder.mkdir(parents=True, exist_ok=True)
 
   def write(index: int, picture: np.ndarray) -> None:
@@ -144,15 +132,7 @@ def write_pngs(output: Path, folder: Path) -> None:
 
 
 def contact_sheet(pictures_NHWC: np.ndarray, columns: int = SHEET_COLUMNS) -> np.ndarray:
-  """Pictures in rows of `columns` as one, the last row filled up with white.
-
-  Args:
-    pictures_NHWC: uint8.
-    columns: pictures a row.
-
-  Returns:
-    uint8 [rows H, columns W, 3].
-  """
+  """Pictures, uint8, in rows as one [rows H, columns W, 3], the last row filled up with white."""
   count, height, width, channels = pictures_NHWC.shape
   rows = -(-count // columns)
   filled = np.full((rows * columns, height, width, channels), 255, np.uint8)

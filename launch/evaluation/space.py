@@ -42,16 +42,9 @@ class Cells(NamedTuple):
 
 
 def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
-  """Random cells, each of another picture, mirrored or not, as the reference draws them; where the
-  store has posteriors, of a sample.
+  """Random cells of `count` pictures, or of all, mirrored or not, as the reference draws them.
 
-  Args:
-    store: the latents.
-    count: how many; all pictures if there are fewer.
-    seed: of the choice.
-
-  Returns:
-    The cells.
+  Where the store has posteriors, cells are of a sample.
   """
   draw = np.random.default_rng(seed)
   records = draw.permutation(len(store))[:count]
@@ -206,7 +199,7 @@ def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[
     path: of the transport.
 
   Returns:
-    Name of the axis -> (100 t, value).
+    Points (100 t, value) of each axis.
   """
   c = transport.coefficients(path, jnp.asarray(TIMES), jnp.zeros((len(TIMES), 1)))
   ratio = np.asarray(c.alpha / c.sigma, np.float64).ravel()

@@ -1,9 +1,8 @@
 """What figures are computed from: statistics of a set of pictures, read once, block by block.
 
-Of several processes each takes a range of the blocks, and what they found is put together in the
-order of the blocks: figures depend neither on the number of devices nor, but for rounding, on that
-of processes. Now and then what was found so far goes to a file, from which an evaluation that was
-stopped goes on.
+Each process takes a range of the blocks, and results are joined in the order of the blocks: figures
+depend neither on the number of devices nor, but for rounding, on that of processes. Results so far
+are saved every minute, so that a stopped evaluation resumes.
 """
 
 from __future__ import annotations
@@ -138,21 +137,17 @@ def compute(
   about: Any,
   progress: Path | None = None,
 ) -> Statistics:
-  """The statistics of all pictures of a set.
+  """The statistics of all pictures of a set, the same in all processes.
 
   Args:
-    pictures: which.
     run: jitted; (params, {"image" uint8 [B,H,W,3], "index" int32 [B]}) -> what is computed.
     params: arrays; they are brought to this process's devices.
     name: what the pictures are, for the bar and for the file in `progress`.
     about: what else the statistics depend on, for JSON.
     progress: a folder, where an evaluation that was stopped goes on from; None: it does not.
 
-  Returns:
-    The statistics, the same in all processes.
-
   Raises:
-    InputError: what is read is no pictures.
+    InputError: the pictures or their features are unusable.
   """
   blocks = -(-len(pictures) // BLOCK)
   count, mine = jax.process_count(), jax.process_index()

@@ -28,12 +28,7 @@ from vavae_jax.common.files import write_json
 def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list[Any]]:
   """`["cfg_scale=1,1.5", "num_steps=50"]` -> {"cfg_scale": [1.0, 1.5], "num_steps": [50]}.
 
-  Args:
-    words: a setting and its values each.
-    defaults: the settings that there are, whose types the values take.
-
-  Returns:
-    Values by setting, in the order given.
+  Values take the types of `defaults`, which has all settings.
 
   Raises:
     InputError: unknown settings, no values, or values of another type.

@@ -12,16 +12,11 @@ from vavae_jax.common.files import atomic_file
 def panels(
   rows: int = 1, columns: int = 1, *, size: tuple[float, float], sharey: bool = False
 ) -> tuple[Any, Any]:
-  """A figure without a window.
+  """(matplotlib's figure without a window, its axes as an array [rows, columns]).
 
   Args:
-    rows: of panels.
-    columns: likewise.
     size: width and height in inches.
-    sharey: whether all panels have one scale upwards.
-
-  Returns:
-    (matplotlib's figure, its axes as an array [rows, columns]).
+    sharey: whether all panels have one vertical scale.
   """
   from matplotlib.figure import Figure
 
