@@ -27,6 +27,7 @@ import launch.sample
 from launch import restore
 from launch.engine import console, subcommands
 from launch.engine.checkpoint import steps_of
+from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.figures import Options
@@ -72,7 +73,7 @@ def _reference(network: Network, output: Output, size: int) -> Reference:
 
 
 def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
-  """A function from settings, which may be none, to samples of --workdir's model."""
+  """A function from changed settings to samples of --workdir's model."""
 
   @functools.lru_cache(maxsize=1)
   def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
@@ -92,7 +93,7 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   return draw
 
 
-def _generation(argv: list[str]) -> None:
+def _generation() -> None:
   r"""FID, sFID, inception score, precision and recall of samples against real pictures.
 
     python -m launch.evaluate generation --samples=RUNS/samples.npz --reference=REFERENCE \
@@ -103,7 +104,6 @@ def _generation(argv: list[str]) -> None:
   Samples are --samples, or drawn by the model of --workdir, never all in memory. The reference is
   an npz of ADM's, of pytorch-fid's or of `launch.evaluate statistics`, or pictures of any kind.
   """
-  del argv
   if bool(FLAGS.samples) == bool(FLAGS.workdir):
     raise InputError("Give either --samples or --workdir: existing samples, or a model.")
   if FLAGS.samples:
@@ -127,13 +127,12 @@ def _generation(argv: list[str]) -> None:
   )
 
 
-def _reconstruction(argv: list[str]) -> None:
+def _reconstruction() -> None:
   r"""rFID, PSNR, SSIM and LPIPS of a tokenizer.
 
     python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
       --output=RUNS/reconstruction
   """
-  del argv
   output = _output("reconstruction")
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
@@ -164,21 +163,20 @@ def _lpips(config: FrozenConfigDict) -> Lpips | None:
   return None
 
 
-def _latents(argv: list[str]) -> None:
+def _latents() -> None:
   """Uniformity of a latent space, its channels, and signal to noise.
 
     python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
 
   Figures are those of the paper's table 6, by t-SNE.
   """
-  del argv
   output, store = _output("latents"), LatentStore(Path(FLAGS.latents))
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
 
 
-def _sweep(argv: list[str]) -> None:
+def _sweep() -> None:
   r"""Figures over a grid of sampling settings, checkpoints (step) and averages (ema).
 
     python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
@@ -186,7 +184,6 @@ def _sweep(argv: list[str]) -> None:
 
   Finished points are kept, also for a larger grid.
   """
-  del argv
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   output, network, draw = _output("sweep"), _network(), _drawer()
@@ -205,7 +202,7 @@ def _sweep(argv: list[str]) -> None:
   sweep.sweep(grid, draw, reference, network, output, options=Options(FLAGS.precision_recall))
 
 
-def _solvers(argv: list[str]) -> None:
+def _solvers() -> None:
   r"""Distance and cost of cheaper solver settings, from the same noise.
 
     python -m launch.evaluate solvers --workdir=RUNS/diffusion --num_steps=250 \
@@ -213,7 +210,6 @@ def _solvers(argv: list[str]) -> None:
 
   The latents of each point of the grid are compared with those of the settings given by flags.
   """
-  del argv
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   solvers.evaluate(
     diffusion,
@@ -226,21 +222,19 @@ def _solvers(argv: list[str]) -> None:
   )
 
 
-def _frontier(argv: list[str]) -> None:
+def _frontier() -> None:
   """Reconstruction against generation of several tokenizers, as figure 2 of the paper.
 
   python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
   """
-  del argv
   frontier(FLAGS.point, _output("frontier"), FLAGS.x, FLAGS.y)
 
 
-def _statistics(argv: list[str]) -> None:
+def _statistics() -> None:
   """Mean and covariance of a reference, to be computed once and used often.
 
   python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
   """
-  del argv
   path = Path(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
@@ -270,7 +264,8 @@ def _statistics(argv: list[str]) -> None:
   )
 
 
-def _output_flags(text: str = "Path of the results without suffix.") -> None:
+def _output_flags() -> None:
+  text = "Path of the results without suffix; of statistics, the npz."
   flags.DEFINE_string("output", None, text, required=True)
 
 
@@ -289,8 +284,7 @@ def _reference_flags() -> None:
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, if the latents do not name it.")
 
 
-def _sampler_flags(workdir: str | None = None, num_samples: int = 50_000) -> None:
-  flags.DEFINE_string("workdir", workdir, "Workdir of the model.", required=workdir is None)
+def _sampler_flags(num_samples: int = 50_000) -> None:
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_float("ema", None, "Decay of the average; the first if not given, 0: none.")
   flags.DEFINE_integer("num_samples", num_samples, "Samples to draw.", lower_bound=2)
@@ -303,44 +297,38 @@ def _sampler_flags(workdir: str | None = None, num_samples: int = 50_000) -> Non
 
 
 def _precision_recall_flag() -> None:
-  flags.DEFINE_boolean("precision_recall", True, "Needs the features of all pictures in memory.")
+  flags.DEFINE_boolean("precision_recall", True, "Keeps all features in memory.")
 
 
-def _grid_flag() -> None:
+def _grid_flags() -> None:
+  flags.DEFINE_string("workdir", None, "The diffusion model's workdir.", required=True)
   flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
 
 
 def _generation_flags() -> None:
-  _output_flags()
-  _network_flags()
-  _reference_flags()
-  _sampler_flags(workdir="")
-  _precision_recall_flag()
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
+  flags.DEFINE_string("workdir", "", "Workdir of a diffusion model that draws the samples.")
   flags.DEFINE_integer("bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.")
   flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")
 
 
 def _reconstruction_flags() -> None:
-  _output_flags()
-  flags.DEFINE_enum(
-    "protocol", "adm", ("none", *PROTOCOLS), "Feature network; none: no distance of features."
-  )
+  none = ("none", *PROTOCOLS)
+  flags.DEFINE_enum("protocol", "adm", none, "Feature network of the rFID; none: no rFID.")
   flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
   flags.DEFINE_string("workdir", None, "The tokenizer's workdir.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
   flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
   flags.DEFINE_integer("image_size", 0, "Side of the pictures; 0: as in training.")
-  flags.DEFINE_integer("limit", 0, "A seeded choice of so many pictures; 0: all.", lower_bound=0)
+  flags.DEFINE_integer("limit", 0, "Number of pictures, by a seeded choice; 0: all.", lower_bound=0)
   flags.DEFINE_enum("posterior", "sample", reconstruction.POSTERIORS, "sample: the reference's.")
   flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.")
-  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; by default the training's, if it is there.")
+  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; by default the training's file.")
   flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, if they are in another file.")
 
 
 def _latents_flags() -> None:
-  _output_flags()
   flags.DEFINE_string("latents", None, "A latent store.", required=True)
   flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
   flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=space.LEAST)
@@ -348,49 +336,34 @@ def _latents_flags() -> None:
   flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Path for signal to noise.")
 
 
-def _sweep_flags() -> None:
-  _output_flags()
-  _network_flags()
-  _reference_flags()
-  _sampler_flags()
-  _precision_recall_flag()
-  _grid_flag()
-
-
-def _solvers_flags() -> None:
-  _output_flags()
-  _sampler_flags(num_samples=solvers.DEFAULT_SAMPLES)
-  _grid_flag()
-
-
 def _frontier_flags() -> None:
-  _output_flags()
   flags.DEFINE_multi_string("point", [], "NAME:RECONSTRUCTION.json:GENERATION.json of a tokenizer.")
   flags.DEFINE_string("x", "psnr", "Figure of reconstruction for the frontier.")
   flags.DEFINE_string("y", "fid", "Figure of generation for the frontier.")
 
 
-def _statistics_flags() -> None:
-  _output_flags("The npz to write.")
-  _network_flags()
-  _reference_flags()
-
-
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], Callable[[], None]]] = {
-  "generation": (_generation, _generation_flags),
-  "reconstruction": (_reconstruction, _reconstruction_flags),
-  "latents": (_latents, _latents_flags),
-  "sweep": (_sweep, _sweep_flags),
-  "solvers": (_solvers, _solvers_flags),
-  "frontier": (_frontier, _frontier_flags),
-  "statistics": (_statistics, _statistics_flags),
+_few_samples = functools.partial(_sampler_flags, solvers.DEFAULT_SAMPLES)
+_pictures = (_network_flags, _reference_flags)
+_drawn = (*_pictures, _sampler_flags, _precision_recall_flag)
+# Evaluation -> its function and, beside --output, its groups of flags.
+COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] = {
+  "generation": (_generation, (*_drawn, _generation_flags)),
+  "reconstruction": (_reconstruction, (_reconstruction_flags,)),
+  "latents": (_latents, (_latents_flags,)),
+  "sweep": (_sweep, (*_drawn, _grid_flags)),
+  "solvers": (_solvers, (_few_samples, _grid_flags)),
+  "frontier": (_frontier, (_frontier_flags,)),
+  "statistics": (_statistics, _pictures),
 }
 
+
+def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...]) -> Subcommand:
+  def define_flags() -> None:
+    for define in (_output_flags, *groups):
+      define()
+
+  return Subcommand(inspect.getdoc(run) or "", lambda _: run(), define_flags)
+
+
 if __name__ == "__main__":
-  subcommands.run(
-    __doc__,
-    {
-      name: subcommands.Subcommand(inspect.getdoc(main) or "", main, define_flags)
-      for name, (main, define_flags) in COMMANDS.items()
-    },
-  )
+  subcommands.run(__doc__, {name: _subcommand(*both) for name, both in COMMANDS.items()})

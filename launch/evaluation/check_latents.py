@@ -70,7 +70,7 @@ def check(path: Path) -> None:
 
 
 def _problems(shard: Shard, classes: int) -> Iterator[str]:
-  """What is wrong with one shard, whose labels are of so many classes; 0 if nobody noted them."""
+  """The problems of one shard; `classes` is 0 where their number is unknown."""
   for name, tensor in shard.tensors.items():
     if name == LABELS:
       continue

@@ -178,7 +178,7 @@ def _find_inception(path: str) -> Path:
     if cached.is_file():
       return cached
   raise InputError(
-    f"FID's Inception is not here: give --weights=PATH of {INCEPTION_FILE} (of pytorch-fid's "
+    f"FID's Inception is missing: give --weights=PATH of {INCEPTION_FILE} (of pytorch-fid's "
     "release fid_weights on GitHub), or of what python -m launch.convert made of it. Without it, "
     f"--protocol={EFFICIENTNET} gives a Frechet distance in other features, under its own name."
   )

@@ -79,7 +79,7 @@ def evaluate(
   sections = [
     Section(
       "Samples",
-      f"The first {len(first)}, chosen by nobody.",
+      f"The first {len(first)}, without selection.",
       [picture_rows({"": first}, COLUMNS)],
     ),
     Section(

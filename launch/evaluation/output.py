@@ -68,7 +68,7 @@ class Output:
       sections: of the page; tables and the JSON follow.
       figures: to show, the first four at the page's head.
       points: rows of a table to show, all with the same keys.
-      picture: uint8 [H,W,3]; None if it is there already.
+      picture: uint8 [H,W,3]; None if it exists already.
     """
     if jax.process_index():
       return

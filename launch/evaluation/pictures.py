@@ -131,7 +131,7 @@ class FromSource:
     size: side of the crops in pixels; 0: no crop.
     crop: one of `images.FIXED_CROPS`.
     indices: ascending; None: all.
-    limit: a seeded choice of so many of them; 0: all.
+    limit: number of them, by a seeded choice; 0: all.
     max_corrupt: how many unreadable pictures are replaced by a neighbour.
     """
     self.source = sources.open_source(spec)
@@ -149,7 +149,7 @@ class FromSource:
       "kind": "source",
       "source": spec,
       "listing": listing,
-      "identity": identity,  # files that were written anew are others
+      "identity": identity,  # a file written again is another picture
       "chosen": hashlib.sha256(np.asarray(chosen, np.int64).tobytes()).hexdigest(),
       "pictures": len(self),
       "crop": f"{crop} {size} px" if size else "none",

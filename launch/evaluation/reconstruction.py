@@ -144,7 +144,7 @@ def _compiled(
   posterior: str,
   seed: int,
 ) -> tuple[Any, Any]:
-  """(a jitted function to what is computed and the pictures rebuilt, its parameters)."""
+  """(a jitted function to a `Part` and the reconstructions, its parameters)."""
   tokenizer = tokenizer.on(mesh.local_mesh())
   judge, judged = nnx.split(lpips) if lpips else (None, None)
   params = {
@@ -183,7 +183,7 @@ def _compiled(
 def _rebuild(
   pictures: PictureSet, run: Any, params: Any, indices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Some pictures and what becomes of them, uint8 [n,H,W,3] each."""
+  """Some pictures and their reconstructions, uint8 [n,H,W,3] each."""
   original = take(pictures, indices.tolist())
   batch = {"image": original, "index": indices.astype(np.int32)}
   return original, np.asarray(run(params, batch)[1])

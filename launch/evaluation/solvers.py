@@ -1,7 +1,7 @@
-"""What a cheaper solver costs: samples by several settings beside those of the best one.
+"""Cost and error of cheaper solvers: samples by several settings beside those of the best one.
 
-From the same noise and labels, so that a sample has a counterpart, and the distance needs no
-pictures: |x - y| / |y| of normalised latents.
+They start from the same noise and labels, so that each sample has a counterpart and the distance
+needs no pictures: |x - y| / |y| of normalised latents.
 """
 
 from __future__ import annotations

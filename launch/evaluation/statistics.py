@@ -1,4 +1,4 @@
-"""What figures are computed from: statistics of a set of pictures, read once, block by block.
+"""Statistics of a set of pictures, read once, block by block.
 
 Each process takes a range of the blocks, and results are joined in the order of the blocks: figures
 depend neither on the number of devices nor, but for rounding, on that of processes. Results so far
@@ -33,7 +33,7 @@ SECONDS_BETWEEN_SAVES = 60.0
 
 
 class Part(NamedTuple):
-  """What is computed of some pictures, an array row for each.
+  """Values computed from some pictures, a row for each.
 
   Attributes:
     moments: name -> features [B,F], of which mean and covariance are wanted.
@@ -47,12 +47,10 @@ class Part(NamedTuple):
 
 
 class Statistics:
-  """Of pictures in their order; those of parts add up.
+  """Statistics of pictures in their order; `moments` and `columns` have the names of `Part`'s.
 
   Attributes:
-    moments: by the names of `Part`.
     sums: of the probabilities of each block.
-    columns: arrays of the blocks, by the names of `Part`.
   """
 
   def __init__(self) -> None:
@@ -195,7 +193,7 @@ def _checked(image: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def _load(path: Path, noted: str) -> tuple[Statistics, int]:
-  """What an evaluation that was stopped left, and of how many blocks."""
+  """The statistics that a stopped evaluation saved, and the number of their blocks."""
   if not path.is_file():
     return Statistics(), 0
   try:
@@ -211,7 +209,7 @@ def _load(path: Path, noted: str) -> tuple[Statistics, int]:
 
 
 def _merged(mine: Statistics) -> Statistics:
-  """Those of all processes, in the order of the pictures."""
+  """The statistics of all processes, in the order of the pictures."""
   result = Statistics()
   for tensors in processes.gather(mine.to_tensors()):
     result.merge(Statistics.of_tensors(tensors))

@@ -18,7 +18,7 @@ import numpy as np
 from launch.report import plots
 from launch.report.html import Section, number, part, safe
 
-_NUM_COLOURS = 9  # further series and classes begin anew
+_NUM_COLOURS = 9  # then they repeat
 _MAX_THUMBNAILS = 64
 _MAX_DOTTED = 30  # a series of so few points shows them
 _MAP_SIZE, _THUMBNAIL_SIZE = (720, 520), 34  # user units, about 1.4 pixels on a desktop

@@ -1,4 +1,4 @@
-"""A part of a Markdown page that a command writes anew; the rest is somebody's own."""
+"""A region of a Markdown page that a command rewrites; the rest of the page is written by hand."""
 
 from __future__ import annotations
 
@@ -12,20 +12,14 @@ from vavae_jax.common.files import atomic_file
 
 
 class Region(NamedTuple):
-  """What stands between two lines of a page.
-
-  Attributes:
-    begin: the line above.
-    end: the line below.
-    heading: of a page that is not there yet.
-  """
+  """The text between the lines `begin` and `end` of a page; `heading` is that of a new page."""
 
   begin: str
   end: str
   heading: str
 
   def check(self, page: Path) -> None:
-    """Raises InputError where a page cannot be written, before what it would show is made."""
+    """Raises InputError if the page cannot be written; to be called before the results are made."""
     if page.is_dir():
       raise InputError(f"--page is {page}, a folder; give the name of a file in it.")
     self._around(page)
@@ -34,7 +28,7 @@ class Region(NamedTuple):
       raise InputError(f"--page is {page}, in a folder that cannot be written to.")
 
   def write(self, page: Path, lines: Sequence[str]) -> None:
-    """Puts lines in the place of those that the region has, or makes a page of them.
+    """Replaces the lines of the region, or writes a new page.
 
     Raises:
       InputError: the page has no such region.
@@ -45,7 +39,7 @@ class Region(NamedTuple):
       file.write((before + "\n".join([self.begin, "", *lines, self.end]) + after).encode())
 
   def _around(self, page: Path) -> tuple[str, str]:
-    """What stands before and after."""
+    """The text before and after the region."""
     if not page.is_file():
       return f"# {self.heading}\n\n", "\n"
     text = page.read_text()
@@ -58,7 +52,7 @@ class Region(NamedTuple):
 
 
 def beside(page: Path, name: str) -> Path:
-  """Where a picture of a page goes."""
+  """The path of a picture of a page."""
   return page.with_name(f"{page.stem}_{name}.png")
 
 
@@ -68,6 +62,6 @@ def picture(path: Path | None, caption: str) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-  """The lines of a table, whose first column is text and the others are numbers."""
+  """The lines of a table of texts; all columns but the first are aligned as numbers."""
   lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
   return [f"| {' | '.join(line)} |" for line in lines]
