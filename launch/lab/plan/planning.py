@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import vavae_jax.training
@@ -85,11 +84,13 @@ def plan(
   devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
   program = programs.of(config, devices, what, num_images)
   began = time.perf_counter()
+  traced = programs.traced(program, devices)
   with jax.set_mesh(devices):
-    traced = program.function.trace(*program.arguments)
     compiled, needed = _compiled(traced)
-  computed = flops.count(traced.jaxpr) / devices.size
-  one_run = _model_flops(config, devices, what, num_images) or computed
+  one_run = computed = flops.count(traced.jaxpr) / devices.size
+  if what == "train" and (plain := without_recomputation(config)) != config:
+    own = programs.traced(programs.of(plain, devices, what, num_images), devices)
+    one_run = flops.count(own.jaxpr) / devices.size
   result = Plan(
     settings=settings or {},
     mesh=f"{devices.shape['data']} x {devices.shape['fsdp']}",
@@ -148,16 +149,6 @@ def _bytes_of_one_device(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
-
-
-def _model_flops(config: FrozenConfigDict, devices: Mesh, what: str, num_images: int) -> float:
-  """A device's FLOPs where no activation is computed again; 0 where none is in any case."""
-  if what != "train" or (plain := without_recomputation(config)) == config:
-    return 0.0
-  program = programs.of(plain, devices, what, num_images)
-  with jax.set_mesh(devices):
-    traced = program.function.trace(*program.arguments)
-  return flops.count(traced.jaxpr) / devices.size
 
 
 def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Settings]:
