@@ -19,7 +19,8 @@ from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 from vavae_jax.data import sources
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LAB = ROOT / "launch" / "lab" / "README.md"
+PAGES = [ROOT / "README.md", LAB, *sorted((ROOT / "docs").rglob("*.md"))]
 # Where none is given.
 OWN_CONFIG = {
   "launch.lab.dilemma": "configs/lab/dilemma.py",

@@ -1,6 +1,6 @@
-"""The programs that devices run, with shapes for arrays: what is planned ahead of time.
+"""The programs that devices run, with shapes for arrays, to be planned or measured.
 
-Nothing is read: neither data nor weights of frozen networks.
+Neither data nor weights of frozen networks are read.
 """
 
 from __future__ import annotations
@@ -30,25 +30,15 @@ CODED_PER_DEVICE = 64  # pictures
 
 
 class Program(NamedTuple):
-  """What is compiled, and what it is given.
+  """A function to compile, and its arguments."""
 
-  Attributes:
-    function: jitted.
-    arguments: static ones and shapes with shardings, in their order.
-    parts: name -> shapes, of which the memory is told.
-    runs: how often it would run.
-    images: of each run.
-    statics: how many of the first arguments are static.
-    handed_on: which of the others is the first result of the run before, if any.
-  """
-
-  function: Any
-  arguments: tuple[Any, ...]
-  parts: dict[str, Any]
-  runs: float
-  images: int
-  statics: int = 0
-  handed_on: int | None = None
+  function: Any  # jitted
+  arguments: tuple[Any, ...]  # static ones, then shapes with shardings
+  parts: dict[str, Any]  # name -> shapes whose memory a plan shows
+  runs: float  # how often it would run
+  images: int  # of each run
+  statics: int = 0  # how many of the first arguments are static
+  handed_on: int | None = None  # the array argument that is the first result of the run before
 
   @property
   def arrays(self) -> tuple[Any, ...]:
@@ -60,27 +50,23 @@ def check(config: FrozenConfigDict, what: str) -> None:
   """Raises InputError where a task has no such program."""
   if what not in WHAT[config.task]:
     raise InputError(
-      f"--what={what} is not of a {config.task}; there are {', '.join(WHAT[config.task])}."
+      f"--what={what} does not apply to a {config.task}; choose one of "
+      f"{', '.join(WHAT[config.task])}."
     )
 
 
 def of(
   config: FrozenConfigDict, devices: Mesh, what: str, num_images: int, coded: int = 0
 ) -> Program:
-  """One of the programs.
+  """One of the programs, not traced yet.
 
   Args:
-    config: of a training, resolved.
-    devices: to compile for.
     what: one of `WHAT[config.task]`.
-    num_images: to encode or decode, or to sample.
-    coded: a batch to encode or decode; 0: `CODED_PER_DEVICE`.
-
-  Returns:
-    The program, not traced yet.
+    num_images: how many are sampled, encoded or decoded in all.
+    coded: images of a batch to encode or decode; 0: `CODED_PER_DEVICE`.
 
   Raises:
-    InputError: a batch that does not divide over the devices.
+    InputError: the batch does not divide over the devices.
   """
   if what == "train":
     return train_program(config, devices)

@@ -14,27 +14,14 @@ from ml_collections import FrozenConfigDict
 import configs.base
 from vavae_jax.common.errors import InputError
 
-# Flags that are defined in here are those of the command that asks for them.
+# Flags that are defined here are those of the command that asks for them.
 flags.disclaim_key_flags()
-NEEDS = "torch, numpy, einops, torchdiffeq, pillow, and timm for tokenizers"
-# What the reference's constructor knows.
+NEEDS = "torch, timm, numpy, einops, torchdiffeq and pillow"
+# Keys of our configuration that are arguments of the reference's.
 _LIGHTNINGDIT = (
-  "input_size",
-  "patch_size",
-  "in_channels",
-  "hidden_size",
-  "depth",
-  "num_heads",
-  "mlp_ratio",
-  "class_dropout_prob",
-  "num_classes",
-  "learn_sigma",
-  "use_qknorm",
-  "use_swiglu",
-  "use_rope",
-  "use_rmsnorm",
-  "wo_shift",
-  "use_checkpoint",
+  *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+  *("class_dropout_prob", "num_classes", "learn_sigma", "use_qknorm", "use_swiglu", "use_rope"),
+  *("use_rmsnorm", "wo_shift", "use_checkpoint"),
 )
 _SAMPLE = (
   *("num_steps", "method", "atol", "rtol"),
@@ -46,40 +33,26 @@ _STAGE = ("vf_weight", "cos_margin", "distmat_margin")
 
 
 class Checkouts(NamedTuple):
-  """Where the reference is, and what runs it.
+  """Where the reference is, and what runs it."""
 
-  Attributes:
-    lightningdit: a checkout of hustvl/LightningDiT.
-    taming: one of CompVis/taming-transformers, which the tokenizer's losses need; "" without.
-    python: an interpreter with torch, numpy, einops, torchdiffeq, pillow; timm for tokenizers.
-    compiled: whether it compiles blocks, as the reference is published; False: eager.
-  """
-
-  lightningdit: Path
-  taming: str
-  python: str
-  compiled: bool
+  lightningdit: Path  # a checkout of hustvl/LightningDiT
+  taming: str  # one of CompVis/taming-transformers, for the tokenizer's losses; "": none
+  python: str  # an interpreter with `NEEDS`
+  compiled: bool  # whether its blocks are compiled, as the reference is published, or run eagerly
 
   def check(self) -> None:
     """Raises InputError where that is no checkout of the reference."""
-    if not (self.lightningdit / "models" / "lightningdit.py").is_file():
-      raise InputError(
-        f"--reference is {self.lightningdit}, which has no models/lightningdit.py; give a checkout "
-        "of hustvl/LightningDiT."
-      )
+    _check_file("--reference", self.lightningdit, "models/lightningdit.py", "hustvl/LightningDiT")
 
   def check_taming(self) -> None:
     """Raises InputError where that is no checkout of taming-transformers."""
-    if not (Path(self.taming) / "taming" / "modules" / "losses" / "lpips.py").is_file():
-      raise InputError(
-        f"--taming is {self.taming!r}, which has no taming/modules/losses/lpips.py; give a "
-        "checkout of CompVis/taming-transformers, which the reference's losses need."
-      )
+    file = "taming/modules/losses/lpips.py"
+    _check_file("--taming", Path(self.taming), file, "CompVis/taming-transformers")
 
   def check_python(self) -> None:
     """Raises InputError where the interpreter lacks something."""
     look = "import importlib.util as u; print(*(x for x in {} if not u.find_spec(x)))"
-    words = [self.python, "-c", look.format(("torch", "einops", "torchdiffeq", "PIL"))]
+    words = [self.python, "-c", look.format(("torch", "timm", "einops", "torchdiffeq", "PIL"))]
     try:
       done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -93,12 +66,13 @@ class Checkouts(NamedTuple):
       )
 
 
-def device() -> str:
-  """Where PyTorch is to compute beside ours, "cuda" or "cpu".
+def _check_file(flag: str, folder: Path, file: str, repository: str) -> None:
+  if not (folder / file).is_file():
+    raise InputError(f"{flag} is {folder}, which has no {file}; give a checkout of {repository}.")
 
-  Raises:
-    InputError: it would not be the same device.
-  """
+
+def device() -> str:
+  """Where PyTorch computes beside ours, "cuda" or "cpu"; InputError if not on the same device."""
   backend = jax.default_backend()
   if backend not in ("cpu", "gpu"):
     raise InputError(f"--reference is for GPUs and CPUs, and jax has {backend}.")
@@ -116,17 +90,17 @@ def define_flags() -> None:
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
 
 
-def job_of(checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int) -> Any:
-  """What the script is asked for.
+def job_of(
+  checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int
+) -> dict[str, Any]:
+  """The job of `torch/steps.py` that does the same work as ours.
 
   Args:
-    checkouts: see there.
-    config: of a training, resolved.
-    what: as of `programs.of`.
+    what: one of `programs.WHAT[config.task]`.
     images: of a batch.
 
   Raises:
-    InputError: the reference has no such thing.
+    InputError: the reference cannot do this.
   """
   job = {
     "work": f"{config.task} {what}",
@@ -138,31 +112,41 @@ def job_of(checkouts: Checkouts, config: FrozenConfigDict, what: str, images: in
   if what == "train" and config.get("accumulate_steps", 1) > 1:
     raise InputError("The reference does not take a batch in parts: config.accumulate_steps is 1.")
   if config.task == "diffusion":
-    job["model"] = {name: config.model[name] for name in _LIGHTNINGDIT}
-    if what == "sample":
-      if config.sample.mode != "ODE":
-        raise InputError(f"config.sample.mode is {config.sample.mode}; beside the reference: ODE.")
-      job["sample"] = {name: config.sample[name] for name in _SAMPLE}
-      return job | {"dtype": config.sample.dtype}
-    optimizer = config.optimizer
-    betas, decays = [optimizer.b1, optimizer.b2], list(optimizer.ema_decays)
-    job |= {"learning_rate": optimizer.learning_rate, "clip_norm": optimizer.clip_norm}
-    return job | {"dtype": config.dtype, "betas": betas, "decays": decays}
+    return job | _diffusion_job(config, what)
   if config.dtype != "float32":
     raise InputError(f"config.dtype is {config.dtype}; the reference's tokenizers are of float32.")
-  model, side = config.model, {"image_size": config.data.image_size}
+  model = config.model
   plain = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
   if other := [name for name, value in plain.items() if model[name] != value]:
     raise InputError(f"The reference's autoencoder has no config.model.{other[0]}.")
-  if what != "train":
-    ours = configs.base.tokenizer().model
-    fixed = ("ch", "num_res_blocks", "attn_resolutions")
-    if other := [name for name in fixed if model[name] != ours[name]]:
-      raise InputError(f"The reference's AutoencoderKL has config.model.{other[0]} as published.")
-    kind = "vavae" if model.decoder_attn_resolutions is None else "marvae"
-    arguments = {"embed_dim": model.embed_dim, "ch_mult": model.ch_mult, "model_type": kind}
-    return job | side | {"model": arguments}
-  return job | side | training_job(config, checkouts)
+  job["image_size"] = config.data.image_size
+  if what == "train":
+    return job | training_job(config, checkouts)
+  ours = configs.base.tokenizer().model
+  fixed = ("ch", "num_res_blocks", "attn_resolutions")
+  if other := [name for name in fixed if model[name] != ours[name]]:
+    raise InputError(f"The reference's AutoencoderKL has config.model.{other[0]} as published.")
+  kind = "vavae" if model.decoder_attn_resolutions is None else "marvae"
+  arguments = {"embed_dim": model.embed_dim, "ch_mult": model.ch_mult, "model_type": kind}
+  return job | {"model": arguments}
+
+
+def _diffusion_job(config: FrozenConfigDict, what: str) -> dict[str, Any]:
+  model = {name: config.model[name] for name in _LIGHTNINGDIT}
+  if what == "sample":
+    if config.sample.mode != "ODE":
+      raise InputError(f"config.sample.mode is {config.sample.mode}; beside the reference: ODE.")
+    sample = {name: config.sample[name] for name in _SAMPLE}
+    return {"model": model, "sample": sample, "dtype": config.sample.dtype}
+  optimizer = config.optimizer
+  return {
+    "model": model,
+    "dtype": config.dtype,
+    "learning_rate": optimizer.learning_rate,
+    "clip_norm": optimizer.clip_norm,
+    "betas": [optimizer.b1, optimizer.b2],
+    "decays": list(optimizer.ema_decays),
+  }
 
 
 def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
   assert "-12.5%" in capsys.readouterr().out
   with pytest.raises(InputError, match=r"by more than 10%: share_of_matmul of a\.py:B.* by 12\.5%"):
     baseline.check(now, path, 0.1)
-  with pytest.raises(InputError, match="nothing of what was measured"):
+  with pytest.raises(InputError, match="none of these measurements"):
     baseline.check(baseline.ratios_of(result(0.4, asked="b.py")), path, 0.1)
   path.write_text('{"rows": []}')
   with pytest.raises(InputError, match="no baseline that --update wrote"):

@@ -1,7 +1,7 @@
 """A stored baseline of ratios, and whether a measurement still has them.
 
-Ratios only: of a rate to a matrix product's in the same run, of our time to the reference's in
-turns with it, and bytes of a compiled program. They hold on any machine of a kind; seconds do not.
+A ratio is that of a rate to a matrix product's in the same run, or of our time to the reference's;
+the bytes of a compiled program are kept, too. These hold on any machine of a kind, seconds do not.
 """
 
 from __future__ import annotations
@@ -26,17 +26,10 @@ _NAMES = ("config", "device", "what", "attention", "dtype", "batch_size")
 
 
 class Change(NamedTuple):
-  """A ratio that two measurements have.
+  """A ratio that two measurements have."""
 
-  Attributes:
-    name: of the measurement.
-    ratio: one of `RATIOS`.
-    before: its value in the baseline.
-    now: its value here.
-  """
-
-  name: str
-  ratio: str
+  name: str  # of the measurement
+  ratio: str  # one of `RATIOS`
   before: float
   now: float
 
@@ -48,24 +41,20 @@ class Change(NamedTuple):
 
 
 def ratios_of(result: dict[str, Any]) -> list[Row]:
-  """What a baseline keeps of the result of a benchmark.
+  """The rows of a result of `benchmark steps` that have a ratio or ran out of memory.
 
-  Args:
-    result: of `launch.lab.benchmark steps`; its "asked" is the configuration as a person gave it.
-
-  Returns:
-    A row for each measurement that has a ratio, or that the device's memory did not hold.
+  "config" is the configuration as the command line gave it.
   """
-  # Of CPUs a name says little, and a ratio of one holds for no other.
+  # The name of a CPU device does not say which processor it is, and ratios hold for no other.
   kind = f", {result['processor']}" if result["device"].endswith(" cpu") else ""
-  told = {"config": result["asked"], "device": result["device"] + kind, "commit": result["commit"]}
+  about = {"config": result["asked"], "device": result["device"] + kind, "commit": result["commit"]}
   rows = []
   for row in result["rows"]:
     found = {name: float(f"{row[name]:.4g}") for name in RATIOS if row.get(name)}
     if row.get("out_of_memory"):
       found["program_gib"] = math.inf
     if found:
-      rows.append({**told, **{k: row[k] for k in _NAMES if k in row}, **found})
+      rows.append({**about, **{k: row[k] for k in _NAMES if k in row}, **found})
   return rows
 
 
@@ -81,10 +70,7 @@ def read(path: Path) -> list[Row]:
 
 
 def update(path: Path, rows: list[Row]) -> None:
-  """Puts rows into a baseline, in the place of those of the same name; begins one if need be.
-
-  What did not fit into the memory stays as it was.
-  """
+  """Puts rows into a baseline, new or not; one that ran out of memory replaces none."""
   kept = {_name(row): row for row in (read(path) if path.exists() else [])}
   kept |= {_name(row): row for row in rows if math.inf not in row.values()}
   write_json(path, {"ratios": [kept[name] for name in sorted(kept)]})
@@ -110,13 +96,13 @@ def define_flags() -> None:
 
 
 def check_flags() -> None:
-  """Raises InputError where there is no baseline, before anything is measured."""
+  """Raises InputError before anything is measured, if --compare names no baseline."""
   if flags.FLAGS.compare:
     read(Path(flags.FLAGS.compare))
 
 
 def settle(rows: list[Row]) -> None:
-  """Compares with a baseline and puts rows into one, as the flags say; raises as `check` does."""
+  """Does what --compare and --update say; raises InputError as `check` does."""
   given = flags.FLAGS
   if given.compare:
     check(rows, Path(given.compare), given.tolerance)
@@ -133,7 +119,7 @@ def check(rows: list[Row], path: Path, tolerance: float) -> None:
   """
   found = changes(rows, read(path))
   if not found:
-    raise InputError(f"{path} has nothing of what was measured; --update={path} puts it there.")
+    raise InputError(f"{path} has none of these measurements; --update={path} adds them.")
   cells = [
     (x.name, x.ratio, console.number(x.before), console.number(x.now), f"{-x.loss:+.1%}")
     for x in found
@@ -141,8 +127,8 @@ def check(rows: list[Row], path: Path, tolerance: float) -> None:
   console.table(f"against {path}", ("what", "ratio", "before", "now", "better by"), cells)
   worse = [change for change in found if change.loss > tolerance]
   if worse:
-    told = "; ".join(f"{x.ratio} of {x.name} by {x.loss:.1%}" for x in worse)
-    raise InputError(f"Worse than {path} by more than {tolerance:.0%}: {told}.")
+    losses = "; ".join(f"{x.ratio} of {x.name} by {x.loss:.1%}" for x in worse)
+    raise InputError(f"Worse than {path} by more than {tolerance:.0%}: {losses}.")
 
 
 def _name(row: Row) -> str:

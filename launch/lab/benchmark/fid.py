@@ -3,10 +3,10 @@ r"""Measures FID's features and arithmetic beside pytorch-fid, torch-fidelity an
   python -m launch.lab.benchmark fid --source=zip:data/cifar10_test.zip --torch_python=PYTHON \
     --weights=pt_inception-2015-12-05-6726825d.pth --output=benchmark.json
 
---torch_python is an interpreter that has PyTorch, torchvision and the three. The same pictures, two
-halves of a random choice, go through all of them with the same weights; figures are shown beside
-each other, and pictures a second, of which all take turns. Without --weights the weights are
-random ones, which tell whether implementations agree, and nothing of pictures.
+--torch_python is an interpreter with PyTorch, torchvision and the three libraries. All of them take
+the same two random halves of the pictures and the same weights. The table shows each one's FID and
+pictures a second, measured in turns. Random weights, used without --weights, show whether the
+implementations agree; their FID means nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from launch.engine.circumstances import circumstances
 from launch.evaluation.features import load_network
 from launch.evaluation.pictures import Array, FromSource
 from launch.evaluation.reference import compiled, gaussian_of, statistics_of
+from launch.lab.benchmark.measuring import keep
 from launch.lab.torch_process import SCRIPTS, TorchProcess
-from vavae_jax.common.files import write_json
 from vavae_jax.metrics import inception
 
 # Flags that are defined here are those of the command that asks for them.
@@ -35,7 +35,7 @@ flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 NEEDS = "torch, torchvision, pytorch-fid, torch-fidelity and torchmetrics"
 BATCH = 50
-# Whose network is compared with ours of which protocol.
+# Library -> the protocol of ours with the same network and resize, if any.
 BESIDE = {"pytorch-fid": "pytorch-fid", "torch-fidelity": "adm", "torchmetrics": ""}
 
 
@@ -84,12 +84,12 @@ def speeds(
 def define_flags() -> None:
   """Defines the command's flags."""
   flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
-  flags.DEFINE_integer("pictures", 500, "Of each half.", lower_bound=10)
+  flags.DEFINE_integer("pictures", 500, "Pictures of each half.", lower_bound=10)
   flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
   flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
-  flags.DEFINE_integer("rounds", 3, "All take turns.", lower_bound=1)
-  flags.DEFINE_integer("batches", 2, "A round, of 50 pictures.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 3, "In each, all take a turn.", lower_bound=1)
+  flags.DEFINE_integer("batches", 2, "Batches of 50 pictures in a round.", lower_bound=1)
   flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
 
 
@@ -112,33 +112,25 @@ def main(argv: list[str]) -> None:
         console.say(f"{name} ...")
         others[name] = tools.ask([name, 0])
       rates = speeds(tools, weights, FLAGS.rounds, FLAGS.batches, pictures.shape[1])
-  rows = []
-  for protocol, found in ours.items():
-    told = f"{found['arithmetic_seconds']:.1f}"
-    rate = rates[f"ours, {protocol}"]
-    rows.append((f"ours, {protocol}", _number(found["fid"]), told, f"{rate:.2f}", ""))
+  rows = [
+    _row(f"ours, {protocol}", found["fid"], found["arithmetic_seconds"], rates, "")
+    for protocol, found in ours.items()
+  ]
   for name, found in others.items():
-    beside = BESIDE[name]
-    off = found["fid"] / ours[beside]["fid"] - 1 if beside else None
-    rows.append(
-      (
-        name,
-        _number(found["fid"]),
-        f"{found['seconds']:.1f}",
-        f"{rates[name]:.2f}",
-        f"{off:+.1e} of ours, {beside}" if off is not None else "its own resize",
-      )
-    )
+    beside, differs = BESIDE[name], "its own resize"
+    if beside:
+      differs = f"{found['fid'] / ours[beside]['fid'] - 1:+.1e} of ours, {beside}"
+    rows.append(_row(name, found["fid"], found["seconds"], rates, differs))
   header = ("tool", "FID", "arithmetic, s", "pictures/s", "differs by")
   console.table(f"{len(halves['a'])} and {len(halves['b'])} pictures", header, rows)
   score = others["torch-fidelity"]["inception_score"]
   console.say(f"inception score: ours {ours['adm']['inception_score']:.6f}, theirs {score:.6f}")
-  if FLAGS.output:
-    result = {"ours": ours, "others": others, "pictures_per_second": rates}
-    noted = {**circumstances(), "versions": tools.about, "pictures": chosen.about, **result}
-    write_json(Path(FLAGS.output), noted)
-    console.say(f"written to {FLAGS.output}")
+  result = {"ours": ours, "others": others, "pictures_per_second": rates}
+  noted = {**circumstances(), "versions": tools.about, "pictures": chosen.about, **result}
+  keep(noted, FLAGS.output)
 
 
-def _number(value: float) -> str:
-  return f"{value:.8g}"
+def _row(
+  name: str, fid: float, seconds: float, rates: dict[str, float], differs: str
+) -> tuple[str, ...]:
+  return name, f"{fid:.8g}", f"{seconds:.1f}", f"{rates[name]:.2f}", differs

@@ -3,15 +3,16 @@ r"""Measures loading: latents beside the PyTorch reference's loader, pictures be
   python -m launch.lab.benchmark loading --reference=LIGHTNINGDIT --torch_python=PYTHON \
     --output=benchmark.json
 
-Latents: shuffled, normalised float32 batches of 256 out of a store of 20,000 records of 32x16x16,
-made here of random numbers and in memory after the first round, as after an epoch. The reference's
-way opens the file again for each record; it is timed in its own PyTorch loader where --reference
-and --torch_python are given, and always in NumPy, one record after the other in a thread. Pictures:
-500x375 JPEG, decoded and cropped to 256 as ADM does, beside a loop of Pillow calls. All take turns.
+Latents are shuffled, normalised float32 batches of 256 from a store of 20,000 random records of
+32x16x16, which is in memory after the first round, as after an epoch. The reference opens the file
+again for each record: its own PyTorch loader is timed if --reference is given, and its way in NumPy
+in one thread always. Pictures are JPEGs of 500x375, decoded and cropped to 256 as ADM does, beside
+a loop of Pillow calls. All ways take turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -29,9 +30,9 @@ from safetensors import safe_open
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances
+from launch.lab.benchmark.measuring import keep
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.store import latents, shards
-from vavae_jax.common.files import write_json
 from vavae_jax.data import images, order
 from vavae_jax.data.sources.base import EncodedSource
 from vavae_jax.weights.torch_writer import write_torch_file
@@ -45,8 +46,7 @@ SHARD = 5_000
 SHAPE = (16, 16, 32)
 PICTURE_BATCH = 32
 PICTURES = 256
-WAYS = tuple((kind, number) for kind in ("threads", "workers") for number in (1, 2, 4))
-# Name -> takes a number of batches, gives the seconds that they took.
+# Name -> a function of a number of batches that returns the seconds they took.
 Works = dict[str, Callable[[int], float]]
 
 
@@ -70,17 +70,27 @@ def make_store(
 
 def latent_works(store: latents.LatentStore, reference: TorchProcess | None) -> Works:
   """Ways of loading latents."""
-
-  works: Works = {
-    f"ours, {number} {kind}": timed_batches(
-      latent_batches(store, BATCH, _loader(kind, number)), 2 * number
-    )
-    for kind, number in WAYS
-  }
+  works = _ours(lambda loader: latent_batches(store, BATCH, loader), 2)
   works["reference's way in NumPy, 1 thread"] = timed_batches(functools.partial(_reopening, store))
   if reference:
     works["reference in PyTorch, 2 workers"] = reference.ask
   return works
+
+
+def picture_works() -> Works:
+  """Ways of loading pictures."""
+  bare = timed_batches(functools.partial(_bare, Photographs()))
+  ours = _ours(lambda loader: picture_batches(PICTURE_BATCH, loader), 1)
+  return {"bare Pillow, 1 thread": bare} | ours
+
+
+def _ours(begin: Callable[[dict[str, int]], Callable[[], Iterator[Any]]], ahead: int) -> Works:
+  """Our loader with 1, 2 and 4 threads or workers, each of which has `ahead` batches ready."""
+  return {
+    f"ours, {number} {kind}": timed_batches(begin({"threads": 1} | {kind: number}), ahead * number)
+    for kind in ("threads", "workers")
+    for number in (1, 2, 4)
+  }
 
 
 def latent_batches(
@@ -161,15 +171,6 @@ class Photographs(EncodedSource):
     return "photographs"
 
 
-def picture_works() -> Works:
-  """Ways of loading pictures."""
-  works: Works = {"bare Pillow, 1 thread": timed_batches(functools.partial(_bare, Photographs()))}
-  for kind, number in WAYS:
-    begin = picture_batches(PICTURE_BATCH, _loader(kind, number))
-    works[f"ours, {number} {kind}"] = timed_batches(begin, number)
-  return works
-
-
 def _bare(source: Photographs) -> Iterator[Any]:
   """ADM's crop by nothing but Pillow; of these pictures no box halving is due."""
   for start in itertools.count(0, PICTURE_BATCH):
@@ -182,7 +183,7 @@ def _bare(source: Photographs) -> Iterator[Any]:
 
 
 def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
-  """Seconds for a number of batches, after some; begun anew each time, so that none lie ready."""
+  """Seconds for a number of batches after `warmup`, from a new start: none is prefetched."""
 
   def run(count: int) -> float:
     batches = begin()
@@ -196,12 +197,8 @@ def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callab
   return run
 
 
-def _loader(kind: str, number: int) -> dict[str, int]:
-  return {"threads": 1} | {kind: number}
-
-
 def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[str, float]:
-  """Records a second of each way: the median of rounds in which all take turns."""
+  """Records a second of each way, the median of the rounds."""
   seconds: dict[str, list[float]] = {name: [] for name in works}
   for _ in console.tracked(range(rounds), "rounds"):
     for name, work in works.items():
@@ -213,9 +210,9 @@ def define_flags() -> None:
   """Defines the command's flags."""
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
-  flags.DEFINE_integer("records", 20_000, "Of the store.", lower_bound=SHARD)
-  flags.DEFINE_integer("batches", 80, "A round, of latents; of pictures a quarter.", lower_bound=1)
-  flags.DEFINE_integer("rounds", 5, "All ways take turns.", lower_bound=1)
+  flags.DEFINE_integer("records", 20_000, "Latents in the store.", lower_bound=SHARD)
+  flags.DEFINE_integer("batches", 80, "Of latents a round; of pictures a quarter.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 5, "In each, all ways take a turn.", lower_bound=1)
   flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
 
 
@@ -229,16 +226,13 @@ def main(argv: list[str]) -> None:
     if FLAGS.reference:
       job = {"checkout": FLAGS.reference, "store": name, "batch_size": BATCH}
       reference = TorchProcess(FLAGS.torch_python, SCRIPTS / "loading.py", job, NEEDS)
-    results["latents"] = measure(latent_works(store, reference), FLAGS.batches, FLAGS.rounds, BATCH)
-    if reference:
-      reference.close()
-  results["pictures"] = measure(
-    picture_works(), max(FLAGS.batches // 4, 1), FLAGS.rounds, PICTURE_BATCH
-  )
+    with reference or contextlib.nullcontext():
+      works = latent_works(store, reference)
+      results["latents"] = measure(works, FLAGS.batches, FLAGS.rounds, BATCH)
+  fewer = max(FLAGS.batches // 4, 1)
+  results["pictures"] = measure(picture_works(), fewer, FLAGS.rounds, PICTURE_BATCH)
   base = {"latents": "reference's way in NumPy, 1 thread", "pictures": "bare Pillow, 1 thread"}
   for what, rates in results.items():
     rows = [(n, f"{rate:,.0f}", f"{rate / rates[base[what]]:.2f}") for n, rate in rates.items()]
     console.table(what, ("way", "records/s", f"of {base[what]}"), rows)
-  if FLAGS.output:
-    write_json(Path(FLAGS.output), {**circumstances(), **results})
-    console.say(f"written to {FLAGS.output}")
+  keep({**circumstances(), **results}, FLAGS.output)

@@ -16,57 +16,61 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from launch.engine import flops, tracing
+from launch.engine import console, flops, tracing
 from launch.lab import programs
 from launch.lab.programs import Program
+from vavae_jax.common.files import write_json
 
 PROFILED_RUNS = 3
 
 
 @functools.cache
 def matmul_rate(dtype: str) -> float:
-  """FLOP/s of a large square matrix product on one device: what there is to be had."""
+  """FLOP/s of a large square matrix product on one device."""
   size = 2048 if jax.default_backend() == "cpu" else 8192
   a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in (0, 1))
-  product = jax.jit(jnp.matmul)
-  seconds = [timed(functools.partial(product, a, b)) for _ in range(10)]
-  return 2 * size**3 / float(np.median(seconds[2:]))
+  return 2 * size**3 / _median_seconds(functools.partial(jax.jit(jnp.matmul), a, b))
 
 
 @functools.cache
 def copy_rate() -> float:
-  """Bytes/s of reading a large array and writing another on one device: what there is to be had."""
+  """Bytes/s of reading a large array and writing another on one device."""
   count = 2**26 if jax.default_backend() == "cpu" else 2**29
   x = jax.random.normal(jax.random.key(0), (count,), jnp.float32)
-  negated = jax.jit(jnp.negative)
-  seconds = [timed(functools.partial(negated, x)) for _ in range(10)]
-  return 2 * x.nbytes / float(np.median(seconds[2:]))
+  return 2 * x.nbytes / _median_seconds(functools.partial(jax.jit(jnp.negative), x))
+
+
+def _median_seconds(run: Callable[[], Any]) -> float:
+  return float(np.median([timed(run) for _ in range(10)][2:]))
+
+
+def keep(result: dict[str, Any], output: str) -> None:
+  """Writes the result to the file of --output, if any."""
+  if output:
+    write_json(Path(output), result)
+    console.say(f"written to {output}")
 
 
 def timed(work: Callable[[], Any]) -> float:
-  """Seconds until the arrays that `work` returns are there."""
+  """Seconds until the arrays that `work` returns are computed."""
   began = time.perf_counter()
   jax.block_until_ready(work())
   return time.perf_counter() - began
 
 
 class Prepared:
-  """A program compiled twice, without and with a filled compilation cache, and given arrays.
+  """A program with arrays, compiled twice: without and with a filled compilation cache.
 
   Attributes:
     flops: of one run on all devices.
     least_bytes: of all arguments and results, each once on every device that has it.
-    memory: bytes of one device that the compiled program takes: arguments, results, temporaries.
+    memory: bytes of one device for arguments, results and temporaries.
     compile_cold: seconds to trace, lower and compile.
-    compile_warm: the same where the compiler's result is in the cache.
+    compile_warm: the same with the compiler's result in the cache.
   """
 
   def __init__(self, program: Program, devices: Mesh, state: Any = None):
-    """Args:
-    program: from `launch.lab.programs`.
-    devices: that it is for.
-    state: what stands for the argument that each run hands on to the next; random if None.
-    """
+    """`state` is the argument that each run hands on to the next; random if None."""
     self._devices, self._program = devices, program
     with tempfile.TemporaryDirectory() as folder, _cache(folder):
       self.compile_cold, _ = self._compile()
@@ -97,7 +101,7 @@ class Prepared:
     return seconds, compiled
 
   def run(self) -> Any:
-    """Runs it once, a training step on the state that the last one left; does not wait."""
+    """Runs it once without waiting; a training step takes the state that the last one left."""
     with jax.set_mesh(self._devices):
       result = self._compiled(*self._arguments)
     if self._program.handed_on is not None:
@@ -107,7 +111,7 @@ class Prepared:
 
 @contextlib.contextmanager
 def _cache(folder: str) -> Iterator[None]:
-  """A compilation cache that is empty at first and takes everything."""
+  """A compilation cache that starts empty and stores every program."""
   settings = {
     "jax_compilation_cache_dir": folder,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -126,7 +130,7 @@ def _cache(folder: str) -> Iterator[None]:
 
 
 def _arrays(tree: Any, draw: np.random.Generator) -> Any:
-  """Random arrays of these shapes, where they are to be: never zeros, which some kernels like."""
+  """Random arrays of these shapes and shardings; never zeros, which some kernels skip."""
 
   def array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -141,17 +145,13 @@ def _arrays(tree: Any, draw: np.random.Generator) -> Any:
 
 
 def peak_memory() -> int:
-  """Bytes that this process has had of its first device at most; 0 where that is not counted."""
+  """Most bytes of its first device that this process has used; 0 where that is not counted."""
   statistics = jax.local_devices()[0].memory_stats() or {}
   return int(statistics.get("peak_bytes_in_use", 0))
 
 
 def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
-  """Writes a trace of some runs, and names the operations that took longest.
-
-  Args:
-    run: something that has run before.
-    folder: for the trace; TensorBoard's profile plugin and xprof show it.
+  """Writes a trace of some runs for TensorBoard's profile plugin.
 
   Returns:
     (operation, its share of the time of all), the ten largest; empty where the profile of this kind

@@ -4,12 +4,12 @@ r"""How far every hot path is from what this machine allows, and from the refere
     --reference=LIGHTNINGDIT --taming=TAMING --torch_python=PYTHON --update=docs/lab/baseline.json
 
 Runs `benchmark steps` for each measurement of configs/lab/speed.py (gpu, cpu, tiny), one after the
-other, and writes speed.md with a table of paths (ceilings, ours, the reference's, ratio, gap), and
-plots of images/s over batch size, model, resolution and devices. --reference is a checkout of
+other, and writes speed.md: a table of paths (ceilings, ours, the reference's, ratio, gap) and plots
+of images/s over batch size, model, resolution and devices. --reference is a checkout of
 hustvl/LightningDiT and --taming one of CompVis/taming-transformers, for an interpreter with torch;
-without them there is no reference beside ours. Stopped at any point, the same command goes on where
-it was; what failed is told at the end, and the page has the rest. --compare ends with exit code 2
-where a ratio is worse than in a stored baseline. Other work on the machine spoils the numbers.
+without them PyTorch is not measured. The same command resumes a run that was stopped; measurements
+that failed are named at the end, and the page has the others. --compare ends with exit code 2 where
+a ratio is worse than in a stored baseline. Other work on the machine distorts the numbers.
 """
 
 from __future__ import annotations
@@ -50,11 +50,21 @@ PLOTS = {
   "resolution": "pixels a side",
   "devices": "devices",
 }
-HEADER = (
-  *("path", "dtype", "attention", "batch", "TFLOP an image", "GiB at least", "images/s"),
-  *("TFLOP/s", "of a product's rate", "of the ceiling", "gap", "GiB of memory"),
-  *("reference, images/s", "times the reference"),
-)
+COLUMNS = {
+  "dtype": "dtype",
+  "attention": "attention",
+  "batch_size": "batch",
+  "tflop_per_image": "TFLOP an image",
+  "least_gib": "GiB at least",
+  "images_per_second": "images/s",
+  "model_tflops_per_second": "TFLOP/s",
+  "share_of_matmul": "of a product's rate",
+  "share_of_ceiling": "of the ceiling",
+  "gap": "gap",
+  "program_gib": "GiB of memory",
+  "torch_images_per_second": "reference, images/s",
+  "times_torch": "times the reference",
+}
 NOTES = (
   "TFLOP by count: of a diffusion model's training the model's alone, of a tokenizer's with all "
   "its networks, of sampling without the halves that guidance leaves out. GiB at least are "
@@ -67,12 +77,10 @@ Row = dict[str, Any]
 
 
 def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Job]:
-  """A job for each measurement.
+  """A job for each measurement of `configs/lab/speed.py`.
 
   Args:
-    config: of `configs/lab/speed.py`.
-    workdir: where results go.
-    beside: what launch.lab.benchmark steps is told of the reference; empty without one.
+    beside: flags of `benchmark steps` that name the reference; empty without one.
   """
   jobs = []
   for each in config.measurements:
@@ -87,20 +95,13 @@ def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Jo
 
 
 def results_of(jobs: Sequence[Job], workdir: Path) -> dict[str, Row]:
-  """What `benchmark steps` wrote, by name, of the jobs that have ended as they stand now."""
+  """{name: what `benchmark steps` wrote} of the jobs that have ended."""
   record = Record(workdir, jobs)
   return {job.name: json.loads(job.output.read_text()) for job in jobs if record.is_done(job)}
 
 
 def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command: str) -> None:
-  """Writes what has been measured; pictures go beside the page.
-
-  Args:
-    config: of `configs/lab/speed.py`.
-    results: from `results_of`.
-    page: whose region is written.
-    command: that measured it.
-  """
+  """Writes the region of the page, with its plots in a file beside it."""
   rows: dict[str, list[tuple[str, Row]]] = {}
   for each in config.measurements:
     measured = results.get(each["name"], {}).get("rows", [])
@@ -114,7 +115,7 @@ def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command:
   missing = [each["name"] for each in config.measurements if each["name"] not in results]
   text = [
     *_made(list(results.values()), command),
-    *markdown.table(HEADER, [_cells(label, row) for label, row in rows.get("paths", [])]),
+    *markdown.table(["path", *COLUMNS.values()], [_cells(*row) for row in rows.get("paths", [])]),
     "",
     NOTES,
     "",
@@ -127,7 +128,7 @@ def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command:
 
 
 def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
-  """Sampling with decoding behind it, of those rows that have the reference beside them."""
+  """Sampling and decoding together, for the rows with the reference beside them."""
 
   def both(a: float, b: float) -> float:
     return 1 / (1 / a + 1 / b)
@@ -142,7 +143,7 @@ def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
     ours, theirs = (
       both(row[name], decoding[name]) for name in ("images_per_second", "torch_images_per_second")
     )
-    rows.append([f"{label}, {row['dtype']}", *map(_number, (ours, theirs, ours / theirs))])
+    rows.append([f"{label}, {row['dtype']}", *map(console.number, (ours, theirs, ours / theirs))])
   header = ("sampling and decoding", "images/s", "reference, images/s", "times the reference")
   return [*markdown.table(header, rows), ""]
 
@@ -150,7 +151,7 @@ def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
 def _made(results: Sequence[Row], command: str) -> list[str]:
   """Command, machine and ceilings."""
 
-  def told(name: str) -> str:
+  def named(name: str) -> str:
     return ", ".join(sorted({str(result[name]) for result in results}))
 
   def span(values: Sequence[float], unit: str) -> str:
@@ -166,10 +167,10 @@ def _made(results: Sequence[Row], command: str) -> list[str]:
   products = ", ".join(f"{span(x, 'TFLOP/s')} in {dtype}" for dtype, x in rates.items())
   copies = span([result["copy_gib_per_second"] for result in results], "GiB/s")
   torch = sorted({row["torch"] for result in results for row in result["rows"] if "torch" in row})
-  versions = f"jax {told('jax')}" + (f", torch {', '.join(torch)}" if torch else "")
+  versions = f"jax {named('jax')}" + (f", torch {', '.join(torch)}" if torch else "")
   return [
     *("```", command, "```", ""),
-    f"Commit {told('commit')}, {told('date')}; {told('device')}, {processor()}; {versions}. "
+    f"Commit {named('commit')}, {named('date')}; {named('device')}, {processor()}; {versions}. "
     f"Ceilings of a device: a product {products}; a copy {copies}.",
     "",
   ]
@@ -177,36 +178,21 @@ def _made(results: Sequence[Row], command: str) -> list[str]:
 
 def _cells(label: str, row: Row) -> list[str]:
   """A row of the table of paths."""
-  if row.get("out_of_memory"):
-    named = (row.get(name, "") for name in ("dtype", "attention", "batch_size"))
-    return [label, *map(str, named), "", "", "out of memory", *[""] * (len(HEADER) - 7)]
-  work = row.get("model_tflops_per_second")
-  ceiling = row.get("share_of_ceiling")
-  theirs = "out of memory" if row.get("torch_out_of_memory") else ""
-  return [
-    label,
-    row.get("dtype", ""),
-    row.get("attention", ""),
-    str(row["batch_size"]),
-    _number(work / row["images_per_second"] if work else None),
-    _number(row.get("least_gib")),
-    _number(row["images_per_second"]),
-    _number(work),
-    _share(row.get("share_of_matmul")),
-    _share(ceiling),
-    _number(1 / ceiling if ceiling else None),
-    _number(row.get("program_gib")),
-    theirs or _number(row.get("torch_images_per_second")),
-    _number(row.get("times_torch")),
-  ]
+  shown = dict(row)
+  if work := row.get("model_tflops_per_second"):
+    shown["tflop_per_image"] = work / row["images_per_second"]
+  if row.get("share_of_ceiling"):
+    shown["gap"] = 1 / row["share_of_ceiling"]
+  for side in ("", "torch_"):
+    if row.get(f"{side}out_of_memory"):
+      shown[f"{side}images_per_second"] = "out of memory"
+  return [label, *(_cell(name, shown.get(name, "")) for name in COLUMNS)]
 
 
-def _number(value: float | None) -> str:
-  return "" if value is None else console.number(value)
-
-
-def _share(value: float | None) -> str:
-  return "" if value is None else f"{value:.0%}"
+def _cell(name: str, value: Any) -> str:
+  if not isinstance(value, float):
+    return str(value)
+  return f"{value:.0%}" if name.startswith("share_") else console.number(value)
 
 
 def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
@@ -233,13 +219,13 @@ def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
 
 
 def _decades(rows: Sequence[tuple[str, Row]]) -> tuple[float, float]:
-  """Room around the numbers, so that a small change does not look like a large one."""
+  """Limits of an axis, wide enough that a small change does not look like a large one."""
   values = [row["images_per_second"] for _, row in rows]
   return min(values) / 2, max(values) * 2
 
 
 def _fitting(config: ConfigDict) -> ConfigDict:
-  """The measurements that this machine has devices for; of CPUs virtual ones serve."""
+  """The measurements that this machine has devices for; CPUs have virtual ones."""
   # Asked in a process of its own: one that has asked keeps the accelerator's memory.
   words = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
   done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -248,14 +234,14 @@ def _fitting(config: ConfigDict) -> ConfigDict:
     return config
   kept = tuple(each for each in config.measurements if each["devices"] <= int(count))
   if left := [each["name"] for each in config.measurements if each not in kept]:
-    console.say(f"left out, for there are {count} devices: {', '.join(left)}")
+    console.say(f"left out, since there are {count} devices: {', '.join(left)}")
   return ConfigDict({"size": config.size, "measurements": kept})
 
 
 def _beside(config: ConfigDict) -> list[str]:
-  """What launch.lab.benchmark steps is told of the reference, which is checked here."""
+  """Flags of `benchmark steps` that name the reference, which is checked here."""
   if not FLAGS.reference:
-    console.say("no --reference: there will be no PyTorch beside ours")
+    console.say("no --reference: PyTorch is not measured")
     return []
   checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled=False)
   checkouts.check()
@@ -270,7 +256,7 @@ def _beside(config: ConfigDict) -> list[str]:
 
 
 def _command() -> str:
-  """The command as a page shows it: where things lie is each reader's own."""
+  """The command as a page shows it, without the paths of this machine."""
   own = {"reference": "LIGHTNINGDIT", "taming": "TAMING", "torch_python": "PYTHON"}
   without = {*own, "workdir", "page", "page_only", "compare", "tolerance", "update"}
   given = [f"--{name}={word}" for name, word in own.items() if FLAGS[name].present]
@@ -280,9 +266,9 @@ def _command() -> str:
 def define_flags() -> None:
   """Defines the command's flags."""
   configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
-  flags.DEFINE_string("workdir", "runs/speed", "Where everything is written.")
-  flags.DEFINE_string("page", "", "The page; speed.md in the workdir if not given.")
-  flags.DEFINE_boolean("page_only", False, "Run nothing, write the page of what is there.")
+  flags.DEFINE_string("workdir", "runs/speed", "A folder for everything.")
+  flags.DEFINE_string("page", "", "A Markdown file; default: speed.md in the workdir.")
+  flags.DEFINE_boolean("page_only", False, "Measure nothing; write the page of earlier results.")
   reference.define_flags()
   baseline.define_flags()
 
@@ -290,7 +276,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  jax.config.update("jax_platforms", "cpu")  # of this process; the measurements have the device
+  jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the measurements
   workdir = Path(FLAGS.workdir).absolute()
   page = Path(FLAGS.page) if FLAGS.page else workdir / "speed.md"
   REGION.check(page)
@@ -301,7 +287,7 @@ def main(argv: list[str]) -> None:
   try:
     if not FLAGS.page_only:
       run(jobs, workdir, 1)
-  except InputError as error:  # what has been measured is told all the same
+  except InputError as error:  # after the page has shown the other measurements
     failure = error
   finally:
     results = results_of(jobs, workdir)
@@ -310,8 +296,8 @@ def main(argv: list[str]) -> None:
   console.table("Speed", ("what", "where"), where)
   if FLAGS.compare and (old := {x["commit"] for x in results.values()} - {commit()}):
     raise InputError(
-      f"{workdir} has results of {', '.join(sorted(old))}, and this is {commit()}: --compare tells "
-      "nothing of it. Give a new --workdir."
+      f"{workdir} has results of {', '.join(sorted(old))}, and this is {commit()}; give a new "
+      "--workdir to --compare this commit."
     )
   # Points of plots have the same names as rows of the table, and no reference beside them.
   paths = [x["name"] for x in config.measurements if x["group"] == "paths" and x["name"] in results]

@@ -13,7 +13,6 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults. `benchmark step
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,8 @@ from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.benchmark import rows
-from launch.lab.benchmark.measuring import timed
+from launch.lab.benchmark.measuring import keep, timed
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
 
 # Flags that are defined here are those of the command that asks for them.
 flags.disclaim_key_flags()
@@ -110,6 +108,4 @@ def main(argv: list[str]) -> None:
       for name, x in result["seconds"].items()
     ],
   )
-  if FLAGS.output:
-    write_json(Path(FLAGS.output), result)
-    console.say(f"written to {FLAGS.output}")
+  keep(result, FLAGS.output)

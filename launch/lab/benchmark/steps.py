@@ -9,21 +9,22 @@ r"""Measures what a configuration costs here: steps, sampling, encoding, loading
   python -m launch.lab.benchmark steps --config=configs/lightningdit.py:B/1 \
     --compare=docs/lab/baseline.json
 
---what: train (a whole training step), sample (latents, of a diffusion model), encode or decode (of
-a tokenizer), loader (batches on the host), checkpoint (--steps steps with one saved while they run,
-beside as many without), fid (Inception's features, and a distance's arithmetic). Of each: images/s,
-FLOP/s by count, its share of a matrix product's rate measured in the same run and, where the device
-is known, of its data sheet, memory, and seconds to compile without and with the compilation cache.
+--what names programs: train (a whole training step), sample (latents), encode or decode (of a
+tokenizer), loader (batches on the host), checkpoint (--steps steps while one is saved, beside as
+many without), fid (Inception's features, and a distance's arithmetic). The table shows images/s,
+FLOP/s by count, their share of a matrix product's rate in the same run and of the data sheet's
+where the device is known, memory, and seconds to compile without and with the compilation cache.
 "of ceiling" is the share of the most that the device could do: products at that rate, or every
-argument and result moved once at the rate of a copy, whichever takes longer. Everything is of
-random weights and data. --profile writes a trace and names the ten largest operations. --compare
-shows what changed against a stored baseline of ratios (share of a matrix product's rate, times the
-reference's speed, memory), and ends with exit code 2 where one is worse by more than --tolerance;
---update puts this run's into a baseline. --reference is a checkout of hustvl/LightningDiT, which
-does the same in PyTorch on the same device, in turns with ours (train, sample, encode, decode;
-training a tokenizer needs --taming, too): on GPUs with its torch.compile and under autocast where
-ours computes in bfloat16, on CPUs eagerly. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which
-spares page faults. A batch size that does not fit is reported as such.
+argument and result moved once at the rate of a copy, whichever takes longer. Weights and data are
+random. A batch size that does not fit is reported as such.
+
+--compare shows changes against a stored baseline of ratios (share of a matrix product's rate, times
+the reference's speed, memory) and ends with exit code 2 where one is worse by more than
+--tolerance; --update stores this run's. --reference is a checkout of hustvl/LightningDiT, whose
+PyTorch takes turns with ours on the same device (train, sample, encode, decode; a tokenizer's
+training also needs --taming): on GPUs with its torch.compile, and under autocast where ours is
+bfloat16; on CPUs eagerly. On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page
+faults.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import reference
 from launch.lab.benchmark import baseline
-from launch.lab.benchmark.measuring import copy_rate, matmul_rate
+from launch.lab.benchmark.measuring import copy_rate, keep, matmul_rate
 from launch.lab.benchmark.rows import (
   Row,
   count,
@@ -56,14 +57,13 @@ from launch.lab.programs import CODED_PER_DEVICE
 from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
 
 # Flags that are defined here are those of the command that asks for them.
 flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 WHAT = ("train", "sample", "encode", "decode", "loader", "checkpoint", "fid")
-LOADED = 80  # batches; few would be those that lay ready
-# What the table shows of a measurement, and how it is called there.
+LOADED = 80  # batches; most of a few would have been prefetched
+# Figures that the table shows -> their names there.
 SHOWN = {
   "what": "what",
   "dtype": "dtype",
@@ -116,17 +116,17 @@ def benchmark(
         frozen = resolved(config, kind, batch_size, attention)
         if count_only:
           rows.append(count(frozen, kind))
-          continue
-        if kind == "loader":
+        elif kind == "loader":
           rows.append(measure_loader(frozen, max(steps, LOADED)))
         elif kind == "checkpoint":
           rows.append(measure_checkpoint(frozen, steps))
         else:
           rows.append(measure(frozen, kind, steps, checkouts, trace))
-        console.say(json.dumps(rows[-1]))
+        if not count_only:
+          console.say(json.dumps(rows[-1]))
         if rows[-1].get("out_of_memory"):
           if checkouts:
-            console.say("ours did not fit with the reference in the same memory; alone it may")
+            console.say("did not fit into memory together with the reference; alone it may")
           break  # larger ones do not fit either
         if kind == "fid":
           break  # it has a batch of its own
@@ -150,13 +150,13 @@ def _usual_batch_size(config: ConfigDict, what: str) -> int:
 
 
 def _asked() -> str:
-  """The configuration as it was given, with what was changed of it."""
+  """--config of the command line, and the keys that it changes."""
   words = [word.removeprefix("--config=") for word in sys.argv if word.startswith("--config")]
   return " ".join([words[0], *sorted(words[1:])]) if words else ""
 
 
 def _checkouts() -> Checkouts | None:
-  """The reference as the flags have it."""
+  """The reference that the flags name."""
   if not FLAGS.reference:
     return None
   compiled = FLAGS.torch_compile
@@ -172,13 +172,13 @@ def define_flags() -> None:
   flags.DEFINE_list("what", ["train"], f"Some of {', '.join(WHAT)}.")
   flags.DEFINE_list("batch_sizes", [], "Over all devices; the configuration's if not given.")
   flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
-  flags.DEFINE_integer("devices", 0, "So many; of a CPU virtual ones. 0: all.", lower_bound=0)
-  flags.DEFINE_integer("steps", 10, "How many are timed.", lower_bound=1)
+  flags.DEFINE_integer("devices", 0, "How many; virtual ones on a CPU; 0: all.", lower_bound=0)
+  flags.DEFINE_integer("steps", 10, "Timed runs.", lower_bound=1)
   flags.DEFINE_boolean(
-    "torch_compile", None, "Whether the reference compiles; on GPUs if not given."
+    "torch_compile", None, "Whether the reference compiles its blocks; default: on GPUs."
   )
-  flags.DEFINE_boolean("count_only", False, "Run nothing: FLOPs, and bytes that must be moved.")
-  flags.DEFINE_string("profile", "", "A folder for a trace.")
+  flags.DEFINE_boolean("count_only", False, "Only count FLOPs, and bytes that must be moved.")
+  flags.DEFINE_string("profile", "", "A folder for traces; names the ten largest operations.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
   reference.define_flags()
   baseline.define_flags()
@@ -190,16 +190,16 @@ def main(argv: list[str]) -> None:
   if unknown := [word for word in FLAGS.what if word not in WHAT]:
     raise InputError(f"--what={unknown[0]} is none of {', '.join(WHAT)}.")
   if FLAGS.count_only and (wrong := {"loader", "checkpoint"} & {*FLAGS.what}):
-    raise InputError(f"--count_only is of programs, and {' and '.join(wrong)} is none.")
+    raise InputError(f"--count_only does not apply to {' and '.join(wrong)}, which run no program.")
   try:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
     raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
   if FLAGS.profile and FLAGS.trace:
-    raise InputError("--profile and --trace are given; there can be one trace at a time.")
+    raise InputError("--profile and --trace are given; only one trace can run at a time.")
   baseline.check_flags()
   if FLAGS.reference:
-    # Both are to have room on one device; read when jax first asks for it.
+    # So that both fit on one device; jax reads it when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if FLAGS.devices:
     mesh.use(FLAGS.devices)
@@ -214,12 +214,13 @@ def main(argv: list[str]) -> None:
     count_only=FLAGS.count_only,
     asked=_asked(),
   )
-  told = ", ".join(f"{x:.3g} in {n}" for n, x in result["matmul_tflops_per_second"].items())
-  title = f"{result['device']}; a matrix product in TFLOP/s a device: {told}"
-  if FLAGS.count_only:
-    title = "counted, not measured"
-  else:
-    title += f"; a copy in GiB/s: {result['copy_gib_per_second']:.3g}"
+  title = "counted, not measured"
+  if not FLAGS.count_only:
+    rates = ", ".join(f"{x:.3g} in {n}" for n, x in result["matmul_tflops_per_second"].items())
+    title = (
+      f"{result['device']}; a matrix product in TFLOP/s a device: {rates}; a copy in GiB/s: "
+      f"{result['copy_gib_per_second']:.3g}"
+    )
   names = [name for name in SHOWN if any(name in row for row in result["rows"])]
   # Many figures of few measurements: each of these has a column.
   cells = [[SHOWN[n], *(_cell(row.get(n, "")) for row in result["rows"])] for n in names[1:]]
@@ -230,9 +231,7 @@ def main(argv: list[str]) -> None:
       console.table(f"{row['what']}: the largest operations", ("operation", "share"), largest)
   if FLAGS.profile:
     console.say(f"trace: {FLAGS.profile} (tensorboard --logdir, with its profile plugin)")
-  if FLAGS.output:
-    write_json(Path(FLAGS.output), result)
-    console.say(f"written to {FLAGS.output}")
+  keep(result, FLAGS.output)
   baseline.settle(baseline.ratios_of(result))
 
 

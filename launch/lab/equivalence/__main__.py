@@ -4,9 +4,9 @@ r"""Runs the PyTorch reference beside this project on the same weights and input
     --model=LightningDiT-XL/1 --output=runs/equivalence
 
 --reference is a checkout of hustvl/LightningDiT, which --torch_python runs: an interpreter with
-torch, einops, numpy and pillow (teachers and training also need timm, trajectories torchdiffeq,
-fid_inception torch-fidelity). Other imports of the reference (fairscale, pytorch_lightning,
-torchvision, requests) do not affect these numbers; empty modules replace those that do not load.
+torch, timm, einops, numpy and pillow (trajectories also need torchdiffeq, fid_inception
+torch-fidelity). Other imports of the reference (fairscale, pytorch_lightning, torchvision,
+requests) do not affect these numbers; empty modules replace those that do not load.
 Weights are random, or those of --checkpoint. --model is a preset of LightningDiT or of the
 tokenizer (f16d32), a tokenizer's training step (f16d32_training, which also needs --taming), a
 teacher, lpips or fid_inception. Writes a table, OUTPUT.json and OUTPUT.html; the exit status is 1

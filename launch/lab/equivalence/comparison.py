@@ -21,8 +21,8 @@ from vavae_jax.weights.state_dicts import read_content, read_state_dict
 from vavae_jax.weights.torch_writer import write_torch_file
 
 NEEDS = (
-  "torch, einops, numpy, pillow; for teachers and training also timm, for fid_inception "
-  "torch-fidelity (pip install --no-deps)"
+  "torch, timm, einops, numpy, pillow; for fid_inception also torch-fidelity (pip install "
+  "--no-deps)"
 )
 # The largest difference allowed, in units of the largest number of the reference's array. Rounding
 # in float32 grows with depth; Adam divides by the root of squares that may be tiny.

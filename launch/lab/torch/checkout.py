@@ -1,9 +1,8 @@
 """The reference's PyTorch models, out of a checkout of hustvl/LightningDiT.
 
 For the scripts beside this one, which an interpreter with PyTorch runs; nothing of this project is
-imported. Of modules that the reference imports and does not need, empty ones stand in; of timm and
-fairscale, of which its LightningDiT uses two layers, those are given here, and so is torchvision's
-VGG16: none of them has to be installed for what does not compute with it.
+imported. Empty modules stand in for those that the reference imports without need, and a VGG16
+for torchvision's, which does not load beside every PyTorch.
 """
 
 from __future__ import annotations
@@ -12,18 +11,17 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-# Imported for what is not needed here: downloads, progress bars, pictures, other models' operators.
-UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq", "scipy")
+# For downloads, progress bars, pictures, other models' operators: nothing that is computed here.
+UNNEEDED = ("requests", "tqdm", "torchvision", "torchdiffeq", "scipy", "fairscale")
 
 
 def loads(name: str) -> bool:
-  """Whether a module is there and works: torchvision without its operators raises RuntimeError."""
+  """Whether a module can be imported; torchvision without its operators raises RuntimeError."""
   try:
     importlib.import_module(name)
   except (ImportError, RuntimeError):
@@ -37,12 +35,12 @@ ABSENT = [name for name in UNNEEDED if not loads(name)]
 REPLACED = [
   *(f"{name} (empty)" for name in ABSENT),
   "pytorch_lightning (its module is PyTorch's)",
-  "fairscale, timm's two layers (of LightningDiT) and torchvision's VGG16 (written anew)",
+  "torchvision's VGG16 (written anew)",
 ]
 
 
 class Empty(type):
-  """A class without content; what is asked of it is another."""
+  """A class without content, whose attributes are such classes."""
 
   def __getattr__(cls, name: str) -> Any:
     if name.startswith("__"):
@@ -60,7 +58,7 @@ class StandIn(types.ModuleType):
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-  """Finds the modules of `ABSENT`, and whatever is in them."""
+  """Finds the modules of `ABSENT` and their submodules."""
 
   def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
     if fullname.partition(".")[0] not in ABSENT:
@@ -75,61 +73,12 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in() -> None:
-  """From now on the modules of `ABSENT` can be imported."""
-  sys.meta_path.append(StandIns())
-
-
-class PatchEmbed(nn.Module):
-  """timm's: a strided convolution, then tokens."""
-
-  def __init__(
-    self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True
-  ):
-    super().__init__()
-    self.num_patches = (img_size // patch_size) ** 2
-    self.patch_size = (patch_size, patch_size)
-    self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
-
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Mlp(nn.Module):
-  """timm's: two matrices around an activation."""
-
-  def __init__(
-    self,
-    in_features: int,
-    hidden_features: int,
-    act_layer: Callable[[], nn.Module],
-    drop: float = 0.0,
-  ):
-    del drop  # the reference asks for none
-    super().__init__()
-    self.fc1 = nn.Linear(in_features, hidden_features)
-    self.act = act_layer()
-    self.fc2 = nn.Linear(hidden_features, in_features)
-
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    return self.fc2(self.act(self.fc1(x)))
-
-
-def _module(name: str, **contents: Any) -> None:
-  module = types.ModuleType(name)
-  module.__dict__.update(contents)
-  sys.modules[name] = module
+  """Lets the modules of `ABSENT` be imported."""
+  sys.meta_path.insert(0, StandIns())  # before the finder of a module that does not load
 
 
 def lightningdit(checkout: str, compiled: bool = False) -> Any:
-  """The class LightningDiT of a checkout, with its torch.compile of each block or without."""
-  for name in ("timm", "timm.models", "fairscale", "fairscale.nn"):
-    _module(name)
-  _module("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Mlp=Mlp)
-  _module("fairscale.nn.model_parallel")
-  _module("fairscale.nn.model_parallel.initialize")
-  # Of a part of the reference's file that LightningDiT does not use.
-  unused = ("ColumnParallelLinear", "ParallelEmbedding", "RowParallelLinear")
-  _module("fairscale.nn.model_parallel.layers", **dict.fromkeys(unused))
+  """The class LightningDiT of a checkout; `compiled`: with its torch.compile of each block."""
   if not compiled:
     torch.compile = lambda function=None, **_: function if function else lambda f: f
   sys.path.insert(0, checkout)
