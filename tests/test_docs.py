@@ -28,7 +28,7 @@ OWN_CONFIG = {
 }
 COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`&\n\\]|\\\n)*)")
 WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark")
-# Prints what each command's --helpfull says, from forks of one process that has imported jax.
+# Prints what each command's --help says, from forks of one process that has imported jax.
 HELP = """
 import json, os, runpy, sys, warnings
 import flax.nnx, grain, launch.restore, ml_collections.config_flags, optax
@@ -38,7 +38,7 @@ for command in json.load(sys.stdin):
   child = os.fork()
   if not child:
     module, *rest = command.split()
-    sys.argv = [module, *rest, "--helpfull"]
+    sys.argv = [module, *rest, "--help"]
     try:
       runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
@@ -64,7 +64,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, set[str]]:
-  """{command: its flags, as its --helpfull lists them}."""
+  """{command: its flags, as its own --help lists them}."""
   names = sorted({command for _, command, _ in commands()})
   output = subprocess.run(
     [sys.executable, "-c", HELP],
@@ -86,7 +86,7 @@ def known() -> dict[str, set[str]]:
   [pytest.param(*rest, id=f"{page}: {' '.join(rest[0:1])}") for page, *rest in commands()],
 )
 def test_commands_of_the_documents_can_be_given(command, options, known):
-  assert known[command], f"{command} has no flags"
+  assert known[command], f"{command} has no --help"
   given = dict(word.removeprefix("--").partition("=")[::2] for word in options if word[0] == "-")
   config = None
   if path := given.get("config", OWN_CONFIG.get(command)):
