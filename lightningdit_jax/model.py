@@ -437,7 +437,7 @@ def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
     name, options = dtype or config.dtype, config.model.to_dict()
     if name != "bfloat16" or platform() != "gpu":
       # What was trained with the fused kernel is also sampled in float32 and on other devices;
-      # `training.check_model` refuses to train so.
+      # `checks.check_model` refuses to train so.
       options["attention"] = "xla"
     if not options["scan_unroll"]:
       # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
