@@ -30,12 +30,9 @@ RENAMED = {
 
 
 def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
-  """LightningDiT, its weights float32 and those of the reference.
+  """LightningDiT with these arguments and the weights of the reference, float32.
 
-  Args:
-    state_dict: PyTorch name -> array, the EMA's or the raw ones, with or without the prefix
-      "module."; positions may be absent.
-    **kwargs: `LightningDiT`'s arguments.
+  Names may have the prefix "module."; positions may be absent.
 
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, or positions of another grid;
@@ -51,15 +48,11 @@ def to_torch(model: LightningDiT) -> StateDict:
 
 
 def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """The architecture that the names and shapes of a state dict imply.
+  """`LightningDiT`'s arguments, from the names, without prefix, and shapes of a state dict.
 
-  Args:
-    state_dict: PyTorch name -> array, of the reference's LightningDiT, without prefix.
-
-  Returns:
-    `LightningDiT`'s arguments, so far as they matter to its weights. No tensor shows the share of
-    dropped labels (taken to be above 0, as in every published model). Without RoPE and normed
-    queries none shows the number of heads, which is then that of the preset of this width.
+  Only arguments that matter to the weights. No tensor shows the share of dropped labels (taken to
+  be above 0, as in every published model). Without RoPE and normed queries none shows the number of
+  heads, which is then that of the preset of this width.
 
   Raises:
     InputError: a tensor is missing that every LightningDiT has, or the sizes fit none.

@@ -360,18 +360,12 @@ class LightningDiT(nnx.Module):
     self.final_layer = FinalLayer(width, o.patch_size**2 * out_channels, layers)
 
   def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
-    """The velocity at a point of the path from noise to data.
+    """The velocity, float32, at a point of the path from noise to data.
 
     Args:
       x_BhwZ: [B,h,w,in_channels], normalised latents; h and w are multiples of patch_size.
       t_B: [B] in [0, 1], t=0 noise and t=1 data.
       label_B: [B] integers in 0 .. num_classes. Any other label gives NaN.
-
-    Returns:
-      [B,h,w,in_channels] float32.
-
-    Raises:
-      InputError: shapes that do not fit.
     """
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)

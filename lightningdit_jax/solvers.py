@@ -98,8 +98,8 @@ def integrate(
     start: pytree of float32 arrays [B, ...].
     grid: [points], rising or falling; "dopri5" uses its ends only.
     method: one of `METHODS`.
-    atol: absolute tolerance of "dopri5", for the root mean square over a sample.
-    rtol: relative tolerance of "dopri5".
+    atol: of "dopri5", for the root mean square over a sample.
+    rtol: likewise.
   """
   if method == "dopri5":
     return _dopri5(field, start, grid[0], grid[-1], atol, rtol)

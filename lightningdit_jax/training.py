@@ -144,12 +144,7 @@ def update(
   grads, metrics = mean_gradients(loss_fn, state.params, batch, config.accumulate_steps)
   updates, optimizer = make_optimizer(config.optimizer).update(grads, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
-  new = State(
-    step=state.step + 1,
-    params=params,
-    ema=update_emas(state.ema, params),
-    optimizer=optimizer,
-  )
+  new = State(state.step + 1, params, update_emas(state.ema, params), optimizer)
   return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
@@ -163,16 +158,16 @@ def losses(
 ) -> Metrics:
   """Per-sample losses [B], by `transport.losses`."""
   model = nnx.merge(functional.graph_of(build_model(config)), params)
-  path, prediction = config.transport.path_type, config.transport.prediction
-  predicted = model(transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, path), t_B, label_B)
+  settings = config.transport
+  x_BhwZ = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, settings.path_type)
   return transport.losses(
-    predicted,
+    model(x_BhwZ, t_B, label_B),
     latent_BhwZ,
     noise_BhwZ,
     t_B,
-    path=path,
-    prediction=prediction,
-    loss_weight=config.transport.loss_weight,
+    path=settings.path_type,
+    prediction=settings.prediction,
+    loss_weight=settings.loss_weight,
   )
 
 
