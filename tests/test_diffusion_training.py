@@ -80,9 +80,8 @@ def drawn(config: FrozenConfigDict, count: int, key: int = 0) -> tuple[np.ndarra
   batch = {"latent": jnp.zeros((count, 4, 4, 48)), "label": jnp.full(count, 3)}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(training, "update", lambda config, state, latent, *drawn: drawn)
-    noise, t_B, label_B = training.train_step(
-      config, training.phase(config, 1), None, {}, batch, jax.random.key(key)
-    )
+    draw = functools.partial(training.train_step, config, training.phase(config, 1), None, {})
+    noise, t_B, label_B = jax.jit(draw)(batch, jax.random.key(key))
   return np.asarray(noise[:, 0, 0, 0]), np.asarray(t_B), np.asarray(label_B)
 
 
@@ -145,11 +144,11 @@ def step_of(config: FrozenConfigDict, state: training.State, step: int = 1) -> A
 
 def test_a_batch_in_parts_makes_the_same_update():
   whole, parts = (tiny(accumulate_steps=count) for count in (1, 4))
-  _, once = step_of(whole, fresh(whole))
-  state, told = step_of(parts, fresh(parts))
+  begin = fresh(whole)
+  expected, once = step_of(whole, begin)
+  state, told = step_of(parts, begin)
   for name in once:
     assert told[name] == pytest.approx(float(once[name]), rel=1e-5), name
-  expected, _ = step_of(whole, fresh(whole))
   # Adam's first step is the rate whichever the gradient: compare what it averages.
   for ours, theirs in zip(
     jax.tree.leaves(state.optimizer), jax.tree.leaves(expected.optimizer), strict=True

@@ -474,7 +474,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipelin
   """Drawn, measured, merged and written together."""
   words = (
     "launch.evaluate",
-    *("sweep", f"--workdir={pipeline / 'diffusion'}", "--num_samples=300", "--num_steps=3"),
+    *("sweep", f"--workdir={pipeline / 'diffusion'}", "--num_samples=30", "--num_steps=3"),
     *("--grid=cfg_scale=1,3", f"--reference={pipeline / 'samples.npz'}"),
     f"--protocol={EFFICIENTNET}",
   )
@@ -485,7 +485,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipelin
   assert len(one["points"]) == 2
   for ours, theirs in zip(one["points"], two["points"], strict=True):
     assert theirs == pytest.approx(ours, rel=1e-4)
-  assert "300 samples are fewer" in one["warnings"][1]
+  assert "30 samples are fewer" in one["warnings"][1]
 
 
 def test_solvers_are_compared_on_the_same_noise(diffusion, tmp_path):

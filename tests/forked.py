@@ -1,0 +1,54 @@
+"""Runs modules in forks of one process, so that what all of them import is imported once.
+
+  python -m tests.forked FOLDER IMPORTED,... <LINES
+
+LINES is a JSON list of command lines, each a list such as ["launch.train", "--workdir=..."]. A fork
+leaves its output in FOLDER as N.out and N.err, and in N.json its exit code and the modules that it
+had imported. No module of IMPORTED may start a backend or threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(words: Sequence[str]) -> int:
+  """The exit code of a module that runs as the command of this process."""
+  sys.argv = list(words)
+  try:
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+  except SystemExit as ended:
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+  except BaseException:
+    traceback.print_exc()
+    return 1
+  return 0
+
+
+def main() -> None:
+  """The command."""
+  folder = Path(sys.argv[1])
+  for name in sys.argv[2].split(","):
+    importlib.import_module(name)
+  for number, words in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+      for stream, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{number}.{suffix}", os.O_WRONLY | os.O_CREAT), stream)
+      code = run(words)
+      sys.stdout.flush()
+      sys.stderr.flush()
+      (folder / f"{number}.json").write_text(json.dumps({"code": code, "modules": [*sys.modules]}))
+      os._exit(code)
+    os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+  main()
