@@ -33,24 +33,21 @@ from ml_collections import ConfigDict
 from configs import base
 
 PARTS = ("judge", "tokenizer", "diffusion")
+MAIN = ("plain", "aligned")  # at all widths; the other variants at the widest latents
+NO_MARGIN = {"stages.cos_margin": (0.0,), "stages.distmat_margin": (0.0,)}
 # Changes to the configuration of an aligned tokenizer.
-MAIN = ("plain", "aligned")
 VARIANTS: dict[str, dict[str, Any]] = {
   "plain": {"teacher.name": ""},
   "aligned": {},
   "no_cos": {"loss.cos_weight": 0.0},
   "no_distmat": {"loss.distmat_weight": 0.0},
-  "no_margin": {"stages.cos_margin": (0.0,), "stages.distmat_margin": (0.0,)},
+  "no_margin": NO_MARGIN,
   # About the average of the adaptive weight.
   "fixed_weight": {"loss.adaptive_vf": False, "stages.vf_weight": (100.0,)},
   "other_teacher": {"teacher.name": "efficientnet_lite2"},
   "finer_teacher": {"teacher.scale": 4},
-  # As the first of the published stages.
-  "strong": {
-    "stages.vf_weight": (0.5,),
-    "stages.cos_margin": (0.0,),
-    "stages.distmat_margin": (0.0,),
-  },
+  # As in the first of the published stages.
+  "strong": {"stages.vf_weight": (0.5,)} | NO_MARGIN,
   "plain_deep": {"teacher.name": "", "model.linear_shortcut": False},
   "aligned_deep": {"model.linear_shortcut": False},
 }
