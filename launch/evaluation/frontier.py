@@ -22,9 +22,6 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
     x: a figure of the reconstructions.
     y: a figure of the generations.
 
-  Returns:
-    {"name", x, y} of each.
-
   Raises:
     InputError: a file is missing, is of another evaluation or of another protocol than the others.
   """

@@ -63,9 +63,6 @@ def evaluate(
     network: whose features.
     workdir: of the training that the samples are of, for its curves.
 
-  Returns:
-    The figures.
-
   Raises:
     InputError: something does not fit.
   """

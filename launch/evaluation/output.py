@@ -63,8 +63,6 @@ class Output:
     Args:
       result: of the JSON file, to which kind, versions and circumstances are added; its "warnings"
         are shown.
-      title: of the page.
-      summary: of the page.
       sections: of the page; tables and the JSON follow.
       figures: to show, the first four at the page's head.
       points: rows of a table to show, all with the same keys.

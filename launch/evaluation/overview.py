@@ -36,13 +36,10 @@ def write(
   network: Network,
   seconds: dict[str, float],
 ) -> None:
-  """Writes WORKDIR/report.html.
+  """Writes WORKDIR/report.html of a quickstart whose stages have all run.
 
   Args:
-    config: from `configs/quickstart.py:pipeline`.
-    workdir: of the quickstart, all of whose stages have run.
-    tokenizer: the trained one.
-    store: its latents of the training pictures.
+    store: latents of the training pictures.
     results: figures by name; those of samples are in the features of `network`.
     seconds: of each stage.
   """

@@ -47,9 +47,6 @@ def evaluate(
     posterior: "sample", as the reference's protocol has it, or "mode".
     seed: of the posterior's noise, drawn for each picture by its place.
 
-  Returns:
-    The figures.
-
   Raises:
     InputError: pictures that the tokenizer cannot take, or too few.
   """

@@ -45,9 +45,7 @@ def evaluate(
   Args:
     settings: of the best samples, as `config.sample`.
     grid: from `sweep.parse_grid`; the settings that differ.
-    count: samples.
     labels: see `labels_for`.
-    seed: of noise and labels.
 
   Returns:
     For each point its settings, "evaluations" (of the velocity for one sample; None where the

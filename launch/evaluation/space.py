@@ -99,9 +99,6 @@ def evaluate(
     seed: of the first run; the next ones follow.
     path: of the transport, for the curve of signal to noise.
 
-  Returns:
-    The figures.
-
   Raises:
     InputError: too few latents.
   """

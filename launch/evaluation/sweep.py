@@ -70,12 +70,7 @@ def sweep(
   Args:
     grid: from `parse_grid`.
     draw: settings of a point -> its samples.
-    reference: of the distances.
-    network: whose features.
     output: finished points stay in the folder OUTPUT.points, also for a larger grid.
-
-  Returns:
-    Settings and figures of each point.
   """
   points = points_of(grid)
   done: list[Point] = []

@@ -79,7 +79,7 @@ def _svg(curve: Curve, series: list[np.ndarray], smooth: list[np.ndarray]) -> st
 
 
 def _draw(axis: Any, log_y: bool, series: list[np.ndarray], smooth: list[np.ndarray]) -> None:
-  from matplotlib.ticker import LogLocator, MaxNLocator
+  from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
   axis.patch.set_visible(False)
   axis.spines[:].set_visible(False)
@@ -98,10 +98,10 @@ def _draw(axis: Any, log_y: bool, series: list[np.ndarray], smooth: list[np.ndar
   for i, points in enumerate(series):
     if len(points) > _MAX_DOTTED:
       axis.plot(*points.T, color=f"{_SERIES}{i % _NUM_COLOURS}", alpha=0.28, lw=1, zorder=1)
-  wide = log_y and high > 10 * low
-  axis.yaxis.set_major_locator(
-    LogLocator(subs=[1] if high > 1000 * low else [1, 2, 5]) if wide else MaxNLocator(5)
-  )
+  locator: Locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+  if log_y and high > 10 * low:
+    locator = LogLocator(subs=[1] if high > 1000 * low else [1, 2, 5])
+  axis.yaxis.set_major_locator(locator)
   axis.minorticks_off()
   for each in (axis.xaxis, axis.yaxis):
     each.set_major_formatter(lambda value, _: number(value))

@@ -81,10 +81,7 @@ def write_page(
   """Writes a page; an older one at the same path stays whole until the new one is.
 
   Args:
-    path: the HTML file; its folder is made.
-    title: of the page.
-    sections: in their order.
-    summary: one paragraph.
+    summary: one paragraph under the title.
     figures: the first four stand in the page's header.
     hero: a piece above the title.
   """
