@@ -16,6 +16,7 @@ import vavae_jax.training
 from launch.engine import configuration
 from vavae_jax import stages
 from vavae_jax.common.errors import InputError
+from vavae_jax.data import selection
 
 TASKS: dict[str, Any] = {
   "tokenizer": vavae_jax.training,
@@ -55,5 +56,5 @@ def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDi
   if config.task != "tokenizer":
     return resolved
   if num_images is None:
-    num_images = len(vavae_jax.training.training_pictures(resolved)[1])
+    num_images = len(selection.training_pictures(resolved)[1])
   return stages.with_steps(resolved, num_images)

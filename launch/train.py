@@ -33,7 +33,7 @@ from launch.sample import make_sampler
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 from vavae_jax.common.optimizer import averaged
-from vavae_jax.data import feature_cache
+from vavae_jax.data import feature_cache, selection
 from vavae_jax.frozen import uses_teacher
 from vavae_jax.metrics.distribution import Gaussian
 
@@ -69,7 +69,7 @@ def _cache_features(config: FrozenConfigDict) -> None:
   if jax.process_count() > 1:
     return  # they open a cache that another run made, and report where there is none
   vavae_jax.training.check(config)
-  source, indices = vavae_jax.training.training_pictures(config)
+  source, indices = selection.training_pictures(config)
   with console.Bar("teacher's features", len(indices), 0) as bar:
     path = feature_cache.build(config, source, indices, bar.update)
   console.say(f"the teacher's features are in {path}")

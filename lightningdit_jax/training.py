@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +20,9 @@ from lightningdit_jax.checks import check_model, check_store
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
-from vavae_jax.common import functional
+from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import (
-  averaged,
-  make_optimizer,
-  mean_gradients,
-  start_emas,
-  update_emas,
-)
+from vavae_jax.common.optimizer import State, averaged, mean_gradients
 from vavae_jax.data import order
 
 if TYPE_CHECKING:
@@ -38,16 +31,6 @@ if TYPE_CHECKING:
 Metrics = dict[str, jax.Array]
 VALIDATION_TIMES = 8
 VALIDATION_SEED = 0
-
-
-@flax.struct.dataclass
-class State:
-  """All that training changes."""
-
-  step: jax.Array  # int32 scalar, updates done
-  params: Any
-  ema: Any  # moving averages by `optimizer.ema_name`; samples are made with the first, if any
-  optimizer: Any  # AdamW's moments
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -67,13 +50,7 @@ def check(config: FrozenConfigDict) -> None:
 
 def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   """A fresh model and optimizer."""
-  params = functional.init(build_model(config), key)
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    ema=start_emas(params, config.optimizer.ema_decays),
-    optimizer=make_optimizer(config.optimizer).init(params),
-  )
+  return optimizer.start(config.optimizer, functional.init(build_model(config), key))
 
 
 def load_frozen(config: FrozenConfigDict) -> Any:
@@ -142,9 +119,7 @@ def update(
 
   batch = (latent_BhwZ, noise_BhwZ, t_B, label_B)
   grads, metrics = mean_gradients(loss_fn, state.params, batch, config.accumulate_steps)
-  updates, optimizer = make_optimizer(config.optimizer).update(grads, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, updates)
-  new = State(state.step + 1, params, update_emas(state.ema, params), optimizer)
+  new = optimizer.step(config.optimizer, state, grads)
   return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 

@@ -56,7 +56,7 @@ def test_it_learns_to_tell_classes_apart(pictures):
   (_, evaluate) = classification.evaluators(config)["held_out"]
   found = evaluate(state)
   assert 0 <= found["accuracy"] <= 1
-  assert found["pictures"] == len(classification.training.share(config.data, held_out=True))
+  assert found["pictures"] == len(classification.selection.share(config.data, held_out=True))
 
 
 @pytest.mark.parametrize(

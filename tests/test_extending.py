@@ -32,6 +32,7 @@ config = quickstart.tokenizer(tiny=True)
 config.update(num_steps=2, evaluate_every_steps=0)
 config.data.source = "npz:pictures.npz"
 config.teacher.name = "moments"
+config.loss.l2_weight = 1.0
 train.train(config, Path("tokenizer"))
 tokenizer = restore.load(Path("tokenizer"), "tokenizer")
 encode.encode(tokenizer, Path("latents"), batch_size=8)
@@ -106,7 +107,8 @@ def test_all_changes_together_train_and_sample(tree, environment):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
-  assert np.isfinite(metrics(tree / "tokenizer")["vf_cos"])
+  found = metrics(tree / "tokenizer")
+  assert np.isfinite([found["vf_cos"], found["l2"]]).all()
   assert np.isfinite(metrics(tree / "diffusion")["mse"])
   with np.load(tree / "samples.npz") as samples:
     assert samples["arr_0"].shape == (2, 64, 64, 3)

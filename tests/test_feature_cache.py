@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import frozen, training
 from vavae_jax.common.errors import InputError
-from vavae_jax.data import feature_cache, images
+from vavae_jax.data import feature_cache, images, selection
 
 
 @pytest.fixture
@@ -35,23 +35,23 @@ def cached(pictures, tmp_path, monkeypatch):
 def test_features_go_with_their_pictures(cached):
   config, tiny = cached
   done = []
-  feature_cache.build(config, *training.training_pictures(config), done.append, batch_size=5)
-  assert done[-1] == len(training.training_pictures(config)[1])
+  feature_cache.build(config, *selection.training_pictures(config), done.append, batch_size=5)
+  assert done[-1] == len(selection.training_pictures(config)[1])
   config = FrozenConfigDict(config.to_dict() | {"batch_size": 6})
   batches = [next(iter(training.train_data(config, process, 2, 0))) for process in (0, 1)]
   for batch in batches:
     expected = jax.jit(lambda image: tiny(images.to_float(image)))(batch["image"])
     np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
   # Made once: a second call has nothing to do, and another size is another file.
-  feature_cache.build(config, *training.training_pictures(config), pytest.fail)
-  source, indices = training.training_pictures(config)
+  feature_cache.build(config, *selection.training_pictures(config), pytest.fail)
+  source, indices = selection.training_pictures(config)
   with pytest.raises(InputError, match="There are no features of these pictures and weights in"):
     feature_cache.open_cache(config, source, indices[1:])
 
 
 def test_changed_pictures_have_other_features(cached):
   config, _ = cached
-  source, indices = training.training_pictures(config)
+  source, indices = selection.training_pictures(config)
   before = feature_cache.build(config, source, indices, lambda done: None)
   os.utime(source.name(0), ns=(1, 1))
   assert feature_cache.build(config, source, indices, lambda done: None) != before
@@ -64,7 +64,7 @@ def test_a_build_that_fails_leaves_nothing(cached, tmp_path):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    feature_cache.build(config, *training.training_pictures(config), stop, batch_size=5)
+    feature_cache.build(config, *selection.training_pictures(config), stop, batch_size=5)
   assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -74,7 +74,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
   config, _ = cached
   monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
   with pytest.raises(InputError, match=r"0\.00 GiB left; give another config\.teacher\.cache"):
-    feature_cache.build(config, *training.training_pictures(config), pytest.fail)
+    feature_cache.build(config, *selection.training_pictures(config), pytest.fail)
   assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -98,7 +98,7 @@ def plain_gradients(config, network, state, image, adversarial):
     z = posterior.sample(jax.random.normal(KEY, posterior.mean.shape))
     recon = model.decode(z)
     distance = network.distance(network.features(image), network.features(recon))
-    nll = losses.reconstruction(image, recon, config.loss.perceptual_weight * distance)
+    nll = jnp.mean(jnp.abs(image - recon)) + config.loss.perceptual_weight * jnp.mean(distance)
     projected, features = z @ params["projection"]["kernel"], network(image)
     vf = losses.marginal_cosine(projected, features, column["cos_margin"])
     vf += losses.marginal_distance_matrix(projected, features, column["distmat_margin"])

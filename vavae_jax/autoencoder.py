@@ -1,10 +1,9 @@
 """The tokenizer's network: latent diffusion's KL autoencoder, image -> posterior -> image.
 
-Module names follow the published checkpoints (`encoder.down.0.block.1.conv1`), so that conversion
-is nearly mechanical. Attention stands where the feature map of an image of the nominal
-`resolution` has a size in `attn_resolutions`, and always in the middle; other image sizes run
-through the same network. Convolutions run in `dtype`; GroupNorm, attention's softmax and the
-posterior are float32.
+Module names follow the published checkpoints (`encoder.down.0.block.1.conv1`). Attention stands
+where the feature map of an image of the nominal `resolution` has a size in `attn_resolutions`, and
+always in the middle; other image sizes run through the same network. Convolutions run in `dtype`;
+GroupNorm, attention's softmax and the posterior are float32.
 
 Source: Rombach et al., arXiv 2112.10752; hustvl/LightningDiT
 vavae/ldm/modules/diffusionmodules/model.py, vavae/ldm/models/autoencoder.py, and for MAR-VAE
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -54,6 +54,7 @@ class Posterior:
 
   def sample(self, noise_BhwZ: jax.Array) -> jax.Array:
     """The latent that standard normal noise picks: mean + std * noise."""
+    chex.assert_equal_shape([self.mean, noise_BhwZ])
     return self.mean + self.std * noise_BhwZ
 
   @property
@@ -75,11 +76,7 @@ class Posterior:
 class Layers:
   """Makes the two kinds of layer that everything below consists of.
 
-  Attributes:
-    norm_groups: groups of every GroupNorm.
-    use_checkpoint: the backward pass computes each block again instead of keeping its insides.
-    dtype: what convolutions compute in.
-    rngs: source of the initial weights.
+  With `use_checkpoint` the backward pass computes each block again instead of keeping its insides.
   """
 
   norm_groups: int
@@ -230,25 +227,26 @@ class Middle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Image [B,H,W,in_channels] -> features [B,h,w,out_channels]: one level per factor in ch_mult."""
+  """Image [B,H,W,in_channels] -> features [B,h,w,out_channels], finest level first.
+
+  `widths` are those of the first convolution and of each level; `attention` is per level.
+  """
 
   def __init__(
     self,
     in_channels: int,
     out_channels: int,
-    *,
-    ch: int,
-    ch_mult: Sequence[int],
-    num_res_blocks: int,
+    widths: Sequence[int],
+    num_blocks: int,
     attention: Sequence[bool],
     layers: Layers,
   ):
-    widths = [ch * mult for mult in ch_mult]
-    self.conv_in = layers.conv(in_channels, ch)
+    self.conv_in = layers.conv(in_channels, widths[0])
+    last = len(attention) - 1
     self.down = nnx.List(
       [
-        Level(*pair, num_res_blocks, layers, attention=attention[i], downsample=i < len(widths) - 1)
-        for i, pair in enumerate(pairwise([ch, *widths]))
+        Level(*pair, num_blocks, layers, attention=attention[i], downsample=i < last)
+        for i, pair in enumerate(pairwise(widths))
       ]
     )
     self.mid = Middle(widths[-1], layers)
@@ -273,19 +271,16 @@ class Decoder(nnx.Module):
     self,
     in_channels: int,
     out_channels: int,
-    *,
-    ch: int,
-    ch_mult: Sequence[int],
-    num_res_blocks: int,
+    widths: Sequence[int],
+    num_blocks: int,
     attention: Sequence[bool],
     layers: Layers,
   ):
-    widths = [ch * mult for mult in ch_mult]
     self.conv_in = layers.conv(in_channels, widths[-1])
     self.mid = Middle(widths[-1], layers)
     self.up = nnx.List(
       [
-        Level(below, width, num_res_blocks + 1, layers, attention=attention[i], upsample=i > 0)
+        Level(below, width, num_blocks, layers, attention=attention[i], upsample=i > 0)
         for i, (width, below) in enumerate(pairwise([*widths, widths[-1]]))
       ]
     )
@@ -296,7 +291,7 @@ class Decoder(nnx.Module):
     return self.conv_out(self.trunk(z_BhwZ))
 
   def trunk(self, z_BhwZ: jax.Array) -> jax.Array:
-    """What the last layer sees."""
+    """As the encoder's."""
     x = self.mid(self.conv_in(z_BhwZ))
     for level in reversed(self.up):
       x = level(x)
@@ -326,21 +321,18 @@ class Autoencoder(nnx.Module):
       the middle has it in any case.
     decoder_attn_resolutions: likewise for the decoder alone; None takes attn_resolutions.
     resolution: nominal image size in pixels; it places attention and limits no input.
-    in_channels: image channels that are read.
-    out_ch: image channels that are written.
-    double_z: the encoder gives means and variances; a published key, always True here.
-    dropout: a published key, always 0 here, as in every published configuration.
+    in_channels, out_ch: channels of the image that is read, and of the one that is written.
+    double_z, dropout: published keys, here always True and 0, as in every published configuration.
     patch_size: ours: every patch_size x patch_size pixels are folded into channels before the first
       convolution and unfolded after the last, so that small runs are cheap. 1 is as published.
     norm_groups: ours: groups of every GroupNorm, so that widths below 32 are possible.
     linear_shortcut: ours: a linear map beside the encoder, from the pixels of a latent cell to its
-      moments, and one back beside the decoder. A principal component analysis is learned in seconds
-      that way and the networks add the rest; without it the norm before each last layer is in the
-      way of anything linear. Short trainings gain decibels. False is as published.
+      moments, and one back beside the decoder. They learn a principal component analysis in seconds
+      and the networks add the rest; without them the norm before each last layer hinders anything
+      linear. Short trainings gain decibels. False is as published.
     use_checkpoint: ours: compute every block again in the backward pass: less memory, up to a third
       more work, the same numbers.
-    dtype: what convolutions compute in; weights are float32.
-    rngs: source of the initial weights.
+    dtype: of convolutions; weights are float32.
 
   Raises:
     InputError: a value above that cannot be built.
@@ -386,25 +378,14 @@ class Autoencoder(nnx.Module):
     if decoder_attn_resolutions is None:
       decoder_attn_resolutions = attn_resolutions
     layers = Layers(norm_groups, use_checkpoint, dtype, rngs)
+    widths = [ch * mult for mult in ch_mult]
     sizes = [resolution // patch_size // 2**i for i in range(len(ch_mult))]
-    shared: dict[str, Any] = {
-      "ch": ch,
-      "ch_mult": ch_mult,
-      "num_res_blocks": num_res_blocks,
-      "layers": layers,
-    }
-    self.encoder = Encoder(
-      in_channels * patch_size**2,
-      2 * z_channels,
-      attention=[size in attn_resolutions for size in sizes],
-      **shared,
-    )
-    self.decoder = Decoder(
-      z_channels,
-      out_ch * patch_size**2,
-      attention=[size in decoder_attn_resolutions for size in sizes],
-      **shared,
-    )
+    attention = [size in attn_resolutions for size in sizes]
+    pixels = in_channels * patch_size**2
+    self.encoder = Encoder(pixels, 2 * z_channels, [ch, *widths], num_res_blocks, attention, layers)
+    attention = [size in decoder_attn_resolutions for size in sizes]
+    pixels = out_ch * patch_size**2
+    self.decoder = Decoder(z_channels, pixels, widths, num_res_blocks + 1, attention, layers)
     self.quant_conv = layers.conv(2 * z_channels, 2 * embed_dim, 1)
     self.post_quant_conv = layers.conv(embed_dim, z_channels, 1)
     cell = self.downsampling**2 if linear_shortcut else 0
@@ -412,16 +393,10 @@ class Autoencoder(nnx.Module):
     self.shortcut_out = layers.conv(embed_dim, out_ch * cell, 1) if cell else None
 
   def encode(self, image_BHWC: jax.Array) -> Posterior:
-    """The distribution of an image's latent.
-
-    Args:
-      image_BHWC: [B,H,W,in_channels] in [-1, 1]; H and W are multiples of `downsampling`.
-
-    Returns:
-      Posterior over z [B, H/downsampling, W/downsampling, embed_dim].
+    """Image [B,H,W,in_channels] in [-1, 1] -> posterior over z [B,h,w,Z], h = H/downsampling.
 
     Raises:
-      InputError: the image's size or channels do not fit.
+      InputError: the channels do not fit, or H or W is no multiple of `downsampling`.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != self.in_channels:
       raise InputError(
@@ -449,16 +424,9 @@ class Autoencoder(nnx.Module):
     return Posterior.from_moments(moments_BhwM)
 
   def decode(self, z_BhwZ: jax.Array) -> jax.Array:
-    """The image of a latent.
+    """Latent [B,h,w,embed_dim] as `encode` gives it, not normalised -> image [B,H,W,out_ch].
 
-    Args:
-      z_BhwZ: [B,h,w,embed_dim] as `encode` gives it, not normalised.
-
-    Returns:
-      [B, h*downsampling, w*downsampling, out_ch] float32, about [-1, 1], not clipped.
-
-    Raises:
-      InputError: the latent's channels do not fit.
+    The image is float32, about [-1, 1], not clipped. InputError if the channels do not fit.
     """
     if z_BhwZ.ndim != 4 or z_BhwZ.shape[-1] != self.embed_dim:
       raise InputError(

@@ -6,7 +6,6 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +13,10 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import training
-from vavae_jax.common import functional
+from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import (
-  averaged,
-  check_optimizer,
-  make_optimizer,
-  start_emas,
-  update_emas,
-)
-from vavae_jax.data import images, order
+from vavae_jax.common.optimizer import State, averaged, check_optimizer
+from vavae_jax.data import images, order, selection
 from vavae_jax.metrics.classifier import Classifier
 
 if TYPE_CHECKING:
@@ -33,16 +25,6 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 500
 # Further held-out pictures change the accuracy by less than its own uncertainty.
 MOST_EVALUATED = 10_000
-
-
-@flax.struct.dataclass
-class State:
-  """All that training changes; `ema` averages params by `optimizer.ema_name`."""
-
-  step: jax.Array
-  params: Any
-  ema: Any
-  optimizer: Any
 
 
 def build(config: FrozenConfigDict) -> Any:
@@ -70,22 +52,19 @@ def check(config: FrozenConfigDict) -> None:
     raise InputError(
       "config.data.held_out is 0, but the accuracy is of pictures that it leaves out."
     )
-  source, _ = training.training_pictures(config)
+  source, _ = selection.training_pictures(config)
   if len(source.class_names) != config.model.num_classes:
     raise InputError(
       f"{config.data.source} has {len(source.class_names)} classes, but "
       f"config.model.num_classes is {config.model.num_classes}."
     )
-  training.check_pictures(config)
+  selection.check_pictures(config)
 
 
 def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   """A fresh network and optimizer."""
   params = functional.init(build(config), key)
-  emas = start_emas(params, config.optimizer.ema_decays)
-  return State(
-    jnp.zeros((), jnp.int32), params, emas, make_optimizer(config.optimizer).init(params)
-  )
+  return optimizer.start(config.optimizer, params)
 
 
 def load_frozen(config: FrozenConfigDict) -> Any:
@@ -115,19 +94,15 @@ def train_step(
     return loss, jnp.mean(logits_BC.argmax(-1) == batch["label"])
 
   (loss, accuracy), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  optimizer = make_optimizer(config.optimizer)
-  updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, updates)
   metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(gradients)}
-  new = State(state.step + 1, params, update_emas(state.ema, params), optimizer_state)
-  return new, metrics
+  return optimizer.step(config.optimizer, state, gradients), metrics
 
 
 def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:
   """This process's endless batches of crops."""
-  source, train = training.training_pictures(config)
+  source, train = selection.training_pictures(config)
   return images.training_batches(
     source,
     train,
@@ -150,8 +125,8 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
 
   @functools.cache
   def held_out() -> tuple[np.ndarray, np.ndarray]:
-    source, _ = training.training_pictures(config)
-    rest = training.share(config.data, held_out=True)  # sorted, perhaps by class
+    source, _ = selection.training_pictures(config)
+    rest = selection.share(config.data, held_out=True)  # sorted, perhaps by class
     chosen = rest[:: math.ceil(len(rest) / MOST_EVALUATED)]
     labels = np.array([source.picture(int(i))[1] for i in chosen], np.int32)
     return images.load_crops(source, chosen, config.data.image_size), labels

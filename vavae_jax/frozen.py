@@ -6,7 +6,7 @@ Their weights are arguments of the training step, since constants would be compi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import jax
@@ -60,18 +60,6 @@ def _dtype(name: str) -> Any:
     raise InputError(f'{name!r} is no dtype; take "float32" or "bfloat16".') from error
 
 
-def _teacher(config: FrozenConfigDict) -> Teacher:
-  """As the tokenizer needs it, whose latents stand for so many pixels each."""
-  return _on_grid(_loaded_teacher(config.teacher), config)
-
-
-def _on_grid(teacher: Any, config: FrozenConfigDict) -> Teacher:
-  stride = downsampling(config.model.ch_mult, config.model.patch_size)
-  if teacher.stride == stride and config.teacher.scale == 1:
-    return teacher
-  return Enlarged(teacher, config.teacher.scale, stride)
-
-
 @functools.lru_cache
 def _loaded_teacher(config: FrozenConfigDict) -> Teacher:
   dtype = _dtype(config.dtype)
@@ -79,42 +67,63 @@ def _loaded_teacher(config: FrozenConfigDict) -> Teacher:
 
 
 @functools.lru_cache
-def _perceptual(config: FrozenConfigDict) -> Perceptual:
+def _loaded_perceptual(config: FrozenConfigDict) -> Perceptual:
   dtype = _dtype(config.dtype)
   if config.network == "lpips":
     return load_lpips(config.vgg, config.heads, dtype=dtype)
   return EndpointDistance(cast(EfficientNetLite, load_teacher(config.network, dtype=dtype)))
 
 
+def uses_teacher(config: FrozenConfigDict) -> bool:
+  """Whether latents are aligned; not if `config.train` leaves them as they are."""
+  return bool(config.teacher.name) and config.train == "all"
+
+
+def _networks(
+  config: FrozenConfigDict,
+  teacher: Callable[[FrozenConfigDict], Any] | None = None,
+  perceptual: Callable[[FrozenConfigDict], Any] | None = None,
+) -> dict[str, Any]:
+  """The networks that the configuration needs, by name; the teacher on the latents' grid.
+
+  `teacher` and `perceptual` make them; None for those with published weights.
+  """
+  networks: dict[str, Any] = {}
+  if uses_teacher(config):
+    network = (teacher or _loaded_teacher)(config.teacher)
+    stride = downsampling(config.model.ch_mult, config.model.patch_size)
+    if network.stride != stride or config.teacher.scale != 1:
+      network = Enlarged(network, config.teacher.scale, stride)
+    networks["teacher"] = network
+  if config.loss.perceptual_weight:
+    networks["perceptual"] = (perceptual or _loaded_perceptual)(config.perceptual)
+  return networks
+
+
 def check(config: FrozenConfigDict) -> None:
   """Loads the networks; InputError: unknown name, no file, other weights, or another grid."""
-  if config.loss.perceptual_weight:
-    if config.perceptual.network not in PERCEPTUAL:
-      raise InputError(
-        f"config.perceptual.network is {config.perceptual.network!r}; choose one of "
-        f"{', '.join(PERCEPTUAL)}, or set config.loss.perceptual_weight to 0."
-      )
-    _perceptual(config.perceptual)
-  if uses_teacher(config):
-    _teacher(config)
+  if config.loss.perceptual_weight and config.perceptual.network not in PERCEPTUAL:
+    raise InputError(
+      f"config.perceptual.network is {config.perceptual.network!r}; choose one of "
+      f"{', '.join(PERCEPTUAL)}, or set config.loss.perceptual_weight to 0."
+    )
+  _networks(config)
 
 
 def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
-  """The networks by name with random weights: for plans and measurements, which ask for no file."""
-  networks: dict[str, Any] = {}
-  if uses_teacher(config):
-    dtype = _dtype(config.teacher.dtype)
-    normalize = config.teacher.normalize
-    teacher = teachers.fresh(config.teacher.name, rngs, dtype=dtype, normalize=normalize)
-    networks["teacher"] = _on_grid(teacher, config)
-  if config.loss.perceptual_weight:
-    dtype = _dtype(config.perceptual.dtype)
-    networks["perceptual"] = (
-      Lpips(dtype=dtype, rngs=rngs)
-      if config.perceptual.network == "lpips"
-      else EndpointDistance(EfficientNetLite(dtype=dtype, rngs=rngs))
-    )
-  return networks
+  """The networks by name with random weights: for plans and measurements, which need no file."""
+
+  def teacher(config: FrozenConfigDict) -> Teacher:
+    dtype = _dtype(config.dtype)
+    return teachers.fresh(config.name, rngs, dtype=dtype, normalize=config.normalize)
+
+  def perceptual(config: FrozenConfigDict) -> Perceptual:
+    dtype = _dtype(config.dtype)
+    if config.network == "lpips":
+      return Lpips(dtype=dtype, rngs=rngs)
+    return EndpointDistance(EfficientNetLite(dtype=dtype, rngs=rngs))
+
+  return _networks(config, teacher, perceptual)
 
 
 def load(config: FrozenConfigDict) -> dict[str, Any]:
@@ -128,17 +137,3 @@ def merge(config: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:
     name: nnx.merge(nnx.graphdef(network), weights[name])
     for name, network in _networks(config).items()
   }
-
-
-def uses_teacher(config: FrozenConfigDict) -> bool:
-  """Whether latents are aligned: they are not where they stay as they are."""
-  return bool(config.teacher.name) and config.train == "all"
-
-
-def _networks(config: FrozenConfigDict) -> dict[str, Any]:
-  networks: dict[str, Any] = {}
-  if uses_teacher(config):
-    networks["teacher"] = _teacher(config)
-  if config.loss.perceptual_weight:
-    networks["perceptual"] = _perceptual(config.perceptual)
-  return networks

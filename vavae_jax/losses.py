@@ -1,15 +1,14 @@
 """The tokenizer's losses as pure functions; paper section 3.2, reference `contperceptual.py`.
 
-The reconstruction is a sum over pixels and channels divided by the batch: that scale decides what
-the KL weight of 1e-6 means (`pp_style` makes means of both). The two alignment losses compare
-projected latents with a teacher's features on the same grid; no gradient flows into the teacher,
-all of it into the latents.
+The two alignment losses compare projected latents with a teacher's features on the same grid; no
+gradient flows into the teacher, all of it into the latents. All results are float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,35 +17,13 @@ MAX_GAN_WEIGHT = 1e4
 ADVERSARIAL = ("hinge", "vanilla")
 
 
-def reconstruction(
-  image_BHWC: jax.Array, reconstruction_BHWC: jax.Array, perceptual_B: jax.Array | float = 0.0
-) -> jax.Array:
-  """What a pixel and channel of a batch costs on average: L1 and a perceptual distance.
-
-  Args:
-    image_BHWC: in [-1, 1].
-    reconstruction_BHWC: likewise.
-    perceptual_B: a distance per image, added to every pixel and channel.
-
-  Returns:
-    float32 scalar. Times the number of pixels and channels of one image it is the negative log
-    likelihood of a Laplace with unit scale, a mean over the batch.
-  """
-  return jnp.mean(jnp.abs(image_BHWC - reconstruction_BHWC)) + jnp.mean(perceptual_B)
-
-
 def feature_distance(features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
-  """Distance of two pictures in the unit-normalised feature maps of a frozen network.
+  """Distance [B] of pictures in the unit-normalised feature maps of a frozen network.
 
-  LPIPS (Zhang et al. 2018) without its learned channel weights.
-
-  Args:
-    features_a: maps [B, h, w, F], each stage with its own h, w, F.
-    features_b: likewise.
-
-  Returns:
-    float32 [B]: the mean over positions of the squared distance, averaged over stages.
+  LPIPS (Zhang et al. 2018) without its learned channel weights: of each map [B, h, w, F] the mean
+  over positions of the squared distance, averaged over the maps.
   """
+  chex.assert_trees_all_equal_shapes(list(features_a), list(features_b))
   stages = [
     jnp.sum((_unit(a) - _unit(b)) ** 2, -1).mean((1, 2))
     for a, b in zip(features_a, features_b, strict=True)
@@ -55,22 +32,17 @@ def feature_distance(features_a: Sequence[jax.Array], features_b: Sequence[jax.A
 
 
 def cosine(projected_BhwF: jax.Array, features_BhwF: jax.Array) -> jax.Array:
-  """Cosine similarity at each position, float32 [B, h, w]; arguments as `marginal_cosine`'s."""
+  """Cosine similarity at each position, [B, h, w]."""
+  chex.assert_equal_shape([projected_BhwF, features_BhwF])
   return jnp.sum(_unit(projected_BhwF) * _unit(features_BhwF), -1)
 
 
 def marginal_cosine(
   projected_BhwF: jax.Array, features_BhwF: jax.Array, margin: float = 0.0
 ) -> jax.Array:
-  """Mean over positions of relu(1 - margin - cos(projected latent, feature)).
+  """Mean over positions of relu(1 - margin - cos(projected latent, feature)), the paper's L_mcos.
 
-  Args:
-    projected_BhwF: latents after the projection to the teacher's width.
-    features_BhwF: the teacher's.
-    margin: similarity above 1 - margin costs nothing.
-
-  Returns:
-    float32 scalar.
+  Both are [B, h, w, F]; a similarity above 1 - margin costs nothing.
   """
   return jnp.mean(jax.nn.relu(1 - margin - cosine(projected_BhwF, features_BhwF)))
 
@@ -78,16 +50,12 @@ def marginal_cosine(
 def marginal_distance_matrix(
   projected_BhwF: jax.Array, features_BhwF: jax.Array, margin: float = 0.0
 ) -> jax.Array:
-  """Mean over pairs of positions of one image of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
+  """Mean over position pairs of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin), L_mdms.
 
-  Args:
-    projected_BhwF: latents after the projection; the width may differ from the teacher's.
-    features_BhwF: the teacher's, on the same grid.
-    margin: differences below it cost nothing.
-
-  Returns:
-    float32 scalar.
+  Pairs are within one image; both arrays lie on one grid [B, h, w], their widths may differ.
   """
+
+  chex.assert_equal_shape_prefix([projected_BhwF, features_BhwF], 3)
 
   def similarities(x_BhwF: jax.Array) -> jax.Array:
     x_BNF = _unit(x_BhwF).reshape(x_BhwF.shape[0], -1, x_BhwF.shape[-1])
@@ -103,31 +71,19 @@ def generator(logits_fake: jax.Array) -> jax.Array:
 
 
 def discriminator(logits_real: jax.Array, logits_fake: jax.Array, kind: str) -> jax.Array:
-  """The discriminator's loss, a mean of its real and its fake half.
+  """The discriminator's loss, a mean of its real and its fake half, by logits of any shape.
 
-  Args:
-    logits_real: of pictures, any shape.
-    logits_fake: of reconstructions.
-    kind: one of `ADVERSARIAL`: "hinge" is content with logits beyond +-1, "vanilla" is the
-      cross-entropy.
-
-  Returns:
-    float32 scalar.
+  Of kind "hinge" logits beyond +-1 cost nothing; "vanilla" is the cross-entropy.
   """
+  chex.assert_equal_shape([logits_real, logits_fake])
   cost = {"hinge": lambda x: jax.nn.relu(1 - x), "vanilla": lambda x: jax.nn.softplus(-x)}[kind]
   return 0.5 * (jnp.mean(cost(logits_real)) + jnp.mean(cost(-logits_fake)))
 
 
 def adaptive_weight(nll_grad: jax.Array, other_grad: jax.Array, limit: float) -> jax.Array:
-  """The factor that makes another loss pull at one layer as hard as the reconstruction does.
+  """The factor with which another loss pulls at a layer's kernel as hard as the reconstruction.
 
-  Args:
-    nll_grad: gradient of the reconstruction at that layer's kernel.
-    other_grad: gradient of the other loss there.
-    limit: the largest factor.
-
-  Returns:
-    float32 scalar |nll_grad| / (|other_grad| + 1e-4), through which no gradient flows.
+  |nll_grad| / (|other_grad| + 1e-4), at most `limit`; no gradient flows through it.
   """
   ratio = jnp.linalg.norm(nll_grad) / (jnp.linalg.norm(other_grad) + 1e-4)
   return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, limit))

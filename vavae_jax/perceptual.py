@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,7 @@ class Lpips(nnx.Module):
     Squared differences of unit features, weighted by channel, averaged over positions and summed
     over the maps.
     """
+    chex.assert_trees_all_equal_shapes(list(features_a), list(features_b))
     squares = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(features_a, features_b, strict=True)]
     terms = [head(square) for head, square in zip(self.heads, squares, strict=True)]
     return jnp.stack([term_Bhw.mean((1, 2)) for term_Bhw in terms]).sum(0)

@@ -13,15 +13,16 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from vavae_jax import frozen, losses, stages
-from vavae_jax.common import functional
+from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import averaged, check_optimizer, make_optimizer, start_emas
+from vavae_jax.common.optimizer import averaged, check_optimizer, make_optimizer
 from vavae_jax.common.sharding import whole
-from vavae_jax.data import feature_cache, images, order, sources
+from vavae_jax.data import feature_cache, images, order, selection
 from vavae_jax.metrics import pixels
 from vavae_jax.stages import Phase
 from vavae_jax.teachers import feature_size
 from vavae_jax.update import (
+  WEIGHTS,
   Metrics,
   State,
   build_autoencoder,
@@ -33,34 +34,12 @@ from vavae_jax.update import (
 if TYPE_CHECKING:
   import grain  # which takes half a second
 
-EVALUATION_IMAGES = 64
 PICTURE_IMAGES = 8
 TRAINED_PARTS = ("all", "decoder")
 
 
-_open = functools.lru_cache(sources.open_source)
-
-
-def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) -> sources.Source:
-  """A source with as much tolerance as `config.data` has; `among` as of `sources.Tolerant`."""
-  source = _open(spec)
-  return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
-
-
-def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
-  """Indices in `data.source`, ascending: those that training left out (where it left none, those it
-  had), or those it had.
-  """
-  train, rest = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
-  return rest if held_out and len(rest) else train
-
-
 def check(config: FrozenConfigDict) -> None:
-  """Checks everything that can be checked before anything compiles.
-
-  Raises:
-    InputError: model, image size, losses, teacher or data do not fit.
-  """
+  """Checks what can be checked before anything compiles; InputError if something does not fit."""
   model = functional.outline(build_autoencoder(config), "config.model")
   judge = functional.outline(build_discriminator(config), "config.discriminator")
   check_optimizer(config.optimizer)
@@ -76,20 +55,7 @@ def check(config: FrozenConfigDict) -> None:
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
   order.check(config.loader)
   frozen.check(config)
-  check_pictures(config)
-
-
-def check_pictures(config: FrozenConfigDict) -> None:
-  """Raises InputError if the pictures of `config.data` cannot be read, or are too few."""
-  source, train = training_pictures(config)
-  sources.check_readable(source)
-  if config.data.valid_source:
-    sources.check_readable(_source(config.data, config.data.valid_source))
-  if len(train) < config.batch_size:
-    raise InputError(
-      f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
-      f"{config.batch_size}; add pictures or lower config.batch_size."
-    )
+  selection.check_pictures(config)
 
 
 def _check_losses(config: FrozenConfigDict) -> None:
@@ -111,7 +77,7 @@ def _check_losses(config: FrozenConfigDict) -> None:
     raise InputError(
       'config.train is "decoder", which trains on latents of config.init_from; name the weights.'
     )
-  for key in ("perceptual_weight", "disc_weight", "kl_weight", "cos_weight", "distmat_weight"):
+  for key in WEIGHTS:
     if config.loss[key] < 0:
       raise InputError(f"config.loss.{key} is {config.loss[key]}; it must be at least 0.")
   group = config.loss.disc_bn_group
@@ -135,19 +101,12 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   params = {"autoencoder": functional.init(build_autoencoder(config), key_model)}
   if frozen.uses_teacher(config):
     params["projection"] = _init_projection(config, key_projection)
-  optimizer = make_optimizer(config.optimizer)
   discriminator, statistics = functional.init(
     build_discriminator(config), key_discriminator, nnx.Param, nnx.BatchStat
   )
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    ema=start_emas(params, config.optimizer.ema_decays),
-    optimizer=optimizer.init(params),
-    discriminator=discriminator,
-    discriminator_statistics=statistics,
-    discriminator_optimizer=optimizer.init(discriminator),
-  )
+  own = optimizer.start(config.optimizer, params)
+  moments = make_optimizer(config.optimizer).init(discriminator)
+  return State(own.step, own.params, own.ema, own.optimizer, discriminator, statistics, moments)
 
 
 def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.Array]:
@@ -161,9 +120,7 @@ def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.
   return {"kernel": both[:-1], "bias": both[-1]}
 
 
-def load_frozen(config: FrozenConfigDict) -> Any:
-  """The weights of teacher and perceptual network."""
-  return frozen.load(config)
+load_frozen = frozen.load
 
 
 def phase(config: FrozenConfigDict, step: int) -> Phase:
@@ -184,8 +141,9 @@ def train_step(
   *,
   merge: Callable[[FrozenConfigDict, Any], dict[str, Any]] = frozen.merge,
 ) -> tuple[State, Metrics]:
-  """One update of both networks, the noise that picks latents drawn by `key`; `merge` makes the
-  frozen networks of their weights.
+  """One update of both networks; `key` draws the noise that picks latents.
+
+  `merge` makes the frozen networks of their weights.
   """
   noise = jax.random.normal(key, (len(batch["image"]), *latent_shape(config)))
   return update(config, phase, state, merge(config, weights), batch, noise)
@@ -195,7 +153,7 @@ def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:
   """This process's endless batches of crops."""
-  source, train = training_pictures(config)
+  source, train = selection.training_pictures(config)
   features = None
   if frozen.uses_teacher(config) and config.teacher.cache:
     features = feature_cache.open_cache(config, source, train)
@@ -211,25 +169,12 @@ def train_data(
   )
 
 
-def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
-  """The source of a configuration, and the indices of its pictures that are trained on."""
-  if not 0 <= config.data.held_out < 1:
-    raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
-  return _training_pictures(config.data)
-
-
-@functools.lru_cache
-def _training_pictures(data: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
-  """Once, so that a picture that cannot be read is named once."""
-  train, _ = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
-  return _source(data, data.source, train), train
-
-
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
-  """Figures and pictures of how fixed pictures are rebuilt: of `data.valid_source`, else held-out
-  ones, else some that are trained on.
+  """Figures of how fixed pictures are rebuilt, and the pictures.
+
+  They are those of `data.valid_source`, else held-out ones, else some that are trained on.
   """
-  crops = jnp.asarray(_evaluation_crops(config))
+  crops = jnp.asarray(selection.evaluation_crops(config))
   graph = functional.graph_of(build_autoencoder(config))
   networks_on_device = functools.cache(lambda: jax.device_put(frozen.load(config)))
 
@@ -263,15 +208,3 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     return {name: float(x) for name, x in figures.items()} | {"pictures": np.concatenate(rows)}
 
   return {"reconstruction": (config.evaluate_every_steps, evaluate)}
-
-
-def _evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
-  source = _open(config.data.valid_source or config.data.source)
-  if config.data.valid_source:
-    # Spread over the source, whose records are sorted by class.
-    chosen = np.unique(np.linspace(0, len(source) - 1, EVALUATION_IMAGES).astype(int))
-  else:
-    train, held_out = sources.split(len(source), config.data.held_out, config.data.split_seed)
-    chosen = (held_out if len(held_out) else train)[:EVALUATION_IMAGES]
-  tolerant = _source(config.data, config.data.valid_source or config.data.source, chosen)
-  return images.load_crops(tolerant, chosen, config.data.image_size)

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-import vavae_jax.training
 from launch import restore
 from launch.engine import mesh
 from launch.engine.batches import in_batches
@@ -24,7 +23,7 @@ from launch.evaluation.sample_files import FIRST
 from launch.sample import labels_for, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from vavae_jax.common.errors import InputError
-from vavae_jax.data import images, sources
+from vavae_jax.data import images, selection, sources
 
 STATISTICS = ("mu", "sigma")
 
@@ -252,7 +251,7 @@ def own_pictures(
   crop: str = "center",
   limit: int = 0,
 ) -> FromSource:
-  """Pictures that a tokenizer was trained on, or those it was not; see `training.share`.
+  """Pictures that a tokenizer was trained on, or those it was not; see `selection.share`.
 
   The crops are `FromSource`'s; a size of 0 is that of the training.
   """
@@ -261,7 +260,7 @@ def own_pictures(
     data.source,
     size or data.image_size,
     crop=crop,
-    indices=vavae_jax.training.share(data, held_out),
+    indices=selection.share(data, held_out),
     limit=limit,
     max_corrupt=data.max_corrupt,
   )

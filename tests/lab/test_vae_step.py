@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -84,7 +85,10 @@ def two_steps(request, lpips):
   state = training_state(config, weights)
   graph, lpips_weights = nnx.split(lpips)
 
+  chex.clear_trace_counter()  # counts go by the name of the function
+
   @jax.jit
+  @chex.assert_max_traces(n=1)
   def step(state, lpips_weights, batch, noise):
     networks = {"perceptual": nnx.merge(graph, lpips_weights)}
     return update.update(config, phase, state, networks, batch, noise)

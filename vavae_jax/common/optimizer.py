@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +14,8 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
+
+S = TypeVar("S", bound="State")
 
 
 def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
@@ -64,6 +68,34 @@ def make_optimizer(
   if config.clip_norm:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
   return adam
+
+
+@flax.struct.dataclass
+class State:
+  """All that the training of a network changes."""
+
+  step: jax.Array  # int32 scalar, updates done
+  params: Any
+  ema: Any  # moving averages of params by `ema_name`
+  optimizer: Any  # Adam's moments of params
+
+
+def start(config: FrozenConfigDict, params: Any) -> State:
+  """The state before the first step."""
+  emas = start_emas(params, config.ema_decays)
+  return State(jnp.zeros((), jnp.int32), params, emas, make_optimizer(config).init(params))
+
+
+def step(
+  config: FrozenConfigDict, state: S, grads: Any, mask: Callable[[Any], Any] = lambda x: x
+) -> S:
+  """The state after a step by these gradients; `mask` is applied to the updates of params."""
+  updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, mask(updates))
+  ema = update_emas(state.ema, params)
+  return dataclasses.replace(
+    state, step=state.step + 1, params=params, ema=ema, optimizer=optimizer
+  )
 
 
 def start_emas(params: Any, decays: Sequence[float]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import unwrap
@@ -62,7 +61,7 @@ def load(
 
   def known(candidate: tuple[Naming, dict[str, Any]]) -> int:
     naming, tensors = candidate
-    return sum(name in tensors for name in _sample(model, naming.renamed))
+    return sum(name in tensors for name in torch_weights.names_of(model, naming.renamed))
 
   naming, tensors = max(candidates, key=known)
   return torch_weights.load(outline(naming), tensors, renamed=naming.renamed)
@@ -103,17 +102,6 @@ def _fuse(tensors: dict[str, Any], parts: tuple[str, str, str]) -> dict[str, Any
         del fused[part]
       fused[name.replace(parts[0], "+".join(parts))] = whole
   return fused
-
-
-def _sample(model: nnx.Module, renamed: Mapping[str, str]) -> list[str]:
-  """The names of a module's tensors; of a stack of blocks, those of the first."""
-  names = []
-  for *modules, kind in flatten_dict(nnx.to_pure_dict(nnx.state(model))):
-    if modules[0] == torch_weights.STACKED:
-      modules.insert(1, 0)
-    parts = [*modules, torch_weights.LEAVES.get(kind, kind)]
-    names.append(_translate(".".join(map(str, parts)), renamed))
-  return names
 
 
 def _translate(name: str, renamed: Mapping[str, str]) -> str:

@@ -104,6 +104,12 @@ def dump(model: nnx.Module, *, renamed: Mapping[str, str] = NOTHING) -> StateDic
   return state_dict
 
 
+def names_of(model: nnx.Module, renamed: Mapping[str, str] = NOTHING) -> list[str]:
+  """PyTorch's names of all weights of a module, which may be abstract."""
+  leaves = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+  return [s.name for path, leaf in leaves.items() for s in _slots(path, leaf.shape, renamed)]
+
+
 def _slots(path: Path, shape: tuple[int, ...], renamed: Mapping[str, str]) -> Iterator[Slot]:
   """The tensors that make up one of our arrays, in the order of its leading axis."""
   *modules, kind = path

@@ -25,6 +25,7 @@ from lightningdit_jax import sampling, training
 from lightningdit_jax.model import ONLY_OURS, PRESETS, Block, FinalLayer, TimestepEmbedder
 from vavae_jax import autoencoder, perceptual, teachers
 from vavae_jax import convert as vae
+from vavae_jax.common import optimizer
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 from vavae_jax.weights.state_dicts import read_content
@@ -171,8 +172,7 @@ def _train(
     return {f"{group}/{name}": x for name, x in tensors.items() if name not in computed}
 
   out = named("gradient", jax.jit(jax.grad(loss))(params))
-  optimizer = training.make_optimizer(config.optimizer).init(params)
-  state = training.State(step=jnp.int32(0), params=params, ema={}, optimizer=optimizer)
+  state = optimizer.start(config.optimizer, params)
   step = jax.jit(functools.partial(training.update, config), donate_argnums=0)
   for i in range(steps):
     state, metrics = step(state, *batch)

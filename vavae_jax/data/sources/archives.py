@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import os
 import struct
 import tarfile
@@ -27,6 +26,7 @@ from vavae_jax.data.sources.base import (
   EncodedSource,
   Unreadable,
   classes_of,
+  identity_of,
   listing_of,
 )
 
@@ -89,12 +89,8 @@ class Archive(EncodedSource):
     return f"{self._files[self._file[index]]}/{self._names[index]}"
 
   def identity(self) -> str:
-    """A hash of the files' names, sizes and times of change."""
-    digest = hashlib.sha256()
-    for name in self._files:
-      status = os.stat(name)
-      digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    """As `Source` says."""
+    return identity_of(self._files)
 
   def listing(self) -> str:
     """As `Source` says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Source(Protocol):
 
 
 class EncodedSource:
-  """What sources of encoded pictures share: subclasses give `encoded` and `name`."""
+  """What sources of encoded pictures share: subclasses give the three that raise here."""
 
   class_names: list[str]
 
@@ -72,6 +73,14 @@ class EncodedSource:
   def name(self, index: int) -> str:
     """As `Source` says."""
     raise NotImplementedError
+
+  def identity(self) -> str:
+    """As `Source` says."""
+    raise NotImplementedError
+
+  def listing(self) -> str:
+    """The identity, unless a source's depends on where or when it was copied."""
+    return self.identity()
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -121,6 +130,15 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 def listing_of(names: Iterable[str]) -> str:
   """A hash of names in their order."""
   return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
+def identity_of(paths: Iterable[str]) -> str:
+  """A hash of files' names, sizes and times of change."""
+  digest = hashlib.sha256()
+  for path in paths:
+    status = os.stat(path)
+    digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+  return digest.hexdigest()
 
 
 def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:

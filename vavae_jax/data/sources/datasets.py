@@ -76,10 +76,6 @@ class TensorFlowDatasets(EncodedSource):
     """A hash of name, version, split and size."""
     return hashlib.sha256(self._identity.encode()).hexdigest()
 
-  def listing(self) -> str:
-    """As `Source` says."""
-    return self.identity()
-
 
 class HuggingFace(EncodedSource):
   """Parquet files with pictures, as Hugging Face stores data sets.

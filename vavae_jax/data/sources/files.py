@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,11 +16,12 @@ from vavae_jax.data.sources.base import (
   EncodedSource,
   Unreadable,
   classes_of,
+  identity_of,
   listing_of,
 )
 
 
-class Embedded:
+class Embedded(EncodedSource):
   """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
 
   def __init__(self, which: str = "emoji"):
@@ -31,9 +31,6 @@ class Embedded:
 
   def __len__(self) -> int:
     return len(self._images)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {"image": self._images[index], "label": int(self._labels[index])}
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
     """As `Source` says."""
@@ -95,12 +92,8 @@ class Folder(EncodedSource):
     return f"{self._root}/{self._names[index]}"
 
   def identity(self) -> str:
-    """A hash of the files' names, sizes and times of change."""
-    digest = hashlib.sha256()
-    for name in self._names:
-      status = os.stat(f"{self._root}/{name}")
-      digest.update(f"{self._root}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    """As `Source` says."""
+    return identity_of(f"{self._root}/{name}" for name in self._names)
 
   def listing(self) -> str:
     """As `Source` says."""

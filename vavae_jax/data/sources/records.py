@@ -87,10 +87,6 @@ class Records(EncodedSource):
     """A hash of the description."""
     return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
 
-  def listing(self) -> str:
-    """As `Source` says."""
-    return self.identity()
-
 
 @functools.cache
 def _reader(path: str, process: int) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.data.sources.base import Source, Unreadable
+from vavae_jax.data.sources.base import EncodedSource, Source, Unreadable
 
 
-class Tolerant:
+class Tolerant(EncodedSource):
   """A source in which the next readable picture replaces an unreadable one.
 
   At most `limit` may be unreadable in one process; one more is an error. If the caller uses only
@@ -27,10 +26,6 @@ class Tolerant:
 
   def __len__(self) -> int:
     return len(self._source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    picture, label = self.picture(index)
-    return {"image": np.asarray(picture), "label": label}
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
     """As `Source` says, of this record or of the next readable one."""

@@ -1,0 +1,72 @@
+"""Which pictures of `config.data` are trained on, which are kept apart, and which are looked at."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from vavae_jax.common.errors import InputError
+from vavae_jax.data import images, sources
+
+EVALUATION_IMAGES = 64
+
+_open = functools.lru_cache(sources.open_source)
+
+
+def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) -> sources.Source:
+  """A source as tolerant as `config.data` says; `among` as of `sources.Tolerant`."""
+  source = _open(spec)
+  return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
+
+
+def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
+  """Ascending indices in `data.source`: those that training uses, or those that it left out.
+
+  If it left none out, both are the same.
+  """
+  train, rest = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
+  return rest if held_out and len(rest) else train
+
+
+def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
+  """The source of a configuration, and the indices of the pictures that it trains on."""
+  if not 0 <= config.data.held_out < 1:
+    raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
+  return _training_pictures(config.data)
+
+
+@functools.lru_cache
+def _training_pictures(data: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
+  """Cached, so that a picture that cannot be read is named once."""
+  train = share(data, held_out=False)
+  return _source(data, data.source, train), train
+
+
+def check_pictures(config: FrozenConfigDict) -> None:
+  """Raises InputError if pictures of `config.data` cannot be read, or are too few."""
+  source, train = training_pictures(config)
+  sources.check_readable(source)
+  if config.data.valid_source:
+    sources.check_readable(_source(config.data, config.data.valid_source))
+  if len(train) < config.batch_size:
+    raise InputError(
+      f"{config.data.source} has {len(train)} pictures for training, fewer than one batch of "
+      f"{config.batch_size}; add pictures or lower config.batch_size."
+    )
+
+
+def evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
+  """Some pictures to look at while training, uint8 [n, image_size, image_size, 3].
+
+  They are of `data.valid_source`, else held out, else some that are trained on.
+  """
+  spec = config.data.valid_source or config.data.source
+  if config.data.valid_source:
+    # Spread over the source, whose records are sorted by class.
+    last = len(_open(spec)) - 1
+    chosen = np.unique(np.linspace(0, last, EVALUATION_IMAGES).astype(int))
+  else:
+    chosen = share(config.data, held_out=True)[:EVALUATION_IMAGES]
+  return images.load_crops(_source(config.data, spec, chosen), chosen, config.data.image_size)
