@@ -10,12 +10,12 @@ Arguments:
 
 Each of `measurements`:
 
-  name        of its file
+  name        of its file of results
   group       "paths" (the table), or a plot: "batch", "model", "resolution", "devices"
-  label       how it is called there; of a plot what it stands over
-  flags       of `benchmark steps`; those of a plot give one row, or one for each batch size
-  devices     0: all there are; else so many, on CPUs virtual ones
-  reference   whether the reference is measured beside it, where `benchmark page` is given one
+  label       its name in the table, or its place on the plot's axis
+  flags       of `benchmark steps`
+  devices     how many, virtual ones on CPUs; 0: all
+  reference   whether the reference, if there is one, takes turns with it
 """
 
 import functools
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 DIFFUSION, TOKENIZER = "configs/lightningdit.py", "configs/vavae_f16d32.py"
 QUICKSTART = "configs/quickstart.py"
-# Of a GPU, batch sizes at which both ours and the reference's training fit.
+# Batch size at which both our training and the reference's fit on one GPU.
 FITTING = 64
 Measurement = dict[str, object]
 
@@ -61,7 +61,7 @@ def _gpu() -> list[Measurement]:
   sample = (f"--config={xl}", "--what=sample", "--steps=1")
   code = (f"--config={TOKENIZER}", "--batch_sizes=64")
   exact, fast = "--config.sample.dtype=float32", "--config.sample.dtype=bfloat16"
-  path = functools.partial(_path, devices=1)  # as many as the reference takes
+  path = functools.partial(_path, devices=1)  # since the reference takes one
   return [
     path("train", "train XL/1", *_train(xl, FITTING, cudnn)),
     path("train_xla", "train XL/1", *_train(xl, FITTING), reference=False),

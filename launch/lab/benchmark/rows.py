@@ -20,7 +20,7 @@ import lightningdit_jax.checks
 from launch import tasks
 from launch.engine import flops, hardware, mesh
 from launch.engine.checkpoint import Checkpoints, survey
-from launch.engine.step import jit_init
+from launch.engine.step import jit_init, without_recomputation
 from launch.evaluation.reference import feature_options
 from launch.lab import programs
 from launch.lab.benchmark import loading
@@ -150,37 +150,34 @@ def prepare(
 
 
 def useful_flops(config: FrozenConfigDict, devices: Mesh, what: str, computed: float) -> float:
-  """FLOPs of a run that are the model's, by tracing the program without the others.
+  """FLOPs of a run that are the model's, of those that the program computes.
 
-  Not the model's: what the backward pass computes again, and, in Euler's method, unconditional
-  halves where guidance is off, which the trace has in a branch. How often adaptive solvers leave
-  them out is not known.
-
-  Args:
-    computed: FLOPs of the program as it is.
+  Left out are what the backward pass computes again, and, in Euler's method, unconditional halves
+  where guidance is off, which the trace has in a branch. How often adaptive solvers leave these
+  halves out is not known.
   """
 
-  def without(change: dict[str, Any]) -> float:
-    changed = ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(change)
-    program = _program(FrozenConfigDict(changed), devices, what)
-    return flops.count(programs.traced(program, devices).jaxpr)
+  def count_of(changed: FrozenConfigDict) -> float:
+    return flops.count(programs.traced(_program(changed, devices, what), devices).jaxpr)
 
-  if what == "train" and config.model.use_checkpoint:
-    return without({"model.use_checkpoint": False})
+  if what == "train" and (plain := without_recomputation(config)) != config:
+    return count_of(plain)
   if what != "sample" or (config.sample.mode, config.sample.method) != ("ODE", "euler"):
     return computed
   t = time_grid(config.sample.num_steps, config.sample.timestep_shift)[:-1]
-  if config.sample.cfg_scale == 1 or not (off := (t < config.sample.cfg_interval_start).mean()):
+  off = float((t < config.sample.cfg_interval_start).mean())
+  if config.sample.cfg_scale == 1 or not off:
     return computed
-  return float(computed - off * (computed - without({"sample.cfg_scale": 1.0})))
+  unguided = ConfigDict(config.to_dict())
+  unguided.sample.cfg_scale = 1.0
+  return computed - off * (computed - count_of(FrozenConfigDict(unguided)))
 
 
 def _beside_limits(
   work: float, least_bytes: float, seconds: float, dtype: str, devices: Mesh
 ) -> Row:
-  """How far from what the devices can do: products alone, by the data sheet, and with memory."""
-  # Virtual devices share a CPU, all of which a product on one of them takes.
+  """Shares of what the devices can do: products alone, with memory, and by the data sheet."""
+  # Virtual devices share a CPU, and a product on one of them takes all of it.
   count = 1 if jax.default_backend() == "cpu" else devices.size
   products = work / matmul_rate(dtype) / count
   copies = least_bytes / copy_rate() / count
@@ -259,16 +256,14 @@ def _arithmetic_seconds() -> float:
 
 
 def measure_loader(config: FrozenConfigDict, batches: int) -> Row:
-  """Times batches on the host as training loads them, out of a store or photographs made here."""
+  """Times batches as training loads them, from random latents or photograph-like JPEGs."""
   with tempfile.TemporaryDirectory() as folder:
     if config.task == "diffusion":
-      side, channels = config.model.input_size, config.model.in_channels
-      shape = (side, side, channels)
-      store = loading.make_store(Path(folder), RECORDS, shape)
+      side = config.model.input_size
+      store = loading.make_store(Path(folder), RECORDS, (side, side, config.model.in_channels))
       begin = loading.latent_batches(store, config.batch_size, config.loader)
     else:
-      size = config.data.image_size
-      begin = loading.picture_batches(config.batch_size, config.loader, size)
+      begin = loading.picture_batches(config.batch_size, config.loader, config.data.image_size)
     seconds = loading.timed_batches(begin, 2)(batches)
   return {
     "what": "loader",
@@ -284,31 +279,29 @@ def measure_checkpoint(config: FrozenConfigDict, steps: int) -> Row:
   program = programs.of(config, devices, "train", 1)
   prepared = prepare(config, devices, program, "train")
   timed(prepared.run)
-  plain, saving, blocked, written = [], [], [], []
+  seconds: dict[str, list[float]] = {"plain": [], "saving": [], "blocked": [], "written": []}
   for _ in range(ROUNDS):
-    began = time.perf_counter()
-    for _ in range(steps):
-      jax.block_until_ready(prepared.run())
-    plain.append(time.perf_counter() - began)
+    seconds["plain"].append(sum(timed(prepared.run) for _ in range(steps)))
     with tempfile.TemporaryDirectory() as folder:
       checkpoints = Checkpoints(Path(folder))
       state, _ = jax.block_until_ready(prepared.run())
       began = time.perf_counter()
       checkpoints.save(state, config.to_dict())
-      blocked.append(time.perf_counter() - began)
+      seconds["blocked"].append(time.perf_counter() - began)
       for _ in range(steps):
-        jax.block_until_ready(prepared.run())
-      saving.append(time.perf_counter() - began)
+        timed(prepared.run)
+      seconds["saving"].append(time.perf_counter() - began)
       checkpoints.close()
-      written.append(time.perf_counter() - began)
+      seconds["written"].append(time.perf_counter() - began)
       size = sum(found.size for found in survey(Path(folder)))
+  median = {name: float(np.median(x)) for name, x in seconds.items()}
   return {
     "what": "checkpoint",
     "batch_size": config.batch_size,
     "steps": steps,
-    "seconds": float(np.median(plain)) / steps,
+    "seconds": median["plain"] / steps,
     "checkpoint_gib": size / 2**30,
-    "blocked_seconds": float(np.median(blocked)),
-    "written_after_seconds": float(np.median(written)),
-    "cost": float(np.median(saving) / np.median(plain)) - 1,
+    "blocked_seconds": median["blocked"],
+    "written_after_seconds": median["written"],
+    "cost": median["saving"] / median["plain"] - 1,
   }

@@ -25,7 +25,7 @@ NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 class Work(Protocol):
-  """Something to time, made of a job: each call does it once, on data of its own."""
+  """Made of a job; each call does the work once, on new random data."""
 
   def __call__(self) -> object: ...
 
