@@ -1,9 +1,9 @@
 """What the end-to-end tests share: commands as processes, pictures, one finished tiny pipeline.
 
 Everything here runs on the CPU. Compiling is most of the work: all processes share a compilation
-cache, which tests/run.sh keeps from one run to the next, and commands leave out optimisations,
-which changes no property of theirs. The workers of pytest-xdist, which take a file of tests each,
-share what the session's fixtures make.
+cache, which tests/run.sh keeps from one run to the next, and tests and commands leave out
+optimisations, which changes no property of theirs. The workers of pytest-xdist, which take a file
+of tests each, share what the session's fixtures make.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 # Before NumPy and JAX are loaded. Threads that wait for each other only slow arrays of this size.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import fcntl
 import socket
@@ -138,7 +139,6 @@ def environment(compiled: Path) -> dict[str, str]:
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(compiled),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
