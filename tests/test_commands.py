@@ -134,7 +134,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     ({"model__num_classes": 8}, r"run from 0 to 8, but config\.model\.num_classes is 8"),
     ({"model__num_heads": 5}, "config.model cannot be built"),
     ({"batch_size": 66}, "has 65 latents, fewer than one batch of 66"),
-    ({"sample__method": "leap"}, "config.sample.method is 'leap'; choose one of"),
+    ({"sample__method": "leap"}, "config.sample: method of the ODE is 'leap'; choose one of"),
     ({"sample__num_steps": 1}, "num_steps is 1"),
     ({"sample__cfg_channels": 49}, "cfg_channels is 49"),
     ({"sample__batch_size": 0}, "batch_size is 0"),
@@ -230,7 +230,7 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
   [
     ({"diffusion__optimizer__warm_up": 3}, r"config\.diffusion\.optimizer\.warm_up is not"),
     ({"diffusion__model__num_heads": 5}, "num_heads=5"),
-    ({"diffusion__sample__method": "leap"}, "method is 'leap'"),
+    ({"diffusion__sample__method": "leap"}, "method of the ODE is 'leap'"),
     ({"diffusion__latents__path": "mine"}, r"latents\.path is 'mine'"),
     ({"tokenizer__model__embed_dim": 32}, r"\(4, 4, 32\), config\.diffusion takes \(4, 4, 48\)"),
     ({"encode__batch_size": 0}, r"config\.encode\.batch_size is 0"),
