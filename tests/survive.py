@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from tests.conftest import repeatable_metrics, start_job
 from vavae_jax.common.files import write_json
 
 TOY = "tests.toy_task"
+MAKING = threading.Lock()  # an undisturbed run
 LIMIT = 120.0  # seconds until a process that should end is said to hang
 # One process that died is noticed by a missed heartbeat, and jax takes a while to give up.
 NOTICED_WITHIN = processes.HEARTBEAT_SECONDS + 30.0
@@ -83,8 +85,9 @@ class Toy:
     """The same training without a fault, made once for all scenarios of a folder."""
     home = self.workdir.parents[1] / "undisturbed" / f"{self.settings} {count}"
     other = dataclasses.replace(self, workdir=home)
-    if not home.exists():
-      other.finish(count)
+    with MAKING:
+      if not home.exists():
+        other.finish(count)
     return other
 
   def start(self, count: int = 1, seconds: float | None = None) -> list[subprocess.Popen]:
