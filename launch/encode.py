@@ -13,7 +13,6 @@ run that was stopped goes on with the first missing one when started again. Seve
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -47,23 +46,22 @@ class _Piece(NamedTuple):
   indices: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """The readable pictures of a piece, and names and messages of the others."""
+class _Batch(NamedTuple):
+  """The readable pictures of a piece, and names and messages of the others.
+
+  Attributes:
+    arrays: as `encoding.columns` takes them, filled up to the batch size.
+    label: int64, of the readable pictures alone.
+  """
 
   piece: _Piece
-  image: np.ndarray
-  index: np.ndarray
+  arrays: dict[str, np.ndarray]
   label: np.ndarray
   skipped: dict[str, str]
 
 
-class _Part(NamedTuple):
-  """What a shard stores of one batch."""
-
-  columns: dict[str, np.ndarray]
-  label: np.ndarray
-  skipped: list[str]
+# What a shard stores of one batch: columns, labels and the names of skipped pictures.
+_Part = tuple[dict[str, np.ndarray], np.ndarray, list[str]]
 
 
 def encode(
@@ -134,9 +132,9 @@ def encode(
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
   pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
-  load = functools.partial(_load, pictures, data.image_size)
+  load = functools.partial(_load, pictures, data.image_size, batch_size)
   pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
-  run = _encoder(tokenizer, devices, pure, size=batch_size)
+  run = _encoder(tokenizer, devices, pure)
   total = sum(map(len, mine.values()))
   done = total - sum(len(piece.indices) for piece in pieces)
   lost = sum(len(shard.note.skipped) for shard in there if shard.note)
@@ -145,9 +143,8 @@ def encode(
   with console.Bar("encode", total, done) as bar:
     for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
       lost = _leave_out(batch.skipped, lost, max_corrupt)
-      kept = len(batch.index)  # what follows only fills up
-      columns = {name: x[:kept] for name, x in jax.device_get(encoded).items()}
-      parts.append(_Part(columns, batch.label, list(batch.skipped)))
+      columns = {k: x[: len(batch.label)] for k, x in jax.device_get(encoded).items()}
+      parts.append((columns, batch.label, list(batch.skipped)))
       done += len(batch.piece.indices)
       bar.update(done)
       if batch.piece.ends:
@@ -206,12 +203,10 @@ def _check_lost(lost: int, allowed: int, last: Any) -> None:
 
 
 def _write(path: Path, parts: list[_Part]) -> None:
-  """A whole shard."""
-  columns = {
-    name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
-  }
-  labels = np.concatenate([part.label for part in parts])
-  shards.write_shard(path, columns, labels, [name for part in parts for name in part.skipped])
+  """Writes a whole shard."""
+  columns, labels, skipped = zip(*parts, strict=True)
+  whole = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+  shards.write_shard(path, whole, np.concatenate(labels), [n for names in skipped for n in names])
 
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
@@ -250,20 +245,20 @@ def _loaded(
   yield from data.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
 
 
-def _load(pictures: sources.Source, size: int, piece: _Piece) -> _Batch:
-  crops, kept, labels = [], [], []
+def _load(pictures: sources.Source, side: int, batch_size: int, piece: _Piece) -> _Batch:
+  image = np.zeros((batch_size, side, side, 3), np.uint8)
+  index = np.zeros(batch_size, np.int32)
+  labels: list[int] = []
   skipped: dict[str, str] = {}
-  for index in piece.indices:
+  for record in piece.indices.tolist():
     try:
-      picture, label = pictures.picture(int(index))
+      picture, label = pictures.picture(record)
     except sources.Unreadable as error:
-      skipped[pictures.name(int(index))] = str(error)
+      skipped[pictures.name(record)] = str(error)
       continue
-    crops.append(images.center_crop(picture, size))
-    kept.append(index)
+    image[len(labels)], index[len(labels)] = images.center_crop(picture, side), record
     labels.append(label)
-  image = np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)
-  return _Batch(piece, image, np.array(kept, np.int32), np.array(labels, np.int64), skipped)
+  return _Batch(piece, {"image": image, "index": index}, np.array(labels, np.int64), skipped)
 
 
 def _one_late(
@@ -279,24 +274,18 @@ def _one_late(
 
 
 def _encoder(
-  tokenizer: restore.Trained, devices: jax.sharding.Mesh, pure: Callable[..., Any], *, size: int
+  tokenizer: restore.Trained, devices: jax.sharding.Mesh, pure: Callable[..., Any]
 ) -> Callable[[_Batch], dict[str, jax.Array]]:
-  """`encoding.columns` of batches of any size on these devices."""
+  """`encoding.columns` of a batch, all of one size, on these devices."""
   params = tokenizer.on(devices).params
 
   @jax.jit
-  def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return pure(restore.autoencoder(tokenizer.config, params), batch)
+  def run(params: Any, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return pure(restore.autoencoder(tokenizer.config, params), arrays)
 
   def on_devices(batch: _Batch) -> dict[str, jax.Array]:
-    """The batch is filled up by repeating, so that one shape compiles and devices divide it."""
-    count = len(batch.index)
-    filled = np.resize(np.arange(max(count, 1)), size)
-    image = batch.image if count else np.zeros((1, *batch.image.shape[1:]), np.uint8)
-    index = batch.index if count else np.zeros(1, np.int32)
-    given = {"image": image[filled], "index": index[filled]}
     with jax.set_mesh(devices):
-      return run(params, mesh.to_global(given, devices))
+      return run(params, mesh.to_global(batch.arrays, devices))
 
   return on_devices
 
