@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = ("vavae_jax", "lightningdit_jax", "launch")  # each imports itself and those before it
+LONGEST_FUNCTION = 80  # lines of code, without its docstring
 
 
 def name_of(path: Path) -> str:
@@ -57,7 +58,7 @@ def within(name: str, package: str) -> bool:
 
 
 def breaches(importer, forbidden) -> list[str]:
-  """ "A -> B" for each import by a module for which `importer` of one for which `forbidden`."""
+  """`A -> B` for each import by a module for which `importer` of one for which `forbidden`."""
   return [
     f"{name} -> {other}"
     for name in sorted(filter(importer, modules()))
@@ -118,6 +119,26 @@ def test_no_cycle_of_files():
 
 def test_commands_are_few():
   assert len(list((ROOT / "launch").glob("*.py"))) <= 14
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+  """Lines from `def` to the end, without the docstring."""
+  lines = function.end_lineno - function.lineno + 1
+  if ast.get_docstring(function) is not None:
+    lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+  return lines
+
+
+def test_functions_are_short():
+  long = [
+    f"{name}.{node.name}: {lines_of_code(node)} lines"
+    for name, tree in modules().items()
+    if not within(name, "tests")
+    for node in statements(tree)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    and lines_of_code(node) > LONGEST_FUNCTION
+  ]
+  assert not long
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")

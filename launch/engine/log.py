@@ -26,19 +26,11 @@ class Log:
     writer: Writer,
     bar: console.Bar,
     config: FrozenConfigDict,
-    *,
     step: int,
     peak_flops: float,
     noted: dict[str, Any],
   ):
-    """Args:
-    writer: of the lines.
-    bar: shows the step and its loss.
-    config: of the training.
-    step: where it begins.
-    peak_flops: FLOP/s of the devices; 0: not known.
-    noted: what `state` gave at that step, or {}.
-    """
+    """Begins at `step`, with what `state` gave there as `noted`, or {}; peak_flops 0: not known."""
     self._writer, self._bar, self._config, self._peak = writer, bar, config, peak_flops
     self._skipped, self._in_a_row = noted.get("skipped", 0), noted.get("in_a_row", 0)
     self._pending: tuple[int, Metrics] | None = None

@@ -8,6 +8,7 @@ saved.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -133,9 +134,7 @@ def run(
     if start:
       state, noted = checkpoints.restore(start, jax.tree.map(_with_sharding, abstract, shardings))
     else:
-      state, noted = jit_init(init, shardings)(key_init), {}
-      if adopt:
-        state = jax.device_put(adopt(state), shardings)
+      state, noted = _fresh(init, key_init, shardings, adopt), {}
       _describe(state.params, workdir, name)
     evaluators = {**task.evaluators(config), **(more_evaluators or {})}
     missing = not_recorded(evaluators, workdir, start, config.num_steps) if start else []
@@ -151,9 +150,8 @@ def run(
       console.Bar(name, config.num_steps, start) as bar,
       Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
     ):
-      peak = hardware.peak_flops(devices)
-      log = Log(writer, bar, config, step=start, peak_flops=peak, noted=noted)
-      try:
+      log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted)
+      with contextlib.closing(writer), contextlib.closing(checkpoints):
         with signals.at_once():
           for evaluator in missing:
             evaluate(evaluators, evaluator, writer, start, state)
@@ -163,8 +161,7 @@ def run(
             batch = next(batches)
           phase = task.phase(config, step)
           compiles = phase not in step_fn.flops
-          key = jax.random.fold_in(key_steps, step)
-          state, metrics = step_fn(phase, state, frozen, batch, key)
+          state, metrics = step_fn(phase, state, frozen, batch, jax.random.fold_in(key_steps, step))
           last = step == config.num_steps
           if step % config.log_every_steps == 0 or last:
             metrics |= step_fn.norms(state)
@@ -186,12 +183,15 @@ def run(
             except console.Interrupted:
               checkpoints.save(state, config.to_dict(), log.state())
               raise
-      finally:
-        checkpoints.close()
-        writer.close()
       if signals.received:  # while the last checkpoint was being written
         raise console.Interrupted(signals.received)
   return state
+
+
+def _fresh(init: Callable[[Any], Any], key: Any, shardings: Any, adopt: Adopt | None) -> Any:
+  """The state that a training begins with, with the weights that `adopt` puts into it."""
+  state = jit_init(init, shardings)(key)
+  return jax.device_put(adopt(state), shardings) if adopt else state
 
 
 def _checkpoints(config: FrozenConfigDict, workdir: Path) -> Checkpoints:
