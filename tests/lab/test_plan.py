@@ -169,7 +169,7 @@ def test_a_slice_that_is_none_is_refused(topology):
 def test_a_program_of_another_task_is_refused(command):
   done = command("launch.lab.plan", "--config=configs/vavae_f16d32.py", "--what=sample")
   assert done.returncode == 2
-  assert "--what=sample is not of a tokenizer; there are train, encode" in done.stderr
+  assert "--what=sample does not apply to a tokenizer; choose one of train, encode" in done.stderr
 
 
 def test_an_error_says_what_to_install_without_the_plugin():
