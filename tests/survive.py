@@ -220,8 +220,8 @@ def terminated(folder: Path, environment: Mapping[str, str], count: int) -> Outc
   (saved,) = (int(path.name) for path in checkpoint_folders(run.workdir))
   run.finish(count)
   told = (
-    f"steps of {seconds} s: saved after step {saved}, told at the end of step {at}, all gone after "
-    f"{took:.1f} s, exit code {', '.join(map(str, codes))}"
+    f"steps of {seconds} s: saved after step {saved}, signalled at the end of step {at}, all gone "
+    f"after {took:.1f} s, exit code {', '.join(map(str, codes))}"
   )
   # The metrics are read a step late and written every third; several agree on one step more than
   # that under way at most.
