@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import losses
+from vavae_jax import losses, update
+from vavae_jax.autoencoder import Posterior
 
 RNG = np.random.default_rng(0)
 LATENTS = RNG.normal(size=(3, 2, 3, 5)).astype(np.float32)
@@ -85,3 +87,11 @@ def test_feature_distance_ignores_scale_and_sees_direction():
   a, b = [LATENTS], [2 * LATENTS]
   np.testing.assert_allclose(losses.feature_distance(a, b), np.zeros(3), atol=1e-6)
   np.testing.assert_allclose(losses.feature_distance(a, [-LATENTS]), np.full(3, 4.0), rtol=1e-5)
+
+
+def test_the_kl_is_logged_where_its_weight_is_zero():
+  config = FrozenConfigDict({"loss": {"kl_weight": 0.0}})
+  ones = jnp.ones((2, 1, 1, 3))
+  total, metrics = update._total("latent", config, Posterior(ones, 0 * ones), False)
+  assert total == 0
+  assert metrics["kl"] == pytest.approx(1.5)  # three channels of mean 1 and variance 1

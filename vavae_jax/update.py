@@ -75,7 +75,7 @@ LOSSES: dict[str, tuple[Term, ...]] = {
     Term("perceptual", "perceptual_weight", _perceptual),
   ),
   # Of (posterior, `loss.pp_style`).
-  "latent": (Term("kl", "kl_weight", _kl),),
+  "latent": (Term("kl", "kl_weight", _kl, always=True),),
   # Of (projected latents, features, the columns of `stages`). Their sum has the stage's `vf_weight`
   # and, if `loss.adaptive_vf`, an adaptive weight.
   "alignment": (
