@@ -30,6 +30,7 @@ from launch.evaluation.pictures import Array, own_pictures
 from launch.evaluation.reference import gaussian_of, statistics_of
 from launch.evaluation.sample_files import contact_sheet
 from launch.sample import make_sampler
+from lightningdit_jax.model import ONLY_OURS
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 from vavae_jax.common.optimizer import averaged
@@ -61,6 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     name=f"train {config.task}",
     more_evaluators=more,
     initial_weights=functools.partial(restore.initial_weights, frozen),
+    may_change=[f"model.{name}" for name in ONLY_OURS],
   )
 
 

@@ -270,6 +270,16 @@ def test_lists_and_tuples_are_the_same_configuration(tmp_path):
   configuration.check_workdir(tmp_path, frozen)
 
 
+def test_only_named_keys_may_change_when_a_run_goes_on(tmp_path):
+  schema = quickstart.diffusion()
+  configuration.claim_workdir(tmp_path, configuration.resolve(schema, schema))
+  schema.model.use_checkpoint = not schema.model.use_checkpoint
+  changed = configuration.resolve(schema, schema)
+  configuration.check_workdir(tmp_path, changed, ["model.use_checkpoint"])
+  with pytest.raises(InputError, match="use_checkpoint: False there, True now"):
+    configuration.check_workdir(tmp_path, changed)
+
+
 # As a person meets them: real processes, forks of one that has imported the libraries.
 
 
@@ -392,6 +402,7 @@ def test_help_of_every_command_says_what_it_does_without_slow_imports(forked):
     told = " ".join(done.stdout.split())
     assert " ".join(docstring.split()) in told, name
     assert any(flag in told for flag in ("--workdir: ", "--output: ", "--to: ", "subcommands:"))
+    assert ("--config: " in told) == ("define_flag(" in source), name
     assert "Traceback" not in done.stderr
     assert "launch.engine.console" in done.modules
     assert not SLOW & done.modules, name

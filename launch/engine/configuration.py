@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+from absl import flags
 from ml_collections import config_flags
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
+# A flag that is defined here belongs to the command that asks for it.
+flags.disclaim_key_flags()
 # What may change when a run goes on: how long, how often and by what means, not what is computed.
-# The answer to a step that is not finite may change too, so that a run can get past one.
+# The answer to a step that is not finite may change too, so that a run can get past one. A model's
+# own options of this kind are the task's to name; see `check_workdir`.
 MAY_CHANGE = (
   "num_steps",
   "log_every_steps",
@@ -28,11 +32,7 @@ MAY_CHANGE = (
   "non_finite",
   "max_skipped_steps",
   "accumulate_steps",
-  "model.use_checkpoint",
   "teacher.cache",
-  "model.remat_policy",
-  "model.attention",
-  "model.scan_unroll",
   "evaluate_samples",
   "latents.valid_path",
   "latents.valid_samples",
@@ -54,6 +54,7 @@ def define_flag(text: str) -> None:
   config_flags.DEFINE_config_file(
     "config", None, text, lock_config=False, accept_new_attributes=True
   )
+  flags.declare_key_flag("config")  # else --help leaves it out
 
 
 def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict) -> Any:
@@ -80,8 +81,13 @@ def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict
   return ml_collections.FrozenConfigDict(config)
 
 
-def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
-  """Raises InputError if a workdir was trained with another configuration."""
+def check_workdir(
+  workdir: Path, config: ml_collections.FrozenConfigDict, may_change: Iterable[str] = ()
+) -> None:
+  """Raises InputError if a workdir was trained with another configuration.
+
+  `may_change` are keys that may differ beside those of `MAY_CHANGE`.
+  """
   path = workdir / "config.json"
   mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
   if path.exists():
@@ -89,7 +95,7 @@ def check_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
     differing = [
       f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
       for key in sorted(mine.keys() | theirs.keys())
-      if mine.get(key) != theirs.get(key) and key not in MAY_CHANGE
+      if mine.get(key) != theirs.get(key) and key not in (*MAY_CHANGE, *may_change)
     ]
     if differing:
       raise InputError(

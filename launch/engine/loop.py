@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,6 +93,7 @@ def run(
   name: str = "train",
   more_evaluators: dict[str, Evaluator] | None = None,
   initial_weights: Callable[[], Adopt | None] | None = None,
+  may_change: Iterable[str] = (),
 ) -> Any:
   """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
   from `initial_weights`, or where there are none from random ones.
@@ -105,6 +106,7 @@ def run(
     more_evaluators: beside the task's own.
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
+    may_change: keys that a run may change when it goes on, beside those of every task.
 
   Returns:
     The final state, on the devices.
@@ -121,7 +123,7 @@ def run(
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   abstract = jax.eval_shape(init, key_init)
   shardings = mesh.parameter_shardings(abstract, devices)
-  check_workdir(workdir, config)
+  check_workdir(workdir, config, may_change)
   checkpoints = _checkpoints(config, workdir)
   start = checkpoints.sound_step() or 0
   if start < config.num_steps:
