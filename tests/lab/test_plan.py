@@ -12,7 +12,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops
-from launch.lab.plan import hlo, kernels, planning, slices, tables
+from launch.lab.plan import hlo, planning, slices, tables
 from vavae_jax.common.errors import InputError
 
 
@@ -136,18 +136,18 @@ body=%body, backend_config={"known_trip_count":{"n":"28"}}
 
 
 def test_kernels_move_the_slices_that_they_touch_as_often_as_they_run():
-  read, copied, reduced, called, written = kernels.kernels(KERNELS)
+  read, copied, reduced, called, written = hlo.kernels(KERNELS)
   # The slice is read and written; the scalar index is read.
-  assert read == kernels.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
-  assert copied == kernels.Kernel("copied", "copy", 28, 2 * 8 * 16 * 4)  # the larger branch
-  assert reduced == kernels.Kernel("least", "reduce", 28, 8 * 16 * 4 + 8 * 4)
-  assert called == kernels.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
-  assert written == kernels.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)
-  alike = [kernels.Kernel(f"gemm.{i}", "dot", 2, 10) for i in range(3)]
-  other = kernels.Kernel("gemm.9", "dot", 1, 100)
-  assert kernels.grouped([*alike, other]) == [
-    kernels.Kernel("gemm", "dot", 1, 100),
-    kernels.Kernel("gemm", "dot", 6, 10),
+  assert read == hlo.Kernel("fusion.1", "a", 28, 2 * 8 * 16 * 4 + 4)
+  assert copied == hlo.Kernel("copied", "copy", 28, 2 * 8 * 16 * 4)  # the larger branch
+  assert reduced == hlo.Kernel("least", "reduce", 28, 8 * 16 * 4 + 8 * 4)
+  assert called == hlo.Kernel("new", "f/g", 28, 8 * 16 * 4 + 4 * 2)
+  assert written == hlo.Kernel("fusion.2", "fusion", 28, 2 * 4 * 2 + 4)
+  alike = [hlo.Kernel(f"gemm.{i}", "dot", 2, 10) for i in range(3)]
+  other = hlo.Kernel("gemm.9", "dot", 1, 100)
+  assert hlo.grouped([*alike, other]) == [
+    hlo.Kernel("gemm", "dot", 1, 100),
+    hlo.Kernel("gemm", "dot", 6, 10),
   ]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from launch import tasks
 from launch.engine import flops, hardware
 from launch.engine.step import without_recomputation
 from launch.lab import programs
-from launch.lab.plan import hlo, kernels, slices
+from launch.lab.plan import hlo, slices
 from vavae_jax.common import functional
 
 IMAGENET = 1_281_167
@@ -42,21 +42,17 @@ class Plan:
   traffic: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
   hours: float = 0.0  # of all runs at the given share of the peak; 0 where it does not fit
   images_per_second: float = 0.0
-  kernels: list[kernels.Kernel] = dataclasses.field(default_factory=list)  # GPUs only, grouped
+  kernels: list[hlo.Kernel] = dataclasses.field(default_factory=list)  # GPUs only, grouped
   bandwidth: float = 0.0  # of a GPU's memory, bytes/s
 
   @property
   def moved(self) -> int:
     """Bytes that a device's kernels read and write in one run."""
-    return kernels.moved(self.kernels)
+    return hlo.moved(self.kernels)
 
   def to_dict(self) -> dict[str, Any]:
     """For a JSON file."""
-    return dataclasses.asdict(self) | {
-      "traffic": {kind: t._asdict() for kind, t in self.traffic.items()},
-      "kernels": [x._asdict() for x in self.kernels],
-      "moved": self.moved,
-    }
+    return dataclasses.asdict(self) | {"moved": self.moved}
 
 
 def plan(
@@ -68,17 +64,11 @@ def plan(
   num_images: int = IMAGENET,
   settings: Settings | None = None,
 ) -> Plan:
-  """Compiles one program of a resolved training for a slice.
+  """Compiles one of a task's programs for a slice, named as `slices.make_mesh` says.
 
-  Args:
-    topology: see `slices.make_mesh`.
-    what: one of `programs.WHAT[config.task]`.
-    mfu: share of the chips' peak at which the hours are estimated.
-    num_images: to encode, or to sample.
-    settings: the changes that led to this configuration.
-
-  Raises:
-    InputError: unknown slice, or a mesh or batch that does not fit it.
+  `mfu` is the share of the chips' peak at which the hours are estimated, `num_images` how many are
+  encoded or sampled, and `settings` what was changed to get this configuration. Raises InputError
+  for an unknown slice, or a mesh or batch that does not fit it.
   """
   programs.check(config, what)
   devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
@@ -107,7 +97,7 @@ def plan(
     if topology.partition(":")[0] in slices.GPUS:
       # XLA compiles programs for GPUs that do not fit, too.
       result.fits = result.needed <= result.available
-      result.kernels = kernels.grouped(kernels.kernels(compiled.as_text()))
+      result.kernels = hlo.grouped(hlo.kernels(compiled.as_text()))
       result.bandwidth = hardware.bandwidth(devices)
   if result.fits:
     peak = hardware.peak_flops(devices) / devices.size
@@ -186,26 +176,16 @@ def plans(
   mfu: float = 0.4,
 ) -> Iterator[Plan]:
   """The plan of a configuration and, with `search`, of remedies until one fits."""
-  given = config.copy_and_resolve_references()
-
-  def tries() -> Iterator[Settings]:
-    yield {}
-    if search:
-      count = slices.make_mesh(topology).size
-      yield from remedies(FrozenConfigDict(given), what, count)
-
-  for settings in tries():
-    changed = given.copy_and_resolve_references()
+  tries: Iterable[Settings] = ()
+  if search:
+    tries = remedies(FrozenConfigDict(config), what, slices.make_mesh(topology).size)
+  for settings in ({}, *tries):
+    changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(settings)
-    resolved = _resolved(changed, num_images)
+    resolved = tasks.resolve(changed, num_images)
+    if config.task == "tokenizer":
+      functional.outline(vavae_jax.training.build_autoencoder(resolved), "config.model")
     found = plan(resolved, topology, what, mfu=mfu, num_images=num_images, settings=settings)
     yield found
     if found.fits:
       return
-
-
-def _resolved(config: ConfigDict, num_images: int) -> FrozenConfigDict:
-  resolved = tasks.resolve(config, num_images)
-  if config.task == "tokenizer":
-    functional.outline(vavae_jax.training.build_autoencoder(resolved), "config.model")
-  return resolved

@@ -87,11 +87,9 @@ def _rows(chosen: Plan, mfu: float) -> list[tuple[str, str]]:
 
 
 def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
-  """Plans of every published recipe on every slice; the file is written after each.
+  """Plans of every published recipe on every slice.
 
-  Args:
-    output: a JSON file; the plans that it has already are kept.
-    mfu: as of `planning.plan`.
+  The JSON file `output` is written after each; the plans that it has already are kept.
   """
   rows = json.loads(output.read_text())["rows"] if output.is_file() else []
   done = {(row["config"], row["what"], row["topology"]) for row in rows}
