@@ -57,7 +57,10 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   given, options = parser.parse_known_args()
   chosen = subcommands[given.name]
   main.__doc__ = chosen.text  # which absl shows for --help
+  others = {*flags.FLAGS}
   chosen.define_flags()
+  for name in {*flags.FLAGS} - others:
+    flags.declare_key_flag(name)  # wherever it is defined, it is this command's
   console.run_command(
     chosen.main, config=chosen.config, argv=[sys.argv[0], *options], name=f"{program} {given.name}"
   )

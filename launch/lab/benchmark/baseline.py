@@ -17,8 +17,6 @@ from launch.engine import console
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
-# Flags that are defined in here are those of the command that asks for them.
-flags.disclaim_key_flags()
 Row = dict[str, Any]
 # Ratio -> whether more of it is better.
 RATIOS = {"share_of_matmul": True, "times_torch": True, "program_gib": False}

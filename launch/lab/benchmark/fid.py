@@ -11,9 +11,11 @@ implementations agree; their FID means nothing.
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,10 @@ import numpy as np
 from absl import flags
 
 from launch.engine import console
-from launch.engine.circumstances import circumstances
 from launch.evaluation.features import load_network
 from launch.evaluation.pictures import Array, FromSource
 from launch.evaluation.reference import compiled, gaussian_of, statistics_of
-from launch.lab.benchmark.measuring import keep
+from launch.lab.benchmark.measuring import in_turns, keep, timed
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from vavae_jax.metrics import inception
 
@@ -64,28 +65,27 @@ def speeds(
   """Pictures a second, the median of rounds in which all take turns."""
   index: Any = np.arange(BATCH, dtype=np.int32)
   image: Any = np.random.default_rng(0).integers(256, size=(BATCH, side, side, 3), dtype=np.uint8)
-  ours = {}
-  for protocol in inception.PROTOCOLS:
+
+  def ours(protocol: str) -> Callable[[], float]:
     network = load_network(protocol, str(weights))
-    ours[f"ours, {protocol}"] = (compiled(network, keep=False), jax.device_put(network.params))
-  rates: dict[str, list[float]] = {name: [] for name in (*ours, *BESIDE)}
-  for _ in console.tracked(range(rounds), "rounds"):
-    for name, (run, params) in ours.items():
-      jax.block_until_ready(run(params, {"image": image, "index": index}))
-      began = time.perf_counter()
-      for _ in range(batches):
-        jax.block_until_ready(run(params, {"image": image, "index": index}))
-      rates[name].append(BATCH * batches / (time.perf_counter() - began))
-    for name in BESIDE:
-      rates[name].append(tools.ask([name, batches]))
-  return {name: float(np.median(x)) for name, x in rates.items()}
+    run, params = compiled(network, keep=False), jax.device_put(network.params)
+    once = functools.partial(run, params, {"image": image, "index": index})
+
+    def rate() -> float:
+      timed(once)  # the first compiles, and others follow another network
+      return BATCH * batches / sum(timed(once) for _ in range(batches))
+
+    return rate
+
+  works = {f"ours, {protocol}": ours(protocol) for protocol in inception.PROTOCOLS}
+  works |= {name: functools.partial(tools.ask, [name, batches]) for name in BESIDE}
+  return {name: float(np.median(x)) for name, x in in_turns(works, rounds).items()}
 
 
 def define_flags() -> None:
   """Defines the command's flags."""
   flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
   flags.DEFINE_integer("pictures", 500, "Pictures of each half.", lower_bound=10)
-  flags.DEFINE_integer("image_size", 0, "Centre crop; 0: pictures as they are.", lower_bound=0)
   flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
   flags.DEFINE_integer("rounds", 3, "In each, all take a turn.", lower_bound=1)
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
   """The command."""
   del argv
   with tempfile.TemporaryDirectory() as folder:
-    chosen = FromSource(FLAGS.source, FLAGS.image_size, limit=2 * FLAGS.pictures)
+    chosen = FromSource(FLAGS.source, 0, limit=2 * FLAGS.pictures)
     pictures = chosen.read(0, len(chosen))
     mixed = np.random.default_rng(0).permutation(len(pictures))
     halves = {"a": pictures[mixed[::2]], "b": pictures[mixed[1::2]]}
@@ -113,24 +113,21 @@ def main(argv: list[str]) -> None:
         others[name] = tools.ask([name, 0])
       rates = speeds(tools, weights, FLAGS.rounds, FLAGS.batches, pictures.shape[1])
   rows = [
-    _row(f"ours, {protocol}", found["fid"], found["arithmetic_seconds"], rates, "")
+    (f"ours, {protocol}", found["fid"], found["arithmetic_seconds"], "")
     for protocol, found in ours.items()
   ]
   for name, found in others.items():
     beside, differs = BESIDE[name], "its own resize"
     if beside:
       differs = f"{found['fid'] / ours[beside]['fid'] - 1:+.1e} of ours, {beside}"
-    rows.append(_row(name, found["fid"], found["seconds"], rates, differs))
+    rows.append((name, found["fid"], found["seconds"], differs))
+  cells = [
+    (name, f"{fid:.8g}", f"{seconds:.1f}", f"{rates[name]:.2f}", differs)
+    for name, fid, seconds, differs in rows
+  ]
   header = ("tool", "FID", "arithmetic, s", "pictures/s", "differs by")
-  console.table(f"{len(halves['a'])} and {len(halves['b'])} pictures", header, rows)
+  console.table(f"{len(halves['a'])} and {len(halves['b'])} pictures", header, cells)
   score = others["torch-fidelity"]["inception_score"]
   console.say(f"inception score: ours {ours['adm']['inception_score']:.6f}, theirs {score:.6f}")
-  result = {"ours": ours, "others": others, "pictures_per_second": rates}
-  noted = {**circumstances(), "versions": tools.about, "pictures": chosen.about, **result}
-  keep(noted, FLAGS.output)
-
-
-def _row(
-  name: str, fid: float, seconds: float, rates: dict[str, float], differs: str
-) -> tuple[str, ...]:
-  return name, f"{fid:.8g}", f"{seconds:.1f}", f"{rates[name]:.2f}", differs
+  about = {"versions": tools.about, "pictures": chosen.about}
+  keep({**about, "ours": ours, "others": others, "pictures_per_second": rates}, FLAGS.output)

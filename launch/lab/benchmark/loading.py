@@ -29,8 +29,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from launch.engine import console
-from launch.engine.circumstances import circumstances
-from launch.lab.benchmark.measuring import keep
+from launch.lab.benchmark.measuring import in_turns, keep
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.store import latents, shards
 from vavae_jax.data import images, order
@@ -66,22 +65,6 @@ def make_store(
   # As published, since the reference takes every other .safetensors for a shard.
   write_torch_file(folder / latents.PUBLISHED_STATISTICS, stored)
   return latents.LatentStore(folder)
-
-
-def latent_works(store: latents.LatentStore, reference: TorchProcess | None) -> Works:
-  """Ways of loading latents."""
-  works = _ours(lambda loader: latent_batches(store, BATCH, loader), 2)
-  works["reference's way in NumPy, 1 thread"] = timed_batches(functools.partial(_reopening, store))
-  if reference:
-    works["reference in PyTorch, 2 workers"] = reference.ask
-  return works
-
-
-def picture_works() -> Works:
-  """Ways of loading pictures."""
-  bare = timed_batches(functools.partial(_bare, Photographs()))
-  ours = _ours(lambda loader: picture_batches(PICTURE_BATCH, loader), 1)
-  return {"bare Pillow, 1 thread": bare} | ours
 
 
 def _ours(begin: Callable[[dict[str, int]], Callable[[], Iterator[Any]]], ahead: int) -> Works:
@@ -137,7 +120,7 @@ def _reopening(store: latents.LatentStore) -> Iterator[Any]:
 
 
 class Photographs(EncodedSource):
-  """Random but photograph-like JPEGs, in memory."""
+  """Random but photograph-like JPEGs, in memory; the methods are a `Source`'s."""
 
   def __init__(self) -> None:
     self.class_names = ["all"]
@@ -155,19 +138,12 @@ class Photographs(EncodedSource):
     return PICTURES
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     return self._files[index % len(self._files)], 0
 
   def name(self, index: int) -> str:
-    """As `Source` says."""
     return str(index)
 
   def identity(self) -> str:
-    """As `Source` says."""
-    return "photographs"
-
-  def listing(self) -> str:
-    """As `Source` says."""
     return "photographs"
 
 
@@ -183,7 +159,7 @@ def _bare(source: Photographs) -> Iterator[Any]:
 
 
 def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callable[[int], float]:
-  """Seconds for a number of batches after `warmup`, from a new start: none is prefetched."""
+  """Seconds for a number of batches after `warmup` others."""
 
   def run(count: int) -> float:
     batches = begin()
@@ -197,13 +173,16 @@ def timed_batches(begin: Callable[[], Iterator[Any]], warmup: int = 2) -> Callab
   return run
 
 
-def measure(works: Works, batches: int, rounds: int, batch_size: int) -> dict[str, float]:
-  """Records a second of each way, the median of the rounds."""
-  seconds: dict[str, list[float]] = {name: [] for name in works}
-  for _ in console.tracked(range(rounds), "rounds"):
-    for name, work in works.items():
-      seconds[name].append(work(batches))
-  return {name: batches * batch_size / float(np.median(x)) for name, x in seconds.items()}
+def _show(
+  what: str, works: Works, base: str, batches: int, size: int, rounds: int
+) -> dict[str, float]:
+  """Measures records a second of each way, the median of the rounds, and shows them."""
+  turns = {name: functools.partial(work, batches) for name, work in works.items()}
+  seconds = in_turns(turns, rounds)
+  rates = {name: batches * size / float(np.median(x)) for name, x in seconds.items()}
+  rows = [(n, f"{rate:,.0f}", f"{rate / rates[base]:.2f}") for n, rate in rates.items()]
+  console.table(what, ("way", "records/s", f"of {base}"), rows)
+  return rates
 
 
 def define_flags() -> None:
@@ -219,20 +198,22 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   """The command."""
   del argv
-  results: dict[str, dict[str, float]] = {}
   with tempfile.TemporaryDirectory() as name:
     store = make_store(Path(name), FLAGS.records)
-    reference = None
-    if FLAGS.reference:
-      job = {"checkout": FLAGS.reference, "store": name, "batch_size": BATCH}
-      reference = TorchProcess(FLAGS.torch_python, SCRIPTS / "loading.py", job, NEEDS)
-    with reference or contextlib.nullcontext():
-      works = latent_works(store, reference)
-      results["latents"] = measure(works, FLAGS.batches, FLAGS.rounds, BATCH)
+    slow, theirs = "reference's way in NumPy, 1 thread", "reference in PyTorch, 2 workers"
+    works = _ours(lambda loader: latent_batches(store, BATCH, loader), 2)
+    works[slow] = timed_batches(functools.partial(_reopening, store))
+    with contextlib.ExitStack() as stack:
+      if FLAGS.reference:
+        job = {"checkout": FLAGS.reference, "store": name, "batch_size": BATCH}
+        script = SCRIPTS / "loading.py"
+        works[theirs] = stack.enter_context(
+          TorchProcess(FLAGS.torch_python, script, job, NEEDS)
+        ).ask
+      rates = _show("latents", works, slow, FLAGS.batches, BATCH, FLAGS.rounds)
+  bare = "bare Pillow, 1 thread"
+  works = {bare: timed_batches(functools.partial(_bare, Photographs()))}
+  works |= _ours(lambda loader: picture_batches(PICTURE_BATCH, loader), 1)
   fewer = max(FLAGS.batches // 4, 1)
-  results["pictures"] = measure(picture_works(), fewer, FLAGS.rounds, PICTURE_BATCH)
-  base = {"latents": "reference's way in NumPy, 1 thread", "pictures": "bare Pillow, 1 thread"}
-  for what, rates in results.items():
-    rows = [(n, f"{rate:,.0f}", f"{rate / rates[base[what]]:.2f}") for n, rate in rates.items()]
-    console.table(what, ("way", "records/s", f"of {base[what]}"), rows)
-  keep({**circumstances(), **results}, FLAGS.output)
+  pictures = _show("pictures", works, bare, fewer, PICTURE_BATCH, FLAGS.rounds)
+  keep({"latents": rates, "pictures": pictures}, FLAGS.output)

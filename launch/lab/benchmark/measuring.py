@@ -6,7 +6,7 @@ import contextlib
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from launch.engine import console, flops, tracing
+from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.programs import Program
 from vavae_jax.common.files import write_json
@@ -45,10 +46,19 @@ def _median_seconds(run: Callable[[], Any]) -> float:
 
 
 def keep(result: dict[str, Any], output: str) -> None:
-  """Writes the result to the file of --output, if any."""
+  """Writes the result and its circumstances to the file of --output, if it is given."""
   if output:
-    write_json(Path(output), result)
+    write_json(Path(output), {**circumstances(), **result})
     console.say(f"written to {output}")
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+  """What each work returns in each round; in a round all take a turn."""
+  found: dict[str, list[float]] = {name: [] for name in works}
+  for _ in console.tracked(range(rounds), "rounds"):
+    for name, work in works.items():
+      found[name].append(work())
+  return found
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -79,12 +89,7 @@ class Prepared:
     memory = self._compiled.memory_analysis()
     each = memory.argument_size_in_bytes + memory.output_size_in_bytes
     self.least_bytes = each * devices.size
-    self.memory = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-    )
+    self.memory = each - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     draw = np.random.default_rng(0)
     self._arguments = [
       state if place == program.handed_on and state is not None else _arrays(argument, draw)
@@ -151,11 +156,10 @@ def peak_memory() -> int:
 
 
 def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
-  """Writes a trace of some runs for TensorBoard's profile plugin.
+  """Traces some runs for TensorBoard's profile plugin; returns the largest operations.
 
-  Returns:
-    (operation, its share of the time of all), the ten largest; empty where the profile of this kind
-    of device has no operations.
+  These are pairs of a name and its share of the time of all; there are none where the profile of
+  this kind of device has no operations.
   """
   began = time.perf_counter()
   with jax.profiler.trace(str(folder)):

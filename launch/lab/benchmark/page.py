@@ -30,6 +30,8 @@ from launch.engine import configuration, console
 from launch.engine.circumstances import commit, own_command, processor
 from launch.lab import reference
 from launch.lab.benchmark import baseline
+from launch.lab.benchmark.rows import Row
+from launch.lab.benchmark.steps import SHOWN
 from launch.lab.jobs import Job, Record, run
 from launch.lab.reference import Checkouts
 from launch.report import markdown, plots
@@ -50,21 +52,11 @@ PLOTS = {
   "resolution": "pixels a side",
   "devices": "devices",
 }
-COLUMNS = {
-  "dtype": "dtype",
-  "attention": "attention",
-  "batch_size": "batch",
-  "tflop_per_image": "TFLOP an image",
-  "least_gib": "GiB at least",
-  "images_per_second": "images/s",
-  "model_tflops_per_second": "TFLOP/s",
-  "share_of_matmul": "of a product's rate",
-  "share_of_ceiling": "of the ceiling",
-  "gap": "gap",
-  "program_gib": "GiB of memory",
-  "torch_images_per_second": "reference, images/s",
-  "times_torch": "times the reference",
-}
+COLUMNS = (
+  *("dtype", "attention", "batch_size", "tflop_per_image", "least_gib", "images_per_second"),
+  *("model_tflops_per_second", "share_of_matmul", "share_of_ceiling", "gap", "program_gib"),
+  *("torch_images_per_second", "times_torch"),
+)
 NOTES = (
   "TFLOP by count: of a diffusion model's training the model's alone, of a tokenizer's with all "
   "its networks, of sampling without the halves that guidance leaves out. GiB at least are "
@@ -73,7 +65,6 @@ NOTES = (
   "process; the gap is how many times as long ours takes. Samples are latents. The reference took "
   "turns with ours on the same device, on random data of the same shapes."
 )
-Row = dict[str, Any]
 
 
 def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Job]:
@@ -106,6 +97,7 @@ def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command:
   for each in config.measurements:
     measured = results.get(each["name"], {}).get("rows", [])
     rows.setdefault(each["group"], []).extend((each["label"], row) for row in measured)
+  paths = rows.get("paths", [])
   fitting = {
     name: [(label, row) for label, row in rows.get(name, []) if not row.get("out_of_memory")]
     for name in PLOTS
@@ -115,11 +107,11 @@ def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command:
   missing = [each["name"] for each in config.measurements if each["name"] not in results]
   text = [
     *_made(list(results.values()), command),
-    *markdown.table(["path", *COLUMNS.values()], [_cells(*row) for row in rows.get("paths", [])]),
+    *markdown.table(["path", *(SHOWN[name] for name in COLUMNS)], [_cells(*row) for row in paths]),
     "",
     NOTES,
     "",
-    *_pictures(rows.get("paths", [])),
+    *_pictures(paths),
     *markdown.picture(drawn, "How images/s grow; below, the share of a product's rate"),
   ]
   if missing:

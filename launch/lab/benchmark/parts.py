@@ -13,6 +13,7 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which spares page faults. `benchmark step
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.benchmark import rows
-from launch.lab.benchmark.measuring import keep, timed
+from launch.lab.benchmark.measuring import in_turns, keep, timed
 from vavae_jax.common.errors import InputError
 
 # Flags that are defined here are those of the command that asks for them.
@@ -38,11 +39,7 @@ PARTS: dict[str, tuple[str, Any]] = {
 
 
 def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
-  """Seconds and FLOPs of the step with all parts and without each, of encoding and decoding.
-
-  Raises:
-    InputError: the configuration is not a tokenizer's, or has a mistake.
-  """
+  """Seconds and FLOPs of the step with all parts and without each, of encoding and decoding."""
   if config.get("task") != "tokenizer":
     raise InputError("--config is not a tokenizer's, whose parts are measured.")
   frozen = rows.resolved(config, "train", config.batch_size)
@@ -50,7 +47,7 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
   for part, (key, without) in PARTS.items():
     reduced = ConfigDict(frozen.to_dict())
     reduced.update_from_flattened_dict({key: without})
-    if reduced != ConfigDict(frozen.to_dict()):  # the step has this part
+    if FrozenConfigDict(reduced) != frozen:  # the step has this part
       work[f"without {part}"] = (FrozenConfigDict(reduced), "train")
   work |= {what: (frozen, what) for what in ("encode", "decode")}
   devices = mesh.make_mesh(frozen.mesh.data, frozen.mesh.fsdp)
@@ -60,10 +57,8 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
     prepared[name] = rows.prepare(changed, devices, program, what)
     timed(prepared[name].run)  # the first is slower
     console.say(f"compiled {name} in {prepared[name].compile_cold:.0f} s")
-  seconds: dict[str, list[float]] = {name: [] for name in prepared}
-  for _ in range(steps):
-    for name, each in prepared.items():
-      seconds[name].append(timed(each.run))
+  runs = {name: functools.partial(timed, each.run) for name, each in prepared.items()}
+  seconds = in_turns(runs, steps)
   median = {name: float(np.median(values)) for name, values in seconds.items()}
   parts = [name.removeprefix("without ") for name in prepared if name.startswith("without")]
   return {
@@ -93,19 +88,12 @@ def main(argv: list[str]) -> None:
     FLAGS.config.batch_size = FLAGS.batch_size
   result = benchmark(FLAGS.config, FLAGS.steps)
   batch, step = result["batch_size"], result["seconds"]["step"]
-  console.table(
-    f"{result['device']}, batch {batch}",
-    ("what", "seconds, median", "fastest", "images/s", "of the step", "TFLOP"),
-    [
-      (
-        name,
-        f"{x:.3g}",
-        f"{result['fastest'][name]:.3g}",
-        f"{batch / x:.3g}",
-        f"{x / step:.0%}",
-        f"{result['tflops'][name]:.3g}",
-      )
-      for name, x in result["seconds"].items()
-    ],
-  )
+  cells = []
+  for name, x in result["seconds"].items():
+    fastest, rate, tflop = (
+      console.number(y) for y in (result["fastest"][name], batch / x, result["tflops"][name])
+    )
+    cells.append((name, console.number(x), fastest, rate, f"{x / step:.0%}", tflop))
+  header = ("what", "seconds, median", "fastest", "images/s", "of the step", "TFLOP")
+  console.table(f"{result['device']}, batch {batch}", header, cells)
   keep(result, FLAGS.output)

@@ -14,7 +14,7 @@ tokenizer), loader (batches on the host), checkpoint (--steps steps while one is
 many without), fid (Inception's features, and a distance's arithmetic). The table shows images/s,
 FLOP/s by count, their share of a matrix product's rate in the same run and of the data sheet's
 where the device is known, memory, and seconds to compile without and with the compilation cache.
-"of ceiling" is the share of the most that the device could do: products at that rate, or every
+"of the ceiling" is the share of the most that the device could do: products at that rate, or every
 argument and result moved once at the rate of a copy, whichever takes longer. Weights and data are
 random. A batch size that does not fit is reported as such.
 
@@ -39,7 +39,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from launch import tasks
 from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import reference
@@ -58,12 +57,10 @@ from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
 from vavae_jax.common.errors import InputError
 
-# Flags that are defined here are those of the command that asks for them.
-flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 WHAT = ("train", "sample", "encode", "decode", "loader", "checkpoint", "fid")
 LOADED = 80  # batches; most of a few would have been prefetched
-# Figures that the table shows -> their names there.
+# Figures of a row -> their names in tables.
 SHOWN = {
   "what": "what",
   "dtype": "dtype",
@@ -75,17 +72,18 @@ SHOWN = {
   "flop_per_byte": "FLOP a byte",
   "images_per_second": "images/s",
   "model_tflops_per_second": "TFLOP/s",
-  "share_of_matmul": "of matmul",
-  "share_of_ceiling": "of ceiling",
+  "share_of_matmul": "of a product's rate",
+  "share_of_ceiling": "of the ceiling",
+  "gap": "gap",
   "mfu": "MFU",
-  "program_gib": "GiB",
+  "program_gib": "GiB of memory",
   "peak_gib": "peak GiB",
   "compile_cold": "cold, s",
   "compile_warm": "warm, s",
   "arithmetic_seconds": "distance, s",
-  "torch_images_per_second": "torch images/s",
-  "times_torch": "times torch",
-  "torch_out_of_memory": "torch out of memory",
+  "torch_images_per_second": "reference, images/s",
+  "times_torch": "times the reference",
+  "torch_out_of_memory": "reference out of memory",
   "checkpoint_gib": "saved GiB",
   "blocked_seconds": "blocked, s",
   "cost": "cost of saving",
@@ -107,7 +105,6 @@ def benchmark(
   """All combinations; see the module's docstring."""
   if checkouts:
     checkouts.check()
-  tasks.of(config)
   attentions = attentions if config.task == "diffusion" else attentions[:1]
   rows: list[Row] = []
   for kind in what:
@@ -155,16 +152,6 @@ def _asked() -> str:
   return " ".join([words[0], *sorted(words[1:])]) if words else ""
 
 
-def _checkouts() -> Checkouts | None:
-  """The reference that the flags name."""
-  if not FLAGS.reference:
-    return None
-  compiled = FLAGS.torch_compile
-  if compiled is None:
-    compiled = jax.default_backend() != "cpu"
-  return Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
-
-
 def define_flags() -> None:
   """Defines the command's flags."""
   configuration.define_flag("A training, such as configs/lightningdit.py:XL/1.")
@@ -174,9 +161,6 @@ def define_flags() -> None:
   flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
   flags.DEFINE_integer("devices", 0, "How many; virtual ones on a CPU; 0: all.", lower_bound=0)
   flags.DEFINE_integer("steps", 10, "Timed runs.", lower_bound=1)
-  flags.DEFINE_boolean(
-    "torch_compile", None, "Whether the reference compiles its blocks; default: on GPUs."
-  )
   flags.DEFINE_boolean("count_only", False, "Only count FLOPs, and bytes that must be moved.")
   flags.DEFINE_string("profile", "", "A folder for traces; names the ten largest operations.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
@@ -203,13 +187,17 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if FLAGS.devices:
     mesh.use(FLAGS.devices)
+  checkouts = None
+  if FLAGS.reference:
+    compiled = jax.default_backend() != "cpu"
+    checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
   result = benchmark(
     FLAGS.config,
     what=FLAGS.what,
     batch_sizes=sorted(batch_sizes),
     attentions=FLAGS.attention,
     steps=FLAGS.steps,
-    checkouts=_checkouts(),
+    checkouts=checkouts,
     trace=Path(FLAGS.profile) if FLAGS.profile else None,
     count_only=FLAGS.count_only,
     asked=_asked(),
