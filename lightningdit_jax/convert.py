@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from lightningdit_jax.model import SIZES, TENSORS, LightningDiT
 from lightningdit_jax.positions import position_embedding, rope_tables
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.torch_weights import StateDict
@@ -38,7 +38,7 @@ def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
     InputError: unknown, missing, misshapen or non-finite tensors, or positions of another grid;
       the message lists them.
   """
-  model = nnx.eval_shape(lambda: LightningDiT(**kwargs, rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: LightningDiT(**kwargs, rngs=rngs))
   return torch_weights.load(model, state_dict, renamed=RENAMED, fixed=_positions(model))
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.autoencoder import Autoencoder, Posterior, preset
+from vavae_jax.common import functional
 from vavae_jax.convert import autoencoder_from_torch
 
 TINY: dict[str, Any] = {
@@ -27,7 +28,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**kwargs) -> Autoencoder:
-  model = nnx.eval_shape(lambda: Autoencoder(**(TINY | kwargs), rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: Autoencoder(**(TINY | kwargs), rngs=rngs))
   return cases.random_weights(model)
 
 
@@ -182,7 +183,7 @@ def test_presets_are_the_published_networks(
 ):
   """Weights as the PyTorch modules count them; "" stands for the defaults."""
   kwargs = preset(name) if name else {}
-  model = nnx.eval_shape(lambda: Autoencoder(**kwargs, rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: Autoencoder(**kwargs, rngs=rngs))
   assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == num_weights
   assert model.downsampling == factor
   assert (name or "f16d32").endswith(f"f{factor}d{model.embed_dim}")
@@ -198,7 +199,7 @@ def test_an_unknown_preset_lists_the_known():
 @pytest.mark.parametrize("name", ["f16d32", "sd_f8d4", "mar_f16d16"])
 def test_any_multiple_of_the_factor_goes_there_and_back(name):
   narrow = preset(name) | {"embed_dim": 3, "ch": 4, "num_res_blocks": 1, "norm_groups": 2}
-  model = nnx.eval_shape(lambda: Autoencoder(**narrow, rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: Autoencoder(**narrow, rngs=rngs))
   factor = model.downsampling
   image = jax.ShapeDtypeStruct((3, 3 * factor, 5 * factor, 3), jnp.float32)
   z = nnx.eval_shape(lambda model, image: model.encode(image).mode(), model, image)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests import cases
 from tests.reference import procedural
+from vavae_jax.common import functional
 from vavae_jax.convert import discriminator_from_torch, discriminator_to_torch
 from vavae_jax.discriminator import PatchDiscriminator
 
@@ -17,8 +18,8 @@ IMAGE = procedural.normal("image", (3, 16, 20, 3))
 
 
 def tiny(**kwargs) -> PatchDiscriminator:
-  model = nnx.eval_shape(lambda: PatchDiscriminator(ndf=4, n_layers=2, **kwargs, rngs=nnx.Rngs(0)))
-  return cases.random_weights(model)
+  sizes = {"ndf": 4, "n_layers": 2} | kwargs
+  return cases.random_weights(functional.abstract(lambda r: PatchDiscriminator(**sizes, rngs=r)))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -26,7 +26,7 @@ def build(rngs: nnx.Rngs, **kwargs) -> LightningDiT:
 
 
 def awake(**kwargs) -> LightningDiT:
-  return cases.random_weights(nnx.eval_shape(lambda: build(nnx.Rngs(0), **kwargs)))
+  return cases.random_weights(functional.abstract(lambda rngs: build(rngs, **kwargs)))
 
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -190,7 +190,7 @@ def test_published_sizes():
   """The paper's 675M for XL/1; every preset builds."""
   counts = {}
   for name, size in PRESETS.items():
-    model = nnx.eval_shape(lambda size=size: LightningDiT(**size, rngs=nnx.Rngs(0)))
+    model = functional.abstract(lambda rngs, size=size: LightningDiT(**size, rngs=rngs))
     counts[name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
   assert len(counts) == 10
   assert round(counts["LightningDiT-XL/1"] / 1e6) == 675
@@ -229,3 +229,14 @@ def test_an_unknown_preset_gets_a_list():
 def test_inputs_that_do_not_fit_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     awake(patch_size=2)(*change(*inputs()))
+
+
+def test_fresh_weights_are_those_of_flaxs_own_streams():
+  def build(rngs):
+    return LightningDiT(**TINY, rngs=rngs)
+
+  @jax.jit
+  def both(key):
+    return functional.init(build, key), nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+
+  jax.tree.map(np.testing.assert_array_equal, *both(jax.random.key(5)))

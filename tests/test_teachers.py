@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tests import cases
 from tests.reference import procedural
 from vavae_jax import convert
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import NAMES, feature_size, fresh, load_teacher, teacher_from_torch
 from vavae_jax.weights.state_dicts import read_state_dict, unwrap
@@ -43,7 +44,7 @@ PARAMETERS = {
 
 def outline(name: str) -> nnx.Module:
   """The named network with shapes for weights."""
-  return nnx.eval_shape(lambda: fresh(name, nnx.Rngs(0)))
+  return functional.abstract(lambda rngs: fresh(name, rngs))
 
 
 def test_every_teacher_has_its_name():

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from vavae_jax.autoencoder import Autoencoder
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.perceptual import lpips_from_torch
@@ -46,7 +46,7 @@ def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Auto
     InputError: unknown, missing, misshapen or non-finite tensors, listed.
   """
   own = {name: v for name, v in state_dict.items() if not name.startswith(TRAINING_ONLY)}
-  return torch_weights.load(nnx.eval_shape(lambda: Autoencoder(**kwargs, rngs=nnx.Rngs(0))), own)
+  return torch_weights.load(functional.abstract(lambda rngs: Autoencoder(**kwargs, rngs=rngs)), own)
 
 
 def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def discriminator_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Pa
   Raises:
     InputError: unknown, missing, misshapen or non-finite tensors, listed.
   """
-  model = nnx.eval_shape(lambda: PatchDiscriminator(**kwargs, rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: PatchDiscriminator(**kwargs, rngs=rngs))
   own = {name: value for name, value in state_dict.items() if not name.endswith(COUNTER)}
   return torch_weights.load(model, own, renamed=_discriminator_names(model))
 

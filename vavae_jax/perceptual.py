@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
 from vavae_jax.weights import torch_weights
@@ -173,7 +174,7 @@ def lpips_from_torch(
     f"scaling_layer.{name}": values.reshape(1, 3, 1, 1)
     for name, values in (("shift", _SHIFT), ("scale", _SCALE))
   }
-  model = nnx.eval_shape(lambda: Lpips(dtype=dtype, rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: Lpips(dtype=dtype, rngs=rngs))
   renamed = _torch_names(from_torchvision)
   return torch_weights.load(model, weights, renamed=renamed, fixed=fixed)
 

@@ -22,6 +22,7 @@ from launch.engine.step import jit_step
 from lightningdit_jax import encoding
 from lightningdit_jax.sampling import sample_latents
 from vavae_jax import frozen, stages
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
 
@@ -112,7 +113,7 @@ def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
 
 def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], dict[str, Any]]:
   """The tokenizer's step and the shapes of its frozen networks' weights, without their files."""
-  networks = nnx.eval_shape(lambda: frozen.fresh(config, nnx.Rngs(0)))
+  networks = functional.abstract(lambda rngs: frozen.fresh(config, rngs))
   split = {name: nnx.split(network) for name, network in networks.items()}
 
   def merge(_: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights import torch_weights
 
@@ -365,5 +366,5 @@ def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
   norms = [name.removesuffix("weight") for name in state_dict if name.endswith(".bn.weight")]
   counters = {f"{norm}num_batches_tracked" for norm in norms}
   own = {k: v for k, v in state_dict.items() if k not in counters or np.ndim(v)}
-  model = nnx.eval_shape(lambda: InceptionV3(rngs=nnx.Rngs(0)))
+  model = functional.abstract(lambda rngs: InceptionV3(rngs=rngs))
   return torch_weights.load(model, own, renamed=_TORCH_NAMES)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vavae_jax.common import functional
 from vavae_jax.teachers import names
 from vavae_jax.teachers.layers import Statistics
 from vavae_jax.teachers.names import Naming
@@ -114,8 +115,8 @@ class Family:
 
     def outline(naming: Naming) -> nnx.Module:
       arguments = {**size, **naming.arguments}
-      return nnx.eval_shape(
-        lambda: self.build(arguments, nnx.Rngs(0), dtype=dtype, normalize=normalize)
+      return functional.abstract(
+        lambda rngs: self.build(arguments, rngs, dtype=dtype, normalize=normalize)
       )
 
     return names.load(outline, state_dict, self.namings(size))

@@ -35,6 +35,7 @@ from launch.lab.benchmark.measuring import (
 from launch.lab.reference import NEEDS, Checkouts, job_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.sampling import time_grid
+from vavae_jax.common import functional
 from vavae_jax.metrics import inception
 from vavae_jax.metrics.distribution import frechet_distance
 
@@ -232,7 +233,7 @@ def count(config: FrozenConfigDict, what: str) -> Row:
 
 def _fid_program(devices: Mesh) -> programs.Program:
   """FID's Inception by ADM's protocol on pictures of 256 pixels, with random weights."""
-  graph, weights = nnx.split(nnx.eval_shape(lambda: inception.InceptionV3(rngs=nnx.Rngs(0))))
+  graph, weights = nnx.split(functional.abstract(lambda rngs: inception.InceptionV3(rngs=rngs)))
   prepare = inception.PROTOCOLS["adm"]
 
   def features(params: Any, image_BHWC: jax.Array) -> jax.Array:
