@@ -21,7 +21,7 @@ def _training() -> ConfigDict:
       "num_steps": 100_000,
       "log_every_steps": 100,
       "save_every_steps": 5_000,
-      "keep_checkpoints": 2,  # the latest so many; and these stay for good:
+      "keep_checkpoints": 2,  # the latest ones; these stay for good:
       "keep_every_steps": 0,  # those of each multiple of this; 0: none
       # The one where a metric of metrics.jsonl was lowest, such as "validation/mse"; with a minus
       # before its name, such as "-reconstruction/psnr", where it was highest.
@@ -31,8 +31,8 @@ def _training() -> ConfigDict:
       "max_skipped_steps": 10,  # one after the other; one more ends the training
       "dtype": "float32",  # of matmuls and convolutions; all else is float32
       "mesh": {"data": -1, "fsdp": 1},
-      # What loads batches ahead of the devices: threads, in this process or in worker processes,
-      # of which slow decoding needs as many as there are cores. Neither changes what is loaded.
+      # Threads load batches ahead of the devices, in this process or in worker processes; slow
+      # decoding needs as many workers as cores. Neither changes the batches.
       "loader": {"threads": 4, "workers": 0},
     }
   )
@@ -120,7 +120,7 @@ def _teacher() -> ConfigDict:
       # False: it sees pictures in [-1, 1], as the published tokenizer's did; the authors call that
       # a small bug. True: by the mean and deviation that it was trained with.
       "normalize": False,
-      # It sees pictures so many times larger, its features averaged over the cell of each latent:
+      # Enlarges its pictures by this factor and averages its features over the cell of each latent:
       # for cells of fewer pixels than its own stride, 16, or for sharper features.
       "scale": 1,
       "reverse_proj": True,  # project latents to the teacher's width; False: features to theirs

@@ -122,7 +122,7 @@ acquire() {
         ;;
       FAILED)
         gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='yaml(state)' >&2
-        fail "$name cannot be had, as told above; --delete it before you ask for another"
+        fail "$name cannot be had, see above; --delete it before you ask for another"
         ;;
       *) echo "$name is $now ($(date +%T))" && pause ;;
     esac
@@ -181,7 +181,7 @@ while true; do
   acquire
   if ! { install && begin "$@"; }; then
     misses=$((misses + 1))
-    [ $misses -lt 5 ] || fail "the workers of $name cannot be reached or installed, as told above"
+    [ $misses -lt 5 ] || fail "the workers of $name cannot be reached or installed, see above"
     echo "the workers cannot be reached; looking again"
     pause
     continue

@@ -43,7 +43,7 @@ class Network:
 
   Attributes:
     protocol: one of `PROTOCOLS`.
-    distance: what the Frechet distance in its features is called; FID is of Inception's alone.
+    distance: name of the Frechet distance in its features; only Inception's is FID.
     about: protocol and weights, for a JSON file.
     params: its weights.
     apply: (params, uint8 [B,H,W,3]) -> "pool" [B,F]; of Inception also "spatial" [B,2023] and

@@ -64,13 +64,13 @@ class Generated:
 
   @functools.cached_property
   def pool(self) -> Frechet:
-    """In the pooled features."""
+    """The distance in the pooled features."""
     moments = self.samples.moments["pool"]
     return self.reference.gaussian.distance(moments.mean, moments.cov)
 
   @functools.cached_property
   def spatial(self) -> Frechet | None:
-    """In sFID's features."""
+    """The distance in sFID's features; None where one side has none."""
     moments = self.samples.moments.get("spatial")
     if moments is None or self.reference.spatial is None:
       return None
@@ -142,7 +142,7 @@ class Rebuilt:
   network: Network | None
 
   def mean(self, name: str) -> float | None:
-    """Of a column, over the pictures where it is finite."""
+    """The mean of a column over the pictures where it is finite."""
     if not self.statistics.has(name):
       return None
     column = self.statistics.column(name)
@@ -151,7 +151,7 @@ class Rebuilt:
 
   @functools.cached_property
   def distance(self) -> Frechet | None:
-    """Between the features of originals and reconstructions."""
+    """The distance between the features of originals and reconstructions."""
     if not self.network:
       return None
     rebuilt = self.statistics.moments["rebuilt"]
@@ -173,7 +173,7 @@ class LatentSpace(NamedTuple):
   network: None = None
 
   def mean(self, name: str) -> float:
-    """Of a figure of uniformity, over the runs."""
+    """The mean of a figure of uniformity over the runs."""
     return float(np.mean([getattr(run, name) for run in self.runs]))
 
 

@@ -317,5 +317,5 @@ def has_pictures(spec: str) -> bool:
 
 
 def describe(about: dict[str, Any]) -> str:
-  """One line of what a set is."""
+  """A set of pictures described in one line."""
   return json.dumps({k: v for k, v in about.items() if k not in ("listing", "identity", "sha256")})

@@ -1,4 +1,4 @@
-"""A latent space by itself: how evenly it is used, its channels, what noise leaves of it."""
+"""A latent space by itself: its uniformity, its channels, its signal to noise."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[
 
 
 def _channels(store: latents.LatentStore, values: np.ndarray) -> dict[str, list[float]]:
-  """Of each channel: what normalises it, and what its normalised cells look like."""
+  """The mean and deviation that normalise each channel, and moments of its normalised cells."""
   centred = values - values.mean(0)
   std = values.std(0)
   standard = centred / np.maximum(std, np.finfo(np.float64).tiny)

@@ -102,7 +102,7 @@ def _umask() -> int:
 def write_safetensors(
   path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-  """Writes arrays, atomically; OSError where the disk is full, as of any other file."""
+  """Writes arrays, atomically; OSError if the disk is full, as for other files."""
   # As they lie in memory, where ascontiguousarray would give a scalar an axis.
   contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
   with atomic_path(path) as temporary, full_disk_as_oserror(path):

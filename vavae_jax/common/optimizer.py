@@ -111,7 +111,7 @@ def update_emas(emas: dict[str, Any], params: Any) -> dict[str, Any]:
 
 
 def ema_name(decay: float) -> str:
-  """What the average of a decay is called in a state and in checkpoints: "0.9999"."""
+  """The name of a decay's average in a state and in checkpoints: "0.9999"."""
   return repr(float(decay))
 
 

@@ -39,7 +39,7 @@ class Order:
     return records, epochs
 
   def rng(self, record: int, epoch: int) -> np.random.Generator:
-    """What is random about a record in an epoch."""
+    """The random numbers of a record in an epoch."""
     return np.random.default_rng((self.seed, _RECORD, epoch, record))
 
   def coins(self, records: np.ndarray, epochs: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ class Share(NamedTuple):
   workers: int = 0
 
   def positions(self, batch: int) -> np.ndarray:
-    """Of this process's part of a batch: its rows, if all processes' parts are put together."""
+    """The positions of this process's rows of a batch, in a stack of all processes' rows."""
     size = self.batch_size // self.process_count
     begin = batch * self.batch_size + self.process_index * size
     return np.arange(begin, begin + size)

@@ -16,7 +16,7 @@ _open = functools.lru_cache(sources.open_source)
 
 
 def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) -> sources.Source:
-  """A source as tolerant as `config.data` says; `among` as of `sources.Tolerant`."""
+  """A source as tolerant as `config.data` says; `sources.Tolerant` explains `among`."""
   source = _open(spec)
   return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
 

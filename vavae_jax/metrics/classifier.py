@@ -1,4 +1,4 @@
-"""A small picture classifier whose features a Frechet distance can be of, where none is published.
+"""A small picture classifier: features for a Frechet distance where no published network fits.
 
 It judges tokenizers and diffusion models without having taught either of them. Wide residual blocks
 on three grids, GroupNorm instead of BatchNorm, so that it is a function of one picture.

@@ -1,4 +1,4 @@
-"""How far a Frechet distance is to be trusted: its spread, and its bias by few samples."""
+"""The uncertainty of a Frechet distance: its spread, and its bias with few samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Infinity(NamedTuple):
   Attributes:
     distance: the line's value at 1/N = 0.
     slope: of the distance by 1/N.
-    residual: root mean square of what the line leaves over.
+    residual: root mean square distance of the points from the line.
   """
 
   distance: float

@@ -144,7 +144,7 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
 
 class ProbabilitySums(NamedTuple):
-  """What the inception score of a split needs of its probabilities; sums of parts add up.
+  """Sums of probabilities that give a split's inception score; sums of parts add up.
 
   The mean divergence of p(y|x) from p(y) is E sum p(y|x) log p(y|x) - sum p(y) log p(y).
 
@@ -160,7 +160,7 @@ class ProbabilitySums(NamedTuple):
 
   @classmethod
   def of(cls, probabilities: np.ndarray) -> ProbabilitySums:
-    """Of rows [N,classes]; ValueError if they are not probabilities that sum to 1."""
+    """Sums over rows [N,classes]; ValueError if they are not probabilities that sum to 1."""
     probabilities = _checked_features("probabilities", probabilities)
     if len(probabilities) and (
       probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3
@@ -169,7 +169,7 @@ class ProbabilitySums(NamedTuple):
     return cls(len(probabilities), float(_p_log_p(probabilities).sum()), probabilities.sum(axis=0))
 
   def plus(self, other: ProbabilitySums) -> ProbabilitySums:
-    """Of both together."""
+    """The sums over the rows of both."""
     return ProbabilitySums(
       self.rows + other.rows, self.entropy + other.entropy, self.total + other.total
     )

@@ -157,8 +157,8 @@ class InceptionV3(nnx.Module):
 class _ConvNorm(nnx.Module):
   """A convolution, BatchNorm by its stored statistics, relu.
 
-  Notable: where nothing is padded, a row and a column of zeros are, and what they add is cut off;
-  and one pixel is a matrix product. Two and three times faster by XLA on a CPU.
+  Notable: unpadded convolutions pad a row and a column of zeros and cut off their results, and 1x1
+  convolutions are matrix products: two and three times faster by XLA on a CPU.
   """
 
   def __init__(self, conv: nnx.Conv, stride: int, rngs: nnx.Rngs):
@@ -322,13 +322,13 @@ class _Block8(nnx.Module):
 
 
 def _average(x_BhwD: jax.Array) -> jax.Array:
-  """Of each 3 x 3 neighbourhood, as much of it as there is."""
+  """The mean of each 3 x 3 neighbourhood, of its part inside the grid."""
   counts = _by_threes(jnp.ones((1, *x_BhwD.shape[1:3], 1)), jnp.add, 0)
   return _by_threes(x_BhwD, jnp.add, 0) / counts
 
 
 def _maximum(x_BhwD: jax.Array) -> jax.Array:
-  """Of each 3 x 3 neighbourhood."""
+  """The maximum of each 3 x 3 neighbourhood."""
   return _by_threes(x_BhwD, jnp.maximum, -jnp.inf)
 
 

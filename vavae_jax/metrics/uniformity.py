@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Uniformity(NamedTuple):
-  """Of densities at the points; even points have 0, 0 and 1.
+  """Figures of the densities at some points; evenly spread points have 0, 0 and 1.
 
   Attributes:
     density_cv: standard deviation of the densities over their mean.

@@ -119,7 +119,7 @@ def open_zip(pattern: str) -> Archive:
       if not _is_picture(name):
         continue
       if max(info.header_offset, info.compress_size, info.file_size) > file.stat().st_size * 1100:
-        raise InputError(f"{info.filename} of {file} is beyond all bounds: the archive is damaged.")
+        raise InputError(f"{info.filename} of {file} has no possible size: the archive is damaged.")
       if info.flag_bits & 1:
         raise InputError(f"{info.filename} of {file} is encrypted; give an archive without.")
       if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -22,7 +22,7 @@ NO_CLASS = "all"
 
 
 class Unreadable(InputError):
-  """A picture that no decoder takes; its message names it."""
+  """A picture that cannot be decoded; the message names it."""
 
 
 class Source(Protocol):
@@ -119,7 +119,7 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     shift = 0 if picture.mode == "I" and levels.max() < 256 else 8
     return Image.fromarray((levels >> shift).astype(np.uint8)).convert("RGB")
   if picture.mode == "F":
-    raise ValueError("its pixels are floats, whose white nobody can know; save it with 8 bits")
+    raise ValueError("its pixels are floats without a known white; save it with 8 bits")
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
