@@ -222,8 +222,9 @@ class _Forward:
 
     def latent(params: Any, trunk: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
       posterior = nnx.merge(graph, params).posterior(trunk, image)
+      z_BhwZ = posterior.sample(noise_BhwZ)  # first: the order decides how gradients round
       loss, parts = _total("latent", config, posterior, config.loss.pp_style)
-      return (posterior.sample(noise_BhwZ), loss), parts
+      return (z_BhwZ, loss), parts
 
     trunk, self._pull_trunk = jax.vjp(lambda p: nnx.merge(graph, p).encode_trunk(image), params)
     (self.z_BhwZ, self.loss), self._pull_latent, parts = jax.vjp(
