@@ -7,6 +7,7 @@ for torchvision's, which does not load beside every PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -39,22 +40,17 @@ REPLACED = [
 ]
 
 
-class Empty(type):
+def empty(_: Any, name: str) -> Any:
   """A class without content, whose attributes are such classes."""
-
-  def __getattr__(cls, name: str) -> Any:
-    if name.startswith("__"):
-      raise AttributeError(name)
-    return Empty(name, (), {})
+  if name.startswith("__"):
+    raise AttributeError(name)
+  return type("Empty", (type,), {"__getattr__": empty})(name, (), {})
 
 
 class StandIn(types.ModuleType):
   """A module in which every name is an empty class."""
 
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("__"):
-      raise AttributeError(name)
-    return Empty(name, (), {})
+  __getattr__ = empty
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -93,6 +89,13 @@ def autoencoder(checkout: str) -> Any:
   from tokenizer.autoencoder import AutoencoderKL
 
   return AutoencoderKL
+
+
+def precision(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+  """Autocast to bfloat16 on the job's device, as the reference trains, or nothing."""
+  if job["dtype"] == "bfloat16":
+    return torch.autocast(job.get("device", "cpu"), torch.bfloat16)
+  return contextlib.nullcontext()
 
 
 def vgg16(pretrained: bool = True) -> nn.Module:

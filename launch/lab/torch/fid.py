@@ -82,14 +82,6 @@ def distance(way: str, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   return {"fid": float(value), "seconds": time.perf_counter() - began}
 
 
-def score(logits: np.ndarray, splits: int) -> float:
-  """torch-fidelity's inception score, in the order given."""
-  from torch_fidelity.metric_isc import isc_features_to_metric
-
-  found = isc_features_to_metric(torch.tensor(logits), splits=splits, shuffle=False)
-  return float(found["inception_score_mean"])
-
-
 @torch.inference_mode()
 def speed(extract: Extractor, batches: int, shape: torch.Size) -> float:
   """Pictures a second, after one batch that is not timed."""
@@ -110,7 +102,11 @@ def figures(way: str, extract: Extractor, pictures: dict[str, torch.Tensor]) -> 
     features[name] = np.concatenate([x[0].numpy() for x in found]).astype(np.float64)
   result = distance(way, features["a"], features["b"])
   if found[0][1] is not None:
-    result["inception_score"] = score(np.concatenate([x[1].numpy() for x in found]), 1)
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.tensor(np.concatenate([x[1].numpy() for x in found]))
+    score = isc_features_to_metric(logits, splits=1, shuffle=False)  # in the order given
+    result["inception_score"] = float(score["inception_score_mean"])
   return result
 
 

@@ -21,12 +21,17 @@ from unittest import mock
 import checkout
 import numpy as np
 import torch
-from checkout import ABSENT, REPLACED, vgg16
+from checkout import ABSENT, REPLACED, precision, vgg16
 from serving import serve
 from torch import nn
 
 Arrays = dict[str, torch.Tensor]
 Named = Iterator[tuple[str, torch.Tensor]]
+# Of a tokenizer's training.
+TRAINED_BY_OPTIMIZERS = (
+  *("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "linear_proj."),
+  "loss.discriminator.",
+)
 
 
 @contextlib.contextmanager
@@ -186,16 +191,6 @@ def tokenizer_training(job: dict[str, Any], given: Arrays) -> Named:
       yield f"parameter/{name}", buffer
 
 
-TRAINED_BY_OPTIMIZERS = (
-  "encoder.",
-  "decoder.",
-  "quant_conv.",
-  "post_quant_conv.",
-  "linear_proj.",
-  "loss.discriminator.",
-)
-
-
 def inception(job: dict[str, Any], given: Arrays) -> Named:
   """torch-fidelity's network on its own input and on that of the checkout's pytorch-fid."""
   from torch_fidelity import feature_extractor_inceptionv3
@@ -255,13 +250,6 @@ def lpips(job: dict[str, Any], given: Arrays) -> Named:
   distance.sum().backward()
   yield from found.items()
   yield from (("output", distance.flatten()), ("gradient/other", other.grad))
-
-
-def precision(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-  """bfloat16 as the reference trains, or nothing."""
-  if job["dtype"] == "bfloat16":
-    return torch.autocast("cpu", torch.bfloat16)
-  return contextlib.nullcontext()
 
 
 MODELS = {

@@ -8,172 +8,145 @@ hustvl/LightningDiT, and run on random data as its own scripts run them: `train.
 `training_step` of `vavae/`, without. Weights are random. Results stay on the device, as ours do.
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import checkout
 import torch
+from checkout import precision
 from serving import serve
 from torch import nn
 
 Job = dict[str, Any]
+Work = Callable[[], object]  # does the work once, on new random data
 # Besides PyTorch's own error, what libraries say that get none.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
-class Work(Protocol):
-  """Made of a job; each call does the work once, on new random data."""
-
-  def __call__(self) -> object: ...
-
-
-def precision(job: Job) -> contextlib.AbstractContextManager[Any]:
-  """Autocast as accelerate has it, or nothing."""
-  if job["dtype"] == "bfloat16":
-    return torch.autocast(job["device"], torch.bfloat16)
-  return contextlib.nullcontext()
-
-
-class DiffusionTraining:
+def diffusion_training(job: Job) -> Work:
   """An update of LightningDiT, its optimizer and its average.
 
   The job: "checkout", "compile" (its torch.compile of each block), "model" (the arguments of
   LightningDiT), "batch_size", "dtype", "learning_rate", "betas", "clip_norm" (0: off), "decays" (of
   the averages).
   """
+  arguments = job["model"]
+  network = checkout.lightningdit(job["checkout"], job["compile"])
+  shape = (job["batch_size"], arguments["in_channels"], *[arguments["input_size"]] * 2)
+  model = network(**arguments)
+  emas = [(decay, network(**arguments)) for decay in job["decays"]]
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=job["learning_rate"], weight_decay=0, betas=job["betas"]
+  )
 
-  def __init__(self, job: Job):
-    model, self.job = job["model"], job
-    network = checkout.lightningdit(job["checkout"], job["compile"])
-    self.shape = (job["batch_size"], model["in_channels"], *[model["input_size"]] * 2)
-    self.model = network(**model)
-    self.emas = [(decay, network(**model)) for decay in job["decays"]]
-    self.num_classes = model["num_classes"]
-    self.optimizer = torch.optim.AdamW(
-      self.model.parameters(), lr=job["learning_rate"], weight_decay=0, betas=job["betas"]
-    )
-
-  def __call__(self) -> float:
-    data, noise = torch.randn(self.shape), torch.randn(self.shape)
+  def step() -> float:
+    data, noise = torch.randn(shape), torch.randn(shape)
     t = torch.sigmoid(torch.randn(len(data)))
-    label = torch.randint(0, self.num_classes, (len(data),))
+    label = torch.randint(0, arguments["num_classes"], (len(data),))
     share = t.view(-1, 1, 1, 1)
-    with precision(self.job):
-      predicted = self.model(share * data + (1 - share) * noise, t, label).float()
+    with precision(job):
+      predicted = model(share * data + (1 - share) * noise, t, label).float()
     target = data - noise
     cosine = nn.functional.cosine_similarity(predicted, target, dim=1)
     loss = ((predicted - target) ** 2).mean() + (1 - cosine).mean()
-    self.optimizer.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    if self.job["clip_norm"]:
-      nn.utils.clip_grad_norm_(self.model.parameters(), self.job["clip_norm"])
-    self.optimizer.step()
+    if job["clip_norm"]:
+      nn.utils.clip_grad_norm_(model.parameters(), job["clip_norm"])
+    optimizer.step()
     with torch.no_grad():
-      for decay, ema in self.emas:
-        for average, new in zip(ema.parameters(), self.model.parameters(), strict=True):
+      for decay, ema in emas:
+        for average, new in zip(ema.parameters(), model.parameters(), strict=True):
           average.mul_(decay).add_(new, alpha=1 - decay)
     return loss.item()
 
+  return step
 
-class Sampling:
+
+def sampling(job: Job) -> Work:
   """Latents by the reference's own solver, of which guidance always computes both halves.
 
   The job: "checkout", "compile", "model", "batch_size", "dtype", "sample" (num_steps, method, atol,
   rtol, timestep_shift, cfg_scale, cfg_interval_start).
   """
+  arguments, sample = job["model"], dict(job["sample"])
+  model = checkout.lightningdit(job["checkout"], job["compile"])(**arguments).eval()
+  # Its last layer begins at zero, and so would every velocity be.
+  nn.init.normal_(model.final_layer.linear.weight, std=0.02)
+  null = arguments["num_classes"]
+  shape = (job["batch_size"], arguments["in_channels"], *[arguments["input_size"]] * 2)
+  from transport import Sampler, create_transport
 
-  def __init__(self, job: Job):
-    model, self.job, self.sample = job["model"], job, job["sample"]
-    self.model = checkout.lightningdit(job["checkout"], job["compile"])(**model)
-    self.model.eval()
-    # Its last layer begins at zero, and so would every velocity be.
-    nn.init.normal_(self.model.final_layer.linear.weight, std=0.02)
-    self.null = model["num_classes"]
-    self.shape = (job["batch_size"], model["in_channels"], *[model["input_size"]] * 2)
-    from transport import Sampler, create_transport
-
-    self.solve = Sampler(create_transport()).sample_ode(
-      sampling_method=self.sample["method"],
-      num_steps=self.sample["num_steps"],
-      atol=self.sample["atol"],
-      rtol=self.sample["rtol"],
-      timestep_shift=self.sample["timestep_shift"],
-    )
+  guidance = {name: sample.pop(name) for name in ("cfg_scale", "cfg_interval_start")}
+  solve = Sampler(create_transport()).sample_ode(sampling_method=sample.pop("method"), **sample)
 
   @torch.no_grad()
-  def __call__(self) -> torch.Tensor:
-    noise = torch.randn(self.shape)
-    label = torch.randint(0, self.null, (len(noise),))
-    with precision(self.job):
-      if self.sample["cfg_scale"] <= 1:
-        return self.solve(noise, self.model.forward, y=label)[-1]
-      settings = {
-        "y": torch.cat([label, torch.full_like(label, self.null)]),
-        "cfg_scale": self.sample["cfg_scale"],
-        "cfg_interval": True,
-        "cfg_interval_start": self.sample["cfg_interval_start"],
-      }
-      both = self.solve(torch.cat([noise, noise]), self.model.forward_with_cfg, **settings)[-1]
+  def draw() -> torch.Tensor:
+    noise = torch.randn(shape)
+    label = torch.randint(0, null, (len(noise),))
+    with precision(job):
+      if guidance["cfg_scale"] <= 1:
+        return solve(noise, model.forward, y=label)[-1]
+      y = torch.cat([label, torch.full_like(label, null)])
+      double = torch.cat([noise, noise])
+      both = solve(double, model.forward_with_cfg, y=y, cfg_interval=True, **guidance)[-1]
     return both.chunk(2)[0]
 
+  return draw
 
-class TokenizerTraining:
+
+def tokenizer_training(job: Job) -> Work:
   """The `training_step` of VA-VAE, with both of its optimizers.
 
   The job: as of `checkout.tokenizer_training`, "batch_size", "image_size".
   """
-
-  def __init__(self, job: Job):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    self.model = checkout.tokenizer_training(job).train()
-    self.model.loss.perceptual_loss.eval()  # without dropout
-    self.model.log = self.model.log_dict = lambda *_, **__: None
-    self.model.global_step = job["loss"]["disc_start"]
-    self.shape = (job["batch_size"], *[job["image_size"]] * 2, 3)
-
-  def __call__(self) -> None:
-    self.model.training_step({"image": 2 * torch.rand(self.shape) - 1}, 0)
+  torch.backends.cuda.matmul.allow_tf32 = False
+  model = checkout.tokenizer_training(job).train()
+  model.loss.perceptual_loss.eval()  # without dropout
+  model.log = model.log_dict = lambda *_, **__: None
+  model.global_step = job["loss"]["disc_start"]
+  shape = (job["batch_size"], *[job["image_size"]] * 2, 3)
+  return lambda: model.training_step({"image": 2 * torch.rand(shape) - 1}, 0)
 
 
-class Encoding:
+def encoding(job: Job) -> Work:
   """Latents of pictures and of their mirror images.
 
   The job: "checkout", "model" (the arguments of AutoencoderKL), "batch_size", "image_size".
   """
-
-  def __init__(self, job: Job):
-    self.model = checkout.autoencoder(job["checkout"])(**job["model"]).eval()
-    self.shape = (job["batch_size"], 3, *[job["image_size"]] * 2)
+  model = checkout.autoencoder(job["checkout"])(**job["model"]).eval()
+  shape = (job["batch_size"], 3, *[job["image_size"]] * 2)
 
   @torch.no_grad()
-  def __call__(self) -> list[torch.Tensor]:
-    image = 2 * torch.rand(self.shape) - 1
-    return [self.model.encode(x).sample() for x in (image, image.flip(-1))]
+  def encode() -> list[torch.Tensor]:
+    image = 2 * torch.rand(shape) - 1
+    return [model.encode(x).sample() for x in (image, image.flip(-1))]
+
+  return encode
 
 
-class Decoding:
-  """Pictures of latents; the job as of `Encoding`."""
-
-  def __init__(self, job: Job):
-    self.model = checkout.autoencoder(job["checkout"])(**job["model"]).eval()
-    side = job["image_size"] // 2 ** (len(job["model"]["ch_mult"]) - 1)
-    self.shape = (job["batch_size"], job["model"]["embed_dim"], side, side)
+def decoding(job: Job) -> Work:
+  """Pictures of latents; the job as of `encoding`."""
+  model = checkout.autoencoder(job["checkout"])(**job["model"]).eval()
+  side = job["image_size"] // 2 ** (len(job["model"]["ch_mult"]) - 1)
+  shape = (job["batch_size"], job["model"]["embed_dim"], side, side)
 
   @torch.no_grad()
-  def __call__(self) -> torch.Tensor:
-    image = self.model.decode(torch.randn(self.shape))
+  def decode() -> torch.Tensor:
+    image = model.decode(torch.randn(shape))
     return torch.clamp(127.5 * image + 128, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+  return decode
 
 
 WORKS: dict[str, Callable[[Job], Work]] = {
-  "diffusion train": DiffusionTraining,
-  "diffusion sample": Sampling,
-  "tokenizer train": TokenizerTraining,
-  "tokenizer encode": Encoding,
-  "tokenizer decode": Decoding,
+  "diffusion train": diffusion_training,
+  "diffusion sample": sampling,
+  "tokenizer train": tokenizer_training,
+  "tokenizer encode": encoding,
+  "tokenizer decode": decoding,
 }
 
 
@@ -184,19 +157,20 @@ def begin(job: Job) -> tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]:
     sys.exit(f"PyTorch {torch.__version__} sees no GPU, which the comparison needs.")
   torch.backends.cuda.matmul.allow_tf32 = True
   torch.set_default_device(job["device"])
-  works: list[Work] = []
+  device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+  about = {"torch": torch.__version__, "torch_device": device}
+  work = fitting(lambda: WORKS[job["work"]](job))
+  if isinstance(work, dict):
+    return about | work, lambda _: work
 
-  def again(_: Any) -> dict[str, Any]:
+  def again() -> dict[str, Any]:
     began = time.perf_counter()
-    works[0]()
+    work()
     if cuda:
       torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - began}
 
-  device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-  about = {"torch": torch.__version__, "torch_device": device}
-  lack = fitting(lambda: works.append(WORKS[job["work"]](job)))
-  return about | (lack or {}), lambda question: lack or fitting(lambda: again(question))
+  return about, lambda _: fitting(again)
 
 
 def fitting(work: Callable[[], Any]) -> Any:
