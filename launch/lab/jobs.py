@@ -53,11 +53,7 @@ class Job:
 
 
 def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-  """By name, what identifies each job with all that it needs, wherever the folder is.
-
-  Raises:
-    ValueError: a name occurs twice, or a job comes before one that it needs.
-  """
+  """By name, what identifies each job with all that it needs, wherever the folder is."""
   found: dict[str, str] = {}
   for job in jobs:
     if job.name in found or not {*job.needs} <= {*found}:
@@ -112,11 +108,8 @@ class Record:
 def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = ()) -> None:
   """Runs the jobs that are not done, in their order, each as soon as those that it needs are done.
 
-  Args:
-    jobs: all of them, each after those that it needs.
-    folder: of `jobs.json`, of the logs, `logs/NAME.log`, and of all outputs.
-    workers: how many jobs run at once.
-    cores: of the processor, one for each worker; none: the system chooses.
+  `folder` has `jobs.json`, the logs (`logs/NAME.log`) and all outputs. Of `cores` of the processor
+  each worker has one; without them the system chooses.
 
   Raises:
     InputError: some jobs failed, and all that do not need them have run; or, before any job runs,

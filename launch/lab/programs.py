@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
 from launch import restore, tasks
-from launch.engine import mesh
+from launch.engine import flops, mesh
 from launch.engine.step import jit_step
 from lightningdit_jax import encoding
 from lightningdit_jax.sampling import sample_latents
@@ -59,31 +59,31 @@ def check(config: FrozenConfigDict, what: str) -> None:
 def of(
   config: FrozenConfigDict, devices: Mesh, what: str, num_images: int, coded: int = 0
 ) -> Program:
-  """One of the programs, not traced yet.
+  """One of `WHAT`, not traced yet; InputError if its batch does not divide over the devices.
 
-  Args:
-    what: one of `WHAT[config.task]`.
-    num_images: how many are sampled, encoded or decoded in all.
-    coded: images of a batch to encode or decode; 0: `CODED_PER_DEVICE`.
-
-  Raises:
-    InputError: the batch does not divide over the devices.
+  `num_images` are sampled, encoded or decoded in all, `coded` in a batch to encode or decode (0:
+  `CODED_PER_DEVICE`).
   """
   if what == "train":
-    return train_program(config, devices)
+    return _train(config, devices)
   if what == "sample":
-    return sample_program(config, devices, num_images)
-  make = encode_program if what == "encode" else decode_program
+    return _sample(config, devices, num_images)
+  make = _encode if what == "encode" else _decode
   return make(config, devices, coded or CODED_PER_DEVICE * devices.size, num_images)
 
 
 def traced(program: Program, devices: Mesh) -> Any:
-  """The program's trace, whose `jaxpr` `launch.engine.flops` counts."""
+  """The program's trace."""
   with jax.set_mesh(devices):
     return program.function.trace(*program.arguments)
 
 
-def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
+def count(program: Program, devices: Mesh) -> float:
+  """FLOPs of a run on all devices."""
+  return flops.count(traced(program, devices).jaxpr)
+
+
+def _train(config: FrozenConfigDict, devices: Mesh) -> Program:
   """The training step as the loop runs it, in its most expensive phase."""
   task = tasks.of(config)
   step: Any = task.train_step
@@ -105,10 +105,9 @@ def train_program(config: FrozenConfigDict, devices: Mesh) -> Program:
     "frozen networks": weights,
     "batch": batch,
   }
-  function = jit_step(step, config, shardings)
-  arguments = (phase, state, weights, batch, key)
-  size = config.batch_size
-  return Program(function, arguments, parts, config.num_steps, size, statics=1, handed_on=0)
+  function, arguments = jit_step(step, config, shardings), (phase, state, weights, batch, key)
+  runs, size = config.num_steps, config.batch_size
+  return Program(function, arguments, parts, runs, size, statics=1, handed_on=0)
 
 
 def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -123,21 +122,18 @@ def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], 
   return functools.partial(vavae_jax.training.train_step, merge=merge), weights
 
 
-def sample_program(config: FrozenConfigDict, devices: Mesh, num_samples: int) -> Program:
+def _sample(config: FrozenConfigDict, devices: Mesh, num_samples: int) -> Program:
   """Sampling of latents, as `launch.sample` does before it decodes them."""
   size = config.sample.batch_size
   params = _params(config, devices)
   batch = _batch(config, size, devices)
   index = rows((size,), jnp.int32, devices)
-  run = functools.partial(sample_latents, config, seed=0, sample=config.sample)
-  function = jax.jit(run)
-  parts = {"parameters": params}
-  return Program(function, (params, index, batch["label"]), parts, num_samples / size, size)
+  run = jax.jit(functools.partial(sample_latents, config, seed=0, sample=config.sample))
+  arguments = (params, index, batch["label"])
+  return Program(run, arguments, {"parameters": params}, num_samples / size, size)
 
 
-def encode_program(
-  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
-) -> Program:
+def _encode(config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int) -> Program:
   """Encoding of pictures, as `launch.encode` does on each host."""
   params = _params(config, devices)
 
@@ -151,9 +147,7 @@ def encode_program(
   return Program(jax.jit(run), (params, batch), parts, num_images / batch_size, batch_size)
 
 
-def decode_program(
-  config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int
-) -> Program:
+def _decode(config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int) -> Program:
   """Decoding of latents to pictures of uint8, as `launch.sample` does behind its solver."""
   mesh.check_batch_size(batch_size, devices)
   params = _params(config, devices)

@@ -41,16 +41,16 @@ class Checkouts(NamedTuple):
   compiled: bool  # whether its blocks are compiled, as the reference is published, or run eagerly
 
   def check(self) -> None:
-    """Raises InputError where that is no checkout of the reference."""
+    """Raises InputError if `lightningdit` is no checkout of the reference."""
     _check_file("--reference", self.lightningdit, "models/lightningdit.py", "hustvl/LightningDiT")
 
   def check_taming(self) -> None:
-    """Raises InputError where that is no checkout of taming-transformers."""
+    """Raises InputError if `taming` is no checkout of taming-transformers."""
     file = "taming/modules/losses/lpips.py"
     _check_file("--taming", Path(self.taming), file, "CompVis/taming-transformers")
 
   def check_python(self) -> None:
-    """Raises InputError where the interpreter lacks something."""
+    """Raises InputError if the interpreter lacks a module."""
     look = "import importlib.util as u; print(*(x for x in {} if not u.find_spec(x)))"
     words = [self.python, "-c", look.format(("torch", "timm", "einops", "torchdiffeq", "PIL"))]
     try:
@@ -72,7 +72,7 @@ def _check_file(flag: str, folder: Path, file: str, repository: str) -> None:
 
 
 def device() -> str:
-  """Where PyTorch computes beside ours, "cuda" or "cpu"; InputError if not on the same device."""
+  """Where PyTorch computes, "cuda" or "cpu"; InputError if it cannot be where ours does."""
   backend = jax.default_backend()
   if backend not in ("cpu", "gpu"):
     raise InputError(f"--reference is for GPUs and CPUs, and jax has {backend}.")
@@ -93,14 +93,9 @@ def define_flags() -> None:
 def job_of(
   checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int
 ) -> dict[str, Any]:
-  """The job of `torch/steps.py` that does the same work as ours.
+  """The job of `torch/steps.py` that does the same work as ours on batches of `images`.
 
-  Args:
-    what: one of `programs.WHAT[config.task]`.
-    images: of a batch.
-
-  Raises:
-    InputError: the reference cannot do this.
+  Raises InputError if the reference cannot do it.
   """
   job = {
     "work": f"{config.task} {what}",
@@ -152,8 +147,7 @@ def _diffusion_job(config: FrozenConfigDict, what: str) -> dict[str, Any]:
 def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, Any]:
   """The arguments of the reference's tokenizer training, in the last stage of ours.
 
-  Raises:
-    InputError: one that it does not have.
+  Raises InputError if it does not have them.
   """
   checkouts.check_taming()
   if config.data.image_size != 256 or config.teacher.name != "dinov2_vitl14":

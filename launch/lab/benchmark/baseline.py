@@ -17,6 +17,7 @@ from launch.engine import console
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
+FLAGS = flags.FLAGS
 Row = dict[str, Any]
 # Ratio -> whether more of it is better.
 RATIOS = {"share_of_matmul": True, "times_torch": True, "program_gib": False}
@@ -30,12 +31,7 @@ class Change(NamedTuple):
   ratio: str  # one of `RATIOS`
   before: float
   now: float
-
-  @property
-  def loss(self) -> float:
-    """The share by which it is worse now; below 0 if it is better."""
-    better, worse = (self.now, self.before) if RATIOS[self.ratio] else (self.before, self.now)
-    return 1 - better / worse
+  loss: float  # the share by which it is worse now; below 0 if it is better
 
 
 def ratios_of(result: dict[str, Any]) -> list[Row]:
@@ -77,13 +73,14 @@ def update(path: Path, rows: list[Row]) -> None:
 def changes(rows: list[Row], before: list[Row]) -> list[Change]:
   """The ratios that both have; `rows` as of `ratios_of`."""
   known = {_name(row): row for row in before}
-  return [
-    Change(_name(row), ratio, known[_name(row)][ratio], row[ratio])
-    for row in rows
-    if _name(row) in known
-    for ratio in RATIOS
-    if ratio in row and ratio in known[_name(row)]
-  ]
+  found = []
+  for row in rows:
+    old = known.get(_name(row), {})
+    for ratio, more_is_better in RATIOS.items():
+      if ratio in row and ratio in old:
+        share = row[ratio] / old[ratio] if more_is_better else old[ratio] / row[ratio]
+        found.append(Change(_name(row), ratio, old[ratio], row[ratio], 1 - share))
+  return found
 
 
 def define_flags() -> None:
@@ -95,25 +92,23 @@ def define_flags() -> None:
 
 def check_flags() -> None:
   """Raises InputError before anything is measured, if --compare names no baseline."""
-  if flags.FLAGS.compare:
-    read(Path(flags.FLAGS.compare))
+  if FLAGS.compare:
+    read(Path(FLAGS.compare))
 
 
 def settle(rows: list[Row]) -> None:
   """Does what --compare and --update say; raises InputError as `check` does."""
-  given = flags.FLAGS
-  if given.compare:
-    check(rows, Path(given.compare), given.tolerance)
-  if given.update:
-    update(Path(given.update), rows)
-    console.say(f"ratios kept in {given.update}")
+  if FLAGS.compare:
+    check(rows, Path(FLAGS.compare), FLAGS.tolerance)
+  if FLAGS.update:
+    update(Path(FLAGS.update), rows)
+    console.say(f"ratios kept in {FLAGS.update}")
 
 
 def check(rows: list[Row], path: Path, tolerance: float) -> None:
-  """Shows what has changed against a baseline.
+  """Shows what has changed against a baseline; InputError if more than the tolerance for the worse.
 
-  Raises:
-    InputError: a ratio is worse by more than the tolerance, or the baseline has none of them.
+  Also if the baseline has none of these measurements.
   """
   found = changes(rows, read(path))
   if not found:

@@ -68,11 +68,7 @@ NOTES = (
 
 
 def jobs_of(config: ConfigDict, workdir: Path, beside: Sequence[str]) -> list[Job]:
-  """A job for each measurement of `configs/lab/speed.py`.
-
-  Args:
-    beside: flags of `benchmark steps` that name the reference; empty without one.
-  """
+  """A job for each measurement; `beside` are the flags of `benchmark steps` for the reference."""
   jobs = []
   for each in config.measurements:
     output = workdir / "results" / f"{each['name']}.json"
@@ -121,10 +117,6 @@ def write_page(config: ConfigDict, results: dict[str, Row], page: Path, command:
 
 def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
   """Sampling and decoding together, for the rows with the reference beside them."""
-
-  def both(a: float, b: float) -> float:
-    return 1 / (1 / a + 1 / b)
-
   whole = [(label, row) for label, row in paths if "times_torch" in row]
   decoding = next((row for _, row in whole if row["what"] == "decode"), None)
   sampling = [(label, row) for label, row in whole if row["what"] == "sample"]
@@ -133,7 +125,8 @@ def _pictures(paths: Sequence[tuple[str, Row]]) -> list[str]:
   rows = []
   for label, row in sampling:
     ours, theirs = (
-      both(row[name], decoding[name]) for name in ("images_per_second", "torch_images_per_second")
+      1 / (1 / row[name] + 1 / decoding[name])
+      for name in ("images_per_second", "torch_images_per_second")
     )
     rows.append([f"{label}, {row['dtype']}", *map(console.number, (ours, theirs, ours / theirs))])
   header = ("sampling and decoding", "images/s", "reference, images/s", "times the reference")
@@ -200,7 +193,9 @@ def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
       for axis, figures in zip(column, ("images_per_second", "share_of_matmul"), strict=True):
         axis.plot(places, [row[figures] for _, row in points], "o-", label=key)
     top, bottom = column
-    top.set(title=f"over {PLOTS[name]}", ylabel="images/s", yscale="log", ylim=_decades(rows))
+    values = [row["images_per_second"] for _, row in rows]
+    limits = min(values) / 2, max(values) * 2  # so that a small change does not look large
+    top.set(title=f"over {PLOTS[name]}", ylabel="images/s", yscale="log", ylim=limits)
     bottom.set(xlabel=PLOTS[name], ylabel="share of a product's rate", ylim=(0, 1))
     for axis in column:
       axis.grid(alpha=0.3, which="both")
@@ -208,12 +203,6 @@ def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
         axis.set_xscale("log", base=2)
         axis.legend()
   return plots.save(figure, path)
-
-
-def _decades(rows: Sequence[tuple[str, Row]]) -> tuple[float, float]:
-  """Limits of an axis, wide enough that a small change does not look like a large one."""
-  values = [row["images_per_second"] for _, row in rows]
-  return min(values) / 2, max(values) * 2
 
 
 def _fitting(config: ConfigDict) -> ConfigDict:

@@ -67,25 +67,16 @@ def measure(
   checkouts: Checkouts | None = None,
   trace: Path | None = None,
 ) -> Row:
-  """Times runs of a program, in rounds with the reference's where it is given.
+  """Times `steps` runs of a program, after one more, in rounds with the reference's if it is given.
 
   The two do not take turns run by run: each would pay for memory that the other has just freed.
-
-  Args:
-    config: resolved.
-    what: a program of `programs.WHAT`, or "fid".
-    steps: how many runs are timed in each round, after one that is not.
-    checkouts: of the reference.
-    trace: a folder for a profile.
-
-  Returns:
-    The row, with medians of seconds.
+  `what` is one of `programs.WHAT` or "fid", `trace` a folder for a profile.
   """
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = _program(config, devices, what)
   dtype = config.sample.dtype if what == "sample" else config.dtype
-  row: Row = {"what": what, "dtype": "float32" if what == "fid" else dtype}
-  row["batch_size"] = program.images
+  dtype = "float32" if what == "fid" else dtype
+  row: Row = {"what": what, "dtype": dtype, "batch_size": program.images}
   if what == "train" and config.task == "diffusion":
     row["attention"] = config.model.attention
   before = peak_memory()
@@ -118,7 +109,7 @@ def measure(
     "program_gib": prepared.memory / 2**30,
     "compile_cold": prepared.compile_cold,
     "compile_warm": prepared.compile_warm,
-    **_beside_limits(work, prepared.least_bytes, seconds, row["dtype"], devices),
+    **_beside_limits(work, prepared.least_bytes, seconds, dtype, devices),
   }
   # The device counts for the whole process: the peak is this row's where the row raised it.
   if (most := peak_memory()) > before:
@@ -159,7 +150,7 @@ def useful_flops(config: FrozenConfigDict, devices: Mesh, what: str, computed: f
   """
 
   def count_of(changed: FrozenConfigDict) -> float:
-    return flops.count(programs.traced(_program(changed, devices, what), devices).jaxpr)
+    return programs.count(_program(changed, devices, what), devices)
 
   if what == "train" and (plain := without_recomputation(config)) != config:
     return count_of(plain)

@@ -79,8 +79,7 @@ def plan(
     compiled, needed = _compiled(traced)
   one_run = computed = flops.count(traced.jaxpr) / devices.size
   if what == "train" and (plain := without_recomputation(config)) != config:
-    own = programs.traced(programs.of(plain, devices, what, num_images), devices)
-    one_run = flops.count(own.jaxpr) / devices.size
+    one_run = programs.count(programs.of(plain, devices, what, num_images), devices) / devices.size
   result = Plan(
     settings=settings or {},
     mesh=f"{devices.shape['data']} x {devices.shape['fsdp']}",
