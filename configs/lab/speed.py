@@ -37,18 +37,16 @@ def get_config(argument: str = "cpu") -> ConfigDict:
   return ConfigDict({"size": argument, "measurements": tuple(sizes[argument]())})
 
 
-def _path(
-  name: str, label: str, *flags: str, reference: bool = True, devices: int = 0
-) -> Measurement:
+def _path(name: str, label: str, *flags: str, **changes: bool | int) -> Measurement:
   """A row of the table, or one for each batch size and attention."""
-  about = {"name": name, "group": "paths", "label": label}
-  return about | {"flags": flags, "devices": devices, "reference": reference}
+  about: Measurement = {"name": name, "group": "paths", "label": label, "flags": flags}
+  return about | {"devices": 0, "reference": True} | changes
 
 
 def _point(group: str, label: str, *flags: str, devices: int = 0) -> Measurement:
   """A point of a plot, or a line of batch sizes."""
-  about = {"name": f"{group}_{label.partition('/')[0]}", "group": group, "label": label}
-  return about | {"flags": flags, "devices": devices, "reference": False}
+  point = _path(f"{group}_{label.partition('/')[0]}", label, *flags, devices=devices)
+  return point | {"group": group, "reference": False}
 
 
 def _train(config: str, batch: int | str, *flags: str) -> tuple[str, ...]:

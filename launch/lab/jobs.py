@@ -52,6 +52,15 @@ class Job:
     return self.name.partition("/")[0]
 
 
+def backend() -> tuple[str, int]:
+  """jax's backend and its number of devices."""
+  # In a process of its own: one that asks keeps the accelerator's memory.
+  words = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
+  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  name, count = done.stdout.split()[-2:]
+  return name, int(count)
+
+
 def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
   """By name, what identifies each job with all that it needs, wherever the folder is."""
   found: dict[str, str] = {}

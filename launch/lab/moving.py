@@ -7,15 +7,9 @@ import sys
 
 
 def forward(old: str, new: str) -> None:
-  """Runs a command under its new name.
-
-  Args:
-    old: the module that the person named, such as "launch.compile".
-    new: the module that does it now, and the word of its subcommand where it has one.
-  """
-  print(
-    f"{old} moved: use python -m {new}. The old name goes with the next release.", file=sys.stderr
-  )
+  """Runs the command `new`, a module and maybe a subcommand, and says that `old` moved there."""
+  text = f"{old} moved: use python -m {new}. The old name goes with the next release."
+  print(text, file=sys.stderr)
   module, *words = new.split()
   sys.argv[1:1] = words
   runpy.run_module(module, run_name="__main__", alter_sys=True)

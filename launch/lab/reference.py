@@ -12,17 +12,13 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 import configs.base
+from lightningdit_jax.model import ONLY_OURS
 from vavae_jax.common.errors import InputError
 
 # Flags that are defined here are those of the command that asks for them.
 flags.disclaim_key_flags()
 NEEDS = "torch, timm, numpy, einops, torchdiffeq and pillow"
 # Keys of our configuration that are arguments of the reference's.
-_LIGHTNINGDIT = (
-  *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio"),
-  *("class_dropout_prob", "num_classes", "learn_sigma", "use_qknorm", "use_swiglu", "use_rope"),
-  *("use_rmsnorm", "wo_shift", "use_checkpoint"),
-)
 _SAMPLE = (
   *("num_steps", "method", "atol", "rtol"),
   *("timestep_shift", "cfg_scale", "cfg_interval_start"),
@@ -90,6 +86,14 @@ def define_flags() -> None:
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
 
 
+def checkouts(compiled: bool) -> Checkouts | None:
+  """What the flags name."""
+  given = flags.FLAGS
+  if not given.reference:
+    return None
+  return Checkouts(Path(given.reference), given.taming, given.torch_python, compiled)
+
+
 def job_of(
   checkouts: Checkouts, config: FrozenConfigDict, what: str, images: int
 ) -> dict[str, Any]:
@@ -127,7 +131,8 @@ def job_of(
 
 
 def _diffusion_job(config: FrozenConfigDict, what: str) -> dict[str, Any]:
-  model = {name: config.model[name] for name in _LIGHTNINGDIT}
+  model = {name: value for name, value in config.model.items() if name not in ONLY_OURS}
+  model["use_checkpoint"] = config.model.use_checkpoint  # the reference recomputes all, too
   if what == "sample":
     if config.sample.mode != "ODE":
       raise InputError(f"config.sample.mode is {config.sample.mode}; beside the reference: ODE.")

@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parent / "torch"
 
 
 class TorchProcess:
-  """A script of `launch/lab/torch`, which computes only while a question waits for its answer.
+  """One of `SCRIPTS`, which computes only while a question, anything that JSON can hold, waits.
 
   Use it as a context manager, so that it ends with the work.
 
@@ -24,14 +24,7 @@ class TorchProcess:
   def __init__(self, python: str, script: Path, job: Any, needs: str):
     """Starts the script and waits until it has answered the job.
 
-    Args:
-      python: the interpreter, as --torch_python names it.
-      script: one of `SCRIPTS`.
-      job: anything that JSON can hold.
-      needs: the modules that the interpreter must have, for the error message.
-
-    Raises:
-      InputError: the interpreter does not start, or the script has ended without an answer.
+    Raises InputError, which says that `python` `needs` these modules, if there is no answer.
     """
     try:
       self._process = subprocess.Popen(
@@ -55,13 +48,9 @@ class TorchProcess:
       raise InputError(f"The PyTorch process ended (its message is above); {self._advice}.")
     return json.loads(line)
 
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.terminate()
-    self._process.wait()
-
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self.close()
+    self._process.terminate()
+    self._process.wait()

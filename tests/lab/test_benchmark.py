@@ -72,7 +72,7 @@ def test_a_folder_without_the_reference_is_refused(tmp_path):
     measure(checkouts=checkouts(tmp_path))
 
 
-def test_an_interpreter_without_what_the_reference_needs_is_told(tmp_path, capfd):
+def test_an_interpreter_without_what_the_reference_needs_is_refused(tmp_path, capfd):
   (tmp_path / "models").mkdir()
   (tmp_path / "models" / "lightningdit.py").write_text("raise ImportError('not here')\n")
   with pytest.raises(InputError, match="give --torch_python an interpreter with torch"):
@@ -190,7 +190,7 @@ def result(speed, memory=2.0, batch_size=8, asked="a.py:B"):
   }
 
 
-def test_a_baseline_keeps_ratios_alone_and_tells_what_is_worse(tmp_path):
+def test_a_baseline_keeps_ratios_alone_and_names_what_is_worse(tmp_path):
   path = tmp_path / "baseline.json"
   baseline.update(path, baseline.ratios_of(result(0.4)))
   baseline.update(path, baseline.ratios_of(result(0.3, batch_size=16)))
@@ -235,7 +235,7 @@ def test_what_no_longer_fits_is_worse_and_leaves_the_baseline_as_it_was(tmp_path
   assert baseline.read(path)[0]["program_gib"] == 2.0
 
 
-def test_a_reference_without_the_memory_says_so_and_ours_is_told(tmp_path, monkeypatch):
+def test_a_reference_without_the_memory_says_so_and_ours_is_measured(tmp_path, monkeypatch):
   script = stand_in(tmp_path, monkeypatch)
   script.write_text(
     "import sys\nsys.stdin.readline()\nprint('{\"out_of_memory\": true}', flush=True)\n"

@@ -181,7 +181,7 @@ def test_the_page_shows_nothing_that_was_measured_otherwise(measured, tmp_path):
   assert "| plain | 4 | 20.25 | 0.500 | 3.00 | - | - |" in file.read_text()
 
 
-def test_the_command_writes_its_page_and_tells_how_it_was_called(command, measured, tmp_path):
+def test_the_command_writes_its_page_and_shows_how_it_was_called(command, measured, tmp_path):
   file = tmp_path / "page.md"
   settings = [f"--config.{name}={value}" for name, value in TESTED.items()]
   words = ("--config=configs/lab/dilemma.py:tiny", f"--workdir={measured}", *settings)

@@ -57,16 +57,16 @@ def test_a_size_that_is_none_is_refused():
 
 
 def row(speed, share, **more):
-  told = {"what": "train", "dtype": "bfloat16", "attention": "cudnn", "batch_size": 8}
-  told |= {"images_per_second": speed, "model_tflops_per_second": 2.0 * speed}
-  told |= {"least_gib": 0.25, "share_of_matmul": share, "share_of_ceiling": 2 * share}
-  return told | {"program_gib": 3.0} | more
+  figures = {"what": "train", "dtype": "bfloat16", "attention": "cudnn", "batch_size": 8}
+  figures |= {"images_per_second": speed, "model_tflops_per_second": 2.0 * speed}
+  figures |= {"least_gib": 0.25, "share_of_matmul": share, "share_of_ceiling": 2 * share}
+  return figures | {"program_gib": 3.0} | more
 
 
 def result(*rows, copy=10.0):
-  told = {"commit": "abc", "date": "today", "device": "1 x H200", "jax": "1", "asked": "a.py"}
-  told |= {"matmul_tflops_per_second": {"bfloat16": 700.0}, "copy_gib_per_second": copy}
-  return told | {"rows": list(rows)}
+  about = {"commit": "abc", "date": "today", "device": "1 x H200", "jax": "1", "asked": "a.py"}
+  about |= {"matmul_tflops_per_second": {"bfloat16": 700.0}, "copy_gib_per_second": copy}
+  return about | {"rows": list(rows)}
 
 
 def test_the_page_shows_ceilings_gaps_and_ratios_and_names_what_is_missing(tmp_path):
@@ -103,7 +103,7 @@ def test_what_does_not_fit_says_so_in_the_table():
   assert theirs[-2:] == ["out of memory", ""]
 
 
-def test_sampling_and_decoding_are_told_together():
+def test_sampling_and_decoding_are_shown_together():
   beside = {"torch_images_per_second": 2.0, "times_torch": 1.0}
   sample = ("sample", row(4.0, 0.5, **beside) | {"what": "sample"})
   decode = ("decode", row(12.0, 0.5, **beside) | {"what": "decode"})
@@ -135,7 +135,7 @@ def test_a_measurement_is_a_command_that_runs_and_is_known_again(tmp_path):
 
 def test_devices_that_are_not_there_are_left_out(monkeypatch):
   done = subprocess.CompletedProcess([], 0, stdout="WARNING\ngpu 2\n")
-  monkeypatch.setattr(speed.subprocess, "run", lambda *_, **__: done)
+  monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
   config = sizes.get_config("gpu")
   names = [each["name"] for each in speed._fitting(config).measurements]
   gone = {each["name"] for each in config.measurements} - {*names}

@@ -15,8 +15,6 @@ a ratio is worse than in a stored baseline. Other work on the machine distorts t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,7 @@ from launch.lab import reference
 from launch.lab.benchmark import baseline
 from launch.lab.benchmark.rows import Row
 from launch.lab.benchmark.steps import SHOWN
-from launch.lab.jobs import Job, Record, run
-from launch.lab.reference import Checkouts
+from launch.lab.jobs import Job, Record, backend, run
 from launch.report import markdown, plots
 from vavae_jax.common.errors import InputError
 
@@ -207,13 +204,10 @@ def _draw(growth: dict[str, list[tuple[str, Row]]], path: Path) -> Path:
 
 def _fitting(config: ConfigDict) -> ConfigDict:
   """The measurements that this machine has devices for; CPUs have virtual ones."""
-  # Asked in a process of its own: one that has asked keeps the accelerator's memory.
-  words = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
-  done = subprocess.run(words, capture_output=True, text=True, check=True)
-  backend, count = done.stdout.split()[-2:]
-  if backend == "cpu":
+  name, count = backend()
+  if name == "cpu":
     return config
-  kept = tuple(each for each in config.measurements if each["devices"] <= int(count))
+  kept = tuple(each for each in config.measurements if each["devices"] <= count)
   if left := [each["name"] for each in config.measurements if each not in kept]:
     console.say(f"left out, since there are {count} devices: {', '.join(left)}")
   return ConfigDict({"size": config.size, "measurements": kept})
@@ -221,10 +215,10 @@ def _fitting(config: ConfigDict) -> ConfigDict:
 
 def _beside(config: ConfigDict) -> list[str]:
   """Flags of `benchmark steps` that name the reference, which is checked here."""
-  if not FLAGS.reference:
+  checkouts = reference.checkouts(compiled=False)
+  if checkouts is None:
     console.say("no --reference: PyTorch is not measured")
     return []
-  checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled=False)
   checkouts.check()
   checkouts.check_python()
   training = (f"--config={speed.TOKENIZER}", "--what=train")

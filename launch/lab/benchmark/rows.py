@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import tempfile
@@ -80,25 +81,23 @@ def measure(
   if what == "train" and config.task == "diffusion":
     row["attention"] = config.model.attention
   before = peak_memory()
-  reference = None
+  reference: TorchProcess | None = None
   if checkouts and what in BESIDE_REFERENCE:
     job = job_of(checkouts, config, what, program.images)
     reference = TorchProcess(checkouts.python, SCRIPTS / "steps.py", job, NEEDS)
   try:
-    prepared = prepare(config, devices, program, what)
-    timed(prepared.run)
-    ours, theirs = [], []
-    for _ in range(ROUNDS if reference else 1):
-      ours += [timed(prepared.run) for _ in range(steps + 1)][1:]
-      if reference:
-        theirs += [reference.ask("again").get("seconds") for _ in range(steps + 1)][1:]
+    with reference or contextlib.nullcontext():
+      prepared = prepare(config, devices, program, what)
+      timed(prepared.run)
+      ours, theirs = [], []
+      for _ in range(ROUNDS if reference else 1):
+        ours += [timed(prepared.run) for _ in range(steps + 1)][1:]
+        if reference:
+          theirs += [reference.ask("again").get("seconds") for _ in range(steps + 1)][1:]
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return row | {"out_of_memory": True}
-  finally:
-    if reference:
-      reference.close()
   seconds = float(np.median(ours))
   work = useful_flops(config, devices, what, prepared.flops)
   row |= {

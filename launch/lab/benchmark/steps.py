@@ -187,17 +187,13 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   if FLAGS.devices:
     mesh.use(FLAGS.devices)
-  checkouts = None
-  if FLAGS.reference:
-    compiled = jax.default_backend() != "cpu"
-    checkouts = Checkouts(Path(FLAGS.reference), FLAGS.taming, FLAGS.torch_python, compiled)
   result = benchmark(
     FLAGS.config,
     what=FLAGS.what,
     batch_sizes=sorted(batch_sizes),
     attentions=FLAGS.attention,
     steps=FLAGS.steps,
-    checkouts=checkouts,
+    checkouts=reference.checkouts(compiled=jax.default_backend() != "cpu"),
     trace=Path(FLAGS.profile) if FLAGS.profile else None,
     count_only=FLAGS.count_only,
     asked=_asked(),

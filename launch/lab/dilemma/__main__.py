@@ -17,8 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -28,7 +26,7 @@ from configs.lab import dilemma
 from launch.engine import configuration, console
 from launch.engine.circumstances import own_command
 from launch.lab.dilemma import checks, graph, page
-from launch.lab.jobs import run
+from launch.lab.jobs import backend, run
 
 CONFIG = f"{dilemma.__file__}:cifar"
 
@@ -36,11 +34,9 @@ CONFIG = f"{dilemma.__file__}:cifar"
 def _workers() -> tuple[int, list[int]]:
   """How many jobs run at once, and on which cores."""
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  # In a process of its own: one that asks for the backend keeps the accelerator's memory.
-  words = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-  backend = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-  jobs = FLAGS.jobs or (len(cores) or 1 if backend == "cpu" else 1)
-  return jobs, cores if backend == "cpu" and jobs <= len(cores) else []
+  on_cpu = backend()[0] == "cpu"
+  jobs = FLAGS.jobs or (len(cores) or 1 if on_cpu else 1)
+  return jobs, cores if on_cpu and jobs <= len(cores) else []
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,8 @@ def write(
 ) -> None:
   """Writes the results so far; a dash stands for those that have not been run as configured.
 
-  Args:
-    page: a new page, or one whose results are replaced; pictures go beside it.
-    command: shown as the one that runs the experiment.
-
-  Raises:
-    InputError: the page has no place for results.
+  `page` is a new page, or one whose results are replaced (InputError if it has no place for them);
+  pictures go beside it. `command` is shown as the one that runs the experiment.
   """
   found = Results(config, workdir, jobs)
   name = found.name
@@ -122,35 +119,25 @@ def _table(spaces: Sequence[Space], name: str) -> list[str]:
   rows = []
   for space in spaces:
     found = space.figures
-    distance = next((v for k, v in found.items() if k.startswith("rfd_")), None)
-    spread = found.get("density_cv_std")
-    rows.append(
-      [
-        space.variant,
-        str(space.width),
-        _number(found.get("psnr"), 2),
-        _number(found.get("ssim"), 3),
-        _number(distance, 2 if distance is None or distance >= 0.1 else 4),
-        _spread(space.distances),
-        _spread(space.guided),
-        _number(found.get("density_cv"), 3) + ("" if spread is None else f" ± {spread:.3f}"),
-        _number(found.get("gini"), 3),
-        _number(found.get("normalized_entropy"), 3),
-        _number(found.get("effective_dimensions"), 1),
-        _number(found.get("teacher_cosine"), 2),
-        _number(float(np.mean(space.mse)) if space.mse else None, 3),
-      ]
-    )
+    shown = functools.partial(_shown, found)
+    distance = next((key for key in found if key.startswith("rfd_")), "")
+    spread = f" ± {found['density_cv_std']:.3f}" if "density_cv_std" in found else ""
+    row = [space.variant, str(space.width), shown("psnr", 2), shown("ssim", 3)]
+    row += [shown(distance, 2 if found.get(distance, 1) >= 0.1 else 4)]
+    row += [_spread(space.distances), _spread(space.guided)]
+    row += [shown("density_cv", 3) + spread, shown("gini", 3), shown("normalized_entropy", 3)]
+    row += [shown("effective_dimensions", 1), shown("teacher_cosine", 2)]
+    rows.append([*row, f"{np.mean(space.mse):.3f}" if space.mse else NOT_RUN])
   return table(head, rows)
 
 
-def _number(value: float | None, digits: int) -> str:
-  return NOT_RUN if value is None else f"{value:.{digits}f}"
+def _shown(figures: Mapping[str, float], name: str, digits: int) -> str:
+  return f"{figures[name]:.{digits}f}" if name in figures else NOT_RUN
 
 
 def _spread(values: Sequence[float]) -> str:
   if len(values) < 2:
-    return _number(values[0] if values else None, 2)
+    return f"{values[0]:.2f}" if values else NOT_RUN
   return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 

@@ -52,7 +52,7 @@ class Settings:
 
   @property
   def image_shape(self) -> tuple[int, ...]:
-    """Of a batch of pictures, as PyTorch has it."""
+    """A batch of pictures, as PyTorch has it."""
     return self.batch_size, 3, self.image_size, self.image_size
 
   @property

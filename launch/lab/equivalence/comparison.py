@@ -82,24 +82,26 @@ def row_of(key: str, dtype: str, actual: np.ndarray, expected: np.ndarray, kinke
 
 def summary(rows: list[Row]) -> list[list[str]]:
   """For each dtype and group the number of arrays, and the difference and name of the worst."""
+  groups: dict[str, list[Row]] = {}
+  for row in rows:
+    groups.setdefault(f"{row.dtype} {row.group}", []).append(row)
   lines = []
-  for dtype, group in dict.fromkeys((row.dtype, row.group) for row in rows):
-    of_group = [row for row in rows if (row.dtype, row.group) == (dtype, group)]
+  for name, of_group in groups.items():
     # A NaN is the worst.
     worst = max(of_group, key=lambda row: np.nan_to_num(row.judged / row.tolerance, nan=np.inf))
     numbers = [f"{worst.relative:.1e}", f"{worst.rms:.1e}", worst.name, f"{worst.tolerance:.0e}"]
     holds = "yes" if all(row.holds for row in of_group) else "NO"
-    lines.append([f"{dtype} {group}", str(len(of_group)), *numbers, holds])
+    lines.append([name, str(len(of_group)), *numbers, holds])
   return lines
 
 
 def sections(rows: list[Row], about: Mapping[str, Any]) -> list[Section]:
   """Of the page: a chart of the difference by layer, the summary, every array, how it was made."""
-  layers = {
-    dtype: [(i, row.relative) for i, row in enumerate(of_dtype)]
-    for dtype in dict.fromkeys(row.dtype for row in rows)
-    if (of_dtype := [row for row in rows if row.dtype == dtype and row.group == "layer"])
-  }
+  layers: dict[str, list[tuple[int, float]]] = {}
+  for row in rows:
+    if row.group == "layer":
+      points = layers.setdefault(row.dtype, [])
+      points.append((len(points), row.relative))
   curve = Curve("Difference by layer", "largest relative", layers, log_y=True, x_label="layer")
   every = [
     [row.dtype, row.group, row.name, *(f"{x:.3e}" for x in (row.max_abs, row.relative, row.rms))]
@@ -116,13 +118,9 @@ def sections(rows: list[Row], about: Mapping[str, Any]) -> list[Section]:
 
 
 def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
-  """Runs both sides.
+  """Runs both sides; returns rows in the order of computation, and facts about the PyTorch side.
 
-  Returns:
-    (rows in the order of computation, facts about the PyTorch side).
-
-  Raises:
-    InputError: no checkout, no PyTorch, or weights of another model.
+  Raises InputError without a checkout or PyTorch, or for weights of another model.
   """
   settings.checkouts.check()
   case = make_case(settings)
@@ -135,8 +133,8 @@ def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
   rows: list[Row] = []
   about: dict[str, str] = {}
   with tempfile.TemporaryDirectory() as folder:
-    files = {"inputs": "inputs.npz", "outputs": "outputs.npz", "weights": "weights.pt"}
-    paths = {name: f"{folder}/{file}" for name, file in files.items()}
+    files = ("inputs.npz", "outputs.npz", "weights.pt")
+    paths = {file.partition(".")[0]: f"{folder}/{file}" for file in files}
     np.savez(paths["inputs"], **case.inputs)
     if settings.checkpoint:
       about |= _write_weights(settings, case, paths["weights"])
@@ -154,11 +152,7 @@ def compare(settings: Settings) -> tuple[list[Row], dict[str, str]]:
 
 
 def _write_weights(settings: Settings, case: Case, path: str) -> dict[str, str]:
-  """Writes the weights of --checkpoint for the PyTorch side; returns what they are.
-
-  Raises:
-    InputError: they are of another model.
-  """
+  """Writes the weights of --checkpoint for the PyTorch side; returns what they are."""
   if settings.model in TRAINED:  # together with the loss and the teacher, which none recognises
     write_torch_file(path, read_state_dict(settings.checkpoint))
     return {}

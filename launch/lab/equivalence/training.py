@@ -49,11 +49,9 @@ def run(
   state_dict: Mapping[str, np.ndarray],
   inputs: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  """Steps of both optimizers, in float32.
+  """Steps of both optimizers, in float32, of a training with one stage.
 
   Args:
-    config: of a tokenizer's training of one stage.
-    steps: their number.
     state_dict: of the reference's LightningModule, with the loss and the teacher.
     inputs: "image_I" uint8 [B,3,H,W] and "noise_I" [B,Z,h,w] for each step I.
 

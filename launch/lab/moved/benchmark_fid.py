@@ -1,5 +1,3 @@
-"""`launch.benchmark_fid` is `launch.lab.benchmark fid` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.benchmark_fid", "launch.lab.benchmark fid")

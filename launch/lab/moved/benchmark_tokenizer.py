@@ -1,5 +1,3 @@
-"""`launch.benchmark_tokenizer` is `launch.lab.benchmark parts` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.benchmark_tokenizer", "launch.lab.benchmark parts")

@@ -1,5 +1,3 @@
-"""`launch.compile` is `launch.lab.plan` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.compile", "launch.lab.plan")

@@ -1,5 +1,3 @@
-"""`launch.dilemma` is `launch.lab.dilemma` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.dilemma", "launch.lab.dilemma")

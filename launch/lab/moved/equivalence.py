@@ -1,5 +1,3 @@
-"""`launch.equivalence` is `launch.lab.equivalence` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.equivalence", "launch.lab.equivalence")

@@ -1,5 +1,3 @@
-"""`launch.speed` is `launch.lab.benchmark page` now."""
-
 from launch.lab.moving import forward
 
 forward("launch.speed", "launch.lab.benchmark page")
