@@ -60,28 +60,28 @@ def get_config(argument: str = "cifar") -> ConfigDict:
   """The configuration of one part or of the whole experiment."""
   words = argument.split(",")
   widths = [word for word in words if word[:1] == "d" and word[1:].isdigit()]
-  known = {*SIZES, *PARTS, *VARIANTS, *widths, LONG}
-  if unknown := [word for word in words if word not in known]:
+  groups: tuple[Collection[str], ...] = (SIZES, PARTS, VARIANTS, widths, (LONG,))
+  if unknown := [word for word in words if not any(word in group for group in groups)]:
     choices = ", ".join([*SIZES, *PARTS, "dN", *VARIANTS, LONG])
     raise ValueError(f"{unknown[0]!r} is not one of {choices}.")
-  groups: tuple[Collection[str], ...] = (SIZES, PARTS, VARIANTS, widths)
-  for group in groups:
-    if len(given := [word for word in words if word in group]) > 1:
+  chosen = [[word for word in words if word in group] for group in groups]
+  for given in chosen:
+    if len(given) > 1:
       raise ValueError(f"{' and '.join(given)} exclude each other; give one of them.")
-  size, part, variant, channels = (next((w for w in words if w in g), "") for g in groups)
+  size, part, variant, channels, long = ("".join(given) for given in chosen)
   size = size or "cifar"
   if (part in ("tokenizer", "diffusion")) != bool(channels):
     raise ValueError("tokenizer and diffusion, and no other part, take a width such as d16.")
   if variant and part != "tokenizer":
     raise ValueError(f"{variant} is for a tokenizer.")
-  if LONG in words and part != "diffusion":
+  if long and part != "diffusion":
     raise ValueError(f"{LONG} is for a diffusion model.")
   width = int(channels[1:] or 0)
   if part == "judge":
     return judge(size)
   if part == "tokenizer":
     return tokenizer(size, width, variant or "aligned")
-  return diffusion(size, width, LONG in words) if part == "diffusion" else experiment(size)
+  return diffusion(size, width, bool(long)) if part == "diffusion" else experiment(size)
 
 
 def judge(size: str = "cifar") -> ConfigDict:

@@ -39,10 +39,8 @@ class Job:
   name: str  # with slashes; the first part is the job's kind
   words: tuple[str, ...]  # ("launch.train", "--workdir=..."), for `python -m`
   output: Path  # a file or folder that exists once the command has ended
-  # Whether the command continues an output that exists, which must then be its own; other commands
-  # write theirs anew.
-  resumes: bool = False
-  content: str = ""  # whatever else decides the result, such as the configuration
+  resumes: bool = False  # whether the command continues an output, which must then be its own
+  content: str = ""  # what else determines the result, such as the configuration
   needs: tuple[str, ...] = ()  # names of the jobs that must have ended before
   weight: float = 1.0  # expected minutes, until jobs of its kind have been timed
 
@@ -149,7 +147,7 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
     raise InputError(
       f"{len(foreign)} outputs are not of these jobs as they are now, such as "
       f"{', '.join(str(job.output) for job in foreign[:5])}: a configuration, a command or what "
-      "they need has changed. Move them away to make them anew, or give another folder."
+      "they need has changed. Move them away to run the jobs again, or give another folder."
     )
   waiting = [job for job in jobs if not record.is_done(job)]
   if kept := len(jobs) - len(waiting):

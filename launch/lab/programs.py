@@ -26,6 +26,7 @@ from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
 
+ALL = ("train", "sample", "encode", "decode")
 WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode")}
 CODED_PER_DEVICE = 64  # pictures
 

@@ -1,4 +1,4 @@
-"""Where the PyTorch reference is, and the job that asks it for the work that ours does."""
+"""Where the PyTorch reference is, and the jobs that make it do the same work as ours."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def device() -> str:
 def define_flags() -> None:
   """Defines the flags that say where the reference is."""
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT to compare with.")
-  flags.DEFINE_string("taming", "", "One of CompVis/taming-transformers, to train a tokenizer.")
+  flags.DEFINE_string("taming", "", "A checkout of CompVis/taming-transformers, for tokenizers.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
 
 

@@ -87,7 +87,7 @@ def define_flags() -> None:
   """Defines the flags of `settle`."""
   flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/lab/baseline.json.")
   flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
-  flags.DEFINE_string("update", "", "A baseline to put these ratios into.")
+  flags.DEFINE_string("update", "", "A baseline that receives these ratios.")
 
 
 def check_flags() -> None:

@@ -83,18 +83,16 @@ def speeds(
 
 
 def define_flags() -> None:
-  """Defines the command's flags."""
   flags.DEFINE_string("source", "embedded:emoji", "Pictures, such as zip:FILE.")
   flags.DEFINE_integer("pictures", 500, "Pictures of each half.", lower_bound=10)
   flags.DEFINE_string("weights", "", "Weights of FID's Inception; random ones if not given.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
-  flags.DEFINE_integer("rounds", 3, "In each, all take a turn.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 3, "Rounds; in each, all tools take a turn.", lower_bound=1)
   flags.DEFINE_integer("batches", 2, "Batches of 50 pictures in a round.", lower_bound=1)
-  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   with tempfile.TemporaryDirectory() as folder:
     chosen = FromSource(FLAGS.source, 0, limit=2 * FLAGS.pictures)

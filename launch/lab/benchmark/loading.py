@@ -186,17 +186,15 @@ def _show(
 
 
 def define_flags() -> None:
-  """Defines the command's flags."""
   flags.DEFINE_string("reference", "", "A checkout of hustvl/LightningDiT.")
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has PyTorch.")
   flags.DEFINE_integer("records", 20_000, "Latents in the store.", lower_bound=SHARD)
-  flags.DEFINE_integer("batches", 80, "Of latents a round; of pictures a quarter.", lower_bound=1)
-  flags.DEFINE_integer("rounds", 5, "In each, all ways take a turn.", lower_bound=1)
-  flags.DEFINE_string("output", "", "Where to write the figures as JSON.")
+  flags.DEFINE_integer("batches", 80, "Batches of latents in a round; of pictures a quarter.", 1)
+  flags.DEFINE_integer("rounds", 5, "Rounds; in each, all ways take a turn.", lower_bound=1)
+  flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   with tempfile.TemporaryDirectory() as name:
     store = make_store(Path(name), FLAGS.records)

@@ -150,7 +150,7 @@ def _arrays(tree: Any, draw: np.random.Generator) -> Any:
 
 
 def peak_memory() -> int:
-  """Most bytes of its first device that this process has used; 0 where that is not counted."""
+  """Most bytes that this process has used on its first device; 0 if the device counts none."""
   statistics = jax.local_devices()[0].memory_stats() or {}
   return int(statistics.get("peak_bytes_in_use", 0))
 

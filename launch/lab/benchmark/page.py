@@ -239,17 +239,15 @@ def _command() -> str:
 
 
 def define_flags() -> None:
-  """Defines the command's flags."""
   configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
-  flags.DEFINE_string("workdir", "runs/speed", "A folder for everything.")
-  flags.DEFINE_string("page", "", "A Markdown file; default: speed.md in the workdir.")
+  flags.DEFINE_string("workdir", "runs/speed", "The folder for all results.")
+  flags.DEFINE_string("page", "", "The page; by default speed.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Measure nothing; write the page of earlier results.")
   reference.define_flags()
   baseline.define_flags()
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the measurements
   workdir = Path(FLAGS.workdir).absolute()

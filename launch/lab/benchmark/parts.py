@@ -73,16 +73,14 @@ def benchmark(config: ConfigDict, steps: int) -> dict[str, Any]:
 
 
 def define_flags() -> None:
-  """Defines the command's flags."""
   configuration.define_flag("A tokenizer training, such as configs/vavae_f16d32.py.")
   flags.mark_flag_as_required("config")
-  flags.DEFINE_integer("batch_size", 0, "Pictures; the configuration's if 0.", lower_bound=0)
-  flags.DEFINE_integer("steps", 5, "How often each is timed.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 0, "Pictures of a batch; 0: the configuration's.", 0)
+  flags.DEFINE_integer("steps", 5, "Timed runs of each program.", lower_bound=1)
   flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   if FLAGS.batch_size:
     FLAGS.config.batch_size = FLAGS.batch_size

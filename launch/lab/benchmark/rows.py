@@ -40,7 +40,6 @@ from vavae_jax.common import functional
 from vavae_jax.metrics import inception
 from vavae_jax.metrics.distribution import frechet_distance
 
-BESIDE_REFERENCE = ("train", "sample", "encode", "decode")
 ROUNDS = 2  # of ours and the reference's in turn
 FID_BATCH = 50
 RECORDS = 5_000
@@ -82,7 +81,7 @@ def measure(
     row["attention"] = config.model.attention
   before = peak_memory()
   reference: TorchProcess | None = None
-  if checkouts and what in BESIDE_REFERENCE:
+  if checkouts and what in programs.ALL:
     job = job_of(checkouts, config, what, program.images)
     reference = TorchProcess(checkouts.python, SCRIPTS / "steps.py", job, NEEDS)
   try:

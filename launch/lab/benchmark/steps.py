@@ -41,24 +41,15 @@ from ml_collections import ConfigDict
 
 from launch.engine import configuration, console, mesh
 from launch.engine.circumstances import circumstances, processor
-from launch.lab import reference
-from launch.lab.benchmark import baseline
+from launch.lab import programs, reference
+from launch.lab.benchmark import baseline, rows
 from launch.lab.benchmark.measuring import copy_rate, keep, matmul_rate
-from launch.lab.benchmark.rows import (
-  Row,
-  count,
-  measure,
-  measure_checkpoint,
-  measure_loader,
-  resolved,
-)
-from launch.lab.programs import CODED_PER_DEVICE
 from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
 from vavae_jax.common.errors import InputError
 
 FLAGS = flags.FLAGS
-WHAT = ("train", "sample", "encode", "decode", "loader", "checkpoint", "fid")
+WHAT = (*programs.ALL, "loader", "checkpoint", "fid")
 LOADED = 80  # batches; most of a few would have been prefetched
 # Figures of a row -> their names in tables.
 SHOWN = {
@@ -106,22 +97,23 @@ def benchmark(
   if checkouts:
     checkouts.check()
   attentions = attentions if config.task == "diffusion" else attentions[:1]
-  rows: list[Row] = []
+  found: list[rows.Row] = []
   for kind in what:
     for attention in attentions if kind == "train" else attentions[:1]:
       for batch_size in batch_sizes or [_usual_batch_size(config, kind)]:
-        frozen = resolved(config, kind, batch_size, attention)
+        frozen = rows.resolved(config, kind, batch_size, attention)
         if count_only:
-          rows.append(count(frozen, kind))
+          row = rows.count(frozen, kind)
         elif kind == "loader":
-          rows.append(measure_loader(frozen, max(steps, LOADED)))
+          row = rows.measure_loader(frozen, max(steps, LOADED))
         elif kind == "checkpoint":
-          rows.append(measure_checkpoint(frozen, steps))
+          row = rows.measure_checkpoint(frozen, steps)
         else:
-          rows.append(measure(frozen, kind, steps, checkouts, trace))
+          row = rows.measure(frozen, kind, steps, checkouts, trace)
+        found.append(row)
         if not count_only:
-          console.say(json.dumps(rows[-1]))
-        if rows[-1].get("out_of_memory"):
+          console.say(json.dumps(row))
+        if row.get("out_of_memory"):
           if checkouts:
             console.say("did not fit into memory together with the reference; alone it may")
           break  # larger ones do not fit either
@@ -130,19 +122,19 @@ def benchmark(
   return {
     **circumstances(),
     "matmul_tflops_per_second": {
-      row["dtype"]: matmul_rate(row["dtype"]) / 1e12 for row in rows if "dtype" in row
+      row["dtype"]: matmul_rate(row["dtype"]) / 1e12 for row in found if "dtype" in row
     },
     "copy_gib_per_second": None if count_only else copy_rate() / 2**30,
     "asked": asked,
     "processor": processor(),
     "config": config.to_dict(),
-    "rows": rows,
+    "rows": found,
   }
 
 
 def _usual_batch_size(config: ConfigDict, what: str) -> int:
   if what in ("encode", "decode"):
-    return CODED_PER_DEVICE * jax.device_count()
+    return programs.CODED_PER_DEVICE * jax.device_count()
   return config.sample.batch_size if what == "sample" else config.batch_size
 
 
@@ -153,23 +145,21 @@ def _asked() -> str:
 
 
 def define_flags() -> None:
-  """Defines the command's flags."""
   configuration.define_flag("A training, such as configs/lightningdit.py:XL/1.")
   flags.mark_flag_as_required("config")
-  flags.DEFINE_list("what", ["train"], f"Some of {', '.join(WHAT)}.")
-  flags.DEFINE_list("batch_sizes", [], "Over all devices; the configuration's if not given.")
-  flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "May be given several times.")
-  flags.DEFINE_integer("devices", 0, "How many; virtual ones on a CPU; 0: all.", lower_bound=0)
+  flags.DEFINE_list("what", ["train"], f"What to measure: some of {', '.join(WHAT)}.")
+  flags.DEFINE_list("batch_sizes", [], "Sizes over all devices; by default the configuration's.")
+  flags.DEFINE_multi_enum("attention", ["xla"], ATTENTIONS, "Give it once for each to compare.")
+  flags.DEFINE_integer("devices", 0, "Number of devices, on a CPU virtual ones; 0: all.", 0)
   flags.DEFINE_integer("steps", 10, "Timed runs.", lower_bound=1)
-  flags.DEFINE_boolean("count_only", False, "Only count FLOPs, and bytes that must be moved.")
-  flags.DEFINE_string("profile", "", "A folder for traces; names the ten largest operations.")
+  flags.DEFINE_boolean("count_only", False, "Only count FLOPs and bytes that must be moved.")
+  flags.DEFINE_string("profile", "", "A folder for traces, whose ten largest operations are shown.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
   reference.define_flags()
   baseline.define_flags()
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   if unknown := [word for word in FLAGS.what if word not in WHAT]:
     raise InputError(f"--what={unknown[0]} is none of {', '.join(WHAT)}.")

@@ -40,7 +40,6 @@ def _workers() -> tuple[int, list[int]]:
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
   config = configuration.resolve(FLAGS.config, dilemma.experiment())

@@ -1,4 +1,4 @@
-"""What is checked of an experiment before its first job runs, which may be hours from the last."""
+"""Checks of an experiment before its first job runs, so that none fails hours later."""
 
 from __future__ import annotations
 

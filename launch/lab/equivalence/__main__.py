@@ -32,7 +32,6 @@ from vavae_jax.common.files import write_json
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   given: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Settings)}
   settings = Settings(**given | {"reference": Path(FLAGS.reference)})
@@ -59,13 +58,13 @@ if __name__ == "__main__":
   define_flags()
   flags.DEFINE_enum("model", None, [*CASES], "The model to compare.", required=True)
   flags.DEFINE_string("checkpoint", "", "Weights of that model; by default random ones.")
-  flags.DEFINE_integer("batch_size", 2, "Samples.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 2, "Samples of a batch.", lower_bound=1)
   flags.DEFINE_integer("image_size", 256, "Pixels, for all models but LightningDiT.")
-  flags.DEFINE_integer("steps", 2, "Steps of Adam, of trainings; 0: none.", lower_bound=0)
+  flags.DEFINE_integer("steps", 2, "Steps of Adam if the model is trained; 0: none.", lower_bound=0)
   flags.DEFINE_integer("trajectory", 5, "Grid points of a sampling; 0: none.", lower_bound=0)
   dtypes = ["float32", "bfloat16"]
-  text = "Of matrix products; bfloat16 only for LightningDiT, which is trained in it."
+  text = "Dtypes of matrix products; bfloat16 only for LightningDiT, which is trained in it."
   flags.DEFINE_multi_enum("dtypes", dtypes, dtypes, text)
-  flags.DEFINE_integer("seed", 0, "Of weights and inputs.")
-  flags.DEFINE_string("output", "", "Where to write OUTPUT.json and OUTPUT.html.")
+  flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.")
+  flags.DEFINE_string("output", "", "Results go to OUTPUT.json and OUTPUT.html.")
   console.run_command(main)

@@ -28,6 +28,7 @@ from absl import flags
 
 from launch.engine import configuration, console
 from launch.engine.circumstances import circumstances
+from launch.lab import programs
 from launch.lab.plan import slices, tables
 from launch.lab.plan.planning import IMAGENET, plans
 from vavae_jax.common.errors import InputError
@@ -37,7 +38,6 @@ SAMPLES = 50_000  # for FID
 
 
 def main(argv: list[str]) -> None:
-  """The command."""
   del argv
   slices.prepare()
   if FLAGS.kernels and FLAGS.topology.partition(":")[0] not in slices.GPUS:
@@ -69,10 +69,10 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   configuration.define_flag("A training, such as configs/lightningdit_xl_64ep.py.")
   flags.DEFINE_string("topology", "v5e:4x4", "The slice: a chip, and chips along each axis.")
-  flags.DEFINE_enum("what", "train", ("train", "sample", "encode", "decode"), "The program.")
-  flags.DEFINE_boolean("search", False, "Look for settings that fit if these do not.")
-  flags.DEFINE_integer("kernels", 0, "How many kernels to list, the largest first; for GPUs.", 0)
-  flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak for the hours.", lower_bound=0.01)
+  flags.DEFINE_enum("what", "train", programs.ALL, "The program.")
+  flags.DEFINE_boolean("search", False, "Search for settings that fit if these do not.")
+  flags.DEFINE_integer("kernels", 0, "Number of kernels to list, the largest first; for GPUs.", 0)
+  flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak by which hours are estimated.", 0.01)
   flags.DEFINE_integer(
     "num_images", 0, "Pictures to train on or encode (0: ImageNet's), or to sample (0: 50,000).", 0
   )

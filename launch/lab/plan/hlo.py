@@ -92,7 +92,11 @@ def collectives(text: str) -> dict[str, Traffic]:
       if kind in KINDS and runs_of.get(computation):
         channel = _CHANNEL.search(x.attributes)
         key = (kind, channel[1] if channel else x.name)
-        here = (runs_of[computation], _result_bytes(x.shapes, kind, starts=kind != x.code))
+        starts = kind != x.code
+        sizes = _sizes(x.shapes, scalars=not starts)  # a scalar counts asynchronous operations
+        if starts and kind != "all-reduce":
+          sizes = sizes[len(sizes) // 2 :]  # such an operation lists its inputs before its results
+        here = (runs_of[computation], sum(sizes))
         found[key] = max(found.get(key, (0, 0)), here)
   of_kind: dict[str, list[tuple[int, int]]] = defaultdict(list)
   for (kind, _), here in found.items():
@@ -194,12 +198,6 @@ def _sizes(shapes: str, scalars: bool = True) -> list[int]:
     for dtype, dims in _SHAPE.findall(shapes)
     if scalars or dims
   ]
-
-
-def _result_bytes(shapes: str, kind: str, starts: bool) -> int:
-  found = _sizes(shapes, scalars=not starts)  # a scalar is a counter of an asynchronous operation
-  # Except for an all-reduce, the operation that starts one lists its inputs before its results.
-  return sum(found[len(found) // 2 :] if starts and kind != "all-reduce" else found)
 
 
 def _moved(x: _Instruction, body: _Body, bodies: dict[str, _Body]) -> int:

@@ -1,10 +1,9 @@
 """The PyTorch side of `launch.lab.equivalence`: the reference on given weights and inputs.
 
 An interpreter with PyTorch runs this script, which imports nothing of this project but the scripts
-beside it. It reads a job and writes an npz:
-`layer/III/NAME` for the outputs of the watched modules in the order they ran, `output`, and what
-else the job asks for. The models are imported from a checkout of hustvl/LightningDiT (teachers from
-timm); of modules that these import and do not need, empty ones stand in.
+beside it. It reads a job and writes an npz: `layer/III/NAME` for the outputs of the watched modules
+in the order they ran, `output`, and what else the job asks for. The models are imported from a
+checkout of hustvl/LightningDiT, teachers from timm.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TRAINED_BY_OPTIMIZERS = (
 
 @contextlib.contextmanager
 def watched(model: nn.Module, classes: list[str], found: Arrays) -> Iterator[None]:
-  """Keeps what modules of these classes, or of these names, give, in the order they run."""
+  """Records the outputs of modules with these classes or names, in the order they run."""
 
   def keep(name: str) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
@@ -55,7 +54,7 @@ def watched(model: nn.Module, classes: list[str], found: Arrays) -> Iterator[Non
 
 
 def load(model: nn.Module, job: dict[str, Any]) -> nn.Module:
-  """The model with the job's weights, strictly; where there are none, random ones are made."""
+  """The model with the job's weights, strictly; random ones are written if there is no file."""
   weights = Path(job["weights"])
   if not weights.exists():
     randomise(model, job["seed"])
@@ -164,7 +163,7 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
 
 
 def tokenizer_training(job: dict[str, Any], given: Arrays) -> Named:
-  """Steps of the reference's own training_step: what it logs, gradients, what becomes of it all."""
+  """Steps of the reference's own training_step: logged values, gradients, parameters afterwards."""
   model = load(checkout.tokenizer_training(job), job).train()
   model.loss.perceptual_loss.eval()  # without dropout
   logged: dict[str, torch.Tensor] = {}
@@ -258,7 +257,7 @@ MODELS = {
 
 
 def write(job: dict[str, Any]) -> tuple[dict[str, str], None]:
-  """Writes the job's "outputs"; gives PyTorch's version and what stands in for other modules."""
+  """Writes the job's "outputs"; returns PyTorch's version and the modules that were replaced."""
   with np.load(job["inputs"]) as arrays:
     given = {name: torch.tensor(array) for name, array in arrays.items()}
   # An array at a time, since a model's gradients and parameters would fill the memory.

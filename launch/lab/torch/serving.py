@@ -1,4 +1,4 @@
-"""How the scripts beside this one talk with the process that started them (`torch_process.py`)."""
+"""The protocol between the scripts beside this one and `torch_process.py`, which starts them."""
 
 import json
 import sys
@@ -9,11 +9,8 @@ from typing import Any
 def serve(begin: Callable[[Any], tuple[Any, Callable[[Any], Any] | None]]) -> None:
   """Answers each line of the standard input, a question in JSON, with a line of JSON.
 
-  What libraries print goes to the standard error.
-
-  Args:
-    begin: takes the first question, the job; gives its answer, and the function that answers each
-      further question, if there are any.
+  `begin` takes the first question, the job, and returns its answer, and the function that answers
+  further questions, if there are any. What libraries print goes to the standard error.
   """
   answers, sys.stdout = sys.stdout, sys.stderr
   about, answer = begin(json.loads(sys.stdin.readline()))

@@ -21,7 +21,7 @@ from torch import nn
 
 Job = dict[str, Any]
 Work = Callable[[], object]  # does the work once, on new random data
-# Besides PyTorch's own error, what libraries say that get none.
+# Messages of PyTorch, and of libraries that get no memory.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
@@ -174,7 +174,7 @@ def begin(job: Job) -> tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]:
 
 
 def fitting(work: Callable[[], Any]) -> Any:
-  """What work gives, or {"out_of_memory": True} where the device's memory does not hold it."""
+  """The work's result, or {"out_of_memory": True} if the device's memory does not hold it."""
   try:
     return work()
   except RuntimeError as error:  # PyTorch's OutOfMemoryError is one
