@@ -165,6 +165,12 @@ def test_noisy_curves_are_smoothed_and_sparse_ones_dotted():
   assert ("opacity: 0.28" in sparse, sparse.count("<use")) == (False, 3)
 
 
+def test_a_chart_is_one_picture_with_a_name_for_screen_readers():
+  drawn = line_chart(Curve('<Loss> "a"', "y", {"a": [(0, 1.0), (1, 2.0)]}))
+  assert drawn.count("<svg ") == 1
+  assert '<svg role="img" aria-label="&lt;Loss&gt; &quot;a&quot;" ' in drawn
+
+
 def test_charts_take_the_colours_of_the_page():
   """So that they can be read in light and dark mode."""
   chart = line_chart(NOISY)

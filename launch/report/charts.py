@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def _svg(curve: Curve, series: list[np.ndarray], smooth: list[np.ndarray]) -> st
     figure.patch.set_visible(False)
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
-    return _for_page(file.getvalue())
+    return _for_page(file.getvalue(), curve.title)
 
 
 def _draw(axis: Any, log_y: bool, series: list[np.ndarray], smooth: list[np.ndarray]) -> None:
@@ -107,14 +108,15 @@ def _draw(axis: Any, log_y: bool, series: list[np.ndarray], smooth: list[np.ndar
     each.set_major_formatter(lambda value, _: number(value))
 
 
-def _for_page(svg: str) -> str:
+def _for_page(svg: str, name: str) -> str:
   """An SVG file as an element of a page, in the page's colours, fonts and width."""
-  svg = svg[svg.index("<svg") :]
+  _, _, svg = svg.partition("<svg")
   svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)  # of the whole page
   svg = re.sub(r' (?:xmlns(?::xlink)?|width|height|version)="[^"]*"', "", svg, count=5)
   svg = re.sub(r"font-(?:size|family): [^;]*; ", "", svg).replace("xlink:href", "href")
   svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-  return safe(re.sub(r"#010\d{3}", lambda found: _PAGE_COLOURS[found[0]], svg))
+  svg = re.sub(r"#010\d{3}", lambda found: _PAGE_COLOURS[found[0]], svg)
+  return safe(f'<svg role="img" aria-label="{escape(name)}"{svg}')
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
