@@ -24,7 +24,6 @@ compares them with their checksums; the exit code is 2 where one is damaged.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -46,7 +45,7 @@ from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, place, write_safetensors
+from vavae_jax.common.files import is_url, place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.weights.torch_weights import StateDict
@@ -110,7 +109,7 @@ def convert(
       raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
     what, tensors = _export(path, task, step, ema)
     _write_file(dest, tensors, to)
-    return Converted(what, tensors, {}, dest, _sha256(dest), {})
+    return Converted(what, tensors, {}, dest, sha256_of(dest), {})
   _refuse(f"{path} is a file", step=step, ema=ema)
   console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
   found = recognition.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
@@ -125,7 +124,7 @@ def convert(
   if to != "folder":
     _check_free(dest)
     _write_file(dest, found.tensors, to)
-    return Converted(what, found.tensors, found.aside, dest, _sha256(dest), found.arguments)
+    return Converted(what, found.tensors, found.aside, dest, sha256_of(dest), found.arguments)
   if found.kind not in _TASKS:
     raise InputError(f"{what} has no workdir; end DEST in .safetensors or .pt.")
   _check_free(dest)
@@ -204,11 +203,6 @@ def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
     write_torch_file(dest, tensors)
     return
   write_safetensors(dest, tensors)
-
-
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inspect_workdir(workdir: Path) -> None:

@@ -14,12 +14,11 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from launch.engine import console
-from launch.engine.configuration import check_begun
+from launch.engine.configuration import claim_folder
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import remove_partial, write_json
 from vavae_jax.data import sources
@@ -46,7 +45,8 @@ def prepare(
   """
   pictures = sources.open_source(source)
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}
-  _claim(output, begun)
+  claim_folder(output, BEGUN, begun)
+  remove_partial(output)  # left by a run that was killed
   count = -(-len(pictures) // shard_size)
   counts: dict[str, int] = {}
   skipped: list[str] = []
@@ -72,17 +72,6 @@ def prepare(
   }
   write_json(output / DESCRIPTION, description)
   return Records(str(output))
-
-
-def _claim(output: Path, begun: dict[str, Any]) -> None:
-  path = output / BEGUN
-  if path.is_file():
-    check_begun(output, json.loads(path.read_text()), begun)
-  elif output.is_dir() and any(not file.name.startswith(".") for file in output.iterdir()):
-    raise InputError(f"{output} is not empty; give a new folder.")
-  else:
-    write_json(path, begun)
-  remove_partial(output)  # left by a run that was killed
 
 
 def _read(

@@ -29,8 +29,9 @@ from launch.evaluation import generation, overview, reconstruction
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.figures import Options
 from launch.evaluation.output import Output
-from launch.evaluation.pictures import Npz, own_pictures
+from launch.evaluation.pictures import own_pictures
 from launch.evaluation.reference import reference_of, statistics_of
+from launch.evaluation.sample_files import Npz
 from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError

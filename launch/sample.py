@@ -27,8 +27,8 @@ import configs.base
 from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.engine.configuration import check_begun
-from launch.evaluation.sample_files import claim_png_folder, part_path, write_npz, write_pngs
+from launch.engine.configuration import check_begun, claim_folder
+from launch.evaluation.sample_files import part_path, write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
@@ -53,6 +53,7 @@ SETTINGS = {
   "batch_size": "Samples at once, over all devices.",
 }
 
+PNG_SETTINGS = "settings.json"  # of a folder of pictures
 SHARED_WITH_GUIDE = (
   *("model.input_size", "model.in_channels", "model.num_classes"),
   *("transport.path_type", "transport.prediction"),
@@ -181,7 +182,7 @@ def sample_set(
   if output.is_file() or parts.is_dir() or about.is_file():
     check_begun(output, json.loads(about.read_text()) if about.is_file() else {}, noted)
   if png:
-    claim_png_folder(output.with_suffix(""), noted)
+    claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
   if not output.is_file():
     parts.mkdir(parents=True, exist_ok=True)
     write_json(about, noted)

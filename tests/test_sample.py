@@ -12,8 +12,8 @@ from PIL import Image
 
 from launch import restore, sample
 from launch.engine import mesh
+from launch.engine.configuration import claim_folder
 from launch.evaluation.sample_files import (
-  claim_png_folder,
   contact_sheet,
   part_path,
   read_samples,
@@ -178,8 +178,8 @@ def test_png_files_are_the_pictures_and_those_that_are_there_stay(diffusion, tok
 
 
 def test_a_folder_of_other_pictures_is_refused(diffusion, tokenizer, tmp_path):
-  claim_png_folder(tmp_path / "samples", {"seed": 1})
-  with pytest.raises(InputError, match="pictures of other settings"):
+  claim_folder(tmp_path / "samples", sample.PNG_SETTINGS, {"seed": 1})
+  with pytest.raises(InputError, match=r"samples was begun with another .*seed"):
     sample.sample_set(diffusion, tokenizer, tmp_path / "samples.npz", num_samples=9, png=True)
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "holiday.png").write_bytes(b"")

@@ -113,6 +113,21 @@ def check_begun(output: Path, begun: Mapping[str, Any], noted: Mapping[str, Any]
     )
 
 
+def claim_folder(folder: Path, name: str, noted: Mapping[str, Any]) -> None:
+  """Notes in the file `name` of a folder what its contents depend on.
+
+  Raises:
+    InputError: the folder holds other files, or was begun with other settings.
+  """
+  path = folder / name
+  if path.is_file():
+    check_begun(folder, json.loads(path.read_text()), noted)
+  elif folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
+    raise InputError(f"{folder} holds other files; give a new --output, or empty it.")
+  else:
+    write_json(path, noted)
+
+
 def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
   """Writes the configuration into a workdir; raises InputError where that is not possible."""
   path = workdir / "config.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from launch.weights import recognition
 from vavae_jax import classification
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place
+from vavae_jax.common.files import place, sha256_of
 from vavae_jax.data import images
 from vavae_jax.metrics import inception
 from vavae_jax.teachers import NAMES, load_teacher
@@ -156,8 +155,7 @@ def _inception(protocol: str, path: str) -> Network:
       "probabilities": jax.nn.softmax(out["logits_unbiased"]),
     }
 
-  with file.open("rb") as opened:
-    sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+  sha256 = sha256_of(file)
   params = nnx.to_pure_dict(state)
   about = {
     "protocol": protocol,

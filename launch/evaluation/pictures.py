@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from launch import restore
 from launch.engine import mesh
 from launch.engine.batches import in_batches
-from launch.evaluation.sample_files import FIRST
+from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
 from launch.sample import labels_for, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from vavae_jax.common.errors import InputError
@@ -29,15 +28,13 @@ STATISTICS = ("mu", "sigma")
 
 
 class PictureSet(Protocol):
-  """Pictures of one size, in a fixed order.
+  """Pictures of one size, in a fixed order; `size` is their side, 0 where they are no squares."""
 
-  Attributes:
-    about: what they are, for a JSON file; two sets that agree in it have the same pictures.
-    size: their side in pixels; 0 where they are no squares.
-  """
-
-  about: dict[str, Any]
   size: int
+
+  @property
+  def about(self) -> dict[str, Any]:
+    """What they are, for a JSON file; two sets that agree in it have the same pictures."""
 
   def __len__(self) -> int: ...
 
@@ -69,47 +66,6 @@ class Array:
 def _side(shape: Sequence[int]) -> int:
   height, width = shape
   return int(height) if height == width else 0
-
-
-class Npz:
-  """The `arr_0` of an npz, as `launch.sample` and ADM write it."""
-
-  def __init__(self, path: Path):
-    """Raises InputError if the file is damaged, or has no uint8 [N,H,W,3]."""
-    self._path = path
-    try:
-      # Stays open: seeking back in a compressed file starts anew.
-      self._array = zipfile.ZipFile(path).open(FIRST)  # noqa: SIM115
-      major, _ = np.lib.format.read_magic(self._array)
-      read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-      self._shape, fortran, dtype = read[major](self._array)
-      self._begin = self._array.tell()
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-      raise InputError(
-        f"{path} is no file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, such "
-        "as python -m launch.sample writes."
-      ) from error
-    if dtype != np.uint8 or len(self._shape) != 4 or self._shape[-1] != 3 or fortran:
-      raise InputError(
-        f"{path} holds {dtype} {self._shape}; needed is uint8 [N,H,W,3]. Floats in [0,1] or [-1,1] "
-        "must be brought to 8 bits first, by your own rounding; NaN is no picture."
-      )
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    self.size = _side(self._shape[1:3])
-    self.about = {"kind": "npz", "sha256": digest, "pictures": len(self)}
-
-  def __len__(self) -> int:
-    return self._shape[0]
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    shape = (stop - start, *self._shape[1:])
-    size = int(np.prod(self._shape[1:]))
-    try:
-      self._array.seek(self._begin + start * size)
-      return np.frombuffer(self._array.read((stop - start) * size), np.uint8).reshape(shape)
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-      raise InputError(f"{self._path} is damaged ({error}); write it again.") from error
 
 
 class FromSource:
@@ -305,7 +261,7 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as stored:
       names = (*STATISTICS, "mu_s", "sigma_s", "about")
       found = {name: stored[name] for name in names if name in stored}
-  except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+  except DAMAGES as error:
     raise InputError(f"{path} is damaged or no npz ({error}).") from error
   return found if all(name in found for name in STATISTICS) else {}
 

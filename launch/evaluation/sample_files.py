@@ -5,8 +5,9 @@ Only a part of the samples is in memory at a time.
 
 from __future__ import annotations
 
-import json
+import functools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +18,14 @@ from PIL import Image
 
 from launch.engine import console
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, write_json
+from vavae_jax.common.files import atomic_file, sha256_of
 
 SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
-PNG_SETTINGS = "settings.json"
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
+# What reading a damaged npz raises.
+DAMAGES = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
 
 
 def part_path(folder: Path, start: int, count: int) -> Path:
@@ -73,40 +75,54 @@ def _write_sheet(path: Path, parts: Path, num_samples: int) -> None:
     Image.fromarray(contact_sheet(np.concatenate(shown))).save(file, "PNG")
 
 
-def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """The pictures of a file of samples, uint8 [N, H, W, 3], and labels, if there are any.
+class Npz:
+  """The `arr_0` of an npz, as `launch.sample` and ADM write it: a `pictures.PictureSet`."""
 
-  Raises:
-    InputError: it is none.
-  """
-  try:
-    with np.load(path, allow_pickle=False) as stored:
-      samples, labels = stored["arr_0"], stored.get("arr_1", np.zeros(0, np.int32))
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise InputError(
-      f"{path} is not a file of samples ({error}); give the npz of python -m launch.sample."
-    ) from error
-  if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[-1] != 3:
-    raise InputError(f"{path} holds {samples.dtype} {samples.shape}; needed is uint8 [N, H, W, 3].")
-  return samples, labels
-
-
-def claim_png_folder(folder: Path, noted: dict[str, Any]) -> None:
-  """Makes a folder for PNG files and writes there what the samples depend on.
-
-  Raises:
-    InputError: the folder holds files of something else.
-  """
-  about = folder / PNG_SETTINGS
-  if about.is_file():
-    if json.loads(about.read_text()) != noted:
+  def __init__(self, path: Path):
+    """Raises InputError if the file is damaged, or has no uint8 [N,H,W,3]."""
+    self._path = path
+    try:
+      # Stays open: seeking back in a compressed file starts anew.
+      self._array = zipfile.ZipFile(path).open(FIRST)  # noqa: SIM115
+      major, _ = np.lib.format.read_magic(self._array)
+      read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+      self._shape, fortran, dtype = read[major](self._array)
+      self._begin = self._array.tell()
+    except DAMAGES as error:
       raise InputError(
-        f"{folder} holds pictures of other settings ({about}); give a new --output, or remove it."
+        f"{path} is no file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, such "
+        "as python -m launch.sample writes."
+      ) from error
+    if dtype != np.uint8 or len(self._shape) != 4 or self._shape[-1] != 3 or fortran:
+      raise InputError(
+        f"{path} holds {dtype} {self._shape}; needed is uint8 [N,H,W,3]. Floats in [0,1] or [-1,1] "
+        "must be brought to 8 bits first, by your own rounding; NaN is no picture."
       )
-  elif folder.is_dir() and any(folder.iterdir()):
-    raise InputError(f"{folder} holds other files; give a new --output, or empty it.")
-  else:
-    write_json(about, noted)
+    _, height, width, _ = self._shape
+    self.size = height if height == width else 0
+
+  @functools.cached_property
+  def about(self) -> dict[str, Any]:
+    return {"kind": "npz", "sha256": sha256_of(self._path), "pictures": len(self)}
+
+  def __len__(self) -> int:
+    return self._shape[0]
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    shape = (stop - start, *self._shape[1:])
+    size = int(np.prod(self._shape[1:]))
+    try:
+      self._array.seek(self._begin + start * size)
+      return np.frombuffer(self._array.read((stop - start) * size), np.uint8).reshape(shape)
+    except DAMAGES as error:
+      raise InputError(f"{self._path} is damaged ({error}); write it again.") from error
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """The pictures of an npz, uint8 [N,H,W,3], and labels, if there are any; errors as of `Npz`."""
+  pictures = Npz(path)
+  with np.load(path, allow_pickle=False) as stored:
+    return pictures.read(0, len(pictures)), stored.get("arr_1", np.zeros(0, np.int32))
 
 
 def write_pngs(output: Path, folder: Path) -> None:
@@ -119,16 +135,12 @@ def write_pngs(output: Path, folder: Path) -> None:
       with atomic_file(path) as file:
         Image.fromarray(picture).save(file, "PNG")
 
-  with zipfile.ZipFile(output) as archive, archive.open(FIRST) as array:
-    np.lib.format.read_magic(array)
-    (total, *shape), _, dtype = np.lib.format.read_array_header_1_0(array)
-    size = int(np.prod(shape)) * dtype.itemsize
-    with ThreadPoolExecutor() as threads, console.Bar("png", total) as bar:
-      for start in range(0, total, PICTURES_AT_ONCE):
-        count = min(PICTURES_AT_ONCE, total - start)
-        pictures = np.frombuffer(array.read(count * size), dtype).reshape(count, *shape)
-        list(threads.map(write, range(start, start + count), pictures))
-        bar.update(start + count)
+  pictures = Npz(output)
+  with ThreadPoolExecutor() as threads, console.Bar("png", len(pictures)) as bar:
+    for start in range(0, len(pictures), PICTURES_AT_ONCE):
+      stop = min(start + PICTURES_AT_ONCE, len(pictures))
+      list(threads.map(write, range(start, stop), pictures.read(start, stop)))
+      bar.update(stop)
 
 
 def contact_sheet(pictures_NHWC: np.ndarray, columns: int = SHEET_COLUMNS) -> np.ndarray:

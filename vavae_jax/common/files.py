@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -131,6 +132,12 @@ def allow_open_files() -> None:
   wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
   if soft != resource.RLIM_INFINITY and soft < wanted:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def sha256_of(path: Path) -> str:
+  """The checksum of a file."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 from vavae_jax import frozen
 from vavae_jax.autoencoder import downsampling
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import sha256_of, write_json
 from vavae_jax.data import images, sources
 
 
@@ -151,7 +151,4 @@ def _origin(
   }
 
 
-@functools.lru_cache
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+_sha256 = functools.lru_cache(sha256_of)
