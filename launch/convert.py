@@ -83,19 +83,7 @@ def convert(
   step: int | None = None,
   ema: float | None = None,
 ) -> Converted:
-  """Converts one model; see the module's docstring.
-
-  Args:
-    source: what to read.
-    dest: what to write; it must not exist yet.
-    to: one of `FORMS`; "" goes by the ending of `dest`.
-    part: of a PyTorch training checkpoint, one of `recognition.PARTS`; "": the average, if any.
-    heads: LPIPS' heads, where source is VGG16.
-    latents: the store with the statistics of a converted LightningDiT.
-    tokenizer: the workdir of its tokenizer.
-    step: of a training here, which checkpoint; the newest if None.
-    ema: of a training here, which average; the first if None, 0 for the weights themselves.
-  """
+  """Converts one model; the arguments are the command's. `dest` must not exist yet."""
   to = _form_of(dest, to)
   if to != "folder":
     _check_free(dest)
@@ -167,6 +155,7 @@ def _form_of(dest: Path, to: str) -> str:
 
 
 def _refuse(why: str, **options: Any) -> None:
+  """Raises InputError where one of the options was given."""
   for name, value in options.items():
     if value not in ("", None):
       raise InputError(f"--{name}={value} does not apply: {why}.")
@@ -201,8 +190,8 @@ def _write_file(dest: Path, tensors: StateDict, to: str) -> None:
   console.say(f"writing {dest}")
   if to == "pt":
     write_torch_file(dest, tensors)
-    return
-  write_safetensors(dest, tensors)
+  else:
+    write_safetensors(dest, tensors)
 
 
 def inspect_workdir(workdir: Path) -> None:
@@ -226,11 +215,8 @@ def inspect_workdir(workdir: Path) -> None:
 
 def inspect(source: str) -> None:
   """Lists what a file or a training's workdir holds."""
-  if is_url(source):
-    inspect_workdir(place(source))
-    return
-  path = released.find(source)
-  if path.is_dir():
+  path = place(source) if is_url(source) else released.find(source)
+  if is_url(source) or path.is_dir():
     inspect_workdir(path)
     return
   content = read_content(path)

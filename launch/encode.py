@@ -80,33 +80,23 @@ def encode(
 ) -> latents.LatentStore:
   """Writes the latent store of a source, or what is missing of it.
 
-  Args:
-    tokenizer: from `restore.load`.
-    output: the store's folder.
-    source: as in `config.data.source`; "" is the tokenizer's own.
-    held_out: encode the held-out share instead of the training share.
-    batch_size: pictures at once of each process, over its devices; rounded up to a multiple of
-      their number.
-    shard_size: records a shard.
-    seed: of the posterior's noise.
-    dtype: of what is stored, one of `DTYPES`.
-    moments: store the posterior's mean and deviation instead of a sample.
-    max_corrupt: unreadable pictures that each process leaves out; one more is an error.
-    threads: that decode pictures.
-
-  Returns:
-    The finished store.
+  The settings are the command's flags; `batch_size` and `max_corrupt` are of each process, whose
+  batches are rounded up to a multiple of the number of its devices.
 
   Raises:
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
       settings.
   """
-  data = tokenizer.config.data
+  data, home = tokenizer.config.data, tokenizer.workdir
   spec = source or data.source
   pictures = sources.open_source(spec)
   indices = _indices(data, spec, len(pictures), held_out)
   manifest = {
-    "tokenizer": _identity_of(tokenizer),
+    "tokenizer": {
+      "workdir": str(home if is_url(home) else home.absolute()),
+      "step": tokenizer.step,
+      "sha256": tokenizer.sha256,
+    },
     "source": spec,
     "listing": pictures.listing(),
     "held_out": held_out,
@@ -178,12 +168,6 @@ def _pieces(todo: dict[int, np.ndarray], batch_size: int) -> list[_Piece]:
     for number, shard in todo.items()
     for start in range(0, len(shard), batch_size)
   ]
-
-
-def _identity_of(tokenizer: restore.Trained) -> dict[str, Any]:
-  home = tokenizer.workdir
-  workdir = str(home if is_url(home) else home.absolute())
-  return {"workdir": workdir, "step": tokenizer.step, "sha256": tokenizer.sha256}
 
 
 def _leave_out(skipped: dict[str, str], lost: int, allowed: int) -> int:

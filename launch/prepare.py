@@ -33,12 +33,7 @@ def prepare(
 ) -> Records:
   """Writes the ArrayRecord files of a source, or what is missing of them, and opens them.
 
-  Args:
-    source: as in `config.data.source`.
-    output: the folder.
-    shard_size: pictures a file.
-    max_corrupt: how many unreadable pictures to leave out; one more is an error.
-    threads: that read and decode.
+  The settings are the command's flags.
 
   Raises:
     InputError: too many unreadable pictures, or the folder was begun with another source.

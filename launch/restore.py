@@ -77,9 +77,8 @@ def load(
   """Restores what inference needs from a training's workdir.
 
   Args:
-    workdir: of a training of the task `task_name`.
-    task_name: a key of `tasks.TASKS`.
-    step: which checkpoint; the newest if None.
+    task_name: what the training must be of, a key of `tasks.TASKS`.
+    step: of the checkpoint; the newest if None.
     ema: decay of the wanted average, 0 for the parameters themselves; None: the first one of
       `config.optimizer.ema_decays`, or where there is none the parameters.
 
@@ -115,21 +114,18 @@ def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
 
 
 def tokenizer_of(config: FrozenConfigDict, override: Path | None = None) -> Trained:
-  """The tokenizer whose latents a diffusion model was trained on; errors as of the two below.
+  """The tokenizer whose latents a diffusion model of this configuration was trained on.
 
-  Args:
-    config: of the diffusion model.
-    override: a tokenizer's workdir, for latents that do not say where theirs is.
+  `override` is its workdir, for latents that do not say where it is. Errors as of the two below.
   """
   return tokenizer_of_latents(check_latents(config), override or config.tokenizer)
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
-  """The tokenizer that made a latent store; InputError where it is unknown or another one.
+  """The tokenizer that made a latent store, in `workdir` or, if that is "", where the store says.
 
-  Args:
-    store: the latents.
-    workdir: the tokenizer's; "": as the store says.
+  Raises:
+    InputError: the tokenizer is unknown or another one.
   """
   noted = store.manifest.get("tokenizer", {})
   workdir = workdir or noted.get("workdir", "")

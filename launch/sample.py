@@ -62,13 +62,10 @@ SHARED_WITH_GUIDE = (
 
 
 def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.ndarray:
-  """The label of each sample, int32 [num_samples].
+  """The label of each sample, int32 [num_samples] below `num_classes`.
 
-  Args:
-    kind: "balanced" (every class as often), "uniform" (random), or labels as in "3,7,7", repeated.
-    num_samples: how many.
-    num_classes: labels are below it.
-    seed: of the random ones.
+  `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels as in
+  "3,7,7", repeated.
   """
   if kind == "balanced":
     return np.arange(num_samples, dtype=np.int32) % num_classes
@@ -95,13 +92,8 @@ def make_sampler(
 ) -> Sampler:
   """A compiled function from parameters, indices and labels to pictures.
 
-  Args:
-    config: of the diffusion model; its latent store gives the statistics.
-    tokenizer: its decoder makes the pictures.
-    settings: as `config.sample`.
-    seed: of the noise.
-    devices: from `mesh.make_mesh`.
-    guide: a second model to be guided away from.
+  `config` is of the diffusion model, whose latent store gives the statistics; `settings` are as
+  `config.sample`; `guide` is a second model to be guided away from.
 
   Returns:
     (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
@@ -144,18 +136,10 @@ def sample_set(
   guide: restore.Trained | None = None,
   png: bool = False,
 ) -> None:
-  """Samples a set and writes it, or what is missing of it.
+  """Samples a set and writes it, or what is missing of it; the arguments are the command's.
 
-  Args:
-    diffusion: from `restore.load`, as are `tokenizer` and `guide`.
-    tokenizer: of the latents.
-    output: the npz; finished batches wait in the folder `output.parts` beside it.
-    num_samples: how many.
-    labels: see `labels_for`.
-    seed: of noise and labels.
-    settings: as `config.sample`; the training's own if None.
-    guide: a second model to be guided away from.
-    png: also write a folder of PNG files, named as the npz without its suffix.
+  Finished batches wait in the folder `output.parts` beside the npz `output`. `settings` are as
+  `config.sample`; the training's own if None.
 
   Raises:
     InputError: settings do not fit, or `output` was begun with other ones.

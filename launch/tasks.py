@@ -45,9 +45,7 @@ def frozen(config: ConfigDict) -> FrozenConfigDict:
 def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDict:
   """`frozen`, and the epochs of a tokenizer's stages turned into steps.
 
-  Args:
-    config: with all keys of `configs.base` for its task.
-    num_images: pictures that an epoch has; None: as many as the configuration's source has.
+  An epoch has `num_images` pictures; None: as many as the configuration's source has.
 
   Raises:
     InputError: as of `frozen`, or the source or the stages do not fit.

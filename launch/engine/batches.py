@@ -12,18 +12,12 @@ from launch.engine import mesh
 
 
 def in_batches(
-  run: Callable[..., Any],
-  arrays: Any,
-  batch_size: int,
-  devices: jax.sharding.Mesh,
+  run: Callable[..., Any], arrays: Any, batch_size: int, devices: jax.sharding.Mesh
 ) -> Iterator[Any]:
-  """Runs a function over the leading axis of some arrays.
+  """Runs a jitted function over the leading axis of a pytree of host arrays [N, ...].
 
-  Args:
-    run: jitted, from a global batch (like `arrays`) to a pytree of arrays [B, ...].
-    arrays: pytree of host arrays [N, ...]; the last batch is filled up by repetition.
-    batch_size: over all devices; rounded up to a multiple of their number.
-    devices: from `mesh.make_mesh`.
+  `batch_size` is over all devices, rounded up to a multiple of their number; the last batch is
+  filled up by repetition.
 
   Yields:
     The results as host arrays without the filling: N rows in all.

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,7 +75,7 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints, but every one is damaged.
     """
-    found = _in_first(self._sound_step)
+    found = processes.first_says(self._sound_step() if jax.process_index() == 0 else _NONE)
     if found == _ALL_DAMAGED:
       raise InputError(
         f"All checkpoints in {self.folder} are damaged, as reported above, and were renamed. Copy "
@@ -105,10 +105,9 @@ class Checkpoints:
     return _ALL_DAMAGED if damaged else _NONE
 
   def check_space(self, state: Any) -> None:
-    """Raises InputError when the disk has no room for all kept checkpoints and one more.
+    """Raises InputError when the disk has no room for all kept checkpoints of a state and one more.
 
-    Args:
-      state: pytree of arrays or shapes.
+    `state` is a pytree of arrays or shapes.
     """
     if is_url(self.folder):
       return
@@ -125,10 +124,7 @@ class Checkpoints:
   def save(self, state: Any, config: dict, log: dict | None = None) -> None:
     """Starts writing a checkpoint in the background; `close` or the next save waits for it.
 
-    Args:
-      state: a task's state: a dataclass with `step`, `params`, `ema` (name -> tree) and more.
-      config: plain nested dict.
-      log: likewise; the state of the log between two lines.
+    `state` is a task's; `config` and `log`, the state of the log between two lines, are for JSON.
 
     Raises:
       OSError: the disk is full, which a later call raises too for a save in the background. Earlier
@@ -162,14 +158,9 @@ class Checkpoints:
           (self.folder / str(step)).rmtree()
 
   def restore(self, step: int, state: Any) -> tuple[Any, dict]:
-    """Reads a checkpoint, on however many devices there are now.
+    """(the state, `log` as it was saved) of a checkpoint, on however many devices there are now.
 
-    Args:
-      step: which one.
-      state: the state as `jax.ShapeDtypeStruct` with shardings.
-
-    Returns:
-      (the state as arrays, `log` as it was saved).
+    The argument `state` has `jax.ShapeDtypeStruct` with shardings.
     """
     items = {name: _orbax().args.StandardRestore(tree) for name, tree in _items(state).items()}
     items["log"] = _orbax().args.JsonRestore()
@@ -187,12 +178,6 @@ class Checkpoints:
 
 # Instead of a step where there is none; negative, since processes exchange numbers.
 _NONE, _ALL_DAMAGED = -1, -2
-
-
-def _in_first(work: Callable[[], int]) -> int:
-  """What the first process finds, in all of them."""
-  found = work() if jax.process_index() == 0 else 0
-  return int(processes.gather({"found": np.array([found])})[0]["found"][0])
 
 
 @functools.cache
@@ -225,16 +210,12 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -> tuple[Any, int]:
-  """One item of a checkpoint alone: the EMA for sampling, a tokenizer's parameters for encoding.
+  """(one item of a checkpoint alone, the checkpoint's step).
 
   Args:
-    workdir: a training's workdir.
     item: "params", or "ema_" and the name of one.
     like: pytree of `jax.ShapeDtypeStruct` with shardings.
-    step: which checkpoint; the newest undamaged one if None.
-
-  Returns:
-    (pytree of arrays, step).
+    step: of the checkpoint; the newest undamaged one if None.
   """
   folder = _folder(workdir)
   steps = _steps(folder)
@@ -268,10 +249,7 @@ def _check_free(folder: Any, needed: int, why: str) -> None:
 def save_weights(workdir: Path, params: Any, config: dict) -> None:
   """Makes a workdir of weights alone, for encoding, sampling and evaluating; whole or not at all.
 
-  Args:
-    workdir: a folder that does not exist, or is empty.
-    params: pytree of arrays, as in a task's state.
-    config: plain nested dict.
+  There must be no such folder, or an empty one. `params` are as in a task's state.
   """
   workdir = Path(workdir).absolute()
   workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -300,8 +278,7 @@ def read_config(workdir: Path) -> dict:
   return json.loads(path.read_text())
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
   """One checkpoint, as `survey` found it; `wrong` says how it is damaged, "" if not."""
 
   name: str
@@ -312,10 +289,9 @@ class Found:
 
 def survey(workdir: Path) -> list[Found]:
   """All checkpoints of a workdir, each read and compared with its manifest, oldest first."""
-  folder = _folder(workdir)
   found = []
-  for step in _steps(folder):
-    path = folder / str(step)
+  for step in steps_of(workdir):
+    path = _folder(workdir) / str(step)
     items = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     found.append(Found(str(step), tuple(items), manifest.size_of(path), manifest.damage(path)))
   return found

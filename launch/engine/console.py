@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -30,6 +31,7 @@ from vavae_jax.common.files import DISK_FULL, allow_open_files
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
+T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 # A path from the user that cannot be written or read; other system errors may be our mistakes.
@@ -109,9 +111,9 @@ class Bar:
       self._line()
 
 
-def tracked(items: Sequence, name: str) -> Iterator:
+def tracked(items: Iterable[T], name: str, total: int) -> Iterator[T]:
   """The items one by one, with a bar."""
-  with Bar(name, len(items)) as bar:
+  with Bar(name, total) as bar:
     for done, item in enumerate(items, 1):
       yield item
       bar.update(done)
@@ -210,8 +212,7 @@ def run_command(
   Wrong flags and input end with 2; interrupts with the resume command and 128 + signal.
 
   Args:
-    main: takes the command line without its options.
-    arguments: how many words beside options the command takes.
+    main: takes the command line without its options, of at most `arguments` words.
     config: default of --config.
     argv: the command line, without a subcommand's name; the process's own if None.
     name: of command and subcommand, for messages.

@@ -18,14 +18,9 @@ CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention
 
 
 def count(jaxpr: Any) -> float:
-  """FLOPs, 2 a multiply-add.
+  """FLOPs, 2 a multiply-add, of `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
 
-  Args:
-    jaxpr: of `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
-
-  Returns:
-    The sum over matrix products and convolutions; of a `while` one round, of a `cond` the
-    largest branch.
+  A `while` counts one round, a `cond` its largest branch.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   return sum(_of(equation) for equation in jaxpr.eqns)

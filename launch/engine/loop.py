@@ -100,16 +100,11 @@ def run(
 
   Args:
     task: a module that fits `Task`.
-    config: the whole configuration, frozen.
-    workdir: of metrics, checkpoints and the configuration.
     name: shown by the progress bar.
     more_evaluators: beside the task's own.
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
     may_change: keys that a run may change when it goes on, beside those of every task.
-
-  Returns:
-    The final state, on the devices.
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.

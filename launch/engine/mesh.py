@@ -22,11 +22,8 @@ MIN_SHARDED_SIZE = 2**14
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   """The mesh ("data", "fsdp") over all devices of all processes.
 
-  With Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
-
-  Args:
-    data: size of the data axis; -1 takes what fsdp leaves.
-    fsdp: number of shards of parameters and optimizer state; -1 takes what data leaves.
+  A size of -1 takes what the other leaves; `fsdp` is the number of shards of parameters and
+  optimizer state. Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
   """
   sizes = axis_sizes(data, fsdp, jax.device_count())
   return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)

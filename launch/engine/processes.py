@@ -80,9 +80,9 @@ def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
   ]
 
 
-def first_says(answer: bool) -> bool:
+def first_says(answer: int) -> int:
   """The first process's answer, in all of them."""
-  return bool(gather({"answer": np.array([answer])})[0]["answer"][0])
+  return int(gather({"answer": np.array([answer])})[0]["answer"][0])
 
 
 def wait_for_all(what: str) -> None:

@@ -57,14 +57,9 @@ def define_flags() -> None:
 
 
 def read(folder: Path, seconds: float) -> Activity:
-  """Reads the newest trace that jax.profiler wrote into a folder.
+  """Reads the newest trace that jax.profiler wrote into a folder, `seconds` long.
 
-  Args:
-    folder: of the trace.
-    seconds: its length.
-
-  Returns:
-    Nothing and 0 where the profile of this kind of device has no operations.
+  Nothing was busy where the profile of this kind of device has no operations.
   """
   file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   spent: dict[str, float] = collections.defaultdict(float)

@@ -22,11 +22,7 @@ class Writer:
   """Writes one workdir's `metrics.jsonl` and `tensorboard/`."""
 
   def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
-    """Args:
-    workdir: where the files go.
-    resume_step: lines of later steps are dropped.
-    active: False in all processes but the first, which write nothing.
-    """
+    """Lines after `resume_step` are dropped; `active` is False in processes that write nothing."""
     self._active = active
     if not active:
       return

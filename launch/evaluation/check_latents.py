@@ -18,10 +18,7 @@ BINS = 120
 
 
 def check(path: Path) -> None:
-  """Reads every shard, prints a summary, draws a picture beside the store.
-
-  Args:
-    path: the store's folder.
+  """Reads every shard of a store, prints a summary, draws a picture beside the store.
 
   Raises:
     InputError: something is wrong; all of it is listed.

@@ -76,12 +76,9 @@ class Network:
 def load_network(protocol: str, path: str = "") -> Network:
   """The feature network of a protocol; InputError if the protocol or its weights are unknown.
 
-  Args:
-    protocol: "adm" or "pytorch-fid", whose network is FID's Inception, "classifier", or a
-      teacher's name.
-    path: its weights, as published or from `launch.convert`; "": Inception's where pytorch-fid or
-      torch-fidelity put them, EfficientNet's of the package that has them. Of "classifier": the
-      workdir where it was trained.
+  `path` is its weights, as published or from `launch.convert`; "": Inception's where pytorch-fid or
+  torch-fidelity put them, EfficientNet's of the package that has them. Of "classifier" it is the
+  workdir where it was trained.
   """
   if protocol not in PROTOCOLS:
     raise InputError(f"The protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from vavae_jax.metrics import confidence
 from vavae_jax.metrics.distribution import Frechet, PrecisionRecall, precision_recall
 from vavae_jax.metrics.uniformity import Uniformity
 
-T = TypeVar("T")
 NEIGHBOURS = 3  # k of precision and recall
 
 
@@ -93,7 +92,7 @@ class Generated:
     if not self.options.infinity:
       return None
     subsets = confidence.subset_distances(self.samples.column("pool"), self.reference.gaussian)
-    return confidence.extrapolated(list(_tracked(subsets, "subsets", confidence.POINTS)))
+    return confidence.extrapolated(list(console.tracked(subsets, "subsets", confidence.POINTS)))
 
   def more(self) -> dict[str, Any]:
     """What a JSON file says beside the figures: parts of the distances, warnings, confidence."""
@@ -122,7 +121,7 @@ class Generated:
     if options.bootstrap:
       features = self.samples.column("pool")
       draws = confidence.resampled(features, self.reference.gaussian, options.bootstrap)
-      resamples = list(_tracked(draws, "bootstrap", options.bootstrap))
+      resamples = list(console.tracked(draws, "bootstrap", options.bootstrap))
       interval = confidence.interval(self.pool.distance, resamples)
       more["confidence"] = {key: interval._asdict() | {"resamples": options.bootstrap}}
     if self.infinity:
@@ -159,17 +158,11 @@ class Rebuilt:
 
 
 class LatentSpace(NamedTuple):
-  """Cells of a latent space.
+  """Cells of a latent space."""
 
-  Attributes:
-    runs: uniformity of each t-SNE.
-    eigenvalues: of the covariance [Z], descending.
-    correlation: of the channels [Z,Z].
-  """
-
-  runs: list[Uniformity]
-  eigenvalues: np.ndarray
-  correlation: np.ndarray
+  runs: list[Uniformity]  # of each t-SNE
+  eigenvalues: np.ndarray  # of the channels' covariance [Z], descending
+  correlation: np.ndarray  # of the channels [Z,Z]
   network: None = None
 
   def mean(self, name: str) -> float:
@@ -186,7 +179,6 @@ class Entry(NamedTuple):
     better: which direction is, "higher", "lower" or "".
     compute: what was gathered -> the number, or None.
     unit: of the number.
-    form: format of the number; see `report.html.Figure`.
   """
 
   key: str
@@ -194,7 +186,6 @@ class Entry(NamedTuple):
   better: str
   compute: Callable[[Any], float | None]
   unit: str = ""
-  form: str = ""
 
 
 FIGURES: dict[str, tuple[Entry, ...]] = {
@@ -256,14 +247,10 @@ def shown(
   note: str,
   notes: Mapping[str, str] | None = None,
 ) -> list[Figure]:
-  """Figures as the console and pages show them.
+  """The figures of an evaluation, a key of `FIGURES`, as the console and pages show them.
 
-  Args:
-    kind: the evaluation, a key of `FIGURES`.
-    figures: by their names in JSON; others than the table's are left out.
-    network: of the distances.
-    note: about every figure.
-    notes: about single figures, by name.
+  `figures` are by their names in JSON, of which those that are not in the table are left out;
+  `note` is about every figure, `notes` are about single ones, by name.
   """
   key, name = (network.key, network.distance) if network else ("", "")
   rows = []
@@ -272,7 +259,7 @@ def shown(
     if full in figures:
       about = ", ".join(filter(None, [note, (notes or {}).get(full)]))
       label = each.label.format(distance=name)
-      rows.append(Figure(label, figures[full], each.unit, about, each.better, each.form))
+      rows.append(Figure(label, figures[full], each.unit, about, each.better))
   return rows
 
 
@@ -284,11 +271,3 @@ def rank_warnings(counts: Mapping[str, int | None], network: Network) -> list[st
     for name, count in counts.items()
     if count is not None and count <= network.size
   ]
-
-
-def _tracked(items: Iterator[T], name: str, total: int) -> Iterator[T]:
-  """The items, with a bar."""
-  with console.Bar(name, total) as bar:
-    for done, item in enumerate(items, 1):
-      yield item
-      bar.update(done)

@@ -16,11 +16,8 @@ from vavae_jax.common.errors import InputError
 def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point]:
   """Joins evaluations of several tokenizers; writes JSON, picture and page.
 
-  Args:
-    words: `NAME:RECONSTRUCTION.json:GENERATION.json` each, of `launch.evaluate`; see
-      `plots.frontier` for names with a slash.
-    x: a figure of the reconstructions.
-    y: a figure of the generations.
+  A word is `NAME:RECONSTRUCTION.json:GENERATION.json`, of `launch.evaluate`; `plots.frontier` has
+  the meaning of a slash in a name. `x` is a figure of the reconstructions, `y` of the generations.
 
   Raises:
     InputError: a file is missing, is of another evaluation or of another protocol than the others.

@@ -82,7 +82,6 @@ class FromSource:
     max_corrupt: int = 0,
   ):
     """Args:
-    spec: as `sources.open_source` takes it.
     size: side of the crops in pixels; 0: no crop.
     crop: one of `images.FIXED_CROPS`.
     indices: ascending; None: all.
@@ -225,10 +224,9 @@ def own_pictures(
 def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> PictureSet:
   """An existing set of pictures; InputError if there are none.
 
-  Args:
-    spec: an npz, a folder of pictures, a folder of latents, or an image source such as zip:FILE.
-    image_size: side of ADM's centre crop, of folders and sources; 0: as they are.
-    tokenizer: workdir of latents' tokenizer; "": as the latents say.
+  `spec` is an npz, a folder of pictures or of latents, or an image source such as zip:FILE;
+  `image_size` the side of ADM's centre crop, of folders and sources, 0: as they are; `tokenizer`
+  the workdir of the latents' tokenizer, "": as the latents say.
   """
   path = Path(spec).expanduser()
   if path.is_dir() and shard_files(path):

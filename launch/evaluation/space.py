@@ -29,22 +29,20 @@ TIMES = np.linspace(0.02, 0.98, 49)
 _SHOWN_POINTS = 2_000
 
 
-class Cells(NamedTuple):
-  """Normalised latents of one random place of random pictures.
+class Run(NamedTuple):
+  """One t-SNE of n cells."""
 
-  Attributes:
-    values: [n, Z].
-    labels: [n], of their pictures.
-  """
-
-  values: np.ndarray
-  labels: np.ndarray
+  values: np.ndarray  # the cells, normalised [n,Z]
+  labels: np.ndarray  # of their pictures [n]
+  plane: np.ndarray  # place of each [n,2]
+  density: np.ndarray  # at each place [n]
 
 
-def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
-  """Random cells of `count` pictures, or of all, mirrored or not, as the reference draws them.
+def draw_cells(store: latents.LatentStore, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """(normalised cells at a random place of random pictures [n,Z], the pictures' labels [n]).
 
-  Where the store has posteriors, cells are of a sample.
+  They are of `count` pictures, or of all, mirrored or not, as the reference draws them; where the
+  store has posteriors, of a sample.
   """
   draw = np.random.default_rng(seed)
   records = draw.permutation(len(store))[:count]
@@ -66,20 +64,7 @@ def draw_cells(store: latents.LatentStore, count: int, seed: int) -> Cells:
       else None,
     )
     values[some] = z_BhwZ[np.arange(len(z_BhwZ)), rows[some], columns[some]]
-  return Cells(values, store.labels_of(records))
-
-
-class Run(NamedTuple):
-  """One t-SNE.
-
-  Attributes:
-    plane: place of each cell [n,2].
-    density: at each place [n].
-  """
-
-  cells: Cells
-  plane: np.ndarray
-  density: np.ndarray
+  return values, store.labels_of(records)
 
 
 def evaluate(
@@ -91,24 +76,17 @@ def evaluate(
   seed: int = 0,
   path: str = "Linear",
 ) -> dict[str, float]:
-  """All figures of a latent space, with JSON, picture and page.
+  """All figures of a latent space, with JSON, picture and page; InputError if latents are too few.
 
-  Args:
-    runs: t-SNEs, each of other cells.
-    count: cells of each.
-    seed: of the first run; the next ones follow.
-    path: of the transport, for the curve of signal to noise.
-
-  Raises:
-    InputError: too few latents.
+  There are `runs` t-SNEs of `count` cells each, the first by `seed`, the next by the seeds that
+  follow; `path` is the transport's, for the curve of signal to noise.
   """
   if len(store) < LEAST:
     raise InputError(f"{store.path} has {len(store)} latents; at least {LEAST} are needed.")
-  done = [
-    _run(store, count, seed + run, output.progress) for run in console.tracked(range(runs), "t-SNE")
-  ]
+  seeds = console.tracked(range(seed, seed + runs), "t-SNE", runs)
+  done = [_run(store, count, each, output.progress) for each in seeds]
   first, found = done[0], [uniformity(run.density) for run in done]
-  values = first.cells.values.astype(np.float64)
+  values = first.values.astype(np.float64)
   correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
   covariance = np.atleast_2d(np.cov(values.T))
   eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
@@ -150,8 +128,7 @@ def evaluate(
 def _sections(
   store: latents.LatentStore, run: Run, curves: dict[str, list[tuple[int, float]]], path: str
 ) -> list[Section]:
-  labels = run.cells.labels
-  classes = store.manifest.get("class_names") or [str(i) for i in range(labels.max() + 1)]
+  classes = store.manifest.get("class_names") or [str(i) for i in range(run.labels.max() + 1)]
   some = slice(None, _SHOWN_POINTS)
   title = f"Signal to noise of the path {path}"
   chart = Curve(title, "log10 of variances", curves, x_label="time x 100")
@@ -159,7 +136,7 @@ def _sections(
     Section(
       "Map",
       f"Cells of the first run in the plane (t-SNE, perplexity {PERPLEXITY:g}), by class.",
-      [scatter(run.plane[some], labels[some], classes)],
+      [scatter(run.plane[some], run.labels[some], classes)],
     ),
     Section("Noise", "Along the axes of most, median and least variance.", [line_chart(chart)]),
   ]
@@ -167,17 +144,17 @@ def _sections(
 
 def _run(store: latents.LatentStore, count: int, seed: int, progress: Path) -> Run:
   """One t-SNE, or what a run before found of the same cells."""
-  cells = draw_cells(store, count, seed)
+  values, labels = draw_cells(store, count, seed)
   path = progress / f"run-{seed}.safetensors"
-  noted = {"cells": hashlib.sha256(cells.values.tobytes()).hexdigest()}
+  noted = {"cells": hashlib.sha256(values.tobytes()).hexdigest()}
+  plane = None
   if path.is_file():
     with safe_open(path, "numpy") as file:
-      if file.metadata() == noted:
-        plane = file.get_tensor("plane")
-        return Run(cells, plane, density(plane))
-  plane = tsne(cells.values, seed)
-  write_safetensors(path, {"plane": plane}, noted)
-  return Run(cells, plane, density(plane))
+      plane = file.get_tensor("plane") if file.metadata() == noted else None
+  if plane is None:
+    plane = tsne(values, seed)
+    write_safetensors(path, {"plane": plane}, noted)
+  return Run(values, labels, plane, density(plane))
 
 
 def tsne(values: np.ndarray, seed: int, perplexity: float = PERPLEXITY) -> np.ndarray:
@@ -189,14 +166,9 @@ def tsne(values: np.ndarray, seed: int, perplexity: float = PERPLEXITY) -> np.nd
 
 
 def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[int, float]]]:
-  """log10 of (alpha / sigma)^2 times the variance along some principal axes, over time.
+  """Points (100 t, log10 of (alpha / sigma)^2 times the variance) of some principal axes.
 
-  Args:
-    eigenvalues: variances, descending.
-    path: of the transport.
-
-  Returns:
-    Points (100 t, value) of each axis.
+  `eigenvalues` are the variances, descending; `path` is the transport's.
   """
   c = transport.coefficients(path, jnp.asarray(TIMES), jnp.zeros((len(TIMES), 1)))
   ratio = np.asarray(c.alpha / c.sigma, np.float64).ravel()

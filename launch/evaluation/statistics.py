@@ -139,7 +139,6 @@ def compute(
 
   Args:
     run: jitted; (params, {"image" uint8 [B,H,W,3], "index" int32 [B]}) -> what is computed.
-    params: arrays; they are brought to this process's devices.
     name: what the pictures are, for the bar and for the file in `progress`.
     about: what else the statistics depend on, for JSON.
     progress: a folder, where an evaluation that was stopped goes on from; None: it does not.
@@ -181,7 +180,10 @@ def compute(
       if path and (late or number == len(ranges)):
         write_safetensors(path, found.to_tensors(), {"noted": noted, "blocks": str(done + number)})
         saved = time.monotonic()
-  return _merged(found)
+  result = Statistics()
+  for tensors in processes.gather(found.to_tensors()):  # in the order of the pictures
+    result.merge(Statistics.of_tensors(tensors))
+  return result
 
 
 def _checked(image: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -206,11 +208,3 @@ def _load(path: Path, noted: str) -> tuple[Statistics, int]:
   except (OSError, SafetensorError, KeyError, ValueError) as error:
     console.say(f"{path} is damaged ({error}); its part is computed again")
     return Statistics(), 0
-
-
-def _merged(mine: Statistics) -> Statistics:
-  """The statistics of all processes, in the order of the pictures."""
-  result = Statistics()
-  for tensors in processes.gather(mine.to_tensors()):
-    result.merge(Statistics.of_tensors(tensors))
-  return result

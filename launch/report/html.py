@@ -29,19 +29,13 @@ _MAX_HEADLINES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """One number with its unit.
-
-  Attributes:
-    better: "higher", "lower", or "" where neither is.
-    form: format of the number, as in ".2f"; "" is `number`.
-  """
+  """One number with its unit; `better` is "higher", "lower", or "" where neither is."""
 
   name: str
   value: float
   unit: str = ""
   note: str = ""
   better: str = ""
-  form: str = ""
 
   def __post_init__(self) -> None:
     if self.better not in _ARROWS:
@@ -50,13 +44,12 @@ class Figure:
   @property
   def text(self) -> str:
     """The number as people read it."""
-    return format(self.value, self.form) if self.form else number(self.value)
+    return number(self.value)
 
 
 class Section(NamedTuple):
-  """A part of a page: a name, a sentence about it, and pieces from the functions below.
-
-  A section without any piece that has content is left out.
+  """A part of a page: a name, a sentence, and pieces from the functions below; left out if none of
+  the pieces has content.
   """
 
   name: str

@@ -99,7 +99,7 @@ def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
     for chip, shapes in slices.SLICES.items()
     for sides in shapes
   ]
-  for spec, what, topology in console.tracked(wanted, "plans"):
+  for spec, what, topology in console.tracked(wanted, "plans", len(wanted)):
     if (spec, what, topology) not in done:
       found = _search_apart(spec, what, topology, mfu)
       rows.append({"config": spec, "what": what, "topology": topology, **found})
