@@ -6,7 +6,8 @@ A model counts as recognised only once its own module has taken every tensor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,23 +30,23 @@ class Weights(NamedTuple):
   """The weights of one model.
 
   Attributes:
-    kind: one of the names in `_KINDS`, such as "LightningDiT".
-    name: of the preset or teacher, such as "dinov2_vitl14"; "" where there is none.
-    part: one of `PARTS` or `ITSELF`.
     tensors: PyTorch name -> array, without prefixes; all of the model's and no other. Teachers'
       files are kept whole, with heads and text towers that publishers ship with them.
-    aside: other contents of the file -> how many tensors or values.
-    arguments: the constructor's, where tensors determine them.
     module: ours with these weights; None for statistics.
+    name: of the preset or teacher, such as "dinov2_vitl14"; "" where there is none.
+    arguments: the constructor's, where tensors determine them.
+    aside: other contents of the file -> how many tensors or values.
+    kind: one of the names in `_KINDS`, such as "LightningDiT".
+    part: one of `PARTS` or `ITSELF`.
   """
 
-  kind: str
-  name: str
-  part: str
   tensors: StateDict
-  aside: dict[str, int]
-  arguments: dict[str, Any]
   module: Any
+  name: str = ""
+  arguments: Mapping[str, Any] = MappingProxyType({})
+  aside: Mapping[str, int] = MappingProxyType({})
+  kind: str = ""
+  part: str = ""
 
 
 def recognise(
@@ -68,9 +69,8 @@ def recognise(
   tensors |= more or {}
   for kind, (is_it, read) in _KINDS.items():
     if is_it(tensors):
-      own, name, arguments, module, left = read(tensors)
-      aside += Counter(map(_group, left))
-      return Weights(kind, name, part, own, dict(aside), arguments, module)
+      found = read(tensors)
+      return found._replace(kind=kind, part=part, aside=aside + Counter(found.aside))
   shown = ", ".join(sorted(tensors)[:6]) or "no tensor"
   raise InputError(
     f"No model is known by these tensors: {shown}. Known are: {', '.join(_KINDS)}. --inspect lists "
@@ -100,77 +100,61 @@ def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Coun
   return part, tensors, aside
 
 
-def _group(name: str) -> str:
-  """`loss.discriminator.main.0.weight` -> `loss.discriminator`."""
-  return ".".join(name.split(".")[: 2 if name.startswith("loss.") else 1])
-
-
-class _Read(NamedTuple):
-  """As in `Weights`, with the names of the tensors that a kind's reader left out."""
-
-  tensors: StateDict
-  name: str
-  arguments: dict[str, Any]
-  module: Any
-  left: Iterable[str] = ()
-
-
-def _read_statistics(tensors: StateDict) -> _Read:
+def _read_statistics(tensors: StateDict) -> Weights:
   mean, std = (np.asarray(tensors[name], np.float32) for name in ("mean", "std"))
   if not mean.size or mean.shape != std.shape or mean.size != max(mean.shape, default=0):
     raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
   if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
     raise InputError("The statistics are not finite, or a deviation is not above 0.")
-  return _Read(tensors, "", {}, None)
+  return Weights(tensors, None)
 
 
-def _read_lightningdit(tensors: StateDict) -> _Read:
+def _read_lightningdit(tensors: StateDict) -> Weights:
   arguments = dit.arguments_of(tensors)
-  return _Read(tensors, _preset(arguments), arguments, dit.from_torch(tensors, **arguments))
+  names = [name for name, sizes in PRESETS.items() if sizes.items() <= arguments.items()]
+  module = dit.from_torch(tensors, **arguments)
+  return Weights(tensors, module, names[0] if names else "", arguments)
 
 
-def _preset(arguments: Mapping[str, Any]) -> str:
-  for name, sizes in PRESETS.items():
-    if all(arguments[key] == value for key, value in sizes.items()):
-      return name
-  return ""
-
-
-def _read_autoencoder(tensors: StateDict) -> _Read:
+def _read_autoencoder(tensors: StateDict) -> Weights:
   arguments = vae.autoencoder_arguments(tensors)
   module = vae.autoencoder_from_torch(tensors, **arguments)
-  own, left = _split(tensors, vae.TRAINING_ONLY)
+  own, aside = _split(tensors, vae.TRAINING_ONLY)
   factor = 2 ** (len(arguments["ch_mult"]) - 1)
-  return _Read(own, f"f{factor}d{arguments['embed_dim']}", arguments, module, left)
+  return Weights(own, module, f"f{factor}d{arguments['embed_dim']}", arguments, aside)
 
 
-def _read_diffusers(tensors: StateDict) -> _Read:
+def _read_diffusers(tensors: StateDict) -> Weights:
   return _read_autoencoder(vae.autoencoder_from_diffusers(tensors))
 
 
-def _read_lpips(tensors: StateDict) -> _Read:
-  own, left = _split(tensors, LEFT_ASIDE)
+def _read_lpips(tensors: StateDict) -> Weights:
+  own, aside = _split(tensors, LEFT_ASIDE)
   try:
-    return _Read(own, "", {}, vae.lpips_from_torch(own), left)
+    return Weights(own, vae.lpips_from_torch(own), aside=aside)
   except InputError as error:
     raise InputError(
       f"{error} LPIPS is VGG16 and heads: give the one as SOURCE, the other as --heads."
     ) from error
 
 
-def _read_teacher(tensors: StateDict) -> _Read:
+def _read_teacher(tensors: StateDict) -> Weights:
   name = teachers.recognise(tensors)
-  return _Read(tensors, name, {}, teachers.teacher_from_torch(name, tensors))
+  return Weights(tensors, teachers.teacher_from_torch(name, tensors), name)
 
 
-def _read_inception(tensors: StateDict) -> _Read:
-  return _Read(tensors, "", {}, inception.from_torch(tensors))
+def _read_inception(tensors: StateDict) -> Weights:
+  return Weights(tensors, inception.from_torch(tensors))
 
 
-def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, list[str]]:
-  """(the model's tensors, names of the others, which begin with one of `others`)."""
+def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, Counter[str]]:
+  """(the model's tensors, how many others there are, whose names begin with one of `others`).
+
+  Others are counted by their first name, `loss.discriminator.main.0.weight` by two.
+  """
   left = [name for name in tensors if name.startswith(others)]
-  return {name: x for name, x in tensors.items() if name not in left}, left
+  groups = (".".join(x.split(".")[: 2 if x.startswith("loss.") else 1]) for x in left)
+  return {name: x for name, x in tensors.items() if name not in left}, Counter(groups)
 
 
 def _has(*names: str) -> Callable[[StateDict], bool]:
@@ -180,7 +164,7 @@ def _has(*names: str) -> Callable[[StateDict], bool]:
 SD_VAE = "tokenizer (diffusers)"
 LPIPS = "LPIPS"
 # Kind -> (whether the tensors are of it, how they are read).
-_KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], _Read]]] = {
+_KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], Weights]]] = {
   "latent statistics": (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
   "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
   "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
