@@ -195,7 +195,16 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   if not config.get("init_from"):
     return None
   path = place(config.init_from)
-  given = _params_of(path, config)
+  if path.is_dir():
+    # As in the reference the weights themselves, whose averages begin anew.
+    given = load(path, config.task, ema=0.0).params
+  elif path.is_file():
+    given = _WARM_STARTS[config.task].from_state_dict(read_state_dict(path), config.model)
+  else:
+    raise InputError(
+      f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
+      f"weights ({', '.join(SUFFIXES)})."
+    )
 
   def adopt(state: Any) -> Any:
     params, notes = _WARM_STARTS[config.task].adapt(state.params, given)
@@ -206,17 +215,3 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
     return dataclasses.replace(state, params=params, ema=emas)
 
   return adopt
-
-
-def _params_of(path: Path, config: FrozenConfigDict) -> Any:
-  """Parameters of a training, or tensors of a file for the warm start of the task."""
-  if path.is_dir():
-    # As in the reference the weights themselves, whose averages begin anew.
-    return load(path, config.task, ema=0.0).params
-  if not path.is_file():
-    raise InputError(
-      f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
-      f"weights ({', '.join(SUFFIXES)})."
-    )
-  stored = read_state_dict(path)
-  return _WARM_STARTS[config.task].from_state_dict(stored, config.model)

@@ -96,7 +96,7 @@ def test_it_is_trained_and_judges_by_the_released_commands(command, pictures, tm
   done = command("launch.evaluate", "statistics", *other)
   assert (done.returncode, "holds something else" in done.stderr) == (2, True)
   network = load_network("classifier", str(judge))
-  assert (network.distance, network.size) == ("FD-Drawn", 32)
+  assert (network.distance, network.sizes) == ("FD-Drawn", {"pool": 32})
   output = tmp_path / "same"
   words = (*own, f"--samples=folder:{pictures}", f"--reference={reference}", f"--output={output}")
   done = command("launch.evaluate", "generation", *words)

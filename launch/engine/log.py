@@ -63,17 +63,18 @@ class Log:
     self._began, self._began_step = time.monotonic(), self._last_step
     self._waited = self._flops = 0.0
 
-  def leave_out(self) -> None:
-    """The step just taken, which compiled, does not count for the speed."""
-    self.restart()
-    self.flush()
-    self.restart()
+  def step(self, step: int, metrics: Metrics, flops: float, compiled: bool) -> None:
+    """Takes a step's metrics, still being computed, and reads those of the step before.
 
-  def step(self, step: int, metrics: Metrics, flops: float) -> None:
-    """Takes a step's metrics, still being computed, and reads those of the step before."""
+    A step that compiled does not count for the speed, and its own metrics are waited for.
+    """
     self.flush()
     self._pending, self._last_step = (step, metrics), step
     self._flops += flops
+    if compiled:
+      self.restart()
+      self.flush()
+      self.restart()
 
   def flush(self) -> None:
     """Reads the pending metrics and writes a line where one is due.

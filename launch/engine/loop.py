@@ -162,9 +162,7 @@ def run(
           last = step == config.num_steps
           if step % config.log_every_steps == 0 or last:
             metrics |= step_fn.norms(state)
-          log.step(step, metrics, step_fn.flops[phase])
-          if compiles:
-            log.leave_out()
+          log.step(step, metrics, step_fn.flops[phase], compiles)
           stop = signals.stop_after(step, last)
           if step % config.save_every_steps == 0 or last or stop:
             log.flush()

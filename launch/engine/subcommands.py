@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 from absl import flags
 
 from launch.engine import console
+from launch.engine.circumstances import own_program
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
@@ -42,8 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   """Runs the subcommand that the command line names and ends the process; `text` is for --help."""
-  main = sys.modules["__main__"]
-  program = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else sys.argv[0]
+  program = own_program()[-1]
   parser = _Parser(
     prog=f"python -m {program}",
     description=text,
@@ -56,7 +56,7 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
     names.add_parser(name, help=subcommand.text.splitlines()[0], add_help=False)
   given, options = parser.parse_known_args()
   chosen = subcommands[given.name]
-  main.__doc__ = chosen.text  # which absl shows for --help
+  sys.modules["__main__"].__doc__ = chosen.text  # which absl shows for --help
   others = {*flags.FLAGS}
   chosen.define_flags()
   for name in {*flags.FLAGS} - others:

@@ -41,10 +41,8 @@ class Network:
   """A frozen network and how pictures come to it.
 
   Attributes:
-    protocol: one of `PROTOCOLS`.
     distance: name of the Frechet distance in its features; only Inception's is FID.
     about: protocol and weights, for a JSON file.
-    params: its weights.
     apply: (params, uint8 [B,H,W,3]) -> "pool" [B,F]; of Inception also "spatial" [B,2023] and
       "probabilities" [B,1008]. It can be called in a jitted function.
   """
@@ -66,11 +64,6 @@ class Network:
     picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
     found = jax.eval_shape(self.apply, self.params, picture)
     return {name: x.shape[-1] for name, x in found.items()}
-
-  @property
-  def size(self) -> int:
-    """How many features there are."""
-    return self.sizes["pool"]
 
 
 def load_network(protocol: str, path: str = "") -> Network:

@@ -265,9 +265,10 @@ def shown(
 
 def rank_warnings(counts: Mapping[str, int | None], network: Network) -> list[str]:
   """Warnings about sets that have fewer pictures than there are features."""
+  size = network.sizes["pool"]
   return [
-    f"{count} {name} are fewer than the {network.size} features: their covariance has not full "
+    f"{count} {name} are fewer than the {size} features: their covariance has not full "
     f"rank, and {network.distance} compares with no other number of pictures"
     for name, count in counts.items()
-    if count is not None and count <= network.size
+    if count is not None and count <= size
   ]

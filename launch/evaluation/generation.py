@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,15 +55,10 @@ def evaluate(
   options: Options,
   workdir: Path | None = None,
 ) -> dict[str, float]:
-  """All figures of a set of samples, with JSON, sheet and page.
+  """All figures of a set of samples, with JSON, sheet and page; InputError if sizes do not fit.
 
-  Args:
-    reference: with features if precision and recall are wanted and there are pictures.
-    network: whose features.
-    workdir: of the training that the samples are of, for its curves.
-
-  Raises:
-    InputError: something does not fit.
+  The reference has features where precision and recall are wanted; `workdir` is of the training
+  that the samples are of, for its curves.
   """
   check(samples, options)
   _check_sizes(samples, reference, network)
@@ -72,6 +66,10 @@ def evaluate(
   found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
   gathered = Generated(found, reference, network, options)
   values, more = figures.compute("generation", gathered), gathered.more()
+  notes = {
+    name: f"95 % between {x['low']:.3f} and {x['high']:.3f} ({x['resamples']} resamples)"
+    for name, x in more.get("confidence", {}).items()
+  }
   neighbours = _neighbours(found, reference)
   sections = [
     Section(
@@ -97,11 +95,7 @@ def evaluate(
     title=f"{network.distance} {values[network.key]:.3f}",
     summary=f"{len(samples)} samples against real pictures, by the protocol {network.protocol}.",
     figures=figures.shown(
-      "generation",
-      values,
-      network,
-      f"{len(samples)} samples, {network.protocol}",
-      _confidence(more),
+      "generation", values, network, f"{len(samples)} samples, {network.protocol}", notes
     ),
     sections=sections,
     picture=contact_sheet(first, COLUMNS),
@@ -117,14 +111,6 @@ def _neighbours(samples: Statistics, reference: Reference) -> np.ndarray:
   squares = np.square(reference.features).sum(1, dtype=np.float64)
   nearest = (squares - 2 * some @ reference.features.T).argmin(1)
   return take(reference.pictures, nearest.tolist())
-
-
-def _confidence(more: dict[str, Any]) -> dict[str, str]:
-  """Notes about the figures that have a confidence interval."""
-  return {
-    name: f"95 % between {x['low']:.3f} and {x['high']:.3f} ({x['resamples']} resamples)"
-    for name, x in more.get("confidence", {}).items()
-  }
 
 
 def _curves(workdir: Path | None) -> list[Curve]:

@@ -27,12 +27,10 @@ class Output:
   """The files of one evaluation."""
 
   def __init__(self, path: Path, kind: str):
-    """Args:
-      path: without suffix; a dot in the name, as in cfg3.5, is none.
-      kind: which evaluation.
+    """`path` has no suffix; a dot in the name, as in cfg3.5, is none.
 
     Raises:
-      InputError: they would replace files that no evaluation of this kind wrote.
+      InputError: the files would replace some that no evaluation of this kind wrote.
     """
     self.kind = kind
     self.json, self.png, self.html = (
@@ -64,7 +62,6 @@ class Output:
       result: of the JSON file, to which kind, versions and circumstances are added; its "warnings"
         are shown.
       sections: of the page; tables and the JSON follow.
-      figures: to show, the first four at the page's head.
       points: rows of a table to show, all with the same keys.
       picture: uint8 [H,W,3]; None if it exists already.
     """

@@ -38,10 +38,8 @@ def write(
 ) -> None:
   """Writes WORKDIR/report.html of a quickstart whose stages have all run.
 
-  Args:
-    store: latents of the training pictures.
-    results: figures by name; those of samples are in the features of `network`.
-    seconds: of each stage.
+  `store` has the latents of the training pictures, `results` figures by name, those of samples in
+  the features of `network`, and `seconds` the time of each stage.
   """
   pictures, labels = read_samples(workdir / "samples.npz")
   names = store.manifest["class_names"]
@@ -55,6 +53,8 @@ def write(
   rebuilt = restore.reconstruct(tokenizer, originals)
   counts = (len(pictures), len(store), len(held_out))
   shown = _figures(results, network, *counts)
+  versions = {"python": platform.python_version()}
+  versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
   sections = [
     Section(
       "Samples",
@@ -76,7 +76,15 @@ def write(
       [scatter(_project(store), store.labels, names, training.read(0, len(training)))],
     ),
     Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
-    _run_section(config, seconds),
+    Section(
+      "Run",
+      f"{html.duration(sum(seconds.values()))} in all.",
+      [
+        html.bars(seconds),
+        html.details("Configuration", json.dumps(config.to_dict(), indent=2)),
+        html.details("Versions", json.dumps(versions, indent=2)),
+      ],
+    ),
   ]
   html.write_page(
     workdir / "report.html",
@@ -95,20 +103,6 @@ def write(
       samples.swapaxes(0, 1).reshape(-1, *samples.shape[2:])[:SHOWN_AT_HEAD],
       "Samples of all classes",
     ),
-  )
-
-
-def _run_section(config: FrozenConfigDict, seconds: dict[str, float]) -> Section:
-  versions = {"python": platform.python_version()}
-  versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-  return Section(
-    "Run",
-    f"{html.duration(sum(seconds.values()))} in all.",
-    [
-      html.bars(seconds),
-      html.details("Configuration", json.dumps(config.to_dict(), indent=2)),
-      html.details("Versions", json.dumps(versions, indent=2)),
-    ],
   )
 
 

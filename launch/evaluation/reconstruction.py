@@ -43,7 +43,7 @@ def evaluate(
 
   Args:
     pictures: of the tokenizer's size, or of another multiple of its cells.
-    network: in whose features reconstructions and pictures are compared; None: in none.
+    network: in whose features reconstructions and pictures are compared; None: no rFID.
     posterior: "sample", as the reference's protocol has it, or "mode".
     seed: of the posterior's noise, drawn for each picture by its place.
 
@@ -69,10 +69,16 @@ def evaluate(
     about=about,
     progress=output.progress,
   )
-  psnr_N = _checked(found.column("psnr"))
+  psnr_N = found.column("psnr")
+  if (broken := np.isnan(psnr_N)).any():
+    raise InputError(
+      f"The tokenizer rebuilds {broken.sum()} of {len(psnr_N)} pictures as NaN; the first is "
+      f"number {broken.argmax()}."
+    )
   gathered = Rebuilt(found, network)
   values = figures.compute("reconstruction", gathered)
-  chosen = _worst_and_median(psnr_N)
+  order, middle = np.argsort(psnr_N), max(len(psnr_N) // 2 - SHOWN // 2, 0)
+  chosen = {"Worst": order[:SHOWN], "Median": order[middle : middle + SHOWN]}
   pairs = {name: _rebuild(pictures, run, params, indices) for name, indices in chosen.items()}
   output.write(
     {
@@ -104,15 +110,6 @@ def evaluate(
   return values
 
 
-def _checked(psnr_N: np.ndarray) -> np.ndarray:
-  if (broken := np.isnan(psnr_N)).any():
-    raise InputError(
-      f"The tokenizer rebuilds {broken.sum()} of {len(psnr_N)} pictures as NaN; the first is "
-      f"number {broken.argmax()}."
-    )
-  return psnr_N
-
-
 def _more(psnr_N: np.ndarray, gathered: Rebuilt) -> dict[str, Any]:
   """What the JSON file says beside the figures."""
   exact = int(np.isinf(psnr_N).sum())
@@ -125,13 +122,6 @@ def _more(psnr_N: np.ndarray, gathered: Rebuilt) -> dict[str, Any]:
   if not gathered.statistics.has("lpips"):
     more["warnings"].append("no LPIPS, whose weights were not given")
   return more
-
-
-def _worst_and_median(psnr_N: np.ndarray) -> dict[str, np.ndarray]:
-  """Indices of the pictures that are shown."""
-  order = np.argsort(psnr_N)
-  middle = max(len(order) // 2 - SHOWN // 2, 0)
-  return {"Worst": order[:SHOWN], "Median": order[middle : middle + SHOWN]}
 
 
 def _compiled(

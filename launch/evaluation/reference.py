@@ -29,21 +29,13 @@ MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on t
 
 @dataclasses.dataclass
 class Reference:
-  """Real pictures, or what was computed of them before.
+  """Real pictures, or what was computed of them before."""
 
-  Attributes:
-    about: what they are, for a JSON file.
-    gaussian: of their features.
-    count: pictures; None where the file of the statistics does not note it.
-    spatial: of sFID's features.
-    features: [N,F].
-  """
-
-  about: dict[str, Any]
-  gaussian: Gaussian
-  count: int | None = None
-  spatial: Gaussian | None = None
-  features: np.ndarray | None = None
+  about: dict[str, Any]  # what they are, for a JSON file
+  gaussian: Gaussian  # of their features
+  count: int | None = None  # of pictures, where the file of the statistics notes it
+  spatial: Gaussian | None = None  # of sFID's features
+  features: np.ndarray | None = None  # [N,F]
   pictures: PictureSet | None = None
 
 
@@ -120,14 +112,10 @@ def open_reference(
   keep: bool = False,
   progress: Path | None = None,
 ) -> Reference:
-  """Real pictures, their statistics stored or computed now.
+  """Real pictures, their statistics stored or computed now; with `keep` the features, too.
 
-  Args:
-    spec: an npz with mu and sigma, as ADM, pytorch-fid and `launch.evaluate statistics` write it,
-      or pictures, as `open_pictures` takes them with `image_size` and `tokenizer`.
-    network: whose features.
-    keep: the features too, where there are pictures.
-    progress: see `compute`.
+  `spec` is an npz with mu and sigma, as ADM, pytorch-fid and `launch.evaluate statistics` write it,
+  or pictures, as `open_pictures` takes them with `image_size` and `tokenizer`.
 
   Raises:
     InputError: the statistics are of another network or protocol, or there is nothing usable.

@@ -40,12 +40,7 @@ def evaluate(
   labels: str = "balanced",
   seed: int = 0,
 ) -> list[Point]:
-  """Compares all points of a grid with `settings`; writes JSON, picture and page.
-
-  Args:
-    settings: of the best samples, as `config.sample`.
-    grid: from `sweep.parse_grid`; the settings that differ.
-    labels: see `labels_for`.
+  """Compares the points of a grid with the best `settings`; writes JSON, picture and page.
 
   Returns:
     For each point its settings, "evaluations" (of the velocity for one sample; None where the

@@ -28,10 +28,7 @@ from vavae_jax.common.files import write_json
 def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list[Any]]:
   """`["cfg_scale=1,1.5", "num_steps=50"]` -> {"cfg_scale": [1.0, 1.5], "num_steps": [50]}.
 
-  Values take the types of `defaults`, which has all settings.
-
-  Raises:
-    InputError: unknown settings, no values, or values of another type.
+  Values take the types of `defaults`, which has all settings; InputError where they cannot.
   """
   grid: dict[str, list[Any]] = {}
   for word in words:
@@ -65,12 +62,9 @@ def sweep(
   *,
   options: Options,
 ) -> list[Point]:
-  """Figures at every point of a grid; points that a run before has finished are kept.
+  """Figures at every point of a grid, whose samples `draw` makes of its settings.
 
-  Args:
-    grid: from `parse_grid`.
-    draw: settings of a point -> its samples.
-    output: finished points stay in the folder OUTPUT.points, also for a larger grid.
+  Finished points stay in the folder OUTPUT.points, also for a larger grid.
   """
   points = points_of(grid)
   done: list[Point] = []

@@ -55,7 +55,7 @@ def keep(result: dict[str, Any], output: str) -> None:
 def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
   """What each work returns in each round; in a round all take a turn."""
   found: dict[str, list[float]] = {name: [] for name in works}
-  for _ in console.tracked(range(rounds), "rounds"):
+  for _ in console.tracked(range(rounds), "rounds", rounds):
     for name, work in works.items():
       found[name].append(work())
   return found
