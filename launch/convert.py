@@ -267,17 +267,17 @@ def _say_aside(aside: Mapping[str, int]) -> None:
     console.say(f"left out, since they are not the model's: {listed}")
 
 
-def main(argv: list[str]) -> None:
+def main(*words: str) -> None:
   """The command."""
   names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
-  if FLAGS.inspect and len(argv) == 2:
+  if FLAGS.inspect and len(words) == 1:
     _refuse("--inspect lists all that is in a file", **given)
-    inspect(argv[1])
+    inspect(words[0])
     return
-  if FLAGS.inspect or len(argv) != 3:
+  if FLAGS.inspect or len(words) != 2:
     raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
-  done = convert(argv[1], Path(argv[2]), **given)
+  done = convert(words[0], Path(words[1]), **given)
   _say_aside(done.aside)
   architecture = ", ".join(f"{name} {value}" for name, value in done.arguments.items())
   rows = [

@@ -274,9 +274,8 @@ def _encoder(
   return on_devices
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   if FLAGS.check:
     check_latents.check(Path(FLAGS.check))
     return

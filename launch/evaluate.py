@@ -362,7 +362,7 @@ def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...])
     for define in (_output_flags, *groups):
       define()
 
-  return Subcommand(inspect.getdoc(run) or "", lambda _: run(), define_flags)
+  return Subcommand(inspect.getdoc(run) or "", run, define_flags)
 
 
 if __name__ == "__main__":

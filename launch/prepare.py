@@ -101,9 +101,8 @@ def _read(
       bar.update(min(begin + 16 * threads, chosen.stop))
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   found = prepare(
     FLAGS.source,
     Path(FLAGS.output),

@@ -140,9 +140,8 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
   }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   workdir = Path(FLAGS.workdir)
   results = run(FLAGS.config, workdir)
   seconds = json.loads((workdir / "timings.json").read_text())

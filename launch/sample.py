@@ -215,9 +215,8 @@ def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDi
   return FrozenConfigDict(ConfigDict(settings | changes))
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   guide = restore.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None

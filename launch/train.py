@@ -134,9 +134,8 @@ def _distance(
   return distance
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   workdir = place(FLAGS.workdir)
   state = train(FLAGS.config, workdir)
   console.table(

@@ -37,9 +37,8 @@ LAYOUTS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   losses: dict[str, dict[str, np.ndarray]] = {}
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)

@@ -416,9 +416,8 @@ def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
   return found
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """The command."""
-  del argv
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     environment = {

@@ -245,7 +245,7 @@ def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named)
 
 
 def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, capsys):
-  def encode(argv):
+  def encode():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
 
   def run(main, argv, flags_parser):

@@ -139,11 +139,11 @@ def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   }
 
 
-def main(argv: list[str]) -> None:
+def main(*words: str) -> None:
   """The command."""
-  workdir, seconds = place(argv[1]), float(argv[2])
-  changes = {"num_steps": 40, "save_every_steps": int(argv[3])}
-  for word in argv[4].split(",") if len(argv) > 4 else ():
+  workdir, seconds = place(words[0]), float(words[1])
+  changes = {"num_steps": 40, "save_every_steps": int(words[2])}
+  for word in words[3].split(",") if len(words) > 3 else ():
     key, _, value = word.partition("=")
     changes[key] = int(value) if value.isdigit() else value
 

@@ -200,7 +200,7 @@ def _explained(error: BaseException) -> int | None:
 
 
 def run_command(
-  main: Callable[[list[str]], None],
+  main: Callable[..., None],
   *,
   arguments: int = 0,
   config: str | None = None,
@@ -212,7 +212,7 @@ def run_command(
   Wrong flags and input end with 2; interrupts with the resume command and 128 + signal.
 
   Args:
-    main: takes the command line without its options, of at most `arguments` words.
+    main: takes the words of the command line beside options, at most `arguments`.
     config: default of --config.
     argv: the command line, without a subcommand's name; the process's own if None.
     name: of command and subcommand, for messages.
@@ -230,7 +230,7 @@ def run_command(
       hardware.prepare()
       processes.start()
       with tracing.traced(say):
-        main(argv)
+        main(*argv[1:])
     except SystemExit:
       raise
     except BaseException as error:

@@ -24,13 +24,12 @@ class Subcommand(NamedTuple):
 
   Attributes:
     text: for its --help; the first line also stands in the command's.
-    main: takes the command line without its options, as `console.run_command` says.
     define_flags: defines its flags by `flags.DEFINE_...`.
     config: default of --config.
   """
 
   text: str
-  main: Callable[[list[str]], None]
+  main: Callable[[], None]
   define_flags: Callable[[], None]
   config: str | None = None
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from launch.engine import console
 from launch.lab.jobs import Job, run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs without it
-def main(argv):
+def main(*words):
   folder = Path(sys.argv[1])
   waits = (
     "import os, signal, sys, time; "

@@ -92,8 +92,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     chosen = FromSource(FLAGS.source, 0, limit=2 * FLAGS.pictures)
     pictures = chosen.read(0, len(chosen))

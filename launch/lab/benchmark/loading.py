@@ -194,8 +194,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     store = make_store(Path(name), FLAGS.records)
     slow, theirs = "reference's way in NumPy, 1 thread", "reference in PyTorch, 2 workers"

@@ -247,8 +247,7 @@ def define_flags() -> None:
   baseline.define_flags()
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the measurements
   workdir = Path(FLAGS.workdir).absolute()
   page = Path(FLAGS.page) if FLAGS.page else workdir / "speed.md"

@@ -80,8 +80,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   if FLAGS.batch_size:
     FLAGS.config.batch_size = FLAGS.batch_size
   result = benchmark(FLAGS.config, FLAGS.steps)

@@ -159,8 +159,7 @@ def define_flags() -> None:
   baseline.define_flags()
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   if unknown := [word for word in FLAGS.what if word not in WHAT]:
     raise InputError(f"--what={unknown[0]} is none of {', '.join(WHAT)}.")
   if FLAGS.count_only and (wrong := {"loader", "checkpoint"} & {*FLAGS.what}):

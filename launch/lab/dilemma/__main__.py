@@ -39,8 +39,7 @@ def _workers() -> tuple[int, list[int]]:
   return jobs, cores if on_cpu and jobs <= len(cores) else []
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
   config = configuration.resolve(FLAGS.config, dilemma.experiment())
   checks.check(config)

@@ -31,8 +31,7 @@ from launch.report.html import write_page
 from vavae_jax.common.files import write_json
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   given: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Settings)}
   settings = Settings(**given | {"reference": Path(FLAGS.reference)})
   rows, other = compare(settings)

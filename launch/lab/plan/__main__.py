@@ -37,8 +37,7 @@ from vavae_jax.common.files import write_json
 SAMPLES = 50_000  # for FID
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   slices.prepare()
   if FLAGS.kernels and FLAGS.topology.partition(":")[0] not in slices.GPUS:
     raise InputError(f"--kernels is for GPUs, and --topology is {FLAGS.topology}.")
