@@ -53,10 +53,6 @@ from vavae_jax.perceptual import Lpips, load_lpips
 FLAGS = flags.FLAGS
 
 
-def _output(kind: str) -> Output:
-  return Output(Path(FLAGS.output), kind)
-
-
 def _network() -> Network:
   return load_network(FLAGS.protocol, FLAGS.weights)
 
@@ -110,7 +106,7 @@ def _generation() -> None:
     for name in sorted({"step", "ema", "num_samples", "labels", "seed", *launch.sample.SETTINGS}):
       if FLAGS[name].present:
         raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
-  output, network = _output("generation"), _network()
+  output, network = Output(Path(FLAGS.output), "generation"), _network()
   if FLAGS.samples:
     drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   else:
@@ -133,7 +129,7 @@ def _reconstruction() -> None:
     python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
       --output=RUNS/reconstruction
   """
-  output = _output("reconstruction")
+  output = Output(Path(FLAGS.output), "reconstruction")
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
@@ -170,7 +166,7 @@ def _latents() -> None:
 
   Figures are those of the paper's table 6, by t-SNE.
   """
-  output, store = _output("latents"), LatentStore(Path(FLAGS.latents))
+  output, store = Output(Path(FLAGS.output), "latents"), LatentStore(Path(FLAGS.latents))
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
@@ -186,7 +182,7 @@ def _sweep() -> None:
   """
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
-  output, network, draw = _output("sweep"), _network(), _drawer()
+  output, network, draw = Output(Path(FLAGS.output), "sweep"), _network(), _drawer()
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
   steps = steps_of(place(FLAGS.workdir))
@@ -215,7 +211,7 @@ def _solvers() -> None:
     diffusion,
     given_settings(diffusion),
     sweep.parse_grid(FLAGS.grid, configs.base.sample().to_dict()),
-    _output("solvers"),
+    Output(Path(FLAGS.output), "solvers"),
     count=FLAGS.num_samples,
     labels=FLAGS.labels,
     seed=FLAGS.seed,
@@ -227,7 +223,7 @@ def _frontier() -> None:
 
   python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
   """
-  frontier(FLAGS.point, _output("frontier"), FLAGS.x, FLAGS.y)
+  frontier(FLAGS.point, Output(Path(FLAGS.output), "frontier"), FLAGS.x, FLAGS.y)
 
 
 def _statistics() -> None:
@@ -264,23 +260,13 @@ def _statistics() -> None:
   )
 
 
-def _output_flags() -> None:
-  text = "Path of the results without suffix; of statistics, the npz."
-  flags.DEFINE_string("output", None, text, required=True)
-
-
-def _network_flags() -> None:
+def _reference_flags() -> None:
   flags.DEFINE_enum("protocol", "adm", PROTOCOLS, "Feature network and how pictures come to it.")
   flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-
-
-def _reference_flags() -> None:
-  flags.DEFINE_string(
-    "reference", None, "Real pictures, or an npz of their mu and sigma.", required=True
-  )
-  flags.DEFINE_integer(
-    "image_size", 0, "ADM's crop of folders and sources; 0: the size of the samples."
-  )
+  text = "Real pictures, or an npz of their mu and sigma."
+  flags.DEFINE_string("reference", None, text, required=True)
+  text = "ADM's crop of folders and sources; 0: the size of the samples."
+  flags.DEFINE_integer("image_size", 0, text)
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, if the latents do not name it.")
 
 
@@ -288,9 +274,8 @@ def _sampler_flags(num_samples: int = 50_000) -> None:
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_float("ema", None, "Decay of the average; the first if not given, 0: none.")
   flags.DEFINE_integer("num_samples", num_samples, "Samples to draw.", lower_bound=2)
-  flags.DEFINE_string(
-    "labels", "balanced", "balanced, uniform (as the paper's), or numbers such as 3,7,7."
-  )
+  text = "balanced, uniform (as the paper's), or numbers such as 3,7,7."
+  flags.DEFINE_string("labels", "balanced", text)
   flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
   launch.sample.define_settings()
   flags.adopt_module_key_flags(launch.sample)
@@ -343,8 +328,7 @@ def _frontier_flags() -> None:
 
 
 _few_samples = functools.partial(_sampler_flags, solvers.DEFAULT_SAMPLES)
-_pictures = (_network_flags, _reference_flags)
-_drawn = (*_pictures, _sampler_flags, _precision_recall_flag)
+_drawn = (_reference_flags, _sampler_flags, _precision_recall_flag)
 # Evaluation -> its function and, beside --output, its groups of flags.
 COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] = {
   "generation": (_generation, (*_drawn, _generation_flags)),
@@ -353,13 +337,15 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
   "sweep": (_sweep, (*_drawn, _grid_flags)),
   "solvers": (_solvers, (_few_samples, _grid_flags)),
   "frontier": (_frontier, (_frontier_flags,)),
-  "statistics": (_statistics, _pictures),
+  "statistics": (_statistics, (_reference_flags,)),
 }
 
 
 def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...]) -> Subcommand:
   def define_flags() -> None:
-    for define in (_output_flags, *groups):
+    text = "Path of the results without suffix; of statistics, the npz."
+    flags.DEFINE_string("output", None, text, required=True)
+    for define in groups:
       define()
 
   return Subcommand(inspect.getdoc(run) or "", run, define_flags)
