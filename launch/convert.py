@@ -53,7 +53,6 @@ from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMS = ("folder", "safetensors", "pt")
 _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
-STATISTICS_KIND = "latent statistics"
 # The task of a model's workdir.
 _TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", recognition.SD_VAE: "tokenizer"}
 # Options that the reference's autoencoder lacks, with the values it is built by.
@@ -61,14 +60,11 @@ _ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
 
 
 class Converted(NamedTuple):
-  """What was written, for the summary; `arguments` are the architecture by the tensors' shapes."""
+  """What was written where, for the summary."""
 
-  what: str
-  tensors: StateDict
-  aside: Mapping[str, int]
+  weights: recognition.Weights
   path: Path
   sha256: str
-  arguments: Mapping[str, Any]
 
 
 def convert(
@@ -95,34 +91,32 @@ def convert(
       raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
     if to == "folder":
       raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
-    what, tensors = _export(path, task, step, ema)
-    _write_file(dest, tensors, to)
-    return Converted(what, tensors, {}, dest, sha256_of(dest), {})
-  _refuse(f"{path} is a file", step=step, ema=ema)
-  console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-  found = recognition.recognise(read_content(path), part, read_state_dict(heads) if heads else None)
-  what = " ".join(filter(None, (found.kind, found.name)))
-  console.say(f"recognised: {what}, of {found.part}")
-  if heads and found.kind != recognition.LPIPS:
-    raise InputError(f"--heads is for VGG16, and {path} is {what}.")
-  if found.kind != "LightningDiT" or to != "folder":
-    _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
-  if found.kind == STATISTICS_KIND and to == "folder":
+    found = _export(path, task, step, ema)
+  else:
+    _refuse(f"{path} is a file", step=step, ema=ema)
+    console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    more = read_state_dict(heads) if heads else None
+    found = recognition.recognise(read_content(path), part, more)
+    console.say(f"recognised: {found.what}, of {found.part}")
+    if heads and found.kind != recognition.LPIPS:
+      raise InputError(f"--heads is for VGG16, and {path} is {found.what}.")
+    if found.kind != "LightningDiT" or to != "folder":
+      _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
+  if found.kind == recognition.STATISTICS and to == "folder":
     dest, to = dest / STATISTICS, "safetensors"
   if to != "folder":
     _check_free(dest)
     _write_file(dest, found.tensors, to)
-    return Converted(what, found.tensors, found.aside, dest, sha256_of(dest), found.arguments)
+    return Converted(found, dest, sha256_of(dest))
   if found.kind not in _TASKS:
-    raise InputError(f"{what} has no workdir; end DEST in .safetensors or .pt.")
+    raise InputError(f"{found.what} has no workdir; end DEST in .safetensors or .pt.")
   _check_free(dest)
   config = _workdir_config(found, source, latents, tokenizer)
   params = nnx.to_pure_dict(nnx.state(found.module))
   if config.task == "tokenizer":
     params = {"autoencoder": params}
   save_weights(dest, params, config.to_dict())
-  sha256 = restore.load(dest, config.task).sha256
-  return Converted(what, found.tensors, found.aside, dest, sha256, found.arguments)
+  return Converted(found, dest, restore.load(dest, config.task).sha256)
 
 
 def _workdir_config(
@@ -161,13 +155,14 @@ def _refuse(why: str, **options: Any) -> None:
       raise InputError(f"--{name}={value} does not apply: {why}.")
 
 
-def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tuple[str, StateDict]:
-  """(what it is, the reference's state dict) of a training."""
+def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> recognition.Weights:
+  """The weights of a training under the reference's names."""
   model = restore.load(workdir, task, step, ema)
   if task == "diffusion":
     graph = functional.graph_of(build_model(model.config))
-    tensors = lightningdit_jax.convert.to_torch(nnx.merge(graph, model.params))
-    return f"LightningDiT of step {model.step}", tensors
+    module = nnx.merge(graph, model.params)
+    tensors, kind = lightningdit_jax.convert.to_torch(module), "LightningDiT"
+    return recognition.Weights(tensors, module, f"of step {model.step}", kind=kind)
   arguments = model.config.model
   for key, only in _ONLY_OURS.items():
     if arguments[key] != only:
@@ -176,7 +171,8 @@ def _export(workdir: Path, task: str, step: int | None, ema: float | None) -> tu
         f"{only}, so its files cannot hold these weights."
       )
   module = restore.autoencoder(model.config, model.params)
-  return f"tokenizer of step {model.step}", autoencoder_to_torch(module)
+  tensors = autoencoder_to_torch(module)
+  return recognition.Weights(tensors, module, f"of step {model.step}", kind="tokenizer")
 
 
 def _check_free(dest: Path) -> None:
@@ -229,8 +225,7 @@ def inspect(source: str) -> None:
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
   try:
     found = recognition.recognise(content)
-    what = f"{found.kind} {found.name}".strip()
-    console.say(f"{what}, of {found.part}; {_describe(found.tensors)}")
+    console.say(f"{found.what}, of {found.part}; {_describe(found.tensors)}")
     _say_aside(found.aside)
   except InputError as error:
     console.say(str(error))
@@ -278,11 +273,11 @@ def main(*words: str) -> None:
   if FLAGS.inspect or len(words) != 2:
     raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
   done = convert(words[0], Path(words[1]), **given)
-  _say_aside(done.aside)
-  architecture = ", ".join(f"{name} {value}" for name, value in done.arguments.items())
+  _say_aside(done.weights.aside)
+  architecture = ", ".join(f"{name} {value}" for name, value in done.weights.arguments.items())
   rows = [
-    ("what", done.what),
-    ("tensors", _describe(done.tensors)),
+    ("what", done.weights.what),
+    ("tensors", _describe(done.weights.tensors)),
     *([("architecture", architecture)] if architecture else []),
     ("where", str(done.path)),
     ("sha256", done.sha256),

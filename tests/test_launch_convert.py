@@ -86,7 +86,7 @@ def test_a_converted_lightningdit_is_the_references_and_goes_back(name, part, tm
 
 def test_a_converted_tokenizer_is_the_references_and_goes_back(tmp_path):
   done = convert(str(FORMATS / "vavae_lightning.ckpt"), tmp_path / "run")
-  assert done.aside == {
+  assert done.weights.aside == {
     "epoch": 1,
     "global_step": 1,
     "loss.logvar": 1,
@@ -217,7 +217,7 @@ def test_an_sd_vae_of_diffusers_is_read(tmp_path):
   }
   save_file(to_diffusers(tensors, levels=3), tmp_path / "vae.safetensors")
   done = convert(str(tmp_path / "vae.safetensors"), tmp_path / "back.safetensors")
-  assert done.what == f"{weights.SD_VAE} f4d8"
+  assert done.weights.what == f"{weights.SD_VAE} f4d8"
   assert_same(tensors, load_file(tmp_path / "back.safetensors"))
 
 
@@ -226,7 +226,7 @@ def test_teachers_are_recognised_and_go_there_and_back(name, tmp_path):
   _, tensors, _ = cases.load(name)
   write_torch_file(tmp_path / "model.pth", {"model": tensors})
   done = convert(str(tmp_path / "model.pth"), tmp_path / "model.safetensors")
-  assert done.what == f"teacher {name}"
+  assert done.weights.what == f"teacher {name}"
   convert(str(tmp_path / "model.safetensors"), tmp_path / "back.pth")
   assert_same(tensors, read_state_dict(tmp_path / "back.pth"))
 
@@ -263,7 +263,7 @@ def test_fids_inception_goes_there_and_back(tmp_path):
   _, tensors, _ = cases.load("inception_fid")
   write_torch_file(tmp_path / "pt_inception.pth", tensors)
   done = convert(str(tmp_path / "pt_inception.pth"), tmp_path / "inception.safetensors")
-  assert done.what == "FID's Inception"
+  assert done.weights.what == "FID's Inception"
   convert(str(tmp_path / "inception.safetensors"), tmp_path / "back.pth")
   assert_same(tensors, read_state_dict(tmp_path / "back.pth"))
 
@@ -279,7 +279,7 @@ def test_lpips_comes_from_two_files(tmp_path):
   done = convert(
     str(tmp_path / "vgg.pth"), tmp_path / "lpips.safetensors", heads=str(tmp_path / "heads.pth")
   )
-  assert done.what == "LPIPS"
+  assert done.weights.what == "LPIPS"
   assert_same(tensors, load_file(tmp_path / "lpips.safetensors"))
 
 

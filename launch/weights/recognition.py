@@ -48,6 +48,11 @@ class Weights(NamedTuple):
   kind: str = ""
   part: str = ""
 
+  @property
+  def what(self) -> str:
+    """Kind and name, for people."""
+    return f"{self.kind} {self.name}".strip()
+
 
 def recognise(
   content: Mapping[str, Any], part: str = "", more: Mapping[str, Any] | None = None
@@ -161,11 +166,12 @@ def _has(*names: str) -> Callable[[StateDict], bool]:
   return lambda tensors: any(name in tensors for name in names)
 
 
+STATISTICS = "latent statistics"
 SD_VAE = "tokenizer (diffusers)"
 LPIPS = "LPIPS"
 # Kind -> (whether the tensors are of it, how they are read).
 _KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], Weights]]] = {
-  "latent statistics": (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
+  STATISTICS: (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
   "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
   "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
   SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
