@@ -30,6 +30,7 @@ BLOCK = 250
 CPU_BATCH = 50
 SPLIT = 5_000  # samples of which each inception score is
 SECONDS_BETWEEN_SAVES = 60.0
+SUMS = "sums of probabilities"  # each row is a `ProbabilitySums`
 
 
 class Part(NamedTuple):
@@ -49,13 +50,11 @@ class Part(NamedTuple):
 class Statistics:
   """Statistics of pictures in their order; `moments` and `columns` have the names of `Part`'s.
 
-  Attributes:
-    sums: of the probabilities of each block.
+  A column has a row for each picture; that of `SUMS`, of the probabilities, one for each block.
   """
 
   def __init__(self) -> None:
     self.moments: dict[str, Moments] = {}
-    self.sums: list[ProbabilitySums] = []
     self.columns = CollectingMetric.empty()
 
   def add(self, parts: list[Part]) -> None:
@@ -63,17 +62,16 @@ class Statistics:
     for name in parts[0].moments:
       features = np.concatenate([part.moments[name] for part in parts])
       self.moments.setdefault(name, Moments()).update(features)
-    if parts[0].probabilities is not None:
-      probabilities = np.concatenate([part.probabilities for part in parts])
-      self.sums.append(ProbabilitySums.of(probabilities))
     columns = {n: (np.concatenate([p.columns[n] for p in parts]),) for n in parts[0].columns}
+    if parts[0].probabilities is not None:
+      sums = ProbabilitySums.of(np.concatenate([part.probabilities for part in parts]))
+      columns[SUMS] = (np.concatenate([[sums.rows, sums.entropy], sums.total])[None],)
     self.columns = self.columns.merge(CollectingMetric(columns))
 
   def merge(self, other: Statistics) -> None:
     """Adds those of the pictures that follow."""
     for name, moments in other.moments.items():
       self.moments.setdefault(name, Moments()).merge(moments)
-    self.sums += other.sums
     self.columns = self.columns.merge(other.columns)
 
   def has(self, name: str) -> bool:
@@ -86,16 +84,11 @@ class Statistics:
 
   def inception_score(self) -> float | None:
     """The mean over splits of 5,000 samples, a last smaller one included; None without classes."""
-    if not self.sums:
+    if not self.has(SUMS):
       return None
-    per_split = SPLIT // BLOCK
-    scores = []
-    for begin in range(0, len(self.sums), per_split):
-      total, *rest = self.sums[begin : begin + per_split]
-      for part in rest:
-        total = total.plus(part)
-      scores.append(total.score())
-    return float(np.mean(scores))
+    rows, step = self.column(SUMS), SPLIT // BLOCK
+    splits = [sum(rows[begin : begin + step]) for begin in range(0, len(rows), step)]
+    return float(np.mean([ProbabilitySums(int(x[0]), float(x[1]), x[2:]).score() for x in splits]))
 
   def to_tensors(self) -> dict[str, np.ndarray]:
     """All of it as arrays."""
@@ -104,9 +97,6 @@ class Statistics:
       tensors[f"count.{name}"] = np.array([moments.count], np.int64)
       tensors[f"mean.{name}"] = moments.mean
       tensors[f"scatter.{name}"] = moments.scatter
-    if self.sums:
-      rows = [np.concatenate([[x.rows, x.entropy], x.total]) for x in self.sums]
-      tensors["sums"] = np.stack(rows)
     return tensors
 
   @classmethod
@@ -120,8 +110,8 @@ class Statistics:
       elif what == "count":
         mean, scatter = tensors[f"mean.{name}"], tensors[f"scatter.{name}"]
         found.moments[name] = Moments(int(value[0]), mean, scatter)
-      elif what == "sums":
-        found.sums = [ProbabilitySums(int(row[0]), float(row[1]), row[2:]) for row in value]
+      elif what not in ("mean", "scatter"):
+        raise ValueError(f"unknown tensor {key}, perhaps of an older version")
     found.columns = CollectingMetric(columns)
     return found
 

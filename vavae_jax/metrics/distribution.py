@@ -168,12 +168,6 @@ class ProbabilitySums(NamedTuple):
       raise ValueError("Rows of probabilities are not >= 0 with sum 1: pass the softmax of logits.")
     return cls(len(probabilities), float(_p_log_p(probabilities).sum()), probabilities.sum(axis=0))
 
-  def plus(self, other: ProbabilitySums) -> ProbabilitySums:
-    """The sums over the rows of both."""
-    return ProbabilitySums(
-      self.rows + other.rows, self.entropy + other.entropy, self.total + other.total
-    )
-
   def score(self) -> float:
     """The inception score of the rows; there is at least one."""
     mean = self.total / self.rows
