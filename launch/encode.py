@@ -47,16 +47,11 @@ class _Piece(NamedTuple):
 
 
 class _Batch(NamedTuple):
-  """The readable pictures of a piece, and names and messages of the others.
-
-  Attributes:
-    arrays: as `encoding.columns` takes them, filled up to the batch size.
-    label: int64, of the readable pictures alone.
-  """
+  """The readable pictures of a piece, and names and messages of the others."""
 
   piece: _Piece
-  arrays: dict[str, np.ndarray]
-  label: np.ndarray
+  arrays: dict[str, np.ndarray]  # as `encoding.columns` takes them, filled up to the batch size
+  label: np.ndarray  # int64, of the readable pictures alone
   skipped: dict[str, str]
 
 

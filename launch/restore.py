@@ -44,21 +44,13 @@ _WARM_STARTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A trained model.
-
-  Attributes:
-    workdir: of its training.
-    config: of its training.
-    step: of the checkpoint.
-    params: the wanted EMA, or the parameters; on every device.
-    ema: its decay; 0: the parameters themselves.
-  """
+  """A trained model, with workdir and configuration of its training."""
 
   workdir: Path
   config: FrozenConfigDict
-  step: int
-  params: Any
-  ema: float = 0.0
+  step: int  # of the checkpoint
+  params: Any  # the wanted EMA, or the parameters; on every device
+  ema: float = 0.0  # decay of the EMA; 0: the parameters themselves
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -182,11 +174,8 @@ def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64
 
 
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
-  """Reads the weights of `config.init_from`.
-
-  Returns:
-    A function from a fresh state to one with these weights, in the averages too; None where
-    `init_from` names none.
+  """A function from a fresh state to one with the weights of `config.init_from`, in the averages
+  too; None where it names none.
 
   Raises:
     InputError: nothing readable there, or, when the function is called, weights of another

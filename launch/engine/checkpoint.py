@@ -48,11 +48,10 @@ class Checkpoints:
     keep_every: int = 0,
     best: Callable[[list[int]], int | None] = lambda steps: None,
   ):
-    """Args:
-    workdir: checkpoints lie in its folder `checkpoints`, one folder a step.
-    keep: how many of the latest stay.
-    keep_every: multiples of this step stay for good; 0: none.
-    best: chooses one of the steps with a checkpoint that stays too, if any.
+    """They lie in the workdir's folder `checkpoints`, one folder a step.
+
+    The latest `keep` stay, multiples of the step `keep_every` (0: none), and the step that `best`
+    chooses of those with a checkpoint.
     """
     self.folder = _folder(workdir)
     if (self.folder / _CONVERTED / "params").is_dir():

@@ -20,15 +20,9 @@ flags.disclaim_key_flags()
 
 
 class Subcommand(NamedTuple):
-  """One subcommand.
+  """One subcommand; see `console.run_command`."""
 
-  Attributes:
-    text: for its --help; the first line also stands in the command's.
-    define_flags: defines its flags by `flags.DEFINE_...`.
-    config: default of --config.
-  """
-
-  text: str
+  text: str  # for its --help; the first line also stands in the command's
   main: Callable[[], None]
   define_flags: Callable[[], None]
   config: str | None = None

@@ -35,16 +35,12 @@ class Operation(NamedTuple):
 
 
 class Activity(NamedTuple):
-  """What the devices did while they were traced.
+  """What the devices did while they were traced."""
 
-  Attributes:
-    busy: the share of the time in which a device computed, the mean over this process's devices;
-      the virtual devices of a CPU count as one.
-    largest: (operation, its share of the time of all), the ten largest.
-  """
-
+  # The share of the time in which a device computed, the mean over this process's devices; the
+  # virtual devices of a CPU count as one.
   busy: float
-  largest: list[tuple[str, float]]
+  largest: list[tuple[str, float]]  # (operation, its share of the time of all), the ten largest
 
 
 def define_flags() -> None:

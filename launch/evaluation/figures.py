@@ -27,17 +27,11 @@ NEIGHBOURS = 3  # k of precision and recall
 
 
 class Options(NamedTuple):
-  """What is computed beside the distances.
+  """What is computed beside the distances."""
 
-  Attributes:
-    precision_recall: needs the features of all pictures in memory, 8 kB each.
-    bootstrap: resamples for a confidence interval; 0: none.
-    infinity: extrapolate to infinitely many samples.
-  """
-
-  precision_recall: bool = True
-  bootstrap: int = 0
-  infinity: bool = False
+  precision_recall: bool = True  # needs the features of all pictures in memory, 8 kB each
+  bootstrap: int = 0  # resamples for a confidence interval; 0: none
+  infinity: bool = False  # extrapolate to infinitely many samples
 
   @property
   def keep(self) -> bool:
@@ -131,13 +125,9 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Rebuilt:
-  """Pictures and their reconstructions.
+  """Pictures and their reconstructions."""
 
-  Attributes:
-    statistics: columns of what each picture has; moments "original" and "rebuilt" of the network.
-  """
-
-  statistics: Statistics
+  statistics: Statistics  # columns "psnr", ...; moments "original" and "rebuilt" of the network
   network: Network | None
 
   def mean(self, name: str) -> float | None:
@@ -171,20 +161,12 @@ class LatentSpace(NamedTuple):
 
 
 class Entry(NamedTuple):
-  """A figure.
+  """A figure; {distance} in its names is the network's for its Frechet distance, as in "fid"."""
 
-  Attributes:
-    key: its name in JSON; {distance} is the network's name for its Frechet distance, "fid".
-    label: its name for people; {distance} is "FID".
-    better: which direction is, "higher", "lower" or "".
-    compute: what was gathered -> the number, or None.
-    unit: of the number.
-  """
-
-  key: str
-  label: str
-  better: str
-  compute: Callable[[Any], float | None]
+  key: str  # its name in JSON
+  label: str  # its name for people
+  better: str  # which direction is, "higher", "lower" or ""
+  compute: Callable[[Any], float | None]  # from what was gathered
   unit: str = ""
 
 

@@ -246,11 +246,10 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
 
 
 def stored_statistics(spec: str) -> dict[str, np.ndarray]:
-  """The mean and covariance of an npz that has them, as ADM and pytorch-fid store them, or {}.
+  """The mean "mu" [F] and covariance "sigma" [F,F] of an npz, as ADM and pytorch-fid store them.
 
-  Returns:
-    "mu" [F], "sigma" [F,F]; if the file has them "mu_s", "sigma_s" of sFID's features, and "about",
-    a JSON text that `launch.evaluate statistics` wrote.
+  If the file has them, also "mu_s", "sigma_s" of sFID's features, and "about", a JSON text that
+  `launch.evaluate statistics` wrote; {} for any other file.
   """
   path = Path(spec).expanduser()
   if path.suffix != ".npz" or not path.is_file():

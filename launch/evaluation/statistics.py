@@ -34,17 +34,11 @@ SUMS = "sums of probabilities"  # each row is a `ProbabilitySums`
 
 
 class Part(NamedTuple):
-  """Values computed from some pictures, a row for each.
+  """Values computed from some pictures, a row for each."""
 
-  Attributes:
-    moments: name -> features [B,F], of which mean and covariance are wanted.
-    probabilities: [B,classes], or None.
-    columns: name -> what is kept of each picture [B, ...].
-  """
-
-  moments: dict[str, Any]
-  probabilities: Any
-  columns: dict[str, Any]
+  moments: dict[str, Any]  # features [B,F], of which mean and covariance are wanted
+  probabilities: Any  # [B,classes], or None
+  columns: dict[str, Any]  # what is kept of each picture [B, ...]
 
 
 class Statistics:

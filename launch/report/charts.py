@@ -132,19 +132,10 @@ def scatter(
   names: Sequence[str],
   thumbnails: np.ndarray | None = None,
 ) -> str:
-  """Points coloured by class, with thumbnails where they do not hide one another.
+  """Finite points [p,2] coloured by class, with a legend; "" without points.
 
-  Args:
-    points: places [p,2], finite.
-    labels: class of each [p], integers.
-    names: name per class.
-    thumbnails: picture at each place [p,H,W,3], uint8; some of them are drawn.
-
-  Returns:
-    A legend and a drawing that scrolls sideways where the page is narrow; "" without points.
-
-  Raises:
-    ValueError: the arguments do not fit together.
+  `labels` [p] are integers, `names` one for each class. Of the thumbnails, uint8 [p,H,W,3], those
+  are drawn that do not hide one another. ValueError where the arguments do not fit together.
   """
   count = len(points)
   if points.shape != (count, 2) or not np.isfinite(points).all():

@@ -73,10 +73,7 @@ def write_page(
 ) -> None:
   """Writes a page; an older one at the same path stays whole until the new one is.
 
-  Args:
-    summary: one paragraph under the title.
-    figures: the first four stand in the page's header.
-    hero: a piece above the title.
+  The summary is a paragraph under the title, before the first four figures; `hero` stands above.
   """
   html = _templates().get_template("page.html")
   text = html.render(
@@ -164,11 +161,7 @@ def bars(seconds: Mapping[str, float]) -> str:
 
 
 def data_uri(image_HWC: np.ndarray) -> str:
-  """A picture, uint8 [H,W,3], as a data URI: a lossless WebP, which adds no blur.
-
-  Raises:
-    ValueError: it is of another type or shape.
-  """
+  """A picture, uint8 [H,W,3], as a data URI: a lossless WebP, which adds no blur."""
   if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
     raise ValueError(
       f"A picture is {image_HWC.dtype} {image_HWC.shape}, but uint8 [H,W,3] is needed: convert "

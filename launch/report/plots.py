@@ -12,12 +12,7 @@ from vavae_jax.common.files import atomic_file
 def panels(
   rows: int = 1, columns: int = 1, *, size: tuple[float, float], sharey: bool = False
 ) -> tuple[Any, Any]:
-  """(matplotlib's figure without a window, its axes as an array [rows, columns]).
-
-  Args:
-    size: width and height in inches.
-    sharey: whether all panels have one vertical scale.
-  """
+  """(matplotlib's figure without a window, its axes as an array [rows, columns]); inches."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=size, layout="constrained")
@@ -31,12 +26,8 @@ def frontier(
 ) -> None:
   """Draws several tokenizers, named VARIANT/SIZE as in plain/d16, by two of their figures.
 
-  A line joins the sizes of a variant, an arrow goes from the first variant of a size to the others.
-
-  Args:
-    axis: of matplotlib.
-    points: place by name; a name without a slash stands alone.
-    colours: by variant.
+  A line joins the sizes of a variant, an arrow goes from the first variant of a size to the others;
+  a name without a slash stands alone. `colours` are by variant.
   """
   variants: dict[str, list[str]] = {}
   sizes: dict[str, list[str]] = {}

@@ -49,8 +49,7 @@ def config_of(source: str) -> str:
 def find(source: str) -> Path:
   """The path of a file or folder, downloaded from the hub if it is not yet in the cache.
 
-  Args:
-    source: a path, "hf:OWNER/REPO/FILE", or a key of `RELEASED`. A path that exists comes first.
+  `source` is a path, "hf:OWNER/REPO/FILE", or a key of `RELEASED`; a path that exists comes first.
 
   Raises:
     InputError: it does not exist, or the hub cannot be reached; the message says what to put where.
