@@ -116,7 +116,12 @@ def encode(
     remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
-  pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
+  pieces = [
+    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
+    for number, shard in mine.items()
+    if not paths[number].exists()
+    for start in range(0, len(shard), batch_size)
+  ]
   load = functools.partial(_load, pictures, data.image_size, batch_size)
   pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
   run = _encoder(tokenizer, devices, pure)
@@ -154,15 +159,6 @@ def _indices(data: FrozenConfigDict, spec: str, count: int, held_out: bool) -> n
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
   return indices
-
-
-def _pieces(todo: dict[int, np.ndarray], batch_size: int) -> list[_Piece]:
-  """The shards, by their numbers, in batches."""
-  return [
-    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
-    for number, shard in todo.items()
-    for start in range(0, len(shard), batch_size)
-  ]
 
 
 def _leave_out(skipped: dict[str, str], lost: int, allowed: int) -> int:

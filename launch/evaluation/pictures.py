@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -267,8 +266,3 @@ def has_pictures(spec: str) -> bool:
   """Whether an npz has pictures beside or instead of statistics."""
   with zipfile.ZipFile(Path(spec).expanduser()) as archive:
     return FIRST in archive.namelist()
-
-
-def describe(about: dict[str, Any]) -> str:
-  """A set of pictures described in one line."""
-  return json.dumps({k: v for k, v in about.items() if k not in ("listing", "identity", "sha256")})

@@ -15,7 +15,6 @@ import numpy as np
 from launch.evaluation.features import Network
 from launch.evaluation.pictures import (
   PictureSet,
-  describe,
   has_pictures,
   open_pictures,
   stored_statistics,
@@ -149,7 +148,8 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
   own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
   if about and not own.items() <= about["network"].items():
     raise InputError(
-      f"{spec} was computed by {describe(about['network'])}; now it is {describe(network.about)}."
+      f"{spec} was computed by {json.dumps(about['network'])}; now it is "
+      f"{json.dumps(network.about)}."
     )
   try:
     both = "mu_s" in stored and "spatial" in sizes

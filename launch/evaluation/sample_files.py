@@ -34,11 +34,11 @@ def part_path(folder: Path, start: int, count: int) -> Path:
 
 
 def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:
-  """All samples in order. Parts may come from runs with other batch sizes and overlap."""
+  """The first samples in order. Parts may come from runs with other batch sizes and overlap."""
   done = 0
   for path in sorted(folder.glob("*.npy")):
     start, count = (int(x) for x in path.stem.split("_"))
-    if start + count > done:
+    if done < min(start + count, num_samples):
       yield np.load(path, allow_pickle=False)[done - start : num_samples - start]
       done = start + count
 
@@ -48,12 +48,13 @@ def write_npz(output: Path, parts: Path, labels: np.ndarray) -> None:
 
   A contact sheet goes beside it, as .png.
   """
-  first = next(_parts(parts, len(labels)))
-  _write_sheet(output.with_suffix(".png"), parts, len(labels))
+  shown = np.concatenate(list(_parts(parts, min(len(labels), SHEET_PICTURES))))
+  with atomic_file(output.with_suffix(".png")) as file:
+    Image.fromarray(contact_sheet(shown)).save(file, "PNG")
   header = {
-    "descr": np.lib.format.dtype_to_descr(first.dtype),
+    "descr": np.lib.format.dtype_to_descr(shown.dtype),
     "fortran_order": False,
-    "shape": (len(labels), *first.shape[1:]),
+    "shape": (len(labels), *shown.shape[1:]),
   }
   # Last: the npz exists only if everything does.
   with atomic_file(output) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -63,16 +64,6 @@ def write_npz(output: Path, parts: Path, labels: np.ndarray) -> None:
         array.write(part.tobytes())
     with archive.open(SECOND, "w", force_zip64=True) as array:
       np.lib.format.write_array(array, labels)
-
-
-def _write_sheet(path: Path, parts: Path, num_samples: int) -> None:
-  shown: list[np.ndarray] = []
-  for part in _parts(parts, min(num_samples, SHEET_PICTURES)):
-    shown.append(part)
-    if sum(map(len, shown)) >= min(num_samples, SHEET_PICTURES):
-      break
-  with atomic_file(path) as file:
-    Image.fromarray(contact_sheet(np.concatenate(shown))).save(file, "PNG")
 
 
 class Npz:
