@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.report import html, markdown
+from launch.report import html
 from launch.report.charts import Curve, line_chart, scatter, training_section
 from launch.report.html import Figure, Section, number, write_page
 
@@ -222,8 +222,3 @@ def test_number(value, text):
 def test_parts_that_do_not_fit_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
-
-
-def test_a_markdown_table_aligns_numbers():
-  lines = markdown.table(("what", "n"), [("a", "1")])
-  assert lines == ["| what | n |", "| --- | ---: |", "| a | 1 |"]

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from configs.lab import speed as sizes
 from launch.engine.configuration import flat
+from launch.lab import markdown
 from launch.lab.benchmark import baseline, rows, steps
 from launch.lab.benchmark import page as speed
 from launch.lab.jobs import run
-from launch.report import markdown
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
@@ -187,3 +187,8 @@ def test_a_page_without_the_place_is_refused(tmp_path):
     region.check(page)
   region.write(tmp_path / "new.md", ["text", ""])
   assert (tmp_path / "new.md").read_text() == "# A\n\n<!-- a -->\n\ntext\n\n<!-- b -->\n"
+
+
+def test_a_markdown_table_aligns_numbers():
+  lines = markdown.table(("what", "n"), [("a", "1")])
+  assert lines == ["| what | n |", "| --- | ---: |", "| a | 1 |"]

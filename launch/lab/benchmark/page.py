@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 from configs.lab import speed
 from launch.engine import configuration, console
 from launch.engine.circumstances import commit, own_command, processor
-from launch.lab import reference
+from launch.lab import markdown, reference
 from launch.lab.benchmark import baseline
 from launch.lab.benchmark.rows import Row
 from launch.lab.benchmark.steps import SHOWN
 from launch.lab.jobs import Job, Record, backend, run
-from launch.report import markdown, plots
+from launch.report import plots
 from vavae_jax.common.errors import InputError
 
 # Flags that are defined here are those of the command that asks for them.

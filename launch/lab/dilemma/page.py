@@ -15,8 +15,8 @@ from configs.lab import dilemma
 from configs.lab.dilemma import MAIN
 from launch.lab.dilemma.results import Results, Space
 from launch.lab.jobs import Job
+from launch.lab.markdown import Region, beside, picture, table
 from launch.report import plots
-from launch.report.markdown import Region, beside, picture, table
 
 REGION = Region(
   "<!-- results: written by launch.lab.dilemma -->",

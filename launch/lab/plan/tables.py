@@ -11,9 +11,9 @@ from typing import Any
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances
+from launch.lab import markdown
 from launch.lab.plan import hlo, slices
 from launch.lab.plan.planning import Plan, Settings
-from launch.report import markdown
 from vavae_jax.common.files import write_json
 
 # Every published recipe, and the sizes of LightningDiT.
