@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import launch.quickstart
 from configs import quickstart
 from launch import restore
-from launch.engine import configuration, console
+from launch.engine import configuration, console, loop
 from launch.evaluation.sample_files import read_samples
 from launch.train import train
 from lightningdit_jax.store.latents import MANIFEST, STATISTICS
@@ -278,6 +278,14 @@ def test_only_named_keys_may_change_when_a_run_goes_on(tmp_path):
   configuration.check_workdir(tmp_path, changed, ["model.use_checkpoint"])
   with pytest.raises(InputError, match="use_checkpoint: False there, True now"):
     configuration.check_workdir(tmp_path, changed)
+
+
+def test_a_training_may_change_the_options_that_leave_the_numbers(monkeypatch, tmp_path):
+  given = {}
+  monkeypatch.setattr(loop, "run", lambda *_, **options: given.update(options))
+  train(quickstart.tokenizer(tiny=True), tmp_path)
+  names = {"use_checkpoint", "remat_policy", "attention", "scan_unroll"}
+  assert {*given["may_change"]} == {f"model.{name}" for name in names}
 
 
 # As a person meets them: real processes, forks of one that has imported the libraries.
