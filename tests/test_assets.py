@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 
 import numpy as np
@@ -78,18 +77,29 @@ PICTURES = {
 }
 
 
-def packages(root):
-  """The two packages as directories."""
-  (root / "fluent/assets").mkdir(parents=True)
-  for name, content in PICTURES.items():
-    (root / "fluent/assets" / name).write_bytes(content)
-  (root / "datasource/package").mkdir(parents=True)
-  (root / "datasource/package/emoji.json").write_text(json.dumps(ENTRIES))
-  return root / "fluent", root / "datasource"
+def pack(path, files) -> None:
+  """An archive as `npm pack` writes it, with two members that must not be followed."""
+  with tarfile.open(path, "w:gz") as archive:
+    for name, content in files.items():
+      member = tarfile.TarInfo(f"package/{name}")
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
+    link = tarfile.TarInfo("package/assets/1f601.webp")
+    link.type, link.linkname = tarfile.SYMTYPE, str(path)
+    archive.addfile(tarfile.TarInfo("package/assets/../1f601.webp"), io.BytesIO())
+    archive.addfile(link)
 
 
-def test_build_joins_by_code_in_standard_order(tmp_path):
-  atlas, description = build.build(*packages(tmp_path))
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+  fluent, datasource = (tmp_path_factory.mktemp("npm") / f"{i}.tgz" for i in range(2))
+  pack(fluent, {f"assets/{name}": content for name, content in PICTURES.items()})
+  pack(datasource, {"emoji.json": json.dumps(ENTRIES).encode()})
+  return fluent, datasource
+
+
+def test_build_joins_by_code_in_standard_order(packages):
+  atlas, description = build.build(*packages)
   assert description["tiles"] == [["1f600", "first", 0], ["a9", "second", 1]]
   assert description["class_names"] == ["Early", "Late"]
   assert atlas.getpixel((32, 32)) == (255, 0, 0)
@@ -97,41 +107,14 @@ def test_build_joins_by_code_in_standard_order(tmp_path):
   assert atlas.getpixel((64 + 32, 32)) == (255, 255, 255)
 
 
-def test_archive_and_directory_give_the_same_files(tmp_path, monkeypatch):
-  fluent, datasource = packages(tmp_path)
-  archive = tmp_path / "fluent.tgz"
-  with tarfile.open(archive, "w:gz") as file:
-    for name, content in PICTURES.items():
-      member = tarfile.TarInfo(f"package/assets/{name}")
-      member.size = len(content)
-      file.addfile(member, io.BytesIO(content))
-    # Neither a path out of the folder nor a link may be followed.
-    escape = tarfile.TarInfo("package/assets/../1f601.webp")
-    link = tarfile.TarInfo("package/assets/1f601.webp")
-    link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret")
-    file.addfile(escape, io.BytesIO())
-    file.addfile(link)
-  written = []
-  for source, output in ((fluent, tmp_path / "one"), (archive, tmp_path / "two")):
-    command = ["build", "--fluent", source, "--datasource", datasource, "--output", output]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    build.main()
-    written.append([(output / name).read_bytes() for name in ("emoji.webp", "emoji.json")])
-  assert written[0] == written[1]
-  assert json.loads(written[0][1])["tiles"][0][0] == "1f600"
+def test_what_is_written_is_what_is_loaded(packages, tmp_path, monkeypatch):
+  build.write(*build.build(*packages), tmp_path)
+  monkeypatch.setattr(assets.resources, "files", lambda package: tmp_path)
+  images, labels, names, class_names = assets.load_emoji()
+  assert images[0, 32, 32].tolist() == [255, 0, 0]
+  assert (labels.tolist(), names, class_names) == ([0, 1], ["first", "second"], ["Early", "Late"])
 
 
-def test_link_out_of_a_directory_is_not_followed(tmp_path):
-  fluent, datasource = packages(tmp_path)
-  (tmp_path / "secret").write_bytes(picture((0, 0, 0), 255))
-  (fluent / "assets/1f601.webp").symlink_to(tmp_path / "secret")
-  _, description = build.build(fluent, datasource)
-  assert [code for code, *_ in description["tiles"]] == ["1f600", "a9"]
-
-
-def test_swapped_packages_are_named(tmp_path):
-  fluent, datasource = packages(tmp_path)
-  with pytest.raises(InputError, match=r"datasource has no files in 'assets'"):
-    build.build(datasource, fluent)
-  with pytest.raises(InputError, match="npm pack"):
-    build.build(tmp_path / "absent", datasource)
+def test_swapped_packages_are_named(packages):
+  with pytest.raises(InputError, match=r"1\.tgz has no files in 'package/assets'"):
+    build.build(*packages[::-1])

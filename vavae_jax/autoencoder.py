@@ -328,16 +328,10 @@ class Autoencoder(nnx.Module):
     norm_groups: ours: groups of every GroupNorm, so that widths below 32 are possible.
     linear_shortcut: ours: a linear map beside the encoder, from the pixels of a latent cell to its
       moments, and one back beside the decoder. They learn a principal component analysis in seconds
-      and the networks add the rest; without them the norm before each last layer hinders anything
-      linear. Short trainings gain decibels. False is as published.
+      and the networks add the rest. Short trainings gain decibels. False is as published.
     use_checkpoint: ours: compute every block again in the backward pass: less memory, up to a third
       more work, the same numbers.
-    dtype: of convolutions; weights are float32.
-
-  Raises:
-    InputError: a value above that cannot be built.
-
-  Source: hustvl/LightningDiT vavae/ldm/models/autoencoder.py, vavae/configs/f16d32_vfdinov2.yaml.
+    dtype: of convolutions; weights are float32. InputError for a value that cannot be built.
   """
 
   def __init__(
@@ -395,8 +389,7 @@ class Autoencoder(nnx.Module):
   def encode(self, image_BHWC: jax.Array) -> Posterior:
     """Image [B,H,W,in_channels] in [-1, 1] -> posterior over z [B,h,w,Z], h = H/downsampling.
 
-    Raises:
-      InputError: the channels do not fit, or H or W is no multiple of `downsampling`.
+    InputError if the channels do not fit, or H or W is no multiple of `downsampling`.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != self.in_channels:
       raise InputError(

@@ -40,10 +40,8 @@ COUNTER = "num_batches_tracked"
 def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Autoencoder:
   """The tokenizer with the weights of an AutoencoderKL, float32; `**kwargs` are `Autoencoder`'s.
 
-  What only training uses, `TRAINING_ONLY`, is left aside.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  What only training uses, `TRAINING_ONLY`, is left aside. InputError lists unknown, missing,
+  misshapen or non-finite tensors.
   """
   own = {name: v for name, v in state_dict.items() if not name.startswith(TRAINING_ONLY)}
   return torch_weights.load(functional.abstract(lambda rngs: Autoencoder(**kwargs, rngs=rngs)), own)
@@ -136,10 +134,8 @@ def autoencoder_to_torch(model: Autoencoder) -> StateDict:
 def discriminator_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> PatchDiscriminator:
   """The discriminator by the weights and statistics of taming-transformers' NLayerDiscriminator.
 
-  `num_batches_tracked` is left aside: with a fixed momentum nothing depends on it.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  `num_batches_tracked` is left aside: with a fixed momentum nothing depends on it. InputError lists
+  unknown, missing, misshapen or non-finite tensors.
   """
   model = functional.abstract(lambda rngs: PatchDiscriminator(**kwargs, rngs=rngs))
   own = {name: value for name, value in state_dict.items() if not name.endswith(COUNTER)}

@@ -88,13 +88,9 @@ class Layer(nnx.Module):
 class PatchDiscriminator(nnx.Module):
   """Image -> one logit per patch, high for real.
 
-  Args:
-    in_channels: image channels.
-    ndf: width of the first layer; it doubles with every further layer, up to 8 ndf.
-    n_layers: layers that halve the image. 3 judges patches of 70 x 70 pixels.
-    bn_group: images that BatchNorm normalises together in training; 0 takes the whole batch.
-    dtype: of convolutions; weights and BatchNorm are float32.
-    rngs: of the initial weights: normal kernels of deviation 0.02.
+  `ndf` is the width of the first layer, which doubles with every further layer, up to 8 ndf;
+  `n_layers` layers halve the image: 3 judge patches of 70 x 70 pixels. BatchNorm normalises
+  `bn_group` images together, 0: the whole batch. Convolutions run in `dtype`, BatchNorm in float32.
   """
 
   def __init__(

@@ -72,17 +72,10 @@ class Lpips(nnx.Module):
     return self.distance(self.features(a_BHWC), self.features(b_BHWC))
 
   def features(self, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
-    """The five feature maps of images, the last of each resolution.
+    """The five feature maps of RGB images [B,H,W,3] in [-1, 1], the last of each resolution.
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3] in [-1, 1], at least 16 x 16 pixels.
-
-    Returns:
-      [B,H,W,64], [B,H/2,W/2,128], [B,H/4,W/4,256], [B,H/8,W/8,512] and [B,H/16,W/16,512] of dtype
-      `dtype`, not negative; each halving rounds down.
-
-    Raises:
-      InputError: the images have another shape.
+    They are [B,H,W,64], [B,H/2,W/2,128], [B,H/4,W/4,256], [B,H/8,W/8,512] and [B,H/16,W/16,512] of
+    `dtype`, not negative; each halving rounds down. InputError below 16 x 16 pixels.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3 or min(image_BHWC.shape[1:3]) < _SMALLEST:
       raise InputError(
@@ -100,8 +93,7 @@ class Lpips(nnx.Module):
   def distance(self, features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
     """The distance [B], float32, of images by their feature maps.
 
-    Squared differences of unit features, weighted by channel, averaged over positions and summed
-    over the maps.
+    Squared differences of unit features, weighted by channel, means over positions, sum over maps.
     """
     chex.assert_trees_all_equal_shapes(list(features_a), list(features_b))
     squares = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(features_a, features_b, strict=True)]
@@ -153,10 +145,8 @@ def lpips_from_torch(
 
   The state dicts have the convolutions as torchvision's VGG16 names them (`features.0.weight`) or
   as LPIPS does (`net.slice1.0.weight`), and the heads (`lin0.model.1.weight`). A classifier is left
-  aside, and of a tokenizer's training checkpoint all but `loss.perceptual_loss.`.
-
-  Raises:
-    InputError: unknown, missing, misshapen, non-finite or doubly given tensors, listed.
+  aside, and of a tokenizer's training checkpoint all but `loss.perceptual_loss.`. InputError lists
+  unknown, missing, misshapen, non-finite or doubly given tensors.
   """
   weights: dict[str, Any] = {}
   for state_dict in state_dicts:
@@ -187,8 +177,7 @@ def load_lpips(
 ) -> Lpips:
   """LPIPS with the weights of one or two files; `heads` is "" if `vgg` has them, too.
 
-  Raises:
-    InputError: a file is missing or is not LPIPS'; the message says where to get it.
+  InputError, which says where to get a file, if it is missing or is not LPIPS'.
   """
   if not vgg:
     raise InputError(f"No file of VGG16 is given. {_WANTED}")

@@ -27,10 +27,8 @@ class Phase(NamedTuple):
 def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
   """The configuration with `stages.epochs` turned into steps, for so many images an epoch.
 
-  It gains `stages.begins`, the steps before each stage, and `num_steps`, if that is 0.
-
-  Raises:
-    InputError: columns of different lengths, something else than numbers of at least 0, or no step.
+  It gains `stages.begins`, the steps before each stage, and `num_steps`, if that is 0. InputError
+  for columns of different lengths, something else than numbers of at least 0, or no step.
   """
   stages = config.stages
   if config.batch_size < 1:

@@ -26,16 +26,9 @@ def encode_tiled(
 ) -> Posterior:
   """The posterior of a large picture's latent, as `Autoencoder.encode` has it.
 
-  Args:
-    model: the tokenizer.
-    image_BHWC: as for `encode`. A NumPy array stays on the host.
-    tile: height and width of a tile in pixels, a multiple of `model.downsampling`. A picture no
-      larger than it runs in one pass.
-    overlap: the least that neighbours share, in pixels, likewise a multiple. Means and log
-      variances are blended there.
-
-  Raises:
-    InputError: the image, the tile or the overlap does not fit.
+  `tile`, the height and width of a tile, and `overlap`, the least that neighbours share, are pixels
+  and multiples of `model.downsampling`; in the overlap means and log variances are blended. A
+  picture no larger than a tile runs in one pass. InputError if anything does not fit.
   """
   factor = model.downsampling
   cells = _in_cells(tile, overlap, factor)
@@ -85,32 +78,22 @@ def _in_tiles(
 ) -> np.ndarray:
   """run(model, x), tile by tile, put together on the host.
 
-  Args:
-    run: a jitted function from [B, scale_in * h, scale_in * w, ...] to
-      [B, scale_out * h, scale_out * w, ...], float32.
-    model: its first argument.
-    x: its second, with any h and w.
-    tile: h and w of a tile, less if x has less.
-    overlap: the least that neighbours share, in the same unit.
-    scale_in: pixels of the input per cell.
-    scale_out: pixels of the output per cell.
+  `run` is jitted, from [B, scale_in * h, scale_in * w, ...] to [B, scale_out * h, scale_out * w,
+  ...] float32, for any h and w; `tile` and `overlap` are in the same unit as these.
   """
   whole = jax.eval_shape(run, model, x)  # which refuses an x that does not fit, as one pass would
   x = np.asarray(x)  # slices of device arrays would compile, each for itself
   h, w = (size // scale_in for size in x.shape[1:3])
   tile_h, tile_w = min(tile, h), min(tile, w)
-
-  def cut(top: int, left: int) -> np.ndarray:
-    bottom, right = top + tile_h, left + tile_w
-    return x[:, top * scale_in : bottom * scale_in, left * scale_in : right * scale_in]
-
   out = np.empty(whole.shape, np.float32)
   row = np.empty((out.shape[0], tile_h * scale_out, *out.shape[2:]), np.float32)
   covered_h = 0
   for top in _starts(h, tile_h, overlap):
     covered_w = 0
     for left in _starts(w, tile_w, overlap):
-      part = np.asarray(run(model, cut(top, left)))
+      rows = slice(top * scale_in, (top + tile_h) * scale_in)
+      columns = slice(left * scale_in, (left + tile_w) * scale_in)
+      part = np.asarray(run(model, x[:, rows, columns]))
       covered_w = _lay(row, part, left * scale_out, covered_w, axis=2)
     covered_h = _lay(out, row, top * scale_out, covered_h, axis=1)
   return out

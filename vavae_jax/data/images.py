@@ -29,9 +29,7 @@ class Rows(Protocol):
 def center_crop(picture: Image.Image, size: int) -> np.ndarray:
   """An RGB picture -> uint8 [size, size, 3], as extraction and generation's evaluation crop.
 
-  Box halvings, bicubic to the short side, centre.
-
-  Source: ADM (openai/guided-diffusion), `center_crop_arr`.
+  Box halvings, bicubic to the short side, centre: ADM's `center_crop_arr`.
   """
   while min(picture.size) >= 2 * size:
     picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -41,10 +39,7 @@ def center_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-  """An RGB picture -> uint8 [size, size, 3], as tokenizer training crops.
-
-  Short side to `size`, bilinear; a random place.
-  """
+  """As tokenizer training crops: short side to `size`, bilinear; a random place."""
   picture = _short_side_to(picture, size, Image.Resampling.BILINEAR)
   left = int(rng.integers(picture.width - size + 1))
   top = int(rng.integers(picture.height - size + 1))
@@ -52,9 +47,7 @@ def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np
 
 
 def resize_crop(picture: Image.Image, size: int) -> np.ndarray:
-  """An RGB picture -> uint8 [size, size, 3], as the tokenizer's evaluation crops.
-
-  Short side to `size`, bilinear, centre.
+  """As the tokenizer's evaluation crops: short side to `size`, bilinear, centre.
 
   Source: torchvision's Resize (the long side rounded down) and CenterCrop, as the reference's
   `evaluate_tokenizer.py` has them.
@@ -90,21 +83,10 @@ def training_batches(
   flip: bool = False,
   features: Rows | None = None,
 ) -> grain.IterDataset:
-  """Endless shuffled batches of crops, the same for the same seed.
+  """Endless shuffled batches of crops of the pictures at `indices`, the same for the same seed.
 
-  Args:
-    source: of the pictures.
-    indices: which of them.
-    share: this process's part of the batches.
-    size: side of the crops in pixels.
-    seed: of order, crops and flips.
-    crop: one of `CROPS`.
-    flip: mirror each picture or not, by a seeded coin.
-    features: a teacher's features of the pictures, to go with them.
-
-  Returns:
-    A grain dataset of `{"image": uint8 [B, size, size, 3], "label": int32 [B]}`, perhaps with
-    "features".
+  A batch is {"image": uint8 [B, size, size, 3], "label": int32 [B]}, with "features" where these
+  are given. `crop` is one of `CROPS`; with `flip` a seeded coin mirrors each picture or not.
   """
   places = order.Order(len(indices), seed)
 

@@ -65,23 +65,14 @@ def _coins(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Share(NamedTuple):
-  """Which part of the batches a process loads, and how.
+  """Which part of the batches a process loads, and how."""
 
-  Attributes:
-    batch_size: over all processes, a multiple of their number.
-    process_index: of this process.
-    process_count: of all.
-    start: batches that were taken already.
-    threads: that load batches.
-    workers: processes that load batches, each with as many threads; 0 loads in this one.
-  """
-
-  batch_size: int
+  batch_size: int  # over all processes, a multiple of their number
   process_index: int = 0
   process_count: int = 1
-  start: int = 0
-  threads: int = 2
-  workers: int = 0
+  start: int = 0  # batches that were taken already
+  threads: int = 2  # that load batches
+  workers: int = 0  # processes that load batches, each with as many threads; 0: this one does
 
   def positions(self, batch: int) -> np.ndarray:
     """The positions of this process's rows of a batch, in a stack of all processes' rows."""

@@ -33,7 +33,7 @@ from launch.lab.benchmark.measuring import in_turns, keep
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.store import latents, shards
 from vavae_jax.data import images, order
-from vavae_jax.data.sources.base import EncodedSource
+from vavae_jax.data.sources.base import Source
 from vavae_jax.weights.torch_writer import write_torch_file
 
 # Flags that are defined here are those of the command that asks for them.
@@ -119,8 +119,8 @@ def _reopening(store: latents.LatentStore) -> Iterator[Any]:
     yield {"latent": np.stack(rows), "label": label}
 
 
-class Photographs(EncodedSource):
-  """Random but photograph-like JPEGs, in memory; the methods are a `Source`'s."""
+class Photographs(Source):
+  """Random but photograph-like JPEGs, in memory."""
 
   def __init__(self) -> None:
     self.class_names = ["all"]

@@ -23,7 +23,7 @@ import numpy as np
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.sources.base import (
   EXTENSIONS,
-  EncodedSource,
+  Source,
   Unreadable,
   classes_of,
   identity_of,
@@ -46,7 +46,7 @@ class _Member(NamedTuple):
   method: int
 
 
-class Archive(EncodedSource):
+class Archive(Source):
   """Pictures by their places in one or more files."""
 
   def __init__(
@@ -63,7 +63,6 @@ class Archive(EncodedSource):
     return len(self._names)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     file = _open(self._files[self._file[index]], os.getpid())
     start, stored, size = (int(x[index]) for x in (self._start, self._stored, self._size))
     method = int(self._method[index])
@@ -89,11 +88,9 @@ class Archive(EncodedSource):
     return f"{self._files[self._file[index]]}/{self._names[index]}"
 
   def identity(self) -> str:
-    """As `Source` says."""
     return identity_of(self._files)
 
   def listing(self) -> str:
-    """As `Source` says."""
     return listing_of(self._names)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import io
 import os
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,62 +26,39 @@ class Unreadable(InputError):
   """A picture that cannot be decoded; the message names it."""
 
 
-class Source(Protocol):
+class Source(abc.ABC):
   """A random-access set of labelled pictures; it can be pickled, for worker processes."""
 
   class_names: list[str]
 
+  @abc.abstractmethod
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """{"image": uint8 [H, W, 3], "label": int}."""
-
-  def picture(self, index: int) -> tuple[Image.Image, int]:
-    """(RGB picture, label); `Unreadable` where it is damaged."""
-
+  @abc.abstractmethod
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """(the picture's file as it is, label)."""
+    """(the picture's file as it is, label); `Unreadable` where it is damaged."""
 
+  @abc.abstractmethod
   def name(self, index: int) -> str:
     """How a person finds the record."""
 
+  @abc.abstractmethod
   def identity(self) -> str:
     """Equal for two sources if they have the same pictures in the same order."""
 
   def listing(self) -> str:
     """A hash that copies share; it changes if records are added, removed or reordered."""
-
-
-class EncodedSource:
-  """What sources of encoded pictures share: subclasses give the three that raise here."""
-
-  class_names: list[str]
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """As `Source` says."""
-    picture, label = self.picture(index)
-    return {"image": np.asarray(picture), "label": label}
+    return self.identity()  # for sources that do not note where or when they were copied
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
-    """As `Source` says."""
+    """(RGB picture, label); `Unreadable` where it is damaged."""
     data, label = self.encoded(index)
     return decode(data, self.name(index)), label
 
-  def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
-    raise NotImplementedError
-
-  def name(self, index: int) -> str:
-    """As `Source` says."""
-    raise NotImplementedError
-
-  def identity(self) -> str:
-    """As `Source` says."""
-    raise NotImplementedError
-
-  def listing(self) -> str:
-    """The identity, unless a source's depends on where or when it was copied."""
-    return self.identity()
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """{"image": uint8 [H, W, 3], "label": int}."""
+    picture, label = self.picture(index)
+    return {"image": np.asarray(picture), "label": label}
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -16,20 +16,17 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.data.sources.base import NO_CLASS, EncodedSource, Unreadable, listing_of
+from vavae_jax.data.sources.base import NO_CLASS, Source, Unreadable, listing_of
 
 
-class TensorFlowDatasets(EncodedSource):
-  """A prepared data set of tensorflow-datasets with an "image" and perhaps a "label"."""
+class TensorFlowDatasets(Source):
+  """A prepared data set of tensorflow-datasets with an "image" and perhaps a "label".
+
+  "NAME/SPLIT", such as "imagenet2012/train" or "cifar10:3.0.2/train[:90%]", is looked for in
+  TFDS_DATA_DIR or ~/tensorflow_datasets, prepared with file_format="array_record".
+  """
 
   def __init__(self, name_and_split: str):
-    """Args:
-      name_and_split: "NAME/SPLIT", such as "imagenet2012/train" or "cifar10:3.0.2/train[:90%]", in
-        TFDS_DATA_DIR or ~/tensorflow_datasets, prepared with file_format="array_record".
-
-    Raises:
-      InputError: it is not there, in another format, or without pictures.
-    """
     import tensorflow_datasets as tfds  # slow, and only needed here
 
     name, _, split = name_and_split.rpartition("/")
@@ -61,7 +58,6 @@ class TensorFlowDatasets(EncodedSource):
     return len(self._records)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     try:
       record = self._records[index]
     except (RuntimeError, ValueError) as error:
@@ -77,21 +73,17 @@ class TensorFlowDatasets(EncodedSource):
     return hashlib.sha256(self._identity.encode()).hexdigest()
 
 
-class HuggingFace(EncodedSource):
+class HuggingFace(Source):
   """Parquet files with pictures, as Hugging Face stores data sets.
 
   A parquet file is read by groups of rows; whoever reads at random, as training does, reads a group
   for each picture. `launch.prepare` makes ArrayRecord files of it, once.
+
+  The path is a parquet file, a pattern of such, a folder with some, or OWNER/NAME[/SPLIT] on the
+  hub, of which the parquet files (those whose names begin with the split) are fetched.
   """
 
   def __init__(self, path: str):
-    """Args:
-      path: a parquet file, a pattern of such, a folder with some, or OWNER/NAME[/SPLIT] on the hub,
-        of which the parquet files (those whose names begin with the split) are fetched.
-
-    Raises:
-      InputError: nothing is there, or no column has pictures.
-    """
     import pyarrow.parquet as parquet  # slow, and only needed here
 
     self._files = _parquet_files(path)
@@ -140,7 +132,6 @@ class HuggingFace(EncodedSource):
     return int(self._starts[-1])
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     place = int(np.searchsorted(self._starts, index, "right")) - 1
     file, group = self._groups[place]
     try:
@@ -170,7 +161,6 @@ class HuggingFace(EncodedSource):
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
   def listing(self) -> str:
-    """As `Source` says."""
     return listing_of(f"{Path(file).name} {os.path.getsize(file)}" for file in self._files)
 
 

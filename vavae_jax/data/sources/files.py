@@ -13,7 +13,7 @@ from vavae_jax.assets import load_emoji
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.sources.base import (
   EXTENSIONS,
-  EncodedSource,
+  Source,
   Unreadable,
   classes_of,
   identity_of,
@@ -21,7 +21,7 @@ from vavae_jax.data.sources.base import (
 )
 
 
-class Embedded(EncodedSource):
+class Embedded(Source):
   """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
 
   def __init__(self, which: str = "emoji"):
@@ -33,7 +33,6 @@ class Embedded(EncodedSource):
     return len(self._images)
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
-    """As `Source` says."""
     return Image.fromarray(self._images[index]), int(self._labels[index])
 
   def encoded(self, index: int) -> tuple[bytes, int]:
@@ -52,20 +51,13 @@ class Embedded(EncodedSource):
     return hashlib.sha256(self._images.tobytes()).hexdigest()
 
   def listing(self) -> str:
-    """As `Source` says."""
     return listing_of(self.names)
 
 
-class Folder(EncodedSource):
+class Folder(Source):
   """A folder of class folders, nested as deep as one likes, or of pictures without classes."""
 
   def __init__(self, root: Path):
-    """Args:
-      root: `root/CLASS/.../picture.png`, or `root/picture.png`, all of one class.
-
-    Raises:
-      InputError: the folder is missing, or holds no pictures.
-    """
     if not root.is_dir():
       raise InputError(f"The data folder {root} does not exist.")
     self._root = str(root)
@@ -81,7 +73,6 @@ class Folder(EncodedSource):
     return len(self._names)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     try:
       return Path(self.name(index)).read_bytes(), int(self._labels[index])
     except OSError as error:
@@ -92,11 +83,9 @@ class Folder(EncodedSource):
     return f"{self._root}/{self._names[index]}"
 
   def identity(self) -> str:
-    """As `Source` says."""
     return identity_of(f"{self._root}/{name}" for name in self._names)
 
   def listing(self) -> str:
-    """As `Source` says."""
     return listing_of(self._names)
 
 

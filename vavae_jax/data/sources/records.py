@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_path, full_disk_as_oserror
-from vavae_jax.data.sources.base import EncodedSource, Unreadable
+from vavae_jax.data.sources.base import Source, Unreadable
 
 DESCRIPTION = "dataset.json"
 _LABEL = struct.Struct("<i")
@@ -29,16 +29,10 @@ _LABEL = struct.Struct("<i")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
-class Records(EncodedSource):
-  """A folder of ArrayRecord files with `dataset.json`."""
+class Records(Source):
+  """A folder of ArrayRecord files with `dataset.json`, or a pattern of files in one."""
 
   def __init__(self, folder: str):
-    """Args:
-      folder: that `launch.prepare` wrote; or a pattern of files in it.
-
-    Raises:
-      InputError: it is not whole.
-    """
     chosen = "*"
     if any(c in folder for c in "*?["):
       folder, chosen = os.path.split(folder)
@@ -70,7 +64,6 @@ class Records(EncodedSource):
     return int(self._starts[-1])
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says."""
     shard = int(np.searchsorted(self._starts, index, "right")) - 1
     reader = _reader(f"{self._folder}/{self._shards[shard]}", os.getpid())
     try:

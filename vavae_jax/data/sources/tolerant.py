@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.data.sources.base import EncodedSource, Source, Unreadable
+from vavae_jax.data.sources.base import Source, Unreadable
 
 
-class Tolerant(EncodedSource):
+class Tolerant(Source):
   """A source in which the next readable picture replaces an unreadable one.
 
   At most `limit` may be unreadable in one process; one more is an error. If the caller uses only
@@ -57,13 +57,10 @@ class Tolerant(EncodedSource):
     return self._source.encoded(index)
 
   def name(self, index: int) -> str:
-    """As `Source` says."""
     return self._source.name(index)
 
   def identity(self) -> str:
-    """As `Source` says."""
     return self._source.identity()
 
   def listing(self) -> str:
-    """As `Source` says."""
     return self._source.listing()
