@@ -32,11 +32,8 @@ RENAMED = {
 def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
   """LightningDiT with these arguments and the weights of the reference, float32.
 
-  Names may have the prefix "module."; positions may be absent.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, or positions of another grid;
-      the message lists them.
+  Names may have the prefix "module."; positions may be absent. InputError lists unknown, missing,
+  misshapen or non-finite tensors, and positions of another grid.
   """
   model = functional.abstract(lambda rngs: LightningDiT(**kwargs, rngs=rngs))
   return torch_weights.load(model, state_dict, renamed=RENAMED, fixed=_positions(model))
@@ -52,10 +49,7 @@ def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
   Only arguments that matter to the weights. No tensor shows the share of dropped labels (taken to
   be above 0, as in every published model). Without RoPE and normed queries none shows the number of
-  heads, which is then that of the preset of this width.
-
-  Raises:
-    InputError: a tensor is missing that every LightningDiT has, or the sizes fit none.
+  heads, which is then that of the preset of this width. InputError if the tensors fit none.
   """
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
   options = {name: tensor in shapes for name, tensor in TENSORS.items()}

@@ -14,15 +14,9 @@ def columns(
 ) -> dict[str, jax.Array]:
   """The latents of pictures and of their mirror images; pure and jittable.
 
-  Args:
-    model: the tokenizer's.
-    batch: {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}.
-    seed: of the posterior's noise, which is a function of it, the index and the mirroring.
-    dtype: of the result.
-    moments: the posterior's mean and deviation instead of a sample.
-
-  Returns:
-    Arrays [B, h, w, Z] by the names of `shards.SAMPLES` or `shards.POSTERIORS`.
+  Of {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}: arrays [B, h, w, Z] of
+  `dtype` by the names of `shards.SAMPLES` or, with `moments`, `shards.POSTERIORS`. The posterior's
+  noise is a function of the seed, the index and the mirroring.
   """
   picture = images.to_float(batch["image"])
   posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])

@@ -72,8 +72,7 @@ def _option(
 class Options:
   """The arguments of `LightningDiT`; the defaults are XL/1 on the f16d32 tokenizer.
 
-  Raises:
-    InputError: sizes that do not divide, or an unknown choice.
+  InputError for sizes that do not divide, or an unknown choice.
   """
 
   # Nominal height and width of the latent. Inputs may differ; PyTorch's files hold positions of
@@ -362,10 +361,8 @@ class LightningDiT(nnx.Module):
   def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
     """The velocity, float32, at a point of the path from noise to data.
 
-    Args:
-      x_BhwZ: [B,h,w,in_channels], normalised latents; h and w are multiples of patch_size.
-      t_B: [B] in [0, 1], t=0 noise and t=1 data.
-      label_B: [B] integers in 0 .. num_classes. Any other label gives NaN.
+    Of normalised latents [B,h,w,in_channels], h and w multiples of patch_size; t in [0, 1], t=0
+    noise and t=1 data; integer labels in 0 .. num_classes. Any other label gives NaN.
     """
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)

@@ -63,14 +63,9 @@ def sample_ode(
     timestep_shift: see `time_grid`.
     interval: first and last time, `transport.interval` of the prediction.
     reverse: from data to noise, along the same grid.
-    atol: absolute tolerance of "dopri5".
-    rtol: relative tolerance of "dopri5".
+    atol, rtol: tolerances of "dopri5".
 
-  Returns:
-    float32, the shape of `noise`.
-
-  Raises:
-    InputError: by `solvers.check_solver`.
+  The result is float32, of the shape of `noise`. InputError by `solvers.check_solver`.
   """
   check_solver(
     num_steps=num_steps, method=method, timestep_shift=timestep_shift, atol=atol, rtol=rtol
@@ -93,9 +88,7 @@ def log_likelihood(
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
     **settings: of `sample_ode`; by default "dopri5" without shift.
 
-  Returns:
-    (natural logarithm of the density [B], the noise that the latents come from).
-
+  Gives (natural logarithm of the density [B], the noise that the latents come from).
   Source: Chen et al., Neural ordinary differential equations; Grathwohl et al., FFJORD.
   """
   chex.assert_equal_shape([latent, probe])
@@ -143,12 +136,9 @@ def guided(
     guide: a weaker model whose prediction with the same label is pushed away from (autoguidance);
       None: the model itself with the null label (classifier-free guidance).
 
-  Returns:
-    A function of x and t, scalar or [B]. At a scalar t where guidance is off, the second prediction
-    is not computed.
-
-  Source: `forward_with_cfg` of the reference; Karras et al., Guiding a diffusion model with a bad
-  version of itself.
+  The result is a function of x and t, scalar or [B]. At a scalar t where guidance is off, the
+  second prediction is not computed. Source: `forward_with_cfg` of the reference; Karras et al.,
+  Guiding a diffusion model with a bad version of itself.
   """
 
   def times(t: jax.Array, count: int) -> jax.Array:
@@ -218,16 +208,9 @@ def sample_latents(
 ) -> jax.Array:
   """Normalised latents [B, h, w, Z] of samples by their int32 index in the set; pure and jittable.
 
-  Args:
-    config: the training's configuration.
-    params: usually an EMA.
-    index_B: each sample's place in the set.
-    label_B: int32.
-    seed: of the set.
-    sample: settings as `config.sample`.
-    guide: configuration and parameters of a weaker model, for autoguidance; see `guided`.
+  `config` is the training's, `params` usually an EMA, `sample` settings as `config.sample`; `guide`
+  has configuration and parameters of a weaker model, for autoguidance: see `guided`.
   """
-
   chex.assert_equal_shape([index_B, label_B])
 
   def network(config: FrozenConfigDict, params: Any) -> LightningDiT:

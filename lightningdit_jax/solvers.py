@@ -93,13 +93,9 @@ def integrate(
 ) -> Any:
   """Solves d state / dt = field(state, t) from the first point of a grid to the last.
 
-  Args:
-    field: function of the state and a scalar t; of t [B] if the method is "dopri5".
-    start: pytree of float32 arrays [B, ...].
-    grid: [points], rising or falling; "dopri5" uses its ends only.
-    method: one of `METHODS`.
-    atol: of "dopri5", for the root mean square over a sample.
-    rtol: likewise.
+  The state is a pytree of float32 arrays [B, ...], t a scalar; the grid rises or falls. "dopri5"
+  uses the ends of the grid only and calls the field with t [B]; its tolerances are for the root
+  mean square over a sample.
   """
   if method == "dopri5":
     return _dopri5(field, start, grid[0], grid[-1], atol, rtol)
@@ -136,7 +132,6 @@ def _dopri5(
   diffrax solves for one sample and is vmapped; the field, which takes only batches, is called once
   for all of them.
   """
-
   # They take half a second to import. While this is traced, their own import must not be.
   with jax.ensure_compile_time_eval():
     import diffrax
@@ -240,9 +235,7 @@ def sample_sde(
     last_step_size: of "Mean" and "Euler", and how far from t=1 all three begin.
     eps: see `sde_interval`.
 
-  Returns:
-    float32, the shape of `noise`.
-
+  The result is float32, of the shape of `noise`.
   Source: Ma et al., SiT, section 2.4 and appendix; the reference's `Sampler.sample_sde`.
   """
   check_solver(

@@ -71,13 +71,8 @@ def train_step(
 ) -> tuple[State, Metrics]:
   """One update; of the scalar metrics "mse" is what the reference logs as its training loss.
 
-  Args:
-    config: the whole configuration.
-    phase: from `phase`.
-    state: from `init_state`.
-    frozen: from `load_frozen`.
-    batch: {"latent": float32 [B, h, w, Z] normalised, "label": int32 [B]}.
-    key: of times, noise and dropped labels.
+  A batch is {"latent": float32 [B, h, w, Z] normalised, "label": int32 [B]}; the key is of times,
+  noise and dropped labels.
   """
   del frozen
   latent, label = batch["latent"], batch["label"]

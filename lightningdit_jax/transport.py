@@ -76,24 +76,18 @@ PATHS = {
 
 
 class Prediction(NamedTuple):
-  """What a model may predict at a point x of a path with coefficients c; `Array`s are [B, ...].
+  """What a model may predict at a point x of a path with coefficients c; `Array`s are [B, ...]."""
 
-  Attributes:
-    compared: (c, predicted, latent, noise) -> the prediction and its training target, in the units
-      in which the loss measures their difference.
-    to_velocity: (c, predicted, x) -> the velocity of the flow.
-    to_noise: (c, predicted, x) -> the noise in x.
-    singular: whether the velocity or the loss is singular at t=0, if alpha is 0 there, and at t=1.
-    is_weighted: whether `LOSS_WEIGHTS` apply, which are made for errors in units of the noise.
-    has_direction: whether there is a direction loss: 1 - cosine to the target.
-  """
-
+  # (c, predicted, latent, noise) -> the prediction and its training target, in the units in which
+  # the loss measures their difference.
   compared: Callable[[Coefficients, Array, Array, Array], tuple[Array, Array]]
+  # (c, predicted, x) -> the velocity of the flow, and the noise in x.
   to_velocity: Callable[[Coefficients, Array, Array], Array]
   to_noise: Callable[[Coefficients, Array, Array], Array]
+  # Whether the velocity or the loss is singular at t=0, if alpha is 0 there, and at t=1.
   singular: tuple[bool, bool] = (True, True)
-  is_weighted: bool = False
-  has_direction: bool = False
+  is_weighted: bool = False  # `LOSS_WEIGHTS` apply, made for errors in units of the noise
+  has_direction: bool = False  # there is a direction loss: 1 - cosine to the target
 
 
 PREDICTIONS = {
@@ -139,11 +133,7 @@ DIFFUSION_FORMS: dict[str, Callable[[Coefficients, Array, float], Array]] = {
 
 
 def coefficients(path: str, t: jax.typing.ArrayLike, x: Array) -> Coefficients:
-  """A path's coefficients at t, a scalar or [B], shaped so that they multiply x [B, ...].
-
-  Raises:
-    ValueError: no such path.
-  """
+  """A path's coefficients at t, a scalar or [B], shaped for x [B, ...]; ValueError if unknown."""
   if path not in PATHS:
     raise ValueError(f"The path is {path!r}; choose one of {tuple(PATHS)}.")
   return PATHS[path].at(_aligned(t, x))
@@ -189,8 +179,6 @@ def sample_time(
   """Training times t_B, float32 in [0, 1].
 
   Args:
-    key: of the draw.
-    batch_size: number of times B.
     use_lognorm: logit-normal(shifted_mu, 1), which favours the middle of the path; False: uniform.
     shifted_mu: above 0 favours the data, below 0 the noise.
     partial_train: a range to which `partial_ratio` of the times are confined; () is none.
@@ -242,20 +230,11 @@ def losses(
   prediction: str = "velocity",
   loss_weight: str = "",
 ) -> dict[str, Array]:
-  """Per-sample training losses.
+  """Per-sample training losses of a prediction at `interpolate(latent, noise, t, path)`.
 
-  Args:
-    predicted_BhwZ: the model's, at `interpolate(latent, noise, t, path)`.
-    latent_BhwZ: normalised.
-    noise_BhwZ: standard normal.
-    t_B: times.
-    path: a key of `PATHS`.
-    prediction: a key of `PREDICTIONS`.
-    loss_weight: a key of `LOSS_WEIGHTS`; predictions that are not weighted ignore it.
-
-  Returns:
-    {"mse": [B], mean square of the error, weighted}, and where the prediction has a direction
-    "cosine": [B], the marginal cosine loss, mean over positions of 1 - cosine over channels.
+  {"mse": [B], mean square of the error, weighted}, and where the prediction has a direction
+  "cosine": [B], the marginal cosine loss, mean over positions of 1 - cosine over channels.
+  `loss_weight` is a key of `LOSS_WEIGHTS`; predictions that are not weighted ignore it.
   """
   chex.assert_equal_shape([predicted_BhwZ, latent_BhwZ, noise_BhwZ])
   chex.assert_shape(t_B, latent_BhwZ.shape[:1])

@@ -31,18 +31,11 @@ MAY_START_AFRESH = (
 def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
   """Initial parameters for a new training, from those of another model.
 
+  Gives parameters of the shapes of `fresh`, the new model's randomly initialised ones, and
+  sentences on layers that differ. InputError if a layer differs that may not.
+
   DEVIATION: the patch embedding keeps all channels that both models have, and the others start at
   zero; the reference keeps the first 16. The two agree where one of the models has 16.
-
-  Args:
-    fresh: the new model's parameters, nested dicts of arrays, randomly initialised.
-    given: the other model's.
-
-  Returns:
-    (parameters of the shapes of `fresh`, sentences on layers that differ).
-
-  Raises:
-    InputError: another layer differs.
   """
   new, old = flatten_dict(fresh), flatten_dict(given)
   same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
@@ -74,12 +67,8 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
 def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> Any:
   """Parameters for `adapt` from a PyTorch state dict, with its own channels, classes and grid.
 
-  Args:
-    state_dict: PyTorch name -> array, of the reference's LightningDiT.
-    model: all other arguments of LightningDiT, those of the model to be trained.
-
-  Raises:
-    InputError: the tensors are not those of a LightningDiT with these options.
+  `model` has all other arguments of LightningDiT, those of the model to be trained. InputError if
+  the tensors are not those of a LightningDiT with these options.
   """
   state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
   kwargs = dict(model)

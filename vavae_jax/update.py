@@ -41,19 +41,12 @@ ENCODER = ("encoder", "quant_conv", "shortcut_in")
 
 
 class Term(NamedTuple):
-  """A loss of the generator.
+  """A loss of the generator."""
 
-  Attributes:
-    name: of its metric.
-    weight: the key of its weight in `config.loss`; "" for a weight of 1.
-    of: what its group gives -> a scalar, or an array of which the loss is the mean.
-    always: compute it for its metric even if its weight is 0.
-  """
-
-  name: str
-  weight: str
-  of: Callable[..., jax.Array]
-  always: bool = False
+  name: str  # of its metric
+  weight: str  # the key of its weight in `config.loss`; "" for a weight of 1
+  of: Callable[..., jax.Array]  # what its group gives -> a scalar, or an array: its mean
+  always: bool = False  # compute it for its metric even if its weight is 0
 
 
 def _perceptual(image: jax.Array, recon: jax.Array, network: Any) -> jax.Array:
@@ -145,16 +138,9 @@ def update(
 ) -> tuple[State, Metrics]:
   """One update of the autoencoder and, once the GAN has started, of the discriminator.
 
-  Args:
-    config: the whole configuration.
-    phase: of this step.
-    state: before it.
-    networks: the frozen ones, by name, from `frozen.merge`.
-    batch: {"image": uint8 [B, H, W, 3], and "features" [B, h, w, F] where they are kept}.
-    noise: standard normal [B, h, w, Z], which picks the latents.
-
-  Returns:
-    (new state, scalar metrics).
+  `networks` are the frozen ones, by name, from `frozen.merge`; `batch` is {"image": uint8
+  [B, H, W, 3], and "features" [B, h, w, F] where they are kept}; `noise`, standard normal
+  [B, h, w, Z], picks the latents. Metrics are scalars.
   """
   image = images.to_float(batch["image"])
   chex.assert_rank([image, noise], 4)

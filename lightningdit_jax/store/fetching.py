@@ -48,19 +48,12 @@ def open_store(path: str, cache: str) -> LatentStore:
 
 
 def local_folder(path: str, cache: str = "", progress: Progress | None = None) -> Path:
-  """A local folder of shards: the path itself, or its copy in the cache.
+  """A local folder of shards, which `LatentStore` checks: the path itself, or its copy.
 
-  Args:
-    path: a folder of shards; a .tar, .tar.gz or .tgz, or a folder with the parts of one (split_*,
-      *.part*); or a URL of either, such as gs://BUCKET/latents, that fsspec opens.
-    cache: folder for copies; "": `DEFAULT_CACHE`.
-    progress: called while copying.
-
-  Returns:
-    The folder, whose contents `LatentStore` checks.
-
-  Raises:
-    InputError: it cannot be reached, does not fit on the disk, or is no such archive.
+  The path is a folder of shards; a .tar, .tar.gz or .tgz, or a folder with the parts of one
+  (split_*, *.part*); or a URL of either, such as gs://BUCKET/latents, that fsspec opens. Copies go
+  into the folder `cache`, "": `DEFAULT_CACHE`. InputError if it cannot be reached, does not fit on
+  the disk, or is no such archive.
   """
   if not is_url(path) and not _is_archive(path):
     folder = Path(path)

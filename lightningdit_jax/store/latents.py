@@ -41,9 +41,8 @@ _NOISE = 3  # the record's random stream for noise; see order.py
 class LatentStore:
   """A folder of latent shards, read record by record; with statistics alone its length is 0.
 
-  Raises:
-    InputError: it has neither shards nor statistics, shards are damaged or disagree, or the
-      statistics are missing.
+  InputError if it has neither shards nor statistics, shards are damaged or disagree, or the
+  statistics are missing.
   """
 
   def __init__(self, path: Path | str):
@@ -106,16 +105,10 @@ class LatentStore:
     scale: Any = 1.0,
     noise: Any = None,
   ) -> None:
-    """Fills a batch with (latent - mean) * scale.
+    """Fills `out`, contiguous float32 [B, h, w, Z], with (latent - mean) * scale per channel [Z].
 
-    Args:
-      records: int [B].
-      flips: bool [B], whether to take the mirrored picture's.
-      out: float32 [B, h, w, Z], contiguous.
-      mean: per channel, [Z].
-      scale: per channel, [Z].
-      noise: place in the batch -> standard normal [Z, h, w], to sample from posteriors; None: their
-        means.
+    `flips` [B] says where to take the mirrored picture's; `noise` maps a place in the batch to
+    standard normal [Z, h, w], to sample from posteriors; None takes their means.
     """
     outside = (records < 0) | (records >= len(self))
     if outside.any():
@@ -241,11 +234,8 @@ def statistics(store: LatentStore, *, latent_norm: bool) -> tuple[np.ndarray, np
 def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequence[Path]) -> None:
   """Writes the statistics and then the manifest of a folder whose shards are complete.
 
-  Args:
-    path: the folder.
-    manifest: entries to write beside the counts.
-    seed: chooses the 10,000 records of the statistics.
-    files: all shards that the folder must have, in order.
+  `files` are all shards that it must have, in order; the seed chooses the 10,000 records of the
+  statistics; `manifest` has entries to write beside the counts.
   """
   if differing := sorted({*files} ^ {*shard_files(path)}):
     odd = ", ".join(file.name for file in differing[:5])

@@ -81,14 +81,9 @@ class Note(NamedTuple):
 
 
 class Shard:
-  """A shard, mapped into memory; its arrays cost nothing until they are read.
+  """A shard, mapped into memory; its arrays, `tensors` by name, cost nothing until they are read.
 
-  Attributes:
-    tensors: name -> array.
-    note: None in shards that others wrote.
-
-  Raises:
-    InputError: the file is damaged, or no shard of latents.
+  `note` is None in shards that others wrote. InputError if the file is damaged or no such shard.
   """
 
   def __init__(self, path: Path):
@@ -155,13 +150,10 @@ def _map(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def write_shard(
   path: Path, tensors_BhwZ: Mapping[str, np.ndarray], labels_B: np.ndarray, skipped: Sequence[str]
 ) -> None:
-  """Writes one shard, whole or not at all.
+  """Writes one shard, named by `shard_name`, whole or not at all.
 
-  Args:
-    path: named by `shard_name`.
-    tensors_BhwZ: those of `SAMPLES` or of `POSTERIORS`, float32 or bfloat16.
-    labels_B: int.
-    skipped: names of pictures that could not be read.
+  The tensors are those of `SAMPLES` or of `POSTERIORS`, float32 or bfloat16; `skipped` names
+  pictures that could not be read.
   """
   tensors = {
     name: np.ascontiguousarray(x.transpose(0, 3, 1, 2)) for name, x in tensors_BhwZ.items()

@@ -127,14 +127,9 @@ def mean_gradients(
 ) -> tuple[Any, Any]:
   """Gradients of a mean over a batch, taken in `count` parts one after the other to save memory.
 
-  Args:
-    loss_fn: (params, batch) -> (mean over the batch, pytree of scalars that are such means too).
-    params: to differentiate by.
-    batch: pytree of arrays [B, ...], B a multiple of `count`.
-    count: number of parts; 1 is the plain gradient.
-
-  Returns:
-    (gradients, the pytree of scalars).
+  `loss_fn` maps (params, batch) to (mean over the batch, pytree of scalars that are such means
+  too); the batch is a pytree of arrays [B, ...], B a multiple of `count`. Gives (gradients, the
+  pytree of scalars).
   """
   gradients_of = jax.grad(loss_fn, has_aux=True)
   if count == 1:

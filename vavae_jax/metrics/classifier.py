@@ -19,14 +19,8 @@ GRIDS = 3
 class Classifier(nnx.Module):
   """Pictures -> features and class scores.
 
-  Args:
-    num_classes: how many there are.
-    width: channels of the finest grid, doubled on each coarser one.
-    depth: residual blocks on each grid.
-    patch_size: pixels along each axis that are folded into channels first.
-    norm_groups: of every GroupNorm, a divisor of `width`.
-    dtype: of convolutions.
-    rngs: of the initial weights.
+  `width` channels of the finest grid double on each coarser one; each has `depth` residual blocks.
+  `patch_size` pixels along each axis are folded into channels first; `norm_groups` divides `width`.
   """
 
   def __init__(

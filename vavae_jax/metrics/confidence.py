@@ -22,17 +22,11 @@ class Interval(NamedTuple):
 
 
 class Infinity(NamedTuple):
-  """A distance extrapolated to infinitely many samples.
+  """A distance extrapolated to infinitely many samples."""
 
-  Attributes:
-    distance: the line's value at 1/N = 0.
-    slope: of the distance by 1/N.
-    residual: root mean square distance of the points from the line.
-  """
-
-  distance: float
-  slope: float
-  residual: float
+  distance: float  # the line's value at 1/N = 0
+  slope: float  # of the distance by 1/N
+  residual: float  # root mean square distance of the points from the line
 
 
 def resampled(

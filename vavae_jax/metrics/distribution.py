@@ -33,22 +33,15 @@ class Moments:
 
   Chan's pairwise update keeps deviations from the running mean, so a mean that is large against
   the spread costs no digits. Parts computed on several hosts are joined by `merge`.
-
-  Attributes:
-    count: number of features seen.
-    mean: their mean [F], float64; empty before the first update.
-    scatter: sum of the outer products of the deviations from the mean [F,F], float64.
   """
 
-  count: int = 0
+  count: int = 0  # features seen
+  # Their mean [F], and the sum of the outer products of the deviations from it [F,F].
   mean: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
   scatter: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
 
   def update(self, features_NF: np.ndarray) -> None:
-    """Adds a batch of features [N,F], any float dtype; N may be zero and may change between calls.
-
-    ValueError if the features are not [N,F], F changes or a value is not finite.
-    """
+    """Adds features [N,F], N at least 0; ValueError if F changes or a value is not finite."""
     features_NF = _checked_features("features", features_NF)
     if len(features_NF) == 0:
       return
@@ -84,19 +77,13 @@ class Moments:
 
 
 class Frechet(NamedTuple):
-  """A squared Frechet distance and its parts.
+  """A squared Frechet distance and its parts."""
 
-  Attributes:
-    distance: the sum of the two parts; lower is better.
-    means: |mu1 - mu2|^2.
-    covariances: tr(C1 + C2 - 2 (C1 C2)^(1/2)).
-    negative: how far the most negative eigenvalue of C1 C2 was below zero, in units of the largest;
-      rounding, which was set to zero. 0 if there was none.
-  """
-
-  distance: float
-  means: float
-  covariances: float
+  distance: float  # the sum of the two parts; lower is better
+  means: float  # |mu1 - mu2|^2
+  covariances: float  # tr(C1 + C2 - 2 (C1 C2)^(1/2))
+  # How far the most negative eigenvalue of C1 C2 was below zero, in units of the largest: rounding,
+  # which was set to zero. 0 if there was none.
   negative: float
 
 
@@ -147,16 +134,11 @@ class ProbabilitySums(NamedTuple):
   """Sums of probabilities that give a split's inception score; sums of parts add up.
 
   The mean divergence of p(y|x) from p(y) is E sum p(y|x) log p(y|x) - sum p(y) log p(y).
-
-  Attributes:
-    rows: how many.
-    entropy: sum of p log p over all rows and classes.
-    total: sum of the rows [classes].
   """
 
   rows: int
-  entropy: float
-  total: np.ndarray
+  entropy: float  # sum of p log p over all rows and classes
+  total: np.ndarray  # sum of the rows [classes]
 
   @classmethod
   def of(cls, probabilities: np.ndarray) -> ProbabilitySums:
@@ -182,19 +164,13 @@ def _p_log_p(p: np.ndarray) -> np.ndarray:
 def inception_score(probabilities: np.ndarray, split_size: int) -> float:
   """Inception score exp(E KL(p(y|x) || p(y))), the mean over splits of the samples.
 
+  It is between 1 and the number of classes; higher is better. ValueError for other arguments.
+
   Args:
     probabilities: class probabilities [N,classes] of a classifier, each row summing to 1, in
       random order: a split must see all classes.
     split_size: samples per split; the published scores use 5,000. A last smaller split counts
       like the others.
-
-  Returns:
-    The score, between 1 and the number of classes; higher is better.
-
-  Raises:
-    ValueError: the rows are not probabilities, or split_size is not positive.
-
-  Source: Salimans et al. 2016; guided-diffusion's evaluator.
   """
   if len(probabilities) == 0 or split_size < 1:
     raise ValueError(
@@ -212,22 +188,10 @@ def precision_recall(
 
   A manifold is the union of balls around the features of a set, each reaching to its k-th nearest
   neighbour in that set, itself excluded. Distances are computed in blocks of rows, so the memory
-  is block_size x N numbers.
+  is block_size x N numbers. Source: Kynkaanniemi et al. 2019, equations 1 to 3.
 
-  Args:
-    reference: features [N,F] of the reference set, N > k.
-    samples: features [M,F] of the samples, M > k.
-    k: which neighbour sets the radius.
-    block_size: rows of distances held at once.
-
-  Returns:
-    Precision: the share of samples inside the reference manifold. Recall: the share of references
-    inside the samples' manifold. Both in [0,1]; higher is better.
-
-  Raises:
-    ValueError: if the feature sizes differ, a set has no k-th neighbour or a value is not finite.
-
-  Source: Kynkaanniemi et al. 2019, equations 1 to 3.
+  `reference` [N,F] and `samples` [M,F] have more than k rows. ValueError if not, if the feature
+  sizes differ or a value is not finite. Both results are in [0,1]; higher is better.
   """
   reference = _checked_features("reference", reference)
   samples = _checked_features("samples", samples)

@@ -123,16 +123,10 @@ class InceptionV3(nnx.Module):
   def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
     """All that the metrics are computed from; under jit, what is unused is free.
 
-    Args:
-      x_BHWC: the input [B,299,299,3] that one of `PROTOCOLS` makes.
-
-    Returns:
-      "pool3" [B,2048], of FID, precision and recall; "spatial" [B,17,17,7], as sFID
-      flattens them to 2,023 numbers; "logits_unbiased" [B,1008], of the inception score (softmax);
-      "logits" [B,1008]; on the way "block1" [B,35,35,192] and "block2" [B,17,17,768].
-
-    Raises:
-      InputError: the input has another shape.
+    Of an input [B,299,299,3] by one of `PROTOCOLS`: "pool3" [B,2048], of FID, precision and recall;
+    "spatial" [B,17,17,7], as sFID flattens them to 2,023 numbers; "logits_unbiased" [B,1008], of
+    the inception score (softmax); "logits" [B,1008]; on the way "block1" [B,35,35,192] and "block2"
+    [B,17,17,768]. InputError for another shape.
     """
     if x_BHWC.ndim != 4 or x_BHWC.shape[1:] != (SIZE, SIZE, 3):
       raise InputError(f"The input has shape {x_BHWC.shape}; [B,{SIZE},{SIZE},3] is needed.")
@@ -164,10 +158,7 @@ class _ConvNorm(nnx.Module):
   def __init__(self, conv: nnx.Conv, stride: int, rngs: nnx.Rngs):
     self.conv, self.stride = conv, stride
     self.norm = nnx.BatchNorm(
-      conv.out_features,
-      use_running_average=True,
-      epsilon=_NORM_EPSILON,
-      rngs=rngs,
+      conv.out_features, use_running_average=True, epsilon=_NORM_EPSILON, rngs=rngs
     )
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
@@ -188,24 +179,11 @@ class _Maker:
     self.rngs = rngs
 
   def __call__(
-    self,
-    width: int,
-    channels: int,
-    size: tuple[int, int],
-    *,
-    stride: int = 1,
-    padded: bool = True,
+    self, width: int, channels: int, size: tuple[int, int], stride: int = 1, padded: bool = True
   ) -> _ConvNorm:
-    conv = nnx.Conv(
-      width,
-      channels,
-      size,
-      stride,
-      padding="SAME" if padded and stride == 1 else ((0, 1), (0, 1)),
-      use_bias=False,
-      precision="highest",
-      rngs=self.rngs,
-    )
+    padding = "SAME" if padded and stride == 1 else ((0, 1), (0, 1))
+    options: Any = {"padding": padding, "use_bias": False, "precision": "highest"}
+    conv = nnx.Conv(width, channels, size, stride, **options, rngs=self.rngs)
     return _ConvNorm(conv, stride, self.rngs)
 
 
@@ -357,11 +335,8 @@ def _by_threes(
 def from_torch(state_dict: Mapping[str, Any]) -> InceptionV3:
   """The network with the weights that pytorch-fid and torch-fidelity publish, float32.
 
-  `num_batches_tracked` is left aside: it only counts.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed, as those of torchvision's
-      classifier would be.
+  `num_batches_tracked`, which only counts, is left aside. InputError lists unknown, missing,
+  misshapen or non-finite tensors, as those of torchvision's classifier would be.
   """
   norms = [name.removesuffix("weight") for name in state_dict if name.endswith(".bn.weight")]
   counters = {f"{norm}num_batches_tracked" for norm in norms}

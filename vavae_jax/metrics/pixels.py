@@ -26,8 +26,6 @@ def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 
   Decibels [B], float32; higher is better, infinite for images with equal 8-bit values. ValueError
   if the shapes differ or are not [B,H,W,C], or the values are integers.
-
-  Source: evaluate_tokenizer.py; uint8 is clip(127.5 x + 128, 0, 255), truncated.
   """
   _check_pair(a_BHWC, b_BHWC)
   error_BHWC = _to_8_bit(a_BHWC) - _to_8_bit(b_BHWC)
@@ -38,17 +36,9 @@ def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
   """Structural similarity with an 11 x 11 Gaussian window of sigma 1.5.
 
-  The images are mirrored at their borders (without repeating the edge), as torchmetrics does.
-
-  Args:
-    a_BHWC: images [B,H,W,C], float in [-1,1] (clipped to it), H and W at least 11.
-    b_BHWC: images of the same shape to compare with.
-
-  Returns:
-    Mean over pixels and channels [B], float32, at most 1; higher is better.
-
-  Raises:
-    ValueError: as of `psnr`, or the images are smaller than the window.
+  Of images [B,H,W,C], float in [-1,1] (clipped to it), H and W at least 11, mirrored at their
+  borders (without repeating the edge), as torchmetrics does. Mean over pixels and channels [B],
+  float32, at most 1; higher is better. ValueError as of `psnr`, or if a window does not fit.
 
   Source: Wang et al. 2004, K1 = 0.01, K2 = 0.03.
   """

@@ -11,24 +11,17 @@ import numpy as np
 
 
 class Uniformity(NamedTuple):
-  """Figures of the densities at some points; evenly spread points have 0, 0 and 1.
+  """Figures of the densities at some points; evenly spread points have 0, 0 and 1."""
 
-  Attributes:
-    density_cv: standard deviation of the densities over their mean.
-    gini: their Gini coefficient.
-    normalized_entropy: entropy of the densities as shares of their sum, over its maximum.
-  """
-
-  density_cv: float
-  gini: float
-  normalized_entropy: float
+  density_cv: float  # standard deviation of the densities over their mean
+  gini: float  # their Gini coefficient
+  normalized_entropy: float  # entropy of the densities as shares of their sum, over its maximum
 
 
 def density(points_N2: np.ndarray) -> np.ndarray:
   """A Gaussian kernel estimate, bandwidth by Scott's rule, at the points themselves [N].
 
-  Raises:
-    ValueError: fewer than three points, not [N,2], not finite, or all on one line.
+  ValueError for fewer than three points, or points not [N,2], not finite, or all on one line.
   """
   points_N2 = np.asarray(points_N2, np.float64)
   if points_N2.ndim != 2 or points_N2.shape[1] != 2 or len(points_N2) < 3:

@@ -43,11 +43,7 @@ def feature_size(name: str) -> int:
 
 
 def recognise(state_dict: Mapping[str, Any]) -> str:
-  """The teacher whose weights these are, or ""; only loading says whether all of them are there.
-
-  Args:
-    state_dict: PyTorch name -> array, by the names of any publisher.
-  """
+  """The teacher whose weights these are, or ""; only loading says whether all of them are there."""
   return next(filter(None, (family.recognise(state_dict) for family in FAMILIES)), "")
 
 
@@ -76,8 +72,7 @@ def load_teacher(
     normalize: feed images as the network was trained on them, by the mean and deviation of its
       publisher. False feeds [-1,1] as it is, as the paper does.
 
-  Raises:
-    InputError: unknown name, no such file or package, or weights of another network.
+  InputError for an unknown name, no such file or package, or weights of another network.
   """
   _, variant = find(name)
   if not weights and not variant.published:
@@ -102,11 +97,7 @@ def teacher_from_torch(
   dtype: jnp.dtype = jnp.float32,
   normalize: bool = False,
 ) -> Teacher:
-  """A teacher with the weights of a PyTorch state dict; arguments as `Family.from_torch`'s.
-
-  Raises:
-    InputError: unknown name, or weights of another network.
-  """
+  """A teacher with the weights of a PyTorch state dict; as `Family.from_torch`, by name."""
   family, variant = find(name)
   return family.from_torch(state_dict, dtype=dtype, normalize=normalize, **variant.size)
 

@@ -65,11 +65,8 @@ def _widened(channels: int, width: float) -> int:
 class EfficientNetLite(nnx.Module):
   """The classifier, with the features on its way.
 
-  Args:
-    width: how much wider than Lite0; stem and head stay.
-    depth: how much deeper; the outer stages stay.
-    dtype: of convolutions and activations; weights are float32.
-    rngs: of the initial weights.
+  It is `width` times wider than Lite0, but for stem and head, and `depth` times deeper, but for the
+  outer stages. Convolutions and activations are `dtype`, weights float32.
   """
 
   stride = 16
@@ -109,16 +106,9 @@ class EfficientNetLite(nnx.Module):
   def endpoints(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     """The features of every resolution and the class scores; under jit, what is unused is free.
 
-    Args:
-      image_BHWC: RGB images [B,H,W,3], float in [-1,1].
-
-    Returns:
-      "stride2" [B,H/2,W/2,16], "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40] and "stride16"
-      [B,H/16,W/16,F], before any activation (40 is 48 of Lite2); "pool" [B,1280]; "logits" [B,1000]
-      in the order of ImageNet's classes.
-
-    Raises:
-      InputError: the images have another shape.
+    Of RGB images [B,H,W,3] in [-1,1]: "stride2" [B,H/2,W/2,16], "stride4" [B,H/4,W/4,24], "stride8"
+    [B,H/8,W/8,40] and "stride16" [B,H/16,W/16,F], before any activation (40 is 48 of Lite2); "pool"
+    [B,1280]; "logits" [B,1000] in the order of ImageNet's classes. InputError for another shape.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3:
       raise InputError(f"The images have shape {image_BHWC.shape}; [B,H,W,3] is needed.")

@@ -12,13 +12,10 @@ from vavae_jax.common.errors import InputError
 
 
 class Enlarged(nnx.Module):
-  """A teacher that sees pictures enlarged, its features averaged over each cell of the latents.
+  """A teacher that sees pictures `scale` times larger along each axis, averaged over each cell.
 
-  Args:
-    teacher: from `load_teacher`.
-    scale: how many times larger it sees pictures, along each axis.
-    stride: wanted pixels per feature; `scale` times it is a multiple of the teacher's own, or else
-      InputError.
+  `stride` are the wanted pixels per feature; InputError if `scale` times it is no multiple of the
+  teacher's own.
   """
 
   def __init__(self, teacher: Any, scale: int, stride: int):

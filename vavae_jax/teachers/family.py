@@ -17,15 +17,10 @@ from vavae_jax.teachers.names import Naming
 
 
 class Teacher(Protocol):
-  """What every teacher's NNX module offers.
+  """What every teacher's NNX module offers."""
 
-  Attributes:
-    feature_size: channels of the features.
-    stride: pixels of the given image per feature along each axis.
-  """
-
-  feature_size: int
-  stride: int
+  feature_size: int  # channels of the features
+  stride: int  # pixels of the given image per feature along each axis
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
     """Images [B,H,W,3], float in [-1,1] -> the features for alignment [B,h,w,F]."""
@@ -40,22 +35,15 @@ class Package(NamedTuple):
 
 
 class Variant(NamedTuple):
-  """One teacher of a family.
+  """One teacher of a family."""
 
-  Attributes:
-    size: the module's arguments in which it differs from the others.
-    feature_size: channels F of its features.
-    published: the files that have its weights, and who publishes them; "" if the network needs
-      none: its weights are then those of `build` by seed 0.
-    timm: timm's model of the same network, which `launch.lab.equivalence` compares; "" for none.
-    package: where the weights are if no file is given.
-  """
-
-  size: Mapping[str, Any]
-  feature_size: int
+  size: Mapping[str, Any]  # the module's arguments in which it differs from the others
+  feature_size: int  # channels F of its features
+  # The files that have its weights, and who publishes them; "" if the network needs none: its
+  # weights are then those of `build` by seed 0.
   published: str
-  timm: str = ""
-  package: Package | None = None
+  timm: str = ""  # timm's model of the same network, which `launch.lab.equivalence` compares
+  package: Package | None = None  # where the weights are if no file is given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,17 +88,10 @@ class Family:
     normalize: bool = False,
     **size: Any,
   ) -> Any:
-    """The network with published weights, float32.
+    """The network with published weights, float32, by PyTorch's names of any publisher.
 
-    Args:
-      state_dict: PyTorch name -> array, by the names of any publisher. What publishers ship with
-        it (heads, decoders, text towers) is left aside.
-      dtype: of matrix products, convolutions and features.
-      normalize: as of `build`.
-      **size: of a variant, or other arguments of the module.
-
-    Raises:
-      InputError: unknown, missing, misshapen or non-finite tensors, listed.
+    What publishers ship with it (heads, decoders, text towers) is left aside. InputError lists
+    unknown, missing, misshapen or non-finite tensors. `**size` are arguments of the module.
     """
 
     def outline(naming: Naming) -> nnx.Module:

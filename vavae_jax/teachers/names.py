@@ -45,15 +45,10 @@ class Naming(NamedTuple):
 def load(
   outline: Callable[[Naming], M], state_dict: Mapping[str, Any], namings: Iterable[Naming]
 ) -> M:
-  """A module with the weights of a state dict, whichever of the publishers named it.
+  """A module with the weights of a state dict, or a checkpoint that has one, by any of the namings.
 
-  Args:
-    outline: naming -> the abstract module.
-    state_dict: PyTorch name -> array, or a checkpoint that has it under "state_dict" or "model".
-    namings: the publishers'.
-
-  Raises:
-    InputError: unknown, missing, misshapen or non-finite tensors, listed.
+  `outline` makes the abstract module for a naming. InputError lists unknown, missing, misshapen or
+  non-finite tensors.
   """
   state_dict = _without(unwrap(state_dict), "module.")
   candidates = [(naming, _prepared(state_dict, naming)) for naming in namings]
@@ -126,10 +121,8 @@ def by_patches(
 ) -> Callable[[Mapping[str, Any]], str]:
   """A family's `recognise`: by width, patch size and registers, if a tensor's name has a mark.
 
-  Args:
-    variants: of the family.
-    marks: parts of tensors' names by any publisher, which no other family's names have; without
-      any, every state dict may be of this family.
+  `marks` are parts of names by any publisher, which no other family's names have; without any,
+  every state dict may be of this family.
   """
 
   def recognise(state_dict: Mapping[str, Any]) -> str:

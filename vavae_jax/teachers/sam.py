@@ -72,18 +72,8 @@ FEATURES = 256
 class SamEncoder(nnx.Module):
   """The image encoder; its features lie on a grid of 16 pixels.
 
-  Args:
-    hidden_size: width D.
-    depth: number of blocks L.
-    num_heads: attention heads K.
-    global_blocks: which blocks attend everywhere, counted from 0.
-    mlp_size: the MLP's width; four times `hidden_size` if not given.
-    grid_size: rows and columns of the position embedding.
-    window_size: rows and columns of a window.
-    feature_size: channels of the features.
-    statistics: what images are normalised by; None feeds [-1,1] as it is.
-    dtype: of matrix products and features; weights are float32.
-    rngs: of the initial weights.
+  `global_blocks`, counted from 0, attend everywhere; `grid_size` and `window_size` are rows and
+  columns of the position embedding and of a window. Other arguments are as of `vit.ViT`.
   """
 
   stride = 16

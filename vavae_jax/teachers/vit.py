@@ -62,9 +62,7 @@ class ViT(nnx.Module):
 
   Args:
     patch_size: pixels of the network's input per token along each axis.
-    hidden_size: width D, and channels of the features.
-    depth: number of blocks L.
-    num_heads: attention heads K.
+    hidden_size, depth, num_heads: width D, number of blocks L, attention heads K.
     grid_size: rows and columns of the position embedding.
     mlp_size: the MLP's width; four times `hidden_size` if not given.
     num_registers: register tokens.
@@ -76,7 +74,6 @@ class ViT(nnx.Module):
     epsilon: of all norms.
     statistics: what images are normalised by; None feeds [-1,1] as it is.
     dtype: of matrix products and features; weights are float32.
-    rngs: of the initial weights.
   """
 
   stride = 16

@@ -32,11 +32,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads weights of a .pt, .pth, .bin, .ckpt, .safetensors or .npz file: PyTorch name -> array.
 
   A checkpoint that keeps its weights under "state_dict", "model" or "ema" is opened at the first of
-  these; arrays have the shape and dtype they are stored with.
-
-  Raises:
-    InputError: there is no such file, it is of another kind or damaged, or has more than tensors
-      among its weights.
+  these; arrays have the shape and dtype they are stored with. InputError if there is no such file,
+  it is of another kind or damaged, or has more than tensors among its weights.
   """
   weights = unwrap(read_content(path))
   others = [str(name) for name, value in weights.items() if not isinstance(value, np.ndarray)]
@@ -51,8 +48,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads all that is in such a file: arrays, and of PyTorch's files whatever its dictionary holds.
 
-  Raises:
-    InputError: there is no such file, or it is of another kind or damaged.
+  InputError if there is no such file, or it is of another kind or damaged.
   """
   path = Path(path)
   if path.suffix not in SUFFIXES:

@@ -69,19 +69,13 @@ _DAMAGE = (
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
-  """Reads a weight file that torch.save wrote.
+  """Reads a weight file (.pt, .pth, .bin, .ckpt) that torch.save wrote of a dictionary.
 
-  Args:
-    path: a .pt, .pth, .bin or .ckpt file whose content is a dictionary.
+  Each tensor or parameter, however deep, becomes a read-only numpy array of the same shape and
+  dtype (bfloat16 as that of ml_dtypes); numbers, strings, lists and dictionaries stay as they are.
 
-  Returns:
-    The dictionary, with a read-only numpy array of the same shape and dtype (bfloat16 as that of
-    ml_dtypes) in the place of each tensor or parameter, however deep, and numbers, strings, lists
-    and dictionaries as they are.
-
-  Raises:
-    InputError: if there is no such file, or it is no PyTorch file, is truncated or damaged, holds
-      anything but tensors and plain values, or a tensor reaches outside its storage.
+  InputError if there is no such file, or it is no PyTorch file, is truncated or damaged, holds
+  anything but tensors and plain values, or a tensor reaches outside its storage.
   """
   path = Path(path)
   if not path.is_file():

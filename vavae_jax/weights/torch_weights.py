@@ -38,21 +38,13 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Slot(NamedTuple):
-  """The place of one PyTorch tensor among our weights.
+  """The place of one PyTorch tensor among our weights."""
 
-  Attributes:
-    name: PyTorch's.
-    path: of our array, as `nnx.to_pure_dict` nests it.
-    block: index on our array's leading axis where it is a stack of blocks.
-    axes: the axes of ours in PyTorch's order.
-    shape: PyTorch's.
-  """
-
-  name: str
-  path: Path
-  block: int | None
-  axes: tuple[int, ...]
-  shape: tuple[int, ...]
+  name: str  # PyTorch's
+  path: Path  # of our array, as `nnx.to_pure_dict` nests it
+  block: int | None  # index on our array's leading axis where it is a stack of blocks
+  axes: tuple[int, ...]  # of ours in PyTorch's order
+  shape: tuple[int, ...]  # PyTorch's
 
 
 def load(
@@ -62,21 +54,17 @@ def load(
   renamed: Mapping[str, str] = NOTHING,
   fixed: Mapping[str, np.ndarray] = NOTHING,
 ) -> M:
-  """A module with the weights of a PyTorch state dict.
+  """A module like `model`, which may be abstract, with the float32 weights of a state dict.
 
   Args:
-    model: the module, abstract as `nnx.eval_shape` gives it, or any whose weights may go.
+    model: abstract as `nnx.eval_shape` gives it, or any whose weights may go.
     state_dict: name -> array. A prefix "module." on all names, which PyTorch's data parallelism
       leaves, is dropped.
     renamed: parts of names, ours -> PyTorch's, each ending in a dot.
     fixed: tensors that PyTorch stores although the architecture determines them. They may be
       absent; where present they are compared, not used.
 
-  Returns:
-    The same kind of module, its weights float32.
-
-  Raises:
-    InputError: the state dict is not that of this module; the message lists how.
+  InputError if the state dict is not that of this module; the message lists how.
   """
   if all(name.startswith("module.") for name in state_dict):
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
