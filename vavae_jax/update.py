@@ -247,11 +247,7 @@ class _Forward:
 
 
 def _alignment(
-  config: FrozenConfigDict,
-  stage: int,
-  features_BhwF: jax.Array,
-  projection: Any,
-  z_BhwZ: jax.Array,
+  config: FrozenConfigDict, stage: int, features_BhwF: jax.Array, projection: Any, z_BhwZ: jax.Array
 ) -> tuple[jax.Array, Metrics]:
   pair = project(projection, z_BhwZ, features_BhwF, config.teacher.reverse_proj)
   columns = {name: config.stages[name][stage] for name in COLUMNS}

@@ -24,12 +24,7 @@ from typing import IO, Any
 
 import fsspec
 
-from lightningdit_jax.store.latents import (
-  MANIFEST,
-  PUBLISHED_STATISTICS,
-  STATISTICS,
-  LatentStore,
-)
+from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_path, is_url, write_json
 

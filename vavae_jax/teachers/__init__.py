@@ -56,11 +56,7 @@ def fresh(
 
 
 def load_teacher(
-  name: str,
-  weights: str | None = None,
-  *,
-  dtype: jnp.dtype = jnp.float32,
-  normalize: bool = False,
+  name: str, weights: str | None = None, *, dtype: jnp.dtype = jnp.float32, normalize: bool = False
 ) -> Teacher:
   """A teacher with its published weights.
 

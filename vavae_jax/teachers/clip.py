@@ -72,8 +72,7 @@ _TRANSFORMERS = Naming(
   ranks=_RANKS,
 )
 _TIMM = Naming(
-  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""},
-  aside=(r"head\.",),
+  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""}, aside=(r"head\.",)
 )
 
 

@@ -72,12 +72,7 @@ class EfficientNetLite(nnx.Module):
   stride = 16
 
   def __init__(
-    self,
-    *,
-    width: float = 1.0,
-    depth: float = 1.0,
-    dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
+    self, *, width: float = 1.0, depth: float = 1.0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
   ):
     self.dtype = dtype
     self.feature_size = _widened(_STAGES[4][-1], width)

@@ -192,10 +192,7 @@ class _GridAttention(Attention):
     columns_wjE = _distances(self.rel_pos_w, w).astype(q_BhwKE.dtype)
     by_row, by_column = (
       jnp.einsum(formula, q_BhwKE, vectors, preferred_element_type=jnp.float32)
-      for formula, vectors in (
-        ("BhwKE,hiE->BKhwi", rows_hiE),
-        ("BhwKE,wjE->BKhwj", columns_wjE),
-      )
+      for formula, vectors in (("BhwKE,hiE->BKhwi", rows_hiE), ("BhwKE,wjE->BKhwj", columns_wjE))
     )
     bias = by_row[..., :, None] + by_column[..., None, :]
     bias_BKNM = rearrange(bias, "B K h w i j -> B K (h w) (i j)")

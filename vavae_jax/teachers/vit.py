@@ -37,8 +37,7 @@ from vavae_jax.teachers.names import Naming
 
 # The names by which facebook and timm have most of these networks, and those of transformers.
 FACEBOOK = Naming(
-  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""},
-  aside=("mask_token$",),
+  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""}, aside=("mask_token$",)
 )
 TRANSFORMERS = {
   "embedding.patch.": "embeddings.patch_embeddings.projection.",
