@@ -227,7 +227,7 @@ class Middle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Image [B,H,W,in_channels] -> features [B,h,w,out_channels], finest level first.
+  """Image [B,H,W,in_channels] -> features [B,h,w,out_channels]; `down[0]` is the finest level.
 
   `widths` are those of the first convolution and of each level; `attention` is per level.
   """
@@ -252,9 +252,6 @@ class Encoder(nnx.Module):
     self.mid = Middle(widths[-1], layers)
     self.norm_out = layers.norm(widths[-1])
     self.conv_out = layers.conv(widths[-1], out_channels)
-
-  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-    return self.conv_out(self.trunk(image_BHWC))
 
   def trunk(self, image_BHWC: jax.Array) -> jax.Array:
     """What the last layer sees: adaptive loss weights take gradients there."""
@@ -286,9 +283,6 @@ class Decoder(nnx.Module):
     )
     self.norm_out = layers.norm(widths[0])
     self.conv_out = layers.conv(widths[0], out_channels)
-
-  def __call__(self, z_BhwZ: jax.Array) -> jax.Array:
-    return self.conv_out(self.trunk(z_BhwZ))
 
   def trunk(self, z_BhwZ: jax.Array) -> jax.Array:
     """As the encoder's."""

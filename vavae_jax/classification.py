@@ -27,13 +27,9 @@ EVALUATION_BATCH = 500
 MOST_EVALUATED = 10_000
 
 
-def build(config: FrozenConfigDict) -> Any:
-  """A function of `nnx.Rngs` that makes the network."""
-  return functools.partial(_network, config)
-
-
-def _network(config: FrozenConfigDict, rngs: nnx.Rngs) -> Classifier:
-  return Classifier(**config.model, dtype=config.dtype, rngs=rngs)
+def build(config: FrozenConfigDict) -> functional.Build:
+  """The network of a configuration, for `functional`."""
+  return lambda rngs: Classifier(**config.model, dtype=config.dtype, rngs=rngs)
 
 
 def check(config: FrozenConfigDict) -> None:

@@ -62,21 +62,10 @@ class BatchNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """4x4 convolution, then BatchNorm where `norm` says so, then leaky ReLU."""
+  """4x4 convolution, then BatchNorm in all but the first, then leaky ReLU."""
 
-  def __init__(
-    self,
-    in_channels: int,
-    out_channels: int,
-    *,
-    stride: int,
-    norm: bool,
-    bn_group: int,
-    dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    self.conv = _conv(in_channels, out_channels, stride, not norm, dtype, rngs)
-    self.norm = BatchNorm(out_channels, bn_group, rngs) if norm else None
+  def __init__(self, conv: nnx.Conv, norm: BatchNorm | None):
+    self.conv, self.norm = conv, norm
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = self.conv(x)
@@ -105,20 +94,28 @@ class PatchDiscriminator(nnx.Module):
   ):
     self.n_layers = n_layers
     widths = [in_channels] + [ndf * min(2**i, 8) for i in range(n_layers + 1)]
-    self.layers = nnx.List(
-      [
-        Layer(
-          *pair,
-          stride=2 if i < n_layers else 1,
-          norm=i > 0,
-          bn_group=bn_group,
-          dtype=dtype,
-          rngs=rngs,
-        )
-        for i, pair in enumerate(pairwise(widths))
-      ]
-    )
-    self.conv_out = _conv(widths[-1], 1, 1, True, dtype, rngs)
+
+    def conv(width: int, channels: int, stride: int, use_bias: bool) -> nnx.Conv:
+      bound = (16 * width) ** -0.5  # PyTorch's, whose biases the reference keeps
+      return nnx.Conv(
+        width,
+        channels,
+        (4, 4),
+        strides=stride,
+        padding=1,
+        use_bias=use_bias,
+        kernel_init=nnx.initializers.normal(0.02),
+        bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        dtype=dtype,
+        rngs=rngs,
+      )
+
+    def layer(i: int, width: int, channels: int) -> Layer:
+      own = conv(width, channels, 2 if i < n_layers else 1, use_bias=i == 0)
+      return Layer(own, BatchNorm(channels, bn_group, rngs) if i else None)
+
+    self.layers = nnx.List([layer(i, *pair) for i, pair in enumerate(pairwise(widths))])
+    self.conv_out = conv(widths[-1], 1, 1, use_bias=True)
 
   def __call__(self, image_BHWC: jax.Array, *, train: bool) -> jax.Array:
     """Images [B,H,W,C] in [-1, 1] -> logits [B,h,w,1] float32, h = H / 2**n_layers - 2.
@@ -136,26 +133,3 @@ class PatchDiscriminator(nnx.Module):
     for layer in self.layers:
       x = layer(x, train=train)
     return self.conv_out(x).astype(jnp.float32)
-
-
-def _conv(
-  in_channels: int,
-  out_channels: int,
-  stride: int,
-  use_bias: bool,
-  dtype: jax.typing.DTypeLike,
-  rngs: nnx.Rngs,
-) -> nnx.Conv:
-  bound = (16 * in_channels) ** -0.5  # PyTorch's, whose biases the reference keeps
-  return nnx.Conv(
-    in_channels,
-    out_channels,
-    (4, 4),
-    strides=stride,
-    padding=1,
-    use_bias=use_bias,
-    kernel_init=nnx.initializers.normal(0.02),
-    bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
-    dtype=dtype,
-    rngs=rngs,
-  )

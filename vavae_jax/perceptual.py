@@ -59,12 +59,9 @@ class Lpips(nnx.Module):
   def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
     self.dtype = dtype
     widths = [3, *(width for _, width in _SLICES)]
-    self.slices = nnx.List(
-      [
-        _Slice(*pair, len(numbers), dtype, rngs)
-        for pair, (numbers, _) in zip(pairwise(widths), _SLICES, strict=True)
-      ]
-    )
+    counts = [len(numbers) for numbers, _ in _SLICES]
+    pairs = zip(pairwise(widths), counts, strict=True)
+    self.slices = nnx.List([_Slice(*pair, count, dtype, rngs) for pair, count in pairs])
     self.heads = nnx.List([_Head(width) for width in widths[1:]])
 
   def __call__(self, a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
@@ -105,21 +102,12 @@ class _Slice(nnx.Module):
   """The convolutions at one resolution, each with its activation."""
 
   def __init__(
-    self,
-    in_channels: int,
-    out_channels: int,
-    num_convs: int,
-    dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
+    self, width: int, channels: int, num_convs: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
   ):
-    widths = [in_channels] + [out_channels] * num_convs
-    init = nnx.initializers.he_normal()  # keeps the scale through 13 activations
-    self.convs = nnx.List(
-      [
-        nnx.Conv(*pair, (3, 3), kernel_init=init, dtype=dtype, rngs=rngs)
-        for pair in pairwise(widths)
-      ]
-    )
+    # The scale is kept through 13 activations.
+    options: Any = {"kernel_init": nnx.initializers.he_normal(), "dtype": dtype, "rngs": rngs}
+    pairs = pairwise([width] + [channels] * num_convs)
+    self.convs = nnx.List([nnx.Conv(*pair, (3, 3), **options) for pair in pairs])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for conv in self.convs:

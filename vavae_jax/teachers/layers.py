@@ -92,16 +92,8 @@ class Layers:
   def patches(self, patch_size: int, hidden_size: int, use_bias: bool = True) -> nnx.Conv:
     """Patches of an image -> tokens on a grid."""
     size = (patch_size, patch_size)
-    return nnx.Conv(
-      3,
-      hidden_size,
-      size,
-      strides=size,
-      padding="VALID",
-      use_bias=use_bias,
-      dtype=self.dtype,
-      rngs=self.rngs,
-    )
+    options: Any = {"use_bias": use_bias, "dtype": self.dtype, "rngs": self.rngs}
+    return nnx.Conv(3, hidden_size, size, strides=size, padding="VALID", **options)
 
   def table(self, *shape: int) -> nnx.Param:
     """Learned vectors: tokens or positions."""
