@@ -24,6 +24,10 @@ from vavae_jax.common import functional
 
 Model = LightningDiT | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Velocity = Callable[[Any, jax.Array], Any]
+# Keys of `config.sample` that `sample_ode` and `sample_sde` take.
+_GRID = ("num_steps", "method")
+ODE_SETTINGS = (*_GRID, "timestep_shift", "atol", "rtol")
+SDE_SETTINGS = (*_GRID, "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 
 def time_grid(
@@ -230,27 +234,12 @@ def sample_latents(
     guide=network(*guide) if guide else None,
   )
   if sample.mode == "SDE":
-    return sample_sde(
-      predict,
-      draw(0),
-      lambda step: draw(step + 1),
-      path=path,
-      prediction=prediction,
-      num_steps=sample.num_steps,
-      method=sample.method,
-      diffusion_form=sample.diffusion_form,
-      diffusion_norm=sample.diffusion_norm,
-      last_step=sample.last_step,
-      last_step_size=sample.last_step_size,
-      eps=eps,
-    )
+    settings: dict[str, Any] = {"path": path, "prediction": prediction, "eps": eps}
+    settings |= {name: sample[name] for name in SDE_SETTINGS}
+    return sample_sde(predict, draw(0), lambda step: draw(step + 1), **settings)
   return sample_ode(
     lambda x, t: transport.to_velocity(predict(x, t), x, t, path, prediction),
     draw(0),
-    num_steps=sample.num_steps,
-    method=sample.method,
-    timestep_shift=sample.timestep_shift,
     interval=transport.interval(path, prediction, eps),
-    atol=sample.atol,
-    rtol=sample.rtol,
+    **{name: sample[name] for name in ODE_SETTINGS},
   )

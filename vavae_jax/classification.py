@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import State, averaged, check_optimizer
 from vavae_jax.data import images, order, selection
 from vavae_jax.metrics.classifier import Classifier
-
-if TYPE_CHECKING:
-  import grain  # which takes half a second
 
 EVALUATION_BATCH = 500
 # Further held-out pictures change the accuracy by less than its own uncertainty.
@@ -94,20 +91,7 @@ def train_step(
   return optimizer.step(config.optimizer, state, gradients), metrics
 
 
-def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int, start: int
-) -> grain.IterDataset:
-  """This process's endless batches of crops."""
-  source, train = selection.training_pictures(config)
-  return images.training_batches(
-    source,
-    train,
-    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
-    size=config.data.image_size,
-    seed=config.seed,
-    crop=config.data.crop,
-    flip=config.data.flip,
-  )
+train_data = selection.training_batches
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:

@@ -152,21 +152,11 @@ def train_step(
 def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:
-  """This process's endless batches of crops."""
-  source, train = selection.training_pictures(config)
+  """This process's endless batches of crops, with the teacher's features where they are kept."""
   features = None
   if frozen.uses_teacher(config) and config.teacher.cache:
-    features = feature_cache.open_cache(config, source, train)
-  return images.training_batches(
-    source,
-    train,
-    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
-    size=config.data.image_size,
-    seed=config.seed,
-    crop=config.data.crop,
-    flip=config.data.flip,
-    features=features,
-  )
+    features = feature_cache.open_cache(config, *selection.training_pictures(config))
+  return selection.training_batches(config, process_index, process_count, start, features)
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import FrozenConfigDict
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.data import images, sources
+from vavae_jax.data import images, order, sources
+
+if TYPE_CHECKING:
+  import grain  # which takes half a second
 
 EVALUATION_IMAGES = 64
 
@@ -42,6 +46,25 @@ def _training_pictures(data: FrozenConfigDict) -> tuple[sources.Source, np.ndarr
   """Cached, so that a picture that cannot be read is named once."""
   train = share(data, held_out=False)
   return _source(data, data.source, train), train
+
+
+def training_batches(
+  config: FrozenConfigDict,
+  process_index: int,
+  process_count: int,
+  start: int,
+  features: images.Rows | None = None,
+) -> grain.IterDataset:
+  """A process's endless batches of crops from the batch `start` on: `images.training_batches`."""
+  return images.training_batches(
+    *training_pictures(config),
+    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
+    size=config.data.image_size,
+    seed=config.seed,
+    crop=config.data.crop,
+    flip=config.data.flip,
+    features=features,
+  )
 
 
 def check_pictures(config: FrozenConfigDict) -> None:
