@@ -18,10 +18,8 @@ def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
 
   The first half of the channels is the column's, then the row's; each half is sines, then cosines.
   """
-  row_N, column_N = np.indices((height, width)).reshape(2, -1)
-  frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4) / (dim / 4))
-  angles = [np.outer(position_N, frequencies) for position_N in (column_N, row_N)]
-  parts = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
+  row, column = _angles(height, width, dim // 4)
+  parts = [part for angle in (column, row) for part in (np.sin(angle), np.cos(angle))]
   return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -31,12 +29,15 @@ def rope_tables(height: int, width: int, head_size: int) -> Rope:
   The first half of the channels turns by the row, the second by the column; channels 2i and 2i+1
   share an angle, so head_size is a multiple of 4.
   """
-  row_N, column_N = np.indices((height, width)).reshape(2, -1)
-  pairs_per_axis = head_size // 4
-  frequencies = 1.0 / 10000.0 ** (np.arange(pairs_per_axis) / pairs_per_axis)
-  angles = [np.outer(position_N, frequencies) for position_N in (row_N, column_N)]
-  angle_NE = np.concatenate(angles, axis=1).repeat(2, axis=1)
+  angle_NE = np.concatenate(_angles(height, width, head_size // 4), axis=1).repeat(2, axis=1)
   return np.cos(angle_NE).astype(np.float32), np.sin(angle_NE).astype(np.float32)
+
+
+def _angles(height: int, width: int, count: int) -> list[np.ndarray]:
+  """Of the row and of the column at each position, by frequency: two of [height * width, count]."""
+  frequencies = 1.0 / 10000.0 ** (np.arange(count) / count)
+  places = np.indices((height, width)).reshape(2, -1)
+  return [np.outer(place_N, frequencies) for place_N in places]
 
 
 def rotate(x_BKNE: jax.Array, rope: Rope) -> jax.Array:

@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 from vavae_jax import frozen
 from vavae_jax.autoencoder import downsampling
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import sha256_of, write_json
+from vavae_jax.common.files import atomic_path, sha256_of, write_json
 from vavae_jax.data import images, sources
 
 
@@ -82,9 +82,8 @@ def build(
   weights = jax.device_put(frozen.load(config))
   run = jax.jit(lambda weights, image: frozen.merge(config, weights)["teacher"](image))
   size = config.data.image_size
-  partial = path.with_suffix(f".{os.getpid()}.partial")
   features: np.memmap | None = None
-  try:
+  with atomic_path(path) as partial:
     for begin in range(0, len(indices), batch_size):
       crops = images.load_crops(source, indices[begin : begin + batch_size], size)
       # The last batch is filled up, so that one shape is compiled.
@@ -105,11 +104,6 @@ def build(
     if features is not None:
       features.flush()
     write_json(path.with_suffix(".json"), origin)
-    with open(partial, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
   return path
 
 

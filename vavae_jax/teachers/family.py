@@ -48,24 +48,19 @@ class Variant(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """Teachers that are one network in several sizes.
+  """Teachers that are one network in several sizes."""
 
-  Attributes:
-    variants: name of the teacher -> its size and its files.
-    module: the network, by `**size`, `dtype`, `rngs` and, where there are `statistics`, these.
-    statistics: mean and deviation of RGB that images were normalised by in its training; None if
-      the network does that itself.
-    namings: size -> how each publisher names the tensors.
-    recognise: state dict -> the variant whose weights these are, by names and shapes that no other
-      family has, or "".
-    compared: our modules, and timm's by name, whose outputs `launch.lab.equivalence` compares.
-  """
-
-  variants: Mapping[str, Variant]
+  variants: Mapping[str, Variant]  # name of the teacher -> its size and its files
+  # The network, by `**size`, `dtype`, `rngs` and, where there are `statistics`, these.
   module: Callable[..., Any]
+  # Mean and deviation of RGB that images were normalised by in its training; None if the network
+  # does that itself.
   statistics: Statistics | None = None
+  # size -> how each publisher names the tensors
   namings: Callable[[Mapping[str, Any]], Sequence[Naming]] = lambda size: (Naming({}),)
+  # state dict -> the variant whose weights these are, by names and shapes that no other family has
   recognise: Callable[[Mapping[str, Any]], str] = lambda state_dict: ""
+  # Our modules, and timm's by name, whose outputs `launch.lab.equivalence` compares.
   compared: tuple[tuple[type[nnx.Module], str], ...] = ()
 
   def build(

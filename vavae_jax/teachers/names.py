@@ -22,23 +22,18 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class Naming(NamedTuple):
-  """How one publisher names a network's tensors.
+  """How one publisher names a network's tensors."""
 
-  Attributes:
-    renamed: parts of names, ours -> theirs, replaced one after the other.
-    prefix: what may stand before every name of the network.
-    aside: regular expressions; tensors whose names begin so belong to other parts of the model.
-    fused: parts of names of three tensors, queries, keys and values, that are one tensor here. It
-      is called by the names of all three, joined by "+".
-    ranks: our names -> rank, of tensors that lack leading axes of size 1.
-    arguments: the module's, in which this publisher's tensors differ from the others'.
-  """
-
-  renamed: Mapping[str, str]
-  prefix: str = ""
+  renamed: Mapping[str, str]  # parts of names, ours -> theirs, replaced one after the other
+  prefix: str = ""  # what may stand before every name of the network
+  # Regular expressions: tensors whose names begin so belong to other parts of the model.
   aside: tuple[str, ...] = ()
+  # Parts of names of three tensors, queries, keys and values, that are one tensor here. It is
+  # called by the names of all three, joined by "+".
   fused: tuple[str, str, str] | None = None
+  # Our names -> rank, of tensors that lack leading axes of size 1.
   ranks: Mapping[str, int] = torch_weights.NOTHING
+  # The module's, in which this publisher's tensors differ from the others'.
   arguments: Mapping[str, Any] = torch_weights.NOTHING
 
 
