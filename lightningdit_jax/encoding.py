@@ -14,9 +14,9 @@ def columns(
 ) -> dict[str, jax.Array]:
   """The latents of pictures and of their mirror images; pure and jittable.
 
-  Of {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}: arrays [B, h, w, Z] of
-  `dtype` by the names of `shards.SAMPLES` or, with `moments`, `shards.POSTERIORS`. The posterior's
-  noise is a function of the seed, the index and the mirroring.
+  A batch is {"image": uint8 [B, H, W, 3], "index": int32 [B], of the records}. The result is arrays
+  [B, h, w, Z] of `dtype` by the names of `shards.SAMPLES` or, with `moments`, `shards.POSTERIORS`.
+  The posterior's noise is a function of the seed, the index and the mirroring.
   """
   picture = images.to_float(batch["image"])
   posteriors = model.encode(picture), model.encode(picture[:, :, ::-1])

@@ -361,8 +361,8 @@ class LightningDiT(nnx.Module):
   def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
     """The velocity, float32, at a point of the path from noise to data.
 
-    Of normalised latents [B,h,w,in_channels], h and w multiples of patch_size; t in [0, 1], t=0
-    noise and t=1 data; integer labels in 0 .. num_classes. Any other label gives NaN.
+    Latents [B,h,w,in_channels] are normalised, h and w multiples of patch_size; t is in [0, 1], t=0
+    noise and t=1 data; labels are integers in 0 .. num_classes. Any other label gives NaN.
     """
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)

@@ -34,7 +34,7 @@ def rope_tables(height: int, width: int, head_size: int) -> Rope:
 
 
 def _angles(height: int, width: int, count: int) -> list[np.ndarray]:
-  """Of the row and of the column at each position, by frequency: two of [height * width, count]."""
+  """The angles of the row and of the column at each position: two of [height * width, count]."""
   frequencies = 1.0 / 10000.0 ** (np.arange(count) / count)
   places = np.indices((height, width)).reshape(2, -1)
   return [np.outer(place_N, frequencies) for place_N in places]

@@ -92,7 +92,7 @@ def log_likelihood(
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
     **settings: of `sample_ode`; by default "dopri5" without shift.
 
-  Gives (natural logarithm of the density [B], the noise that the latents come from).
+  Returns (natural logarithm of the density [B], the noise that the latents come from).
   Source: Chen et al., Neural ordinary differential equations; Grathwohl et al., FFJORD.
   """
   chex.assert_equal_shape([latent, probe])

@@ -133,7 +133,7 @@ DIFFUSION_FORMS: dict[str, Callable[[Coefficients, Array, float], Array]] = {
 
 
 def coefficients(path: str, t: jax.typing.ArrayLike, x: Array) -> Coefficients:
-  """A path's coefficients at t, a scalar or [B], shaped for x [B, ...]; ValueError if unknown."""
+  """The coefficients at t, a scalar or [B], shaped for x [B, ...]; ValueError for no such path."""
   if path not in PATHS:
     raise ValueError(f"The path is {path!r}; choose one of {tuple(PATHS)}.")
   return PATHS[path].at(_aligned(t, x))

@@ -31,7 +31,7 @@ MAY_START_AFRESH = (
 def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
   """Initial parameters for a new training, from those of another model.
 
-  Gives parameters of the shapes of `fresh`, the new model's randomly initialised ones, and
+  Returns parameters of the shapes of `fresh`, the new model's randomly initialised ones, and
   sentences on layers that differ. InputError if a layer differs that may not.
 
   DEVIATION: the patch embedding keeps all channels that both models have, and the others start at

@@ -305,6 +305,8 @@ def unfold(x_BhwP: jax.Array, size: int) -> jax.Array:
 class Autoencoder(nnx.Module):
   """Image <-> latent; the defaults are the published f16d32 tokenizer, `PRESETS` has others.
 
+  InputError for a value that cannot be built.
+
   Args:
     embed_dim: latent channels Z.
     z_channels: channels between encoder and bottleneck; None takes embed_dim.
@@ -322,10 +324,11 @@ class Autoencoder(nnx.Module):
     norm_groups: ours: groups of every GroupNorm, so that widths below 32 are possible.
     linear_shortcut: ours: a linear map beside the encoder, from the pixels of a latent cell to its
       moments, and one back beside the decoder. They learn a principal component analysis in seconds
-      and the networks add the rest. Short trainings gain decibels. False is as published.
+      and the networks add the rest; without them the norm before each last layer hinders anything
+      linear. Short trainings gain decibels. False is as published.
     use_checkpoint: ours: compute every block again in the backward pass: less memory, up to a third
       more work, the same numbers.
-    dtype: of convolutions; weights are float32. InputError for a value that cannot be built.
+    dtype: of convolutions; weights are float32.
   """
 
   def __init__(

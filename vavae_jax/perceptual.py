@@ -90,7 +90,8 @@ class Lpips(nnx.Module):
   def distance(self, features_a: Sequence[jax.Array], features_b: Sequence[jax.Array]) -> jax.Array:
     """The distance [B], float32, of images by their feature maps.
 
-    Squared differences of unit features, weighted by channel, means over positions, sum over maps.
+    Squared differences of unit features, weighted by channel, averaged over positions and summed
+    over the maps.
     """
     chex.assert_trees_all_equal_shapes(list(features_a), list(features_b))
     squares = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(features_a, features_b, strict=True)]
@@ -104,7 +105,7 @@ class _Slice(nnx.Module):
   def __init__(
     self, width: int, channels: int, num_convs: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
   ):
-    # The scale is kept through 13 activations.
+    # This initializer keeps the scale through 13 activations.
     options: Any = {"kernel_init": nnx.initializers.he_normal(), "dtype": dtype, "rngs": rngs}
     pairs = pairwise([width] + [channels] * num_convs)
     self.convs = nnx.List([nnx.Conv(*pair, (3, 3), **options) for pair in pairs])

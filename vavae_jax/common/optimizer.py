@@ -128,7 +128,7 @@ def mean_gradients(
   """Gradients of a mean over a batch, taken in `count` parts one after the other to save memory.
 
   `loss_fn` maps (params, batch) to (mean over the batch, pytree of scalars that are such means
-  too); the batch is a pytree of arrays [B, ...], B a multiple of `count`. Gives (gradients, the
+  too); the batch is a pytree of arrays [B, ...], B a multiple of `count`. Returns (gradients, the
   pytree of scalars).
   """
   gradients_of = jax.grad(loss_fn, has_aux=True)

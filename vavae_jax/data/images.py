@@ -39,7 +39,7 @@ def center_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-  """As tokenizer training crops: short side to `size`, bilinear; a random place."""
+  """The crop of tokenizer training: short side to `size`, bilinear; a random place."""
   picture = _short_side_to(picture, size, Image.Resampling.BILINEAR)
   left = int(rng.integers(picture.width - size + 1))
   top = int(rng.integers(picture.height - size + 1))
@@ -47,7 +47,7 @@ def random_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> np
 
 
 def resize_crop(picture: Image.Image, size: int) -> np.ndarray:
-  """As the tokenizer's evaluation crops: short side to `size`, bilinear, centre.
+  """The crop of the tokenizer's evaluation: short side to `size`, bilinear, centre.
 
   Source: torchvision's Resize (the long side rounded down) and CenterCrop, as the reference's
   `evaluate_tokenizer.py` has them.

@@ -123,10 +123,10 @@ class InceptionV3(nnx.Module):
   def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
     """All that the metrics are computed from; under jit, what is unused is free.
 
-    Of an input [B,299,299,3] by one of `PROTOCOLS`: "pool3" [B,2048], of FID, precision and recall;
-    "spatial" [B,17,17,7], as sFID flattens them to 2,023 numbers; "logits_unbiased" [B,1008], of
-    the inception score (softmax); "logits" [B,1008]; on the way "block1" [B,35,35,192] and "block2"
-    [B,17,17,768]. InputError for another shape.
+    The input is [B,299,299,3] by one of `PROTOCOLS`, or else InputError. The result has "pool3"
+    [B,2048], for FID, precision and recall; "spatial" [B,17,17,7], which sFID flattens to 2,023
+    numbers; "logits_unbiased" [B,1008], for the inception score (softmax); "logits" [B,1008]; and
+    on the way "block1" [B,35,35,192] and "block2" [B,17,17,768].
     """
     if x_BHWC.ndim != 4 or x_BHWC.shape[1:] != (SIZE, SIZE, 3):
       raise InputError(f"The input has shape {x_BHWC.shape}; [B,{SIZE},{SIZE},3] is needed.")

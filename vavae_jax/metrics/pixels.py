@@ -36,9 +36,10 @@ def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
   """Structural similarity with an 11 x 11 Gaussian window of sigma 1.5.
 
-  Of images [B,H,W,C], float in [-1,1] (clipped to it), H and W at least 11, mirrored at their
-  borders (without repeating the edge), as torchmetrics does. Mean over pixels and channels [B],
-  float32, at most 1; higher is better. ValueError as of `psnr`, or if a window does not fit.
+  Images are [B,H,W,C], float in [-1,1] (clipped to it), H and W at least 11. They are mirrored at
+  their borders (without repeating the edge), as torchmetrics does. The result is the mean over
+  pixels and channels [B], float32, at most 1; higher is better. ValueError as of `psnr`, or if a
+  window does not fit.
 
   Source: Wang et al. 2004, K1 = 0.01, K2 = 0.03.
   """

@@ -101,9 +101,9 @@ class EfficientNetLite(nnx.Module):
   def endpoints(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     """The features of every resolution and the class scores; under jit, what is unused is free.
 
-    Of RGB images [B,H,W,3] in [-1,1]: "stride2" [B,H/2,W/2,16], "stride4" [B,H/4,W/4,24], "stride8"
-    [B,H/8,W/8,40] and "stride16" [B,H/16,W/16,F], before any activation (40 is 48 of Lite2); "pool"
-    [B,1280]; "logits" [B,1000] in the order of ImageNet's classes. InputError for another shape.
+    Images are RGB [B,H,W,3] in [-1,1], or else InputError. The result has "stride2" [B,H/2,W/2,16],
+    "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40] and "stride16" [B,H/16,W/16,F], before any
+    activation (40 is 48 of Lite2); "pool" [B,1280]; "logits" [B,1000] by ImageNet's classes.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3:
       raise InputError(f"The images have shape {image_BHWC.shape}; [B,H,W,3] is needed.")

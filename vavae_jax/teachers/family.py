@@ -58,7 +58,7 @@ class Family:
   statistics: Statistics | None = None
   # size -> how each publisher names the tensors
   namings: Callable[[Mapping[str, Any]], Sequence[Naming]] = lambda size: (Naming({}),)
-  # state dict -> the variant whose weights these are, by names and shapes that no other family has
+  # state dict -> the variant whose weights these are, by names that no other family has, or ""
   recognise: Callable[[Mapping[str, Any]], str] = lambda state_dict: ""
   # Our modules, and timm's by name, whose outputs `launch.lab.equivalence` compares.
   compared: tuple[tuple[type[nnx.Module], str], ...] = ()

@@ -37,10 +37,10 @@ _KINDS: dict[str, tuple[Callable[[str], Source], str]] = {
 def open_source(spec: str) -> Source:
   """The source that a configuration names; InputError if there is nothing usable.
 
-  "embedded:emoji", the pictures of the package; "folder:DIR" with class folders; "zip:FILE" or
-  "tar:FILES", one or more archives by a pattern, read in place; "tfds:NAME/SPLIT", prepared by
-  tensorflow-datasets as ArrayRecord; "arrayrecord:DIR", prepared by `launch.prepare`; "hf:PATH",
-  parquet files of a Hugging Face data set, or of OWNER/NAME on the hub.
+  There are "embedded:emoji", the pictures of the package; "folder:DIR" with class folders;
+  "zip:FILE" or "tar:FILES", one or more archives by a pattern, read in place; "tfds:NAME/SPLIT",
+  prepared by tensorflow-datasets as ArrayRecord; "arrayrecord:DIR", prepared by `launch.prepare`;
+  "hf:PATH", parquet files of a Hugging Face data set, or of OWNER/NAME on the hub.
   """
   kind, _, rest = spec.partition(":")
   if kind not in _KINDS or not rest:
