@@ -263,7 +263,6 @@ def _say_aside(aside: Mapping[str, int]) -> None:
 
 
 def main(*words: str) -> None:
-  """The command."""
   names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
   if FLAGS.inspect and len(words) == 1:

@@ -266,7 +266,6 @@ def _encoder(
 
 
 def main() -> None:
-  """The command."""
   if FLAGS.check:
     check_latents.check(Path(FLAGS.check))
     return

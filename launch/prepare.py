@@ -102,7 +102,6 @@ def _read(
 
 
 def main() -> None:
-  """The command."""
   found = prepare(
     FLAGS.source,
     Path(FLAGS.output),

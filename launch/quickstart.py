@@ -10,6 +10,7 @@ was. configs/quickstart.py holds every setting; each can be set with --config.PA
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -40,24 +41,7 @@ from vavae_jax.common.files import write_json
 CONFIG = f"{quickstart.__file__}:pipeline"
 
 
-class Stages:
-  """Runs the stages one after the other and sums up the seconds of each over a workdir's runs."""
-
-  def __init__(self, workdir: Path):
-    self._path = workdir / "timings.json"
-    self.seconds = json.loads(self._path.read_text()) if self._path.is_file() else {}
-    self._number = 0
-
-  def run(self, name: str, work: Callable[[], Any]) -> Any:
-    """Runs one stage and writes down its time, also when it is interrupted."""
-    self._number += 1
-    console.say(f"\n[{self._number}/6] {name}")
-    began = time.monotonic()
-    try:
-      return work()
-    finally:
-      self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-      write_json(self._path, self.seconds)
+TIMINGS = "timings.json"  # seconds of each stage, over all runs in a workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -70,23 +54,35 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   config.diffusion.latents.path = str((workdir / "latents").absolute())
   resolved = FrozenConfigDict(config)
   workdir.mkdir(parents=True, exist_ok=True)
-  stages = Stages(workdir)
-  stages.run("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
+  timings, numbers = workdir / TIMINGS, itertools.count(1)
+  seconds = json.loads(timings.read_text()) if timings.is_file() else {}
+
+  def stage(name: str, work: Callable[[], Any]) -> Any:
+    """Runs a stage and writes down its time, also when it is interrupted."""
+    console.say(f"\n[{next(numbers)}/6] {name}")
+    began = time.monotonic()
+    try:
+      return work()
+    finally:
+      seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+      write_json(timings, seconds)
+
+  stage("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
   tokenizer = restore.load(workdir / "tokenizer", "tokenizer")
-  store = stages.run(
+  store = stage(
     "Latents", lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict())
   )
-  stages.run("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
+  stage("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
   diffusion = restore.load(workdir / "diffusion", "diffusion")
-  stages.run(
+  stage(
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
   )
   network = load_network(EFFICIENTNET)
-  results = stages.run("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
-  stages.run(
+  results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
+  stage(
     "Report",
-    lambda: overview.write(resolved, workdir, tokenizer, store, results, network, stages.seconds),
+    lambda: overview.write(resolved, workdir, tokenizer, store, results, network, seconds),
   )
   return results
 
@@ -141,10 +137,9 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 
 
 def main() -> None:
-  """The command."""
   workdir = Path(FLAGS.workdir)
   results = run(FLAGS.config, workdir)
-  seconds = json.loads((workdir / "timings.json").read_text())
+  seconds = json.loads((workdir / TIMINGS).read_text())
   console.table(
     "Quickstart",
     ("what", "value"),

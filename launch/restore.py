@@ -92,9 +92,7 @@ def load(
     )
   item = f"ema_{ema_name(ema)}" if ema else "params"
   everywhere = mesh.replicated(mesh.make_mesh())
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params
-  )
+  like = jax.tree.map(lambda x: x.update(sharding=everywhere), state.params)
   params, step = restore_item(workdir, item, like, step)
   return Trained(workdir, config, step, params, ema)
 

@@ -216,7 +216,6 @@ def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDi
 
 
 def main() -> None:
-  """The command."""
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   guide = restore.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None

@@ -135,7 +135,6 @@ def _distance(
 
 
 def main() -> None:
-  """The command."""
   workdir = place(FLAGS.workdir)
   state = train(FLAGS.config, workdir)
   console.table(

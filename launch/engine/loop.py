@@ -129,7 +129,8 @@ def run(
   data = task.train_data(config, jax.process_index(), jax.process_count(), start)
   with jax.set_mesh(devices):
     if start:
-      state, noted = checkpoints.restore(start, jax.tree.map(_with_sharding, abstract, shardings))
+      wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
+      state, noted = checkpoints.restore(start, wanted)
     else:
       state, noted = _fresh(init, key_init, shardings, adopt), {}
       _describe(state.params, workdir, name)
@@ -216,7 +217,3 @@ def _describe(params: Any, workdir: Path, name: str) -> None:
     (workdir / "parameters.txt").write_text(table + "\n")
   total = sum(x.size for x in jax.tree.leaves(params))
   console.say(f"{name}: {total / 1e6:.2f} M parameters, listed in {workdir / 'parameters.txt'}")
-
-
-def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -51,6 +51,9 @@ def write(
   spread = np.unique(np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).astype(int))
   originals = take(held_out, spread.tolist())
   rebuilt = restore.reconstruct(tokenizer, originals)
+  every = (store[i]["latent"] for i in range(len(store)))
+  flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in every])
+  plane = tsne(flat, seed=0, perplexity=min(PERPLEXITY, (len(flat) - 1) / 3))
   counts = (len(pictures), len(store), len(held_out))
   shown = _figures(results, network, *counts)
   versions = {"python": platform.python_version()}
@@ -73,7 +76,7 @@ def write(
       "Latents",
       "Each training picture at the place of its latent: the normalised latents of all positions, "
       "brought to the plane by t-SNE (perplexity 30, PCA start).",
-      [scatter(_project(store), store.labels, names, training.read(0, len(training)))],
+      [scatter(plane, store.labels, names, training.read(0, len(training)))],
     ),
     Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
     Section(
@@ -152,9 +155,3 @@ def _curves(workdir: Path) -> list[Curve]:
     Curve(title, y_label, {k: curve(lines, v) for k, v in series.items()}, log_y=log_y)
     for title, y_label, series, lines, log_y in charts
   ]
-
-
-def _project(store: latents.LatentStore) -> np.ndarray:
-  every = [store[i]["latent"] for i in range(len(store))]
-  flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in every])
-  return tsne(flat, seed=0, perplexity=min(PERPLEXITY, (len(flat) - 1) / 3))
