@@ -13,12 +13,7 @@ import jax
 import numpy as np
 
 from launch.evaluation.features import Network
-from launch.evaluation.pictures import (
-  PictureSet,
-  has_pictures,
-  open_pictures,
-  stored_statistics,
-)
+from launch.evaluation.pictures import PictureSet, has_pictures, open_pictures, stored_statistics
 from launch.evaluation.statistics import Part, Statistics, compute
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics.distribution import Gaussian
