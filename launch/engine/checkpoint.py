@@ -48,10 +48,10 @@ class Checkpoints:
     keep_every: int = 0,
     best: Callable[[list[int]], int | None] = lambda steps: None,
   ):
-    """They lie in the workdir's folder `checkpoints`, one folder a step.
+    """Checkpoints lie in the workdir's folder `checkpoints`, one folder a step.
 
-    The latest `keep` stay, multiples of the step `keep_every` (0: none), and the step that `best`
-    chooses of those with a checkpoint.
+    The latest `keep` of them stay, those at multiples of `keep_every` (0: none), and the one whose
+    step `best` chooses.
     """
     self.folder = _folder(workdir)
     if (self.folder / _CONVERTED / "params").is_dir():
@@ -157,7 +157,7 @@ class Checkpoints:
           (self.folder / str(step)).rmtree()
 
   def restore(self, step: int, state: Any) -> tuple[Any, dict]:
-    """(the state, `log` as it was saved) of a checkpoint, on however many devices there are now.
+    """Reads (the state, the saved `log`) of a checkpoint, on however many devices there are now.
 
     The argument `state` has `jax.ShapeDtypeStruct` with shardings.
     """
@@ -209,12 +209,10 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -> tuple[Any, int]:
-  """(one item of a checkpoint alone, the checkpoint's step).
+  """Reads one item of a checkpoint, the newest undamaged one if `step` is None; (item, step).
 
-  Args:
-    item: "params", or "ema_" and the name of one.
-    like: pytree of `jax.ShapeDtypeStruct` with shardings.
-    step: of the checkpoint; the newest undamaged one if None.
+  `item` is "params", or "ema_" and the name of one; `like` has `jax.ShapeDtypeStruct` with
+  shardings.
   """
   folder = _folder(workdir)
   steps = _steps(folder)

@@ -41,9 +41,7 @@ UNUSABLE_PATH = PermissionError | NotADirectoryError | FileExistsError | IsADire
 class Interrupted(BaseException):
   """A signal ended the work; no `except Exception` of a library catches it.
 
-  Attributes:
-    exit_code: of the process.
-    together: all processes of the job end here, so that each can wait for the others.
+  It comes to all processes of a job `together` if each can wait for the others.
   """
 
   def __init__(self, signal_number: int, together: bool = False):

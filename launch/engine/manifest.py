@@ -39,12 +39,7 @@ def seal(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path, item: str = "") -> str:
-  """Reads a checkpoint and says in a few words how it is damaged; "" where it is sound.
-
-  Args:
-    folder: of one step.
-    item: the part to read, such as "params"; "": all.
-  """
+  """Reads a checkpoint, or one item of it, and says how it is damaged; "" where it is sound."""
   try:
     listed = json.loads((folder / MANIFEST).read_text())["files"]
     wanted = {name: (note["size"], note["crc32"]) for name, note in listed.items()}

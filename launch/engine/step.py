@@ -19,21 +19,16 @@ TrainStep = Callable[..., tuple[Any, Metrics]]
 
 
 class Step:
-  """`state, metrics = step(phase, state, frozen, batch, key)`; takes the state's memory.
-
-  Attributes:
-    flops: phase -> model FLOPs of one step, for the phases that were run; see
-      `without_recomputation`.
-    norms: state -> norms of parameters and averages; for the log, so not part of every step.
-  """
+  """`state, metrics = step(phase, state, frozen, batch, key)`; takes the state's memory."""
 
   def __init__(self, train_step: TrainStep, config: FrozenConfigDict, shardings: Any):
     """`train_step` is the task's, `config` whole; `shardings` are the state's."""
+    # Model FLOPs of one step, for the phases that were run; see `without_recomputation`.
     self.flops: dict[Hashable, float] = {}
     self._train_step, self._config, self._shardings = train_step, config, shardings
     self._jitted = jit_step(self._traced, config, shardings)
     self._traces = 0
-    self.norms = jax.jit(_norms)
+    self.norms = jax.jit(_norms)  # for the log, so not part of every step
 
   def _traced(self, *arguments: Any) -> tuple[Any, Metrics]:
     self._traces += 1

@@ -30,13 +30,10 @@ class Signals:
   """`with Signals() as signals: ... if number := signals.stop_after(step): ...`.
 
   A second signal ends the process at once.
-
-  Attributes:
-    received: the signal that this process was sent; 0: none.
   """
 
   def __enter__(self) -> Signals:
-    self.received, self._at_once = 0, False
+    self.received, self._at_once = 0, False  # the number of the signal; 0: none
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
     self._together = _Together() if jax.process_count() > 1 else None
     return self

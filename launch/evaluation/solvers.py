@@ -42,13 +42,9 @@ def evaluate(
 ) -> list[Point]:
   """Compares the points of a grid with the best `settings`; writes JSON, picture and page.
 
-  Returns:
-    For each point its settings, "evaluations" (of the velocity for one sample; None where the
-    solver chooses), "seconds" per sample, "distance" (the mean over samples), "distance_95" (of the
-    sample that 95 % are nearer than).
-
-  Raises:
-    InputError: settings that cannot be.
+  A result has the point's settings, "evaluations" (of the velocity for one sample; None where the
+  solver chooses), "seconds" per sample, "distance" (the mean over samples), "distance_95" (of the
+  sample that 95 % are nearer than). InputError for settings that cannot be.
   """
   all_settings = [FrozenConfigDict(ConfigDict(settings.to_dict() | p)) for p in points_of(grid)]
   for each in (settings, *all_settings):  # before the first takes its time
