@@ -49,13 +49,6 @@ class Generated:
   options: Options
 
   @functools.cached_property
-  def features(self) -> tuple[np.ndarray, np.ndarray] | None:
-    """Pooled features of reference and samples, [N,F] each, where both were kept."""
-    if self.reference.features is None or not self.samples.has("pool"):
-      return None
-    return self.reference.features, self.samples.column("pool")
-
-  @functools.cached_property
   def pool(self) -> Frechet:
     """The distance in the pooled features."""
     moments = self.samples.moments["pool"]
@@ -72,9 +65,10 @@ class Generated:
   @functools.cached_property
   def shares(self) -> PrecisionRecall | None:
     """Precision and recall."""
-    if not self.options.precision_recall or self.features is None:
+    real = self.reference.features
+    if not self.options.precision_recall or real is None or not self.samples.has("pool"):
       return None
-    real, drawn = self.features
+    drawn = self.samples.column("pool")
     if len(real) <= NEIGHBOURS:
       raise InputError(f"The reference has {len(real)} pictures; give more.")
     console.say(f"precision and recall of {len(drawn)} and {len(real)} features ...")
@@ -91,27 +85,17 @@ class Generated:
   def more(self) -> dict[str, Any]:
     """What a JSON file says beside the figures: parts of the distances, warnings, confidence."""
     key, options, pool = self.network.key, self.options, self.samples.moments["pool"]
-    distances = {key: self.pool, f"s{key}": self.spatial}
-    more: dict[str, Any] = {
-      "parts": {
-        name: {
-          "means": found.means,
-          "covariances": found.covariances,
-          "negative_eigenvalue": found.negative,
-        }
-        for name, found in distances.items()
-        if found
-      },
-      "warnings": rank_warnings(
-        {"samples": pool.count, "reference": self.reference.count}, self.network
-      ),
+    parts = {
+      name: {"means": x.means, "covariances": x.covariances, "negative_eigenvalue": x.negative}
+      for name, x in {key: self.pool, f"s{key}": self.spatial}.items()
+      if x
     }
+    counts = {"samples": pool.count, "reference": self.reference.count}
+    warnings = rank_warnings(counts, self.network)
     if options.precision_recall and self.reference.features is None:
-      more["warnings"].insert(
-        0,
-        "no precision and recall: the reference has statistics alone, or more than "
-        f"{MOST_KEPT:,} pictures",
-      )
+      why = f"the reference has statistics alone, or more than {MOST_KEPT:,} pictures"
+      warnings.insert(0, f"no precision and recall: {why}")
+    more: dict[str, Any] = {"parts": parts, "warnings": warnings}
     if options.bootstrap:
       features = self.samples.column("pool")
       draws = confidence.resampled(features, self.reference.gaussian, options.bootstrap)
