@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import fcntl
+import gc
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from vavae_jax.assets import load_emoji
 
 if TYPE_CHECKING:
   from launch import restore
+
+gc.set_threshold(10_000)  # as launch.engine.console has it
 
 Command = Callable[..., subprocess.CompletedProcess]
 

@@ -88,6 +88,7 @@ def _check_losses(config: FrozenConfigDict) -> None:
     )
 
 
+@functools.lru_cache(64)
 def latent_shape(config: FrozenConfigDict) -> tuple[int, int, int]:
   """Height, width and channels of the latents of a configuration that `check` has passed."""
   model = functional.outline(build_autoencoder(config), "config.model")

@@ -117,11 +117,13 @@ class State(optimizer.State):
   discriminator_optimizer: Any
 
 
+@functools.lru_cache(64)  # one function for a configuration, by which graphs are cached
 def build_autoencoder(config: FrozenConfigDict) -> Callable[[nnx.Rngs], Autoencoder]:
   """The autoencoder of a configuration, for `functional`."""
   return lambda rngs: Autoencoder(**config.model, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
+@functools.lru_cache(64)
 def build_discriminator(config: FrozenConfigDict) -> Callable[[nnx.Rngs], PatchDiscriminator]:
   """The discriminator of a configuration, for `functional`."""
   options = {"bn_group": config.loss.disc_bn_group, "dtype": jnp.dtype(config.dtype)}

@@ -6,6 +6,7 @@ is put together from such a dict where it is called, and forgotten again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,21 +23,19 @@ Params = dict[str, Any]
 
 
 class _Stream(nnx.RngStream):
-  """The keys of nnx.RngStream, its count known while JAX traces.
+  """The keys of nnx.RngStream, its count a Python number.
 
   Flax asks a traced count for its sharding at every key, and JAX words an error about all
   operations so far for an answer: two thirds of the time that outlining a VA-VAE takes.
   """
 
   def __init__(self, key: jax.Array | int, *, tag: str = "default"):
-    with jax.ensure_compile_time_eval():
-      super().__init__(key, tag=tag)
+    super().__init__(key, tag=tag)
+    self._used = 0
 
   def __call__(self) -> jax.Array:
-    with jax.ensure_compile_time_eval():
-      count = self.count[...]
-      self.count[...] = count + 1
-    return jax.random.fold_in(self.key[...], count)
+    self._used += 1
+    return jax.random.fold_in(self.key[...], self._used - 1)
 
 
 class _Rngs(nnx.Rngs):
@@ -58,6 +57,7 @@ def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
     raise InputError(f"{name} cannot be built: {error}") from error
 
 
+@functools.lru_cache(64)
 def graph_of(build: Build) -> nnx.GraphDef:
   """The static half of a module, for `nnx.merge(graph, params)` with `init`'s params; hashable."""
   return nnx.graphdef(abstract(build))

@@ -47,14 +47,17 @@ def load(
   """
   state_dict = _without(unwrap(state_dict), "module.")
   candidates = [(naming, _prepared(state_dict, naming)) for naming in namings]
-  model = outline(candidates[0][0])
+  first = candidates[0][0]
+  model = outline(first)
 
   def known(candidate: tuple[Naming, dict[str, Any]]) -> int:
     naming, tensors = candidate
     return sum(name in tensors for name in torch_weights.names_of(model, naming.renamed))
 
   naming, tensors = max(candidates, key=known)
-  return torch_weights.load(outline(naming), tensors, renamed=naming.renamed)
+  if naming.arguments != first.arguments:
+    model = outline(naming)
+  return torch_weights.load(model, tensors, renamed=naming.renamed)
 
 
 def _prepared(state_dict: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
