@@ -109,11 +109,6 @@ def log_likelihood(
   return prior + change, noise
 
 
-def bits_per_dimension(log_likelihood: jax.Array, size: int) -> jax.Array:
-  """-log2 of a density, given by its natural logarithm, per dimension of a sample of this size."""
-  return -log_likelihood / (size * jnp.log(2.0))
-
-
 def _sample_sum(x: jax.Array) -> jax.Array:
   return jnp.sum(x, axis=range(1, x.ndim))
 

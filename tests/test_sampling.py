@@ -134,8 +134,6 @@ def test_likelihood_of_a_gaussian():
     size = x[0].size
     expected = -0.5 * (jnp.sum(noise**2, (1, 2, 3)) + size * np.log(2 * np.pi)) - size * a
     np.testing.assert_allclose(value, expected, rtol=1e-4)
-  bits = sampling.bits_per_dimension(expected, size)
-  np.testing.assert_allclose(bits, -expected / size / np.log(2), rtol=1e-6)
 
 
 def test_likelihood_of_a_flow_by_its_own_jacobian():

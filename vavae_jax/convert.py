@@ -15,21 +15,10 @@ from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.discriminator import PatchDiscriminator
-from vavae_jax.perceptual import lpips_from_torch
-from vavae_jax.teachers import teacher_from_torch
+from vavae_jax.perceptual import lpips_from_torch as lpips_from_torch
+from vavae_jax.teachers import teacher_from_torch as teacher_from_torch
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.torch_weights import StateDict
-
-__all__ = [
-  "autoencoder_arguments",
-  "autoencoder_from_diffusers",
-  "autoencoder_from_torch",
-  "autoencoder_to_torch",
-  "discriminator_from_torch",
-  "discriminator_to_torch",
-  "lpips_from_torch",
-  "teacher_from_torch",
-]
 
 # What a tokenizer's training checkpoint holds beside the tokenizer: LPIPS and the discriminator,
 # the teacher, the projection onto the teacher's features, and latent diffusion's average.
