@@ -153,7 +153,7 @@ def _indices(data: FrozenConfigDict, spec: str, count: int, held_out: bool) -> n
     train, rest = sources.split(count, data.held_out, data.split_seed)
     indices = rest if held_out else train
   elif held_out:
-    raise InputError(f"Training left out none of {spec}; --held_out is of {data.source}.")
+    raise InputError(f"--held_out is for {data.source}; training left out nothing of {spec}.")
   else:
     indices = np.arange(count)
   if not len(indices):

@@ -219,7 +219,7 @@ def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
 
 def test_files_that_are_no_samples_are_refused(tmp_path):
   path = tmp_path / "samples.npz"
-  for named in ("is no file of pictures", "float64"):
+  for named in ("is not a file of pictures", "float64"):
     with pytest.raises(InputError, match=named):
       read_samples(path)
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3)))

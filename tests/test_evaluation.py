@@ -199,7 +199,7 @@ def test_few_samples_are_measured_and_warned_of(network, tmp_path):
   many = statistics_of(pictures.Array(PICTURES), network, "samples")
   gathered = figures.Generated(many, few, network, options)
   assert "4 reference are fewer" in gathered.more()["warnings"][0]
-  with pytest.raises(InputError, match="The samples are 1"):
+  with pytest.raises(InputError, match=r"There are 1 pictures \(samples\)"):
     statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
 
 
@@ -224,7 +224,7 @@ def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):
   for name, changed, message in (
     ("mean", {"mu": np.zeros(4)}, r"mean mu of shape \(4,\).* are 6"),
     ("spatial", {"mu_s": np.zeros(4)}, r"mean mu_s of shape \(4,\).* are 6"),
-    ("covariance", {"sigma": -np.eye(6)}, "are no mean and covariance"),
+    ("covariance", {"sigma": -np.eye(6)}, "are not mean and covariance"),
     ("about", {"about": np.array("{")}, "does not say what it is of"),
   ):
     bad = npz(tmp_path / f"{name}.npz", **moments | spatial | changed)
@@ -265,9 +265,9 @@ def bad_sets(root) -> dict[str, str]:
     "empty": "has no pictures",
     "float.npz": r"holds float32 \(3, 8, 8, 3\); needed is uint8",
     "flat.npz": r"holds uint8 \(8, 8, 3\)",
-    "nothing.npz": "is no file of pictures",
+    "nothing.npz": "is not a file of pictures",
     "none.npz": "has no pictures",
-    "cut.npz": "is no file of pictures",
+    "cut.npz": "is not a file of pictures",
     "absent.npz": "There is no file",
   }
 

@@ -75,7 +75,7 @@ def test_one_tar_is_a_store(tmp_path):
 def test_a_missing_part_is_told(mode, lost, tmp_path):
   path = split_into(tmp_path / "splits", tar(mode))
   (tmp_path / "splits" / f"split_a{'abc'[lost]}").unlink()
-  with pytest.raises(InputError, match=r"is no tar|could not be copied|are missing"):
+  with pytest.raises(InputError, match=r"is not a tar|could not be copied|are missing"):
     fetching.local_folder(path, str(tmp_path / "cache"))
 
 
@@ -145,8 +145,8 @@ def test_a_copy_that_was_cut_off_goes_on(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda root: split_into(root / "x", tar()[:-400]), "could not be copied|is no tar"),
-    (lambda root: split_into(root / "x", b"no tar" * 300), "is no tar"),
+    (lambda root: split_into(root / "x", tar()[:-400]), "could not be copied|is not a tar"),
+    (lambda root: split_into(root / "x", b"no tar" * 300), "is not a tar"),
     (lambda root: split_into(root / "x", tar(files=())), "holds no latent shards"),
     (lambda root: "memory://nothing", "could not be copied"),
     (lambda root: "nonsense://nothing", "could not be copied"),

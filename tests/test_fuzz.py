@@ -112,8 +112,8 @@ def test_absurd_shapes_are_refused(tmp_path):
   header = b'{"a":{"dtype":"F32","shape":[1000000000000,1000000000000],"data_offsets":[0,4]}}'
   path = tmp_path / "absurd.safetensors"
   path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-  with pytest.raises(InputError, match="damaged or no safetensors"):
+  with pytest.raises(InputError, match="damaged or not a safetensors"):
     read_content(path)
   path.write_bytes((2**62).to_bytes(8, "little") + header)
-  with pytest.raises(InputError, match="damaged or no safetensors"):
+  with pytest.raises(InputError, match="damaged or not a safetensors"):
     read_content(path)

@@ -292,7 +292,7 @@ def test_npz_is_read_and_one_that_swells_is_refused(tmp_path):
   with pytest.raises(InputError, match="would unpack to 38 MiB"):
     read_content(tmp_path / "bomb.npz")
   np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
-  with pytest.raises(InputError, match="damaged or no npz file"):
+  with pytest.raises(InputError, match="damaged or not an npz file"):
     read_content(tmp_path / "objects.npz")
 
 

@@ -133,7 +133,7 @@ def test_skipped_steps_are_counted_over_a_resume_and_bounded(tmp_path):
   run(tmp_path / "two", num_steps=12, **settings)
   told = [line["skipped_steps"] for line in lines(tmp_path / "two") if "skipped_steps" in line]
   assert told == [0, 2, 2, 2, 2, 2]
-  with pytest.raises(FloatingPointError, match=r"3 steps one after the other .* until step 5"):
+  with pytest.raises(FloatingPointError, match=r"3 steps in a row .* until step 5"):
     run(tmp_path / "three", **(settings | {"bad_steps": 3}))
 
 

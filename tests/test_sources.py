@@ -376,8 +376,8 @@ def lost_shard(root):
   ("make", "message"),
   [
     (encrypted, "is encrypted"),
-    (cut, "is damaged or no zip file"),
-    (packed_tar, "no plain tar file"),
+    (cut, "is damaged or not a zip file"),
+    (packed_tar, "not a plain tar file"),
     (empty_zip, "no pictures are in it"),
     (lambda root: f"zip:{root}/nothing.zip", "There is no file"),
     (no_columns, r"has the columns text; needed are image and label"),

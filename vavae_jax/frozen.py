@@ -57,7 +57,7 @@ def _dtype(name: str) -> Any:
   try:
     return jnp.dtype(name)
   except TypeError as error:
-    raise InputError(f'{name!r} is no dtype; take "float32" or "bfloat16".') from error
+    raise InputError(f'{name!r} is not a dtype; choose "float32" or "bfloat16".') from error
 
 
 @functools.lru_cache

@@ -136,7 +136,7 @@ class Log:
     console.say(f"step {step} was skipped: {', '.join(broken)}")
     if self._in_a_row > self._config.max_skipped_steps:
       raise FloatingPointError(
-        f"{self._in_a_row} steps one after the other were not finite, until step {step}: "
+        f"{self._in_a_row} steps in a row were not finite, until step {step}: "
         f"{', '.join(broken)}. The weights before them are in the last checkpoint; train on from "
         "them in another workdir, by config.init_from, with a lower learning rate or clipping."
       )

@@ -60,7 +60,7 @@ class Network:
 
   @functools.cached_property
   def sizes(self) -> dict[str, int]:
-    """How many numbers each output has for a picture."""
+    """Numbers of each output per picture."""
     picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
     found = jax.eval_shape(self.apply, self.params, picture)
     return {name: x.shape[-1] for name, x in found.items()}

@@ -42,7 +42,7 @@ class Output:
     there = [file for file in (self.json, self.png, self.html) if file.exists()]
     if there and kind not in (_kind_of(self.json), _kind_of(self._begun)):
       raise InputError(
-        f"{there[0]} exists and is no evaluation of this kind; give another --output."
+        f"{there[0]} exists and is not an evaluation of this kind; give another --output."
       )
 
   def write(

@@ -258,7 +258,7 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
       names = (*STATISTICS, "mu_s", "sigma_s", "about")
       found = {name: stored[name] for name in names if name in stored}
   except DAMAGES as error:
-    raise InputError(f"{path} is damaged or no npz ({error}).") from error
+    raise InputError(f"{path} is damaged or not an npz ({error}).") from error
   return found if all(name in found for name in STATISTICS) else {}
 
 

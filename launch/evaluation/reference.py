@@ -66,7 +66,7 @@ def statistics_of(
     InputError: fewer than two pictures.
   """
   if len(pictures) < 2:
-    raise InputError(f"The {name} are {len(pictures)}; a covariance needs at least 2.")
+    raise InputError(f"There are {len(pictures)} pictures ({name}); a covariance needs at least 2.")
   return compute(
     pictures,
     compiled(network, keep),
@@ -151,7 +151,7 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
     spatial = Gaussian(stored["mu_s"], stored["sigma_s"]) if both else None
     gaussian = Gaussian(stored["mu"], stored["sigma"])
   except (ValueError, KeyError) as error:
-    raise InputError(f"The statistics in {spec} are no mean and covariance: {error}") from error
+    raise InputError(f"The statistics in {spec} are not mean and covariance: {error}") from error
   pictures = about.get("pictures") or {
     "kind": "statistics",
     "note": "their protocol is not noted in the file",

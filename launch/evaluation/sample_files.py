@@ -81,8 +81,8 @@ class Npz:
       self._begin = self._array.tell()
     except DAMAGES as error:
       raise InputError(
-        f"{path} is no file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, such "
-        "as python -m launch.sample writes."
+        f"{path} is not a file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, "
+        "such as python -m launch.sample writes."
       ) from error
     if dtype != np.uint8 or len(self._shape) != 4 or self._shape[-1] != 3 or fortran:
       raise InputError(

@@ -91,7 +91,7 @@ def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Coun
   whole = content if part == ITSELF else content[part]
   others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
   if others:
-    raise InputError(f"The weights have entries that are no tensors: {', '.join(others[:8])}.")
+    raise InputError(f"The weights have entries that are not tensors: {', '.join(others[:8])}.")
   aside = Counter(
     {
       str(name): len(value) if isinstance(value, Mapping) else 1

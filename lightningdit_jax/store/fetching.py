@@ -148,7 +148,7 @@ def _unpack(stream: io.RawIOBase, folder: Path, path: str) -> None:
     while whole.read(_PIECE):  # up to gzip's checksum at the end
       pass
   except tarfile.TarError as error:
-    raise InputError(f"{path} is no tar, or parts of it are missing ({error}).") from error
+    raise InputError(f"{path} is not a tar, or parts of it are missing ({error}).") from error
   if not found:
     raise InputError(f"The tar {path} holds no latent shards.")
 

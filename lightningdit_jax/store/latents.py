@@ -166,7 +166,7 @@ class LatentStore:
     except ValueError as error:
       raise InputError(f"{path} is damaged ({error}); copy or encode the store again.") from error
     if not isinstance(manifest, dict):
-      raise InputError(f"{path} is no manifest; copy or encode the store again.")
+      raise InputError(f"{path} is not a manifest; copy or encode the store again.")
     return manifest
 
   def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
       return load_file(path)
     except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-      raise InputError(f"{path} is damaged or no safetensors file ({error}).") from error
+      raise InputError(f"{path} is damaged or not a safetensors file ({error}).") from error
   if path.suffix == ".npz":
     return _read_npz(path)
   return read_torch_file(path)
@@ -80,7 +80,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     *(zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, RecursionError),
     *(LookupError, TypeError, ValueError, OverflowError, NotImplementedError, SyntaxError),
   ) as error:
-    raise InputError(f"{path} is damaged or no npz file ({error}).") from error
+    raise InputError(f"{path} is damaged or not an npz file ({error}).") from error
   if odd := [name for name, x in content.items() if x.dtype.kind not in "biufc"]:
     raise InputError(f"{path} has arrays that hold no numbers: {', '.join(odd[:8])}.")
   return content

@@ -59,7 +59,7 @@ def read(path: Path) -> list[Row]:
     if not all(isinstance(row, dict) and "config" in row for row in rows):
       raise ValueError("rows without a configuration")
   except (OSError, ValueError, LookupError, TypeError) as error:
-    raise InputError(f"{path} is no baseline that --update wrote ({error}).") from error
+    raise InputError(f"{path} is not a baseline that --update wrote ({error}).") from error
   return rows
 
 

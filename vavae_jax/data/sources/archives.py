@@ -110,7 +110,7 @@ def open_zip(pattern: str) -> Archive:
       with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
-      raise InputError(f"{file} is damaged or no zip file ({error}).") from error
+      raise InputError(f"{file} is damaged or not a zip file ({error}).") from error
     for info in infos:
       name = info.filename.replace("\\", "/")  # as some programs of Windows write
       if not _is_picture(name):
@@ -153,8 +153,8 @@ def open_tar(pattern: str) -> Archive:
           labelled.append(name if "/" in name else f"{stem}/{name}")
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
       raise InputError(
-        f"{file} is damaged or no plain tar file ({error}); a compressed one cannot be read at any "
-        "place: unpack the compression first."
+        f"{file} is damaged or not a plain tar file ({error}); decompress it first, if it "
+        "is compressed."
       ) from error
   if not classes:
     return _labelled(files, members, _below_common(labelled))

@@ -125,7 +125,7 @@ class HuggingFace(Source):
     )
     largest = max((x for column in columns for x in column if isinstance(x, int)), default=0)
     if largest > 10**6:
-      raise InputError(f"hf:{self._files[0]} has a label {largest}, which is no class's number.")
+      raise InputError(f"hf:{self._files[0]} has the label {largest}, too large for a class.")
     return [str(i) for i in range(largest + 1)]
 
   def __len__(self) -> int:
@@ -142,7 +142,7 @@ class HuggingFace(Source):
     image = rows[self._columns[0]][row]
     data = image["bytes"] if isinstance(image, dict) else image
     if not isinstance(data, bytes):
-      raise Unreadable(f"{self.name(index)} is no picture's file, but {type(data).__name__}.")
+      raise Unreadable(f"{self.name(index)} is not a picture's file but {type(data).__name__}.")
     label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0
     if not isinstance(label, int) or not 0 <= label < len(self.class_names):
       raise InputError(
@@ -196,7 +196,7 @@ def _parquet_files(path: str) -> list[str]:
   except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
     reason = str(error).strip().partition("\n")[0]
     raise InputError(
-      f"hf:{path} is no file or folder here, and could not be fetched ({reason}). Where there is "
-      f"no network, fetch the parquet files of {owner}/{name} elsewhere, and give their folder."
+      f"hf:{path} is not a file or folder here, and could not be fetched ({reason}). Without a "
+      f"network, fetch the parquet files of {owner}/{name} elsewhere, and give their folder."
     ) from error
   return _parquet_files(folder)

@@ -87,7 +87,7 @@ def _reader(path: str, process: int) -> Any:
   try:
     return array_record_module.ArrayRecordReader(path)
   except (RuntimeError, ValueError) as error:
-    raise InputError(f"{path} is damaged or no ArrayRecord file ({error}).") from error
+    raise InputError(f"{path} is damaged or not an ArrayRecord file ({error}).") from error
 
 
 def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> None:
