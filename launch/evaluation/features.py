@@ -130,7 +130,16 @@ def _classifier(path: str) -> Network:
 
 
 def _inception(protocol: str, path: str) -> Network:
-  file = _find_inception(path)
+  if path and not Path(path).is_file():
+    raise InputError(f"There is no file {path}; --weights is the path of {INCEPTION_FILE}.")
+  files = [Path(path)] if path else [Path(name).expanduser() for name in _CACHES]
+  file = next((file for file in files if file.is_file()), None)
+  if file is None:
+    raise InputError(
+      f"FID's Inception is missing: give --weights=PATH of {INCEPTION_FILE} (of pytorch-fid's "
+      "release fid_weights on GitHub), or of what python -m launch.convert made of it. Without it, "
+      f"--protocol={EFFICIENTNET} gives a Frechet distance in other features, under its own name."
+    )
   found = recognition.recognise(read_content(file))
   if not isinstance(found.module, inception.InceptionV3):
     raise InputError(f"{file} holds {found.kind}; the weights of FID's Inception are needed.")
@@ -155,18 +164,3 @@ def _inception(protocol: str, path: str) -> Network:
     "weights_sha256": functional.fingerprint(params),
   }
   return Network(protocol, "FID", about, params, apply)
-
-
-def _find_inception(path: str) -> Path:
-  if path:
-    if not Path(path).is_file():
-      raise InputError(f"There is no file {path}; --weights is the path of {INCEPTION_FILE}.")
-    return Path(path)
-  for cached in (Path(name).expanduser() for name in _CACHES):
-    if cached.is_file():
-      return cached
-  raise InputError(
-    f"FID's Inception is missing: give --weights=PATH of {INCEPTION_FILE} (of pytorch-fid's "
-    "release fid_weights on GitHub), or of what python -m launch.convert made of it. Without it, "
-    f"--protocol={EFFICIENTNET} gives a Frechet distance in other features, under its own name."
-  )

@@ -148,7 +148,10 @@ def compute(
   ):
     ahead = [reader.submit(pictures.read, *ranges[0])] if ranges else []
     for number, (start, stop) in enumerate(ranges, 1):
-      image = _checked(ahead.pop().result(), start, stop)
+      image = ahead.pop().result()
+      if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3 or image.size == 0:
+        given = f"{image.dtype} {image.shape}"
+        raise InputError(f"The pictures from {start} on are {given}; uint8 [N,H,W,3] is needed.")
       if number < len(ranges):
         ahead.append(reader.submit(pictures.read, *ranges[number]))
       batch = {"image": image, "index": np.arange(start, stop, dtype=np.int32)}
@@ -168,14 +171,6 @@ def compute(
   for tensors in processes.gather(found.to_tensors()):  # in the order of the pictures
     result.merge(Statistics.of_tensors(tensors))
   return result
-
-
-def _checked(image: np.ndarray, start: int, stop: int) -> np.ndarray:
-  if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3 or image.size == 0:
-    raise InputError(
-      f"The pictures from {start} on are {image.dtype} {image.shape}; uint8 [N,H,W,3] is needed."
-    )
-  return image
 
 
 def _load(path: Path, noted: str) -> tuple[Statistics, int]:
