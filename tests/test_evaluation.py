@@ -344,6 +344,18 @@ def test_reconstruction_measures_what_the_tokenizer_makes(tokenizer, tmp_path):
   assert json.loads(output.json.read_text())["posterior"] == "sample"
 
 
+def test_the_console_shows_four_decimals_and_the_unit_of_each_figure(tmp_path, capsys):
+  units = {"gini": "± 0.012", "effective_dimensions": "of 48"}
+  values = {"gini": 0.25, "effective_dimensions": 1234.56789}
+  shown = figures.shown("latents", values, None, "a note", units=units)
+  Output(tmp_path / "latents", "latents").write(
+    {}, title="T", summary="S", figures=shown, sections=[]
+  )
+  printed = capsys.readouterr().out
+  assert "0.2500 ± 0.012" in printed
+  assert "1234.5679 of 48" in printed
+
+
 def test_a_latent_space_has_its_figures(pipeline, tmp_path):
   output = Output(tmp_path / "space", "latents")
   found = space.evaluate(LatentStore(pipeline / "latents"), output, runs=2, count=60)

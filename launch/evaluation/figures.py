@@ -212,11 +212,12 @@ def shown(
   network: Network | None,
   note: str,
   notes: Mapping[str, str] | None = None,
+  units: Mapping[str, str] | None = None,
 ) -> list[Figure]:
   """The figures of an evaluation, a key of `FIGURES`, as the console and pages show them.
 
   `figures` are by their names in JSON, of which those that are not in the table are left out;
-  `note` is about every figure, `notes` are about single ones, by name.
+  `note` is about every figure; `notes` and `units` are those of single ones, by name.
   """
   key, name = (network.key, network.distance) if network else ("", "")
   rows = []
@@ -225,7 +226,8 @@ def shown(
     if full in figures:
       about = ", ".join(filter(None, [note, (notes or {}).get(full)]))
       label = each.label.format(distance=name)
-      rows.append(Figure(label, figures[full], each.unit, about, each.better))
+      unit = (units or {}).get(full, each.unit)
+      rows.append(Figure(label, figures[full], unit, about, each.better))
   return rows
 
 

@@ -93,7 +93,7 @@ class Output:
     console.table(
       f"Evaluation: {self.kind}",
       ("what", "value"),
-      [(f.name, f"{f.text} {f.unit}".strip()) for f in figures]
+      [(f.name, f"{f.value:.4f} {f.unit}".strip()) for f in figures]
       + [(name, str(path)) for name, path in files],
     )
 

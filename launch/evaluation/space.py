@@ -117,8 +117,9 @@ def evaluate(
       "latents",
       computed,
       None,
-      f"{runs} runs of {len(values)} cells, {values.shape[1]} channels",
-      {name: f"± {x:.3f}" for name, x in spread.items() if x is not None},
+      f"{runs} runs of {len(values)} cells",
+      units={name: f"± {x:.3f}" for name, x in spread.items() if x is not None}
+      | {"effective_dimensions": f"of {values.shape[1]}"},
     ),
     sections=_sections(store, first, curves, path),
   )
