@@ -31,14 +31,6 @@ from launch.lab.jobs import backend, run
 CONFIG = f"{dilemma.__file__}:cifar"
 
 
-def _workers() -> tuple[int, list[int]]:
-  """How many jobs run at once, and on which cores."""
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  on_cpu = backend()[0] == "cpu"
-  jobs = FLAGS.jobs or (len(cores) or 1 if on_cpu else 1)
-  return jobs, cores if on_cpu and jobs <= len(cores) else []
-
-
 def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
   config = configuration.resolve(FLAGS.config, dilemma.experiment())
@@ -51,7 +43,11 @@ def main() -> None:
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
   if not FLAGS.page_only:
     checks.check_parts(config)
-    workers, cores = _workers()
+    cores: list[int] = []
+    if backend()[0] == "cpu" and hasattr(os, "sched_getaffinity"):
+      cores = sorted(os.sched_getaffinity(0))
+    workers = FLAGS.jobs or len(cores) or 1
+    cores = cores if workers <= len(cores) else []
     console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
     try:
       run(jobs, workdir, workers, cores)

@@ -55,6 +55,9 @@ def write(
     *_table([*widest, *others, *longer], name),
     "",
   ]
+  seeds = f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
+  if len(config.seeds) == 1:
+    seeds = "the diffusion model has one seed, so there is no spread"
   REGION.check(page)
   frontier = _draw_frontier(main, others, name, beside(page, "frontier"))
   curves = _draw_curves([*main, *longer], name, beside(page, "curves"))
@@ -67,7 +70,7 @@ def write(
       + (f"; right: changes at {found.widest} channels" if others else ""),
     ),
     f"Reconstruction of held-out pictures by the posterior's mode, and generation, {name} of "
-    f"{config.num_samples:,} samples, lower is better; {_seeds(config)}. {_sampler(config)}",
+    f"{config.num_samples:,} samples, lower is better; {seeds}. {_sampler(config)}",
     "",
     *_table(main, name),
     "",
@@ -139,12 +142,6 @@ def _spread(values: Sequence[float]) -> str:
   if len(values) < 2:
     return f"{values[0]:.2f}" if values else NOT_RUN
   return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-
-
-def _seeds(config: FrozenConfigDict) -> str:
-  if len(config.seeds) == 1:
-    return "the diffusion model has one seed, so there is no spread"
-  return f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
 
 
 def _made(found: Results, command: str) -> list[str]:

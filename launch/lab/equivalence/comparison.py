@@ -67,19 +67,6 @@ class Row:
     return fields | odd
 
 
-def row_of(key: str, dtype: str, actual: np.ndarray, expected: np.ndarray, kinked: bool) -> Row:
-  """Compares two arrays of one shape; `key` is "GROUP/NAME" or "GROUP"."""
-  difference = actual - expected
-  max_abs = float(np.abs(difference).max())
-  relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
-  rms = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(expected)), 1e-30)
-  group, _, name = key.partition("/")
-  tolerance = TOLERANCES[group] if dtype == "float32" else BFLOAT16_TOLERANCE
-  if kinked and group in KINKED_GROUPS:
-    tolerance = KINKED_TOLERANCE
-  return Row(group, name, dtype, max_abs, relative, rms, tolerance, kinked)
-
-
 def summary(rows: list[Row]) -> list[list[str]]:
   """For each dtype and group the number of arrays, and the difference and name of the worst."""
   groups: dict[str, list[Row]] = {}
@@ -176,9 +163,18 @@ def _rows(ours: Arrays, theirs: Mapping[str, np.ndarray], dtype: str, case: Case
     )
   rows = []
   for key, full in keys.items():
-    if not full.endswith(case.rounding):
-      actual, expected = np.asarray(ours[key], np.float32), theirs[full]
-      if actual.shape != expected.shape:
-        raise InputError(f"{full} has shape {expected.shape} there and {actual.shape} here.")
-      rows.append(row_of(full, dtype, actual, expected, case.kinked))
+    if full.endswith(case.rounding):
+      continue
+    actual, expected = np.asarray(ours[key], np.float32), theirs[full]
+    if actual.shape != expected.shape:
+      raise InputError(f"{full} has shape {expected.shape} there and {actual.shape} here.")
+    difference = actual - expected
+    max_abs = float(np.abs(difference).max())
+    relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
+    rms = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(expected)), 1e-30)
+    group, _, name = full.partition("/")
+    tolerance = TOLERANCES[group] if dtype == "float32" else BFLOAT16_TOLERANCE
+    if case.kinked and group in KINKED_GROUPS:
+      tolerance = KINKED_TOLERANCE
+    rows.append(Row(group, name, dtype, max_abs, relative, rms, tolerance, case.kinked))
   return rows

@@ -92,7 +92,14 @@ def plan(
     compile_seconds=time.perf_counter() - began,
   )
   if compiled is not None:
-    _read_compiled(result, compiled)
+    memory = compiled.memory_analysis()
+    result.parts["temporary"] = memory.temp_size_in_bytes
+    result.parts["program"] = memory.generated_code_size_in_bytes
+    own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    result.needed = memory.argument_size_in_bytes + returned + own
+    result.parts["other"] = int(result.needed) - sum(result.parts.values())
+    result.traffic = hlo.collectives(compiled.as_text())
     if topology.partition(":")[0] in slices.GPUS:
       # XLA compiles programs for GPUs that do not fit, too.
       result.fits = result.needed <= result.available
@@ -119,18 +126,6 @@ def _compiled(traced: Any) -> tuple[Any, float]:
     return None, 0.0
   number, unit = (word for word in found.groups() if word)
   return None, float(number) * 2 ** (10 * (1 + "KMGT".index(unit)))
-
-
-def _read_compiled(result: Plan, compiled: Any) -> None:
-  """Adds the memory and the traffic of a compiled program to its plan."""
-  memory = compiled.memory_analysis()
-  result.parts["temporary"] = memory.temp_size_in_bytes
-  result.parts["program"] = memory.generated_code_size_in_bytes
-  returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-  result.needed = memory.argument_size_in_bytes + returned + own
-  result.parts["other"] = int(result.needed) - sum(result.parts.values())
-  result.traffic = hlo.collectives(compiled.as_text())
 
 
 def _bytes_of_one_device(tree: Any) -> int:

@@ -128,8 +128,7 @@ def tokenizer_training(job: dict[str, Any]) -> nn.Module:
     name.rpartition("/")[2].partition(".")[0], **kwargs
   )
   torchvision.models.vgg16 = vgg16
-  lightning: Any = types.ModuleType("pytorch_lightning")
-  lightning.LightningModule = nn.Module
+  lightning: Any = types.SimpleNamespace(LightningModule=nn.Module)
   sys.modules["pytorch_lightning"] = lightning
   sys.path[:0] = [f"{job['checkout']}/vavae", job["taming"]]
   from taming.modules.losses.lpips import LPIPS

@@ -5,10 +5,11 @@ beside it. The job: "checkout" (of hustvl/LightningDiT), "store" and "batch_size
 number of batches with the seconds that they took.
 """
 
+import itertools
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +20,22 @@ WORKERS = 2
 LOADED_AHEAD = 8
 
 
-def endless(loader: Any) -> Iterator[Any]:
-  """Batches of one epoch after the other."""
-  while True:
-    yield from loader
-
-
 def begin(job: dict[str, Any]) -> tuple[dict[str, str], Callable[[int], float]]:
   """Prepares the loader."""
-  bars = types.ModuleType("tqdm")
-  bars.__dict__["tqdm"] = iter
+  bars: Any = types.SimpleNamespace(tqdm=iter)
   sys.modules["tqdm"] = bars
   sys.path.insert(0, job["checkout"])
   from datasets.img_latent_dataset import ImgLatentDataset
 
-  batches = endless(
-    DataLoader(
-      ImgLatentDataset(job["store"]),
-      job["batch_size"],
-      shuffle=True,
-      num_workers=WORKERS,
-      drop_last=True,
-      persistent_workers=True,
-    )
+  loader = DataLoader(
+    ImgLatentDataset(job["store"]),
+    job["batch_size"],
+    shuffle=True,
+    num_workers=WORKERS,
+    drop_last=True,
+    persistent_workers=True,
   )
+  batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
 
   def load(count: int) -> float:
     for _ in range(LOADED_AHEAD):
