@@ -28,11 +28,7 @@ class Region(NamedTuple):
       raise InputError(f"--page is {page}, in a folder that cannot be written to.")
 
   def write(self, page: Path, lines: Sequence[str]) -> None:
-    """Replaces the lines of the region, or writes a new page.
-
-    Raises:
-      InputError: the page has no such region.
-    """
+    """Replaces the lines of the region, or writes a new page; InputError without such a region."""
     before, after = self._around(page)
     page.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(page) as file:
@@ -57,7 +53,7 @@ def beside(page: Path, name: str) -> Path:
 
 
 def picture(path: Path | None, caption: str) -> list[str]:
-  """The lines that show a picture; none where there is none."""
+  """The lines that show a picture; none without one."""
   return [f"![{caption}]({path.name})", "", f"*{caption}.*", ""] if path else []
 
 

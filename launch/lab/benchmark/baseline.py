@@ -106,7 +106,7 @@ def settle(rows: list[Row]) -> None:
 
 
 def check(rows: list[Row], path: Path, tolerance: float) -> None:
-  """Shows what has changed against a baseline; InputError if more than the tolerance for the worse.
+  """Shows changes against a baseline; InputError if one is worse by more than the tolerance.
 
   Also if the baseline has none of these measurements.
   """
