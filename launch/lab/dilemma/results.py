@@ -96,7 +96,7 @@ class Results:
     return Space(
       variant,
       width,
-      figures,
+      {name: value for name, value in figures.items() if value is not None},
       distances("samples"),
       distances("guided"),
       [loss for loss in losses if loss is not None],
