@@ -155,7 +155,6 @@ def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
     batch_sizes=[8],
     attentions=["xla"],
     steps=2,
-    trace=tmp_path,
   )
   sample, loader, checkpoint, fid = result["rows"]
   json.dumps(result)
@@ -164,8 +163,6 @@ def test_sampling_loading_and_fid_have_rows_too(monkeypatch, tmp_path):
   assert 0 < checkpoint["blocked_seconds"] < checkpoint["written_after_seconds"]
   assert checkpoint["checkpoint_gib"] * 2**30 > 4 * 4 * 32**2  # parameters, average, two moments
   assert fid["arithmetic_seconds"] == 1.5
-  assert 0 < sum(share for _, share in fid["operations"]) <= 1 + 1e-6
-  assert list((tmp_path / "sample").rglob("*.xplane.pb"))
   assert sample["compile_cold"] > 0 < sample["compile_warm"]
 
 

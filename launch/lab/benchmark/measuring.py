@@ -16,13 +16,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from launch.engine import console, flops, tracing
+from launch.engine import console, flops
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.programs import Program
 from vavae_jax.common.files import write_json
-
-PROFILED_RUNS = 3
 
 
 @functools.cache
@@ -153,16 +151,3 @@ def peak_memory() -> int:
   """Most bytes that this process has used on its first device; 0 if the device counts none."""
   statistics = jax.local_devices()[0].memory_stats() or {}
   return int(statistics.get("peak_bytes_in_use", 0))
-
-
-def profile(run: Callable[[], Any], folder: Path) -> list[tuple[str, float]]:
-  """Traces some runs for TensorBoard's profile plugin; returns the largest operations.
-
-  These are pairs of a name and its share of the time of all; there are none where the profile of
-  this kind of device has no operations.
-  """
-  began = time.perf_counter()
-  with jax.profiler.trace(str(folder)):
-    for _ in range(PROFILED_RUNS):
-      jax.block_until_ready(run())
-  return tracing.read(folder, time.perf_counter() - began).largest

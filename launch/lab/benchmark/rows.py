@@ -30,7 +30,6 @@ from launch.lab.benchmark.measuring import (
   copy_rate,
   matmul_rate,
   peak_memory,
-  profile,
   timed,
 )
 from launch.lab.reference import NEEDS, Checkouts, job_of
@@ -65,12 +64,11 @@ def measure(
   what: str,
   steps: int,
   checkouts: Checkouts | None = None,
-  trace: Path | None = None,
 ) -> Row:
   """Times `steps` runs of a program, after one more, in rounds with the reference's if it is given.
 
   The two do not take turns run by run: each would pay for memory that the other has just freed.
-  `what` is one of `programs.WHAT` or "fid", `trace` a folder for a profile.
+  `what` is one of `programs.WHAT` or "fid".
   """
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = _program(config, devices, what)
@@ -116,8 +114,6 @@ def measure(
     row |= _beside_reference(reference, theirs, seconds, program.images)
   if what == "fid":
     row["arithmetic_seconds"] = _arithmetic_seconds()
-  if trace:
-    row["operations"] = profile(prepared.run, trace / what)
   return row
 
 

@@ -5,7 +5,7 @@ r"""Measures what a configuration costs here: steps, sampling, encoding, loading
   python -m launch.lab.benchmark steps --config=configs/lightningdit.py:B/1 \
     --what=train,sample,loader,fid
   python -m launch.lab.benchmark steps --config=configs/vavae_f16d32.py \
-    --what=train,encode --profile=trace
+    --what=train,encode --trace=trace
   python -m launch.lab.benchmark steps --config=configs/lightningdit.py:B/1 \
     --compare=docs/lab/baseline.json
 
@@ -32,7 +32,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,7 +88,6 @@ def benchmark(
   attentions: list[str],
   steps: int,
   checkouts: Checkouts | None = None,
-  trace: Path | None = None,
   count_only: bool = False,
   asked: str = "",
 ) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def benchmark(
         elif kind == "checkpoint":
           row = rows.measure_checkpoint(frozen, steps)
         else:
-          row = rows.measure(frozen, kind, steps, checkouts, trace)
+          row = rows.measure(frozen, kind, steps, checkouts)
         found.append(row)
         if not count_only:
           console.say(json.dumps(row))
@@ -153,7 +151,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("devices", 0, "Number of devices, on a CPU virtual ones; 0: all.", 0)
   flags.DEFINE_integer("steps", 10, "Timed runs.", lower_bound=1)
   flags.DEFINE_boolean("count_only", False, "Only count FLOPs and bytes that must be moved.")
-  flags.DEFINE_string("profile", "", "A folder for traces, whose ten largest operations are shown.")
   flags.DEFINE_string("output", "", "A JSON file for the results.")
   reference.define_flags()
   baseline.define_flags()
@@ -168,8 +165,6 @@ def main() -> None:
     batch_sizes = [int(x) for x in FLAGS.batch_sizes]
   except ValueError as error:
     raise InputError(f"--batch_sizes is {FLAGS.batch_sizes}; give numbers, as in 32,64.") from error
-  if FLAGS.profile and FLAGS.trace:
-    raise InputError("--profile and --trace are given; only one trace can run at a time.")
   baseline.check_flags()
   if FLAGS.reference:
     # So that both fit on one device; jax reads it when it starts.
@@ -183,7 +178,6 @@ def main() -> None:
     attentions=FLAGS.attention,
     steps=FLAGS.steps,
     checkouts=reference.checkouts(compiled=jax.default_backend() != "cpu"),
-    trace=Path(FLAGS.profile) if FLAGS.profile else None,
     count_only=FLAGS.count_only,
     asked=_asked(),
   )
@@ -198,12 +192,6 @@ def main() -> None:
   # Many figures of few measurements: each of these has a column.
   cells = [[SHOWN[n], *(_cell(row.get(n, "")) for row in result["rows"])] for n in names[1:]]
   console.table(title, ["", *(row["what"] for row in result["rows"])], cells)
-  for row in result["rows"]:
-    if row.get("operations"):
-      largest = [(name, f"{share:.1%}") for name, share in row["operations"]]
-      console.table(f"{row['what']}: the largest operations", ("operation", "share"), largest)
-  if FLAGS.profile:
-    console.say(f"trace: {FLAGS.profile} (tensorboard --logdir, with its profile plugin)")
   keep(result, FLAGS.output)
   baseline.settle(baseline.ratios_of(result))
 
