@@ -104,13 +104,13 @@ def test_a_file_of_the_reference_is_a_beginning(tmp_path):
 
 
 def test_a_converted_workdir_is_a_beginning(tmp_path):
-  done = convert(
+  weights = convert(
     str(cases.FOLDER / "formats" / "lightningdit_train_checkpoint.pt"), tmp_path / "run"
-  )
-  config = reference_config(tmp_path / "run", **done.arguments)
+  ).weights
+  config = reference_config(tmp_path / "run", **weights.arguments)
   state = jax.jit(functools.partial(training.init_state, config))(jax.random.key(0))
   adopted = initial_weights(config)(state)
-  expected = nnx.to_pure_dict(nnx.state(from_torch(done.tensors, **done.arguments)))
+  expected = nnx.to_pure_dict(nnx.state(from_torch(weights.tensors, **weights.arguments)))
   jax.tree.map(np.testing.assert_array_equal, adopted.params, expected)
 
 
