@@ -93,7 +93,7 @@ def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
       "feature for every 16 pixels along each axis, the model a latent for every 8",
     ),
     ({"batch_size": 0}, "batch_size is 0"),
-    ({"teacher__dtype": "bf16"}, 'take "float32" or "bfloat16"'),
+    ({"teacher__dtype": "bf16"}, 'choose "float32" or "bfloat16"'),
     ({"train": "decoder"}, "name the weights"),
     ({"teacher__cache": "features"}, 'set config.data.crop to "center"'),
     ({"data__valid_source": "folder:no/such/folder"}, "no/such/folder does not exist"),

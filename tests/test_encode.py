@@ -92,7 +92,7 @@ def test_another_source_is_encoded_whole(tokenizer, pictures, tmp_path):
   root = shutil.copytree(pictures, tmp_path / "pictures")
   other = encode(tokenizer, tmp_path / "store", source=f"folder:{root}", batch_size=8)
   assert len(other) == 72
-  with pytest.raises(InputError, match="--held_out is of"):
+  with pytest.raises(InputError, match="--held_out is for"):
     encode(tokenizer, tmp_path / "held_out", source=f"folder:{root}", held_out=True)
 
 

@@ -298,7 +298,7 @@ def test_results_replace_only_results_of_their_kind(tmp_path):
   """And a dot in the name is no suffix."""
   assert Output(tmp_path / "cfg3.5", "generation").json.name == "cfg3.5.json"
   (tmp_path / "samples.json").write_text('{"num_samples": 3}')
-  with pytest.raises(InputError, match=r"samples\.json exists and is no evaluation"):
+  with pytest.raises(InputError, match=r"samples\.json exists and is not an evaluation"):
     Output(tmp_path / "samples", "generation")
   (tmp_path / "old.json").write_text('{"evaluation": "generation"}')
   Output(tmp_path / "old", "generation")

@@ -214,7 +214,7 @@ def test_a_ratio_that_fell_ends_the_command(tmp_path, capsys):
   with pytest.raises(InputError, match="none of these measurements"):
     baseline.check(baseline.ratios_of(result(0.4, asked="b.py")), path, 0.1)
   path.write_text('{"rows": []}')
-  with pytest.raises(InputError, match="no baseline that --update wrote"):
+  with pytest.raises(InputError, match="not a baseline that --update wrote"):
     baseline.read(path)
 
 
