@@ -10,7 +10,7 @@ r"""Converts weights: published files to what the commands here take, and ours t
     --tokenizer=runs/vavae
   python -m launch.convert runs/my_xl my_xl.pt --ema=0.9999
 
-SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/REPO/FILE on the Hugging
+SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/NAME/FILE on the Hugging
 Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir of a training.
 The command recognises LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
 diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, and FID's Inception.

@@ -29,7 +29,7 @@ from launch.engine import console, mesh, processes
 from launch.engine.configuration import check_begun
 from launch.evaluation import check_latents
 from lightningdit_jax import encoding
-from lightningdit_jax.store import latents, shards
+from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place, remove_partial, write_json
 from vavae_jax.data import images, sources
@@ -267,7 +267,7 @@ def _encoder(
 
 def main() -> None:
   if FLAGS.check:
-    check_latents.check(Path(FLAGS.check))
+    check_latents.check(fetching.local_folder(FLAGS.check))
     return
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")

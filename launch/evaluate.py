@@ -44,7 +44,7 @@ from launch.evaluation.pictures import (
 from launch.evaluation.reference import Reference, open_reference, statistics_of
 from launch.sample import given_settings
 from lightningdit_jax import checks, transport
-from lightningdit_jax.store.latents import LatentStore
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, place
 from vavae_jax.data import images
@@ -154,7 +154,8 @@ def _lpips(config: FrozenConfigDict) -> Lpips | None:
   if FLAGS.lpips_vgg:
     return load_lpips(FLAGS.lpips_vgg, FLAGS.lpips_heads)
   files = (config.perceptual.vgg, config.perceptual.heads)
-  if config.perceptual.network == "lpips" and all(Path(file).is_file() for file in files if file):
+  there = files[0] and all(local_file(file).is_file() for file in files if file)
+  if config.perceptual.network == "lpips" and there:
     return load_lpips(*files)
   return None
 
@@ -166,7 +167,7 @@ def _latents() -> None:
 
   Figures are those of the paper's table 6, by t-SNE.
   """
-  output, store = Output(Path(FLAGS.output), "latents"), LatentStore(Path(FLAGS.latents))
+  output, store = Output(Path(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )

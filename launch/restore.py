@@ -29,8 +29,9 @@ from lightningdit_jax.store import fetching
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place
+from vavae_jax.common.files import is_url, place
 from vavae_jax.common.optimizer import ema_name, start_emas
 from vavae_jax.data import images
 from vavae_jax.weights.state_dicts import SUFFIXES, read_state_dict
@@ -133,9 +134,8 @@ def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Traine
   return tokenizer
 
 
-def open_latents(config: FrozenConfigDict) -> LatentStore:
-  """The latents of a diffusion configuration; a bar shows the progress of a copy."""
-  path, cache = config.latents.path, config.latents.cache
+def open_latents(path: str, cache: str = "") -> LatentStore:
+  """The latents at an address; a bar shows the progress of a copy into `cache`."""
   with contextlib.ExitStack() as stack:
     bars: list[console.Bar] = []
 
@@ -150,7 +150,7 @@ def open_latents(config: FrozenConfigDict) -> LatentStore:
 
 def check_latents(config: FrozenConfigDict) -> LatentStore:
   """The latents of a diffusion configuration; InputError if it names others by `latents.sha256`."""
-  store = open_latents(config)
+  store = open_latents(config.latents.path, config.latents.cache)
   if config.latents.sha256 not in ("", store.sha256):
     raise InputError(
       f"The model was trained on other latents than those that {store.path} holds now: its samples "
@@ -181,7 +181,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   """
   if not config.get("init_from"):
     return None
-  path = place(config.init_from)
+  path = place(config.init_from) if is_url(config.init_from) else local_file(config.init_from)
   if path.is_dir():
     # As in the reference the weights themselves, whose averages begin anew.
     given = load(path, config.task, ema=0.0).params

@@ -99,7 +99,7 @@ def make_sampler(
     (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
     in batches of `settings.batch_size`, the last one filled up.
   """
-  store = restore.open_latents(config)
+  store = restore.open_latents(config.latents.path, config.latents.cache)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
   @jax.jit

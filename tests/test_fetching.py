@@ -163,3 +163,30 @@ def test_a_small_disk_is_named_before_anything_is_copied(tmp_path, monkeypatch):
   monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: usage)
   with pytest.raises(InputError, match=r"config\.latents\.cache"):
     fetching.local_folder(path, str(tmp_path / "cache"))
+
+
+def test_a_data_set_of_the_hub_is_copied_as_from_a_bucket(tmp_path, monkeypatch):
+  path = split_into(tmp_path / "splits", tar())
+  opened = []
+
+  def url_to_fs(url):
+    opened.append(url)
+    return fsspec.filesystem("file"), path
+
+  monkeypatch.setattr(fetching.fsspec.core, "url_to_fs", url_to_fs)
+  store = LatentStore(fetching.local_folder("hf:OWNER/NAME", str(tmp_path / "cache")))
+  assert len(store) == len(LatentStore(PUBLISHED))
+  assert {*opened} == {"hf://datasets/OWNER/NAME"}
+
+
+@pytest.mark.parametrize("path", ["hf:OWNER/NAME", "gs://bucket/latents", "hf://datasets/O/N"])
+def test_an_error_of_a_client_is_one_line(tmp_path, monkeypatch, path):
+  class ClientError(Exception):
+    pass
+
+  def unreachable(url):
+    raise ClientError("no such host")
+
+  monkeypatch.setattr(fetching.fsspec.core, "url_to_fs", unreachable)
+  with pytest.raises(InputError, match=r"could not be copied .*no such host"):
+    fetching.local_folder(path, str(tmp_path))

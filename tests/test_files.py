@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from launch.engine import console
 from vavae_jax.common.files import (
   allow_open_files,
   atomic_file,
@@ -111,3 +112,18 @@ def test_json_has_no_nan(tmp_path):
   with pytest.raises(ValueError, match="JSON"):
     write_json(path, {"psnr": float("nan")})
   assert json.loads(path.read_text()) == {"psnr": 20.5}
+
+
+@pytest.mark.parametrize(
+  ("word", "wanted"),
+  [
+    ("--workdir=~/runs", "--workdir=/home/me/runs"),
+    ("--config.latents.path=~", "--config.latents.path=/home/me"),
+    ("--output=runs/~/x", "--output=runs/~/x"),
+    ("--output=~x", "--output=~x"),
+    ("NAME=~/x", "NAME=~/x"),
+  ],
+)
+def test_the_home_folder_is_known_behind_a_flag(monkeypatch, word, wanted):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert console._at_home(word) == wanted

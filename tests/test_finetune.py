@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,13 +14,16 @@ from safetensors.numpy import save_file
 
 from configs import base
 from launch.convert import convert
+from launch.evaluation.features import load_network
 from launch.restore import initial_weights
 from lightningdit_jax import training, warm_start
 from lightningdit_jax.convert import from_torch
 from lightningdit_jax.model import LightningDiT
 from tests import cases
-from vavae_jax.common import functional
+from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
+from vavae_jax.perceptual import load_lpips
+from vavae_jax.teachers import load_teacher
 
 TINY = {"in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -133,3 +137,26 @@ def test_weights_of_something_else_are_refused(tmp_path):
   save_file({"conv.weight": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
   with pytest.raises(InputError, match=r"not a LightningDiT's.*conv\.weight"):
     initial_weights(reference_config(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize(
+  "read",
+  [
+    lambda name: initial_weights(reference_config(name)),
+    lambda name: convert(name, Path("nowhere")),
+    lambda name: load_teacher("efficientnet_lite0", name),
+    lambda name: load_network("adm", name),
+    load_lpips,
+  ],
+)
+def test_whatever_reads_weights_reads_those_of_the_hub(read, monkeypatch):
+  asked = []
+
+  def download(repository, file):
+    asked.append((repository, file))
+    raise OSError("no network")
+
+  monkeypatch.setattr(addresses.huggingface_hub, "hf_hub_download", download)
+  with pytest.raises(InputError, match=r"could not be fetched \(no network\).*give its path"):
+    read("hf:OWNER/NAME/folder/file.pt")
+  assert asked == [("OWNER/NAME", "folder/file.pt")]

@@ -25,7 +25,7 @@ from lightningdit_jax.store.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
 from tests.survive import flip_a_bit, largest_file
-from vavae_jax.common import functional
+from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import recognise
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
@@ -314,9 +314,9 @@ def test_unknown_sources_are_told(monkeypatch):
     released.find("hf:hustvl/file.pt")
 
   def offline(repository, file):
-    raise released.LocalEntryNotFoundError(f"no {file}. Check.")
+    raise addresses.LocalEntryNotFoundError(f"no {file}. Check.")
 
-  monkeypatch.setattr(released.huggingface_hub, "hf_hub_download", offline)
+  monkeypatch.setattr(addresses.huggingface_hub, "hf_hub_download", offline)
   with pytest.raises(
     InputError, match=r"fetch latents_stats\.pt of hustvl/vavae-\S+ on the Hugging"
   ):

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from vavae_jax.common import functional
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
 from vavae_jax.weights import torch_weights
@@ -166,13 +167,15 @@ def load_lpips(
 ) -> Lpips:
   """LPIPS with the weights of one or two files; `heads` is "" if `vgg` has them, too.
 
+  A file is given by its path or as hf:OWNER/NAME/FILE.
+
   InputError, which says where to get a file, if it is missing or is not LPIPS'.
   """
   if not vgg:
     raise InputError(f"No file of VGG16 is given. {_WANTED}")
   paths = [path for path in (vgg, heads) if path]
   try:
-    return lpips_from_torch(*(read_state_dict(path) for path in paths), dtype=dtype)
+    return lpips_from_torch(*(read_state_dict(local_file(path)) for path in paths), dtype=dtype)
   except InputError as error:
     tried = " and ".join(map(str, paths))
     raise InputError(f"LPIPS cannot be read from {tried}. {error} {_WANTED}") from error

@@ -198,6 +198,14 @@ def _explained(error: BaseException) -> int | None:
   return None
 
 
+def _at_home(word: str) -> str:
+  """--flag=~/path with the home folder, which shells put in only at the beginning of a word."""
+  flag, _, value = word.partition("=")
+  if not flag.startswith("-") or value.partition("/")[0] != "~":
+    return word
+  return f"{flag}={os.path.expanduser(value)}"
+
+
 def run_command(
   main: Callable[..., None],
   *,
@@ -248,7 +256,7 @@ def run_command(
 
   tracing.define_flags()
   # Not as the flag's default, which is parsed before errors can be caught.
-  argv = list(argv or sys.argv)
+  argv = [_at_home(word) for word in argv or sys.argv]
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
   app.run(guarded, argv, flags_parser=functools.partial(_parse_flags, name=name))

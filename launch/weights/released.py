@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import logging as hub_logging
-
+from vavae_jax.common.addresses import HUB, local_file
 from vavae_jax.common.errors import InputError
-
-PREFIX = "hf:"
 
 
 class Released(NamedTuple):
@@ -49,7 +44,7 @@ def config_of(source: str) -> str:
 def find(source: str) -> Path:
   """The path of a file or folder, downloaded from the hub if it is not yet in the cache.
 
-  `source` is a path, "hf:OWNER/REPO/FILE", or a key of `RELEASED`; a path that exists comes first.
+  `source` is a path, "hf:OWNER/NAME/FILE", or a key of `RELEASED`; a path that exists comes first.
 
   Raises:
     InputError: it does not exist, or the hub cannot be reached; the message says what to put where.
@@ -57,22 +52,10 @@ def find(source: str) -> Path:
   if Path(source).exists():
     return Path(source)
   if source in RELEASED:
-    source = PREFIX + RELEASED[source].file
-  if not source.startswith(PREFIX):
+    source = HUB + RELEASED[source].file
+  if not source.startswith(HUB):
     raise InputError(
-      f"{source} does not exist; give a file or folder, {PREFIX}OWNER/REPO/FILE, or one of "
+      f"{source} does not exist; give a file or folder, {HUB}OWNER/NAME/FILE, or one of "
       f"{', '.join(RELEASED)}."
     )
-  owner, _, rest = source.removeprefix(PREFIX).partition("/")
-  repository, _, file = rest.partition("/")
-  if not file:
-    raise InputError(f"{source} is not of the form {PREFIX}OWNER/REPO/FILE.")
-  hub_logging.set_verbosity_error()  # it logs every retry
-  try:
-    return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
-  except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-    reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-    raise InputError(
-      f"{source} could not be fetched ({reason}). Where there is no network, fetch {file} of "
-      f"{owner}/{repository} on the Hugging Face hub elsewhere, and give its path instead."
-    ) from error
+  return local_file(source)

