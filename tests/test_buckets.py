@@ -12,6 +12,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 
 SETTINGS = "log_every_steps=5,num_steps="
+CHECKPOINTS = "lr[1e-4]/checkpoints/"
 
 
 @pytest.fixture
@@ -26,11 +27,12 @@ def told(text):
 
 
 def test_a_run_in_a_bucket_goes_on_from_its_newest_sound_checkpoint(gcs, command, tmp_path):
-  words = ("tests.toy_task", "gs://bucket/run", 0, 10)
-  gcs.write("run/checkpoints/10/params/_METADATA", b"{}")  # of a first save that was killed
+  words = ("tests.toy_task", "gs://bucket/lr[1e-4]", 0, 10)
+  gcs.write("lr[1e-4]/checkpoints/10/params/_METADATA", b"{}")  # of a first save that was killed
+  gcs.write("lr1/checkpoints/10/params/_METADATA", b"{}")  # a neighbour, if that were a pattern
   done = command(*words, SETTINGS + "20", **gcs.variables)
   assert done.returncode == 0, done.stderr
-  steps = {name.split("/")[2] for name in gcs.objects if "/checkpoints/" in name}
+  steps = {name.split("/")[2] for name in gcs.objects if name.startswith(CHECKPOINTS)}
   assert steps == {"10", "20"}
   # One bit of the newest, and a folder of a save that was killed.
   largest = max(
@@ -39,17 +41,18 @@ def test_a_run_in_a_bucket_goes_on_from_its_newest_sound_checkpoint(gcs, command
   content = bytearray(gcs.objects[largest][0])
   content[len(content) // 2] ^= 1
   gcs.write(largest, bytes(content))
-  gcs.write("run/checkpoints/25/params/_METADATA", b"{}")
+  gcs.write("lr[1e-4]/checkpoints/25/params/_METADATA", b"{}")
   done = command(*words, SETTINGS + "40", **gcs.variables)
   assert done.returncode == 0, done.stderr
   assert "the checkpoint of step 20 is damaged (params/" in done.stdout
-  steps = {name.split("/")[2] for name in gcs.objects if "/checkpoints/" in name}
+  steps = {name.split("/")[2] for name in gcs.objects if name.startswith(CHECKPOINTS)}
   assert steps == {"30", "40", "damaged-20"}
+  assert "lr1/checkpoints/10/params/_METADATA" in gcs.objects
   local = command("tests.toy_task", tmp_path / "run", 0, 10, SETTINGS + "40")
   assert local.returncode == 0, local.stderr
   metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-  assert told(gcs.objects["run/metrics.jsonl"][0].decode()) == told(metrics)
-  assert any(name.startswith("run/tensorboard/events") for name in gcs.objects)
+  assert told(gcs.objects["lr[1e-4]/metrics.jsonl"][0].decode()) == told(metrics)
+  assert any(name.startswith("lr[1e-4]/tensorboard/events") for name in gcs.objects)
 
 
 def test_a_url_of_no_bucket_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,27 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
 
   save(tmp_path, *(make_state(i) for i in range(1, 10)), keep=1, keep_every=4, best=best)
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "5", "8", "9"}
+
+
+# What a shell, a library or a URL would take for something else than a name.
+NAMES = ["lr[1e-4]", "a*b?", "{a}", "a%20b#", "~", "a b\nc", "-a", "\N{LATIN SMALL LETTER E}" * 255]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workdir_of_any_name_is_saved_and_restored_and_its_neighbours_stay(tmp_path, name):
+  near = [tmp_path / each / "checkpoints" / "9.orbax-checkpoint-tmp" for each in ("lr1", "ab")]
+  for folder in near:
+    folder.mkdir(parents=True)
+  save(tmp_path / name, *(make_state(step) for step in (2, 3, 4)))
+  assert Checkpoints(tmp_path / name).sound_step() == 4
+  assert_same(Checkpoints(tmp_path / name).restore(4, like(make_state()))[0], make_state(4))
+  assert all(folder.is_dir() for folder in near)
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"a\\b", b"gs:"])
+def test_a_workdir_that_the_library_cannot_name_is_refused_at_once(tmp_path, name):
+  with pytest.raises(InputError, match="cannot hold checkpoints"):
+    Checkpoints(tmp_path / os.fsdecode(name))
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

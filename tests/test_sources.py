@@ -25,6 +25,8 @@ from vavae_jax.data.order import Share
 from vavae_jax.data.sources import base
 
 CLASSES = ["cat", "dog"]
+# A folder's name, which is no pattern.
+ODD = "-lr[1e-4] *?{a} %20~#\nb"
 
 
 def encoded(name: str, kind: str = "PNG", size: tuple[int, int] = (9, 12)) -> bytes:
@@ -142,7 +144,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_kind_gives_the_same_pictures_and_labels(kind, tmp_path):
-  source = sources.open_source(MAKERS[kind](tmp_path))
+  (root := tmp_path / ODD).mkdir()
+  source = sources.open_source(MAKERS[kind](root))
   assert len(source) == len(FILES)
   labels = [source[i]["label"] for i in range(len(source))]
   if kind == "webdataset":
@@ -163,9 +166,9 @@ def test_every_kind_gives_the_same_pictures_and_labels(kind, tmp_path):
 
 def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch, command):
   """Made in another process, since TensorFlow's absence is only known in a fresh one."""
-  made = command("tests.make_tfds", tmp_path)
+  made = command("tests.make_tfds", tmp_path / ODD)
   assert made.returncode == 0, made.stderr
-  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / ODD))
   source = sources.open_source("tfds:tiny/train")
   assert source.class_names == CLASSES
   found = {source.encoded(i)[0]: source.encoded(i)[1] for i in range(len(source))}

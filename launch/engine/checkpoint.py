@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 
 from launch.engine import console, manifest, processes
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import full_disk_as_oserror, is_url, write_json
+from vavae_jax.common.files import Place, full_disk_as_oserror, is_url, write_json
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
@@ -192,11 +191,20 @@ def steps_of(workdir: Path) -> list[int]:
   return _steps(_folder(workdir))
 
 
-def _folder(workdir: Path) -> epath.Path:
-  return epath.Path(workdir if is_url(workdir) else Path(workdir).absolute()) / "checkpoints"
+def _folder(workdir: Path) -> Place:
+  if is_url(workdir):
+    return Place(workdir) / "checkpoints"
+  whole = str(Path(workdir).absolute())
+  # TensorStore reads these otherwise, or not at all.
+  if "\\" in whole or ":/" in f"{whole}/" or whole.encode(errors="replace").decode() != whole:
+    raise InputError(
+      f"{whole} cannot hold checkpoints: a path with a backslash, with a folder whose name ends in "
+      "a colon, or not in UTF-8 is not possible. Rename the folder, or choose another one."
+    )
+  return Place(whole) / "checkpoints"
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def _steps(folder: Place) -> list[int]:
   if not folder.is_dir():
     return []
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -257,8 +265,8 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   try:
     write_json(partial / "config.json", config)
     with _orbax().StandardCheckpointer() as checkpointer:
-      checkpointer.save(epath.Path(partial / "checkpoints" / _CONVERTED / "params"), params)
-    manifest.seal(epath.Path(partial / "checkpoints" / _CONVERTED))
+      checkpointer.save(Place(partial / "checkpoints" / _CONVERTED / "params"), params)
+    manifest.seal(Place(partial / "checkpoints" / _CONVERTED))
     partial.rename(workdir)
   finally:
     shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 `manifest.json` in a checkpoint's folder names each of its files with size and CRC-32. It is
 written before the folder takes its final name: a folder without one was never whole. Folders are
-local or in a bucket (`gs://...`); both are `etils.epath.Path`.
+local or in a bucket (`gs://...`); both are a `Place`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
-from etils import epath
-
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url
+from vavae_jax.common.files import Place, is_url
 
 MANIFEST = "manifest.json"
 # Orbax writes these afterwards, at its commit, and reads nothing from them.
@@ -24,7 +22,7 @@ _UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 2**22
 
 
-def seal(folder: epath.Path) -> None:
+def seal(folder: Place) -> None:
   """Syncs the files of a checkpoint to the disk and lists them in its manifest."""
   files = {}
   for name, path in _files(folder):
@@ -38,7 +36,7 @@ def seal(folder: epath.Path) -> None:
     _sync(folder, file)
 
 
-def damage(folder: epath.Path, item: str = "") -> str:
+def damage(folder: Place, item: str = "") -> str:
   """Reads a checkpoint, or one item of it, and says how it is damaged; "" where it is sound."""
   try:
     listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -67,12 +65,12 @@ def damage(folder: epath.Path, item: str = "") -> str:
   return "; ".join(wrong[:2]) + more
 
 
-def size_of(folder: epath.Path) -> int:
+def size_of(folder: Place) -> int:
   """Bytes of a checkpoint's files."""
   return sum(path.stat().length for _, path in _files(folder))
 
 
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+def _files(folder: Place, prefix: str = "") -> Iterator[tuple[str, Place]]:
   """(name below `folder`, path) of all files that a manifest lists."""
   for path in sorted(folder.iterdir(), key=lambda path: path.name):
     name = f"{prefix}{path.name}"
@@ -91,6 +89,6 @@ def _checksum(file: IO[bytes]) -> tuple[int, str]:
   return size, f"{checksum:08x}"
 
 
-def _sync(path: epath.Path, file: IO[bytes]) -> None:
+def _sync(path: Place, file: IO[bytes]) -> None:
   if not is_url(path):  # an object in a bucket is there when it is closed
     os.fsync(file.fileno())

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-from etils import epath
+from etils.epath import gpath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -25,6 +29,8 @@ from vavae_jax.common.errors import InputError
 # What reads and writes the buckets of each kind of URL.
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # No room on the device, in a quota, or in the size that a file may have.
+# What `atomic_path` calls the folder of a file that is being written.
+_PARTIAL = re.compile(r"\.(.*)\.\d+\.partial", re.DOTALL)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,10 +39,78 @@ def is_url(path: Path | str) -> bool:
   return "://" in str(path)
 
 
+class Place(gpath.PosixGPath):
+  """A path, local or in a bucket, whose own name is never a pattern.
+
+  etils globs a folder by the whole path, and fsspec takes the names of what it deletes or moves for
+  patterns: both would find, or miss, the neighbours of a folder called lr[1e-4].
+  """
+
+  def glob(self, pattern: str) -> Iterator[Place]:
+    """Entries whose name fits; of several names joined by "/", each is of a folder below."""
+    name, _, below = pattern.partition("/")
+    for path in self.iterdir() if self.is_dir() else ():
+      if fnmatch.fnmatchcase(path.name, name):
+        yield from path.glob(below) if below else [path]
+
+  def rmtree(self, missing_ok: bool = False) -> None:
+    """Deletes the folder."""
+    if not is_url(self):
+      super().rmtree(missing_ok)
+    elif not self._each_file(lambda system, name: system.rm_file(name)) and not missing_ok:
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+
+  def unlink(self, missing_ok: bool = False) -> None:
+    """Deletes the file."""
+    if not is_url(self):
+      super().unlink(missing_ok)
+    elif self.exists() or not missing_ok:
+      self._backend.fs(self).rm_file(str(self))
+
+  def rename(self, target: Path | str) -> Place:
+    """Gives the folder another name."""
+    if not is_url(self):
+      return super().rename(target)
+    length = len(self._backend.fs(self)._strip_protocol(str(self)))
+    self._each_file(lambda system, name: system.cp_file(name, f"{target}{name[length:]}"))
+    self.rmtree()
+    return Place(target)
+
+  def _each_file(self, act: Callable[[Any, str], None]) -> int:
+    """Calls `act` with fsspec's system and each name below this folder; returns their number."""
+    system = self._backend.fs(self)
+    names = system.find(str(self))
+    with ThreadPoolExecutor(16) as pool:
+      list(pool.map(functools.partial(act, system), names))
+    system.invalidate_cache()
+    return len(names)
+
+
+def named_files(text: str) -> list[Path]:
+  """The files that a person named, sorted.
+
+  Each name of the path is one that exists; only where there is none is it a pattern, as in
+  zip:data/*.zip, and fits no hidden one.
+  """
+  found = [Path()]
+  for name in Path(text).parts:
+    found = [path for folder in found for path in _named(folder, name)]
+  return [path for path in found if path.is_file()]
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+  if os.path.lexists(folder / name):
+    return [folder / name]
+  if not (set(name) & set("*?[") and folder.is_dir()):
+    return []
+  names = sorted(fnmatch.filter(os.listdir(folder), name))
+  return [folder / each for each in names if not each.startswith(".")]
+
+
 def place(text: str) -> Path:
   """The folder that a person named: a path of this machine, or gs://..., s3://..., az://... .
 
-  A URL becomes an `epath.Path`, which has the methods of `pathlib.Path`. InputError for a URL of
+  A URL becomes a `Place`, which has the methods of `pathlib.Path`. InputError for a URL of
   another kind, or one whose package is not installed.
   """
   if not is_url(text):
@@ -46,7 +120,7 @@ def place(text: str) -> Path:
     raise InputError(f"{text}: {scheme}:// is not one of {', '.join(BUCKETS)}.")
   if importlib.util.find_spec(BUCKETS[scheme]) is None:
     raise InputError(f"{text} needs the package {BUCKETS[scheme]}: pip install {BUCKETS[scheme]}")
-  return cast(Path, epath.Path(text))
+  return cast(Path, Place(text))
 
 
 @contextlib.contextmanager
@@ -71,13 +145,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def remove_partial(folder: Path, name: str = "*") -> None:
-  """Removes what `atomic_path` leaves of files in a folder when its process is killed.
+def remove_partial(folder: Path, name: str = "") -> None:
+  """Removes what `atomic_path` leaves of a file in a folder, "": of any, when a process is killed.
 
-  No process may be writing them; `name` is a pattern of their names.
+  No process may be writing it.
   """
-  for left in Path(folder).glob(f".{name}.*.partial"):
-    shutil.rmtree(left)
+  for left in Path(folder).iterdir():
+    found = _PARTIAL.fullmatch(left.name)
+    if found and name in ("", found[1]):
+      shutil.rmtree(left)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ which worker processes get cheaply; files are opened by each process for itself.
 from __future__ import annotations
 
 import functools
-import glob
 import os
 import struct
 import tarfile
@@ -21,6 +20,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import named_files
 from vavae_jax.data.sources.base import (
   EXTENSIONS,
   Source,
@@ -211,11 +211,9 @@ def _labelled(files: list[Path], members: list[_Member], names: list[str]) -> Ar
   return Archive(files, members, *classes_of(names, where))
 
 
-def _files(pattern: str) -> list[Path]:
-  found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-  files = [Path(name) for name in found if os.path.isfile(name)]
-  if not files:
-    raise InputError(f"There is no file {pattern}.")
+def _files(named: str) -> list[Path]:
+  if not (files := named_files(named)):
+    raise InputError(f"There is no file {named}.")
   return files
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import named_files
 from vavae_jax.data.sources.base import NO_CLASS, Source, Unreadable, listing_of
 
 
@@ -176,7 +176,7 @@ def _parquet_files(path: str) -> list[str]:
   if os.path.isdir(path):
     found = sorted(map(str, Path(path).rglob("*.parquet")))
   else:
-    found = sorted(file for file in glob.glob(path) if os.path.isfile(file))
+    found = [str(file) for file in named_files(path)]
   splits = {Path(file).name.partition("-")[0] for file in found if "-of-" in Path(file).name}
   if len(splits) > 1:
     raise InputError(

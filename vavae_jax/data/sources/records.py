@@ -34,7 +34,7 @@ class Records(Source):
 
   def __init__(self, folder: str):
     chosen = "*"
-    if any(c in folder for c in "*?["):
+    if not os.path.lexists(folder) and any(c in os.path.basename(folder) for c in "*?["):
       folder, chosen = os.path.split(folder)
     self._folder = folder
     path = Path(folder) / DESCRIPTION
