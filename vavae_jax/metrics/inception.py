@@ -17,7 +17,7 @@ pytorch-fid 0.3.0's pt_inception-2015-12-05-6726825d.pth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,17 +107,17 @@ class InceptionV3(nnx.Module):
     self.conv_2b = make(32, 64, (3, 3))
     self.conv_3b = make(64, 80, (1, 1))
     self.conv_4a = make(80, 192, (3, 3), padded=False)
-    self.mixed_5b = _Block35(192, 32, make)
-    self.mixed_5c = _Block35(256, 64, make)
-    self.mixed_5d = _Block35(288, 64, make)
-    self.mixed_6a = _To17(288, make)
-    self.mixed_6b = _Block17(128, make)
-    self.mixed_6c = _Block17(160, make)
-    self.mixed_6d = _Block17(160, make)
-    self.mixed_6e = _Block17(192, make)
-    self.mixed_7a = _To8(make)
-    self.mixed_7b = _Block8(1280, _average, make)
-    self.mixed_7c = _Block8(2048, _maximum, make)
+    self.mixed_5b = Mixed(192, _ON_35, make, _average, 32)
+    self.mixed_5c = Mixed(256, _ON_35, make, _average, 64)
+    self.mixed_5d = Mixed(288, _ON_35, make, _average, 64)
+    self.mixed_6a = Mixed(288, _TO_17, make, _shrink)
+    self.mixed_6b = Mixed(768, _on_17(128), make, _average, 192)
+    self.mixed_6c = Mixed(768, _on_17(160), make, _average, 192)
+    self.mixed_6d = Mixed(768, _on_17(160), make, _average, 192)
+    self.mixed_6e = Mixed(768, _on_17(192), make, _average, 192)
+    self.mixed_7a = Mixed(768, _TO_8, make, _shrink)
+    self.mixed_7b = Mixed(1280, _ON_8, make, _average, 192)
+    self.mixed_7c = Mixed(2048, _ON_8, make, _maximum, 192)
     self.fc = nnx.Linear(NUM_FEATURES, NUM_CLASSES, precision="highest", rngs=rngs)
 
   def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
@@ -187,116 +187,82 @@ class _Maker:
     return _ConvNorm(conv, stride, self.rngs)
 
 
-class _Block35(nnx.Module):
-  """On the grid of 35 x 35: convolutions of 1, 5, twice 3, and an average."""
-
-  def __init__(self, width: int, pool_channels: int, make: _Maker):
-    self.branch1x1 = make(width, 64, (1, 1))
-    self.branch5x5_1 = make(width, 48, (1, 1))
-    self.branch5x5_2 = make(48, 64, (5, 5))
-    self.branch3x3dbl_1 = make(width, 64, (1, 1))
-    self.branch3x3dbl_2 = make(64, 96, (3, 3))
-    self.branch3x3dbl_3 = make(96, 96, (3, 3))
-    self.branch_pool = make(width, pool_channels, (1, 1))
-
-  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    branches = (
-      self.branch1x1(x_BhwD),
-      self.branch5x5_2(self.branch5x5_1(x_BhwD)),
-      self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD))),
-      self.branch_pool(_average(x_BhwD)),
-    )
-    return jnp.concatenate(branches, axis=-1)
-
-
-class _To17(nnx.Module):
-  """35 x 35 -> 17 x 17."""
-
-  def __init__(self, width: int, make: _Maker):
-    self.branch3x3 = make(width, 384, (3, 3), stride=2)
-    self.branch3x3dbl_1 = make(width, 64, (1, 1))
-    self.branch3x3dbl_2 = make(64, 96, (3, 3))
-    self.branch3x3dbl_3 = make(96, 96, (3, 3), stride=2)
-
-  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    twice_BhwD = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD)))
-    return jnp.concatenate((self.branch3x3(x_BhwD), twice_BhwD, _shrink(x_BhwD)), axis=-1)
+# Branches of convolutions one after the other: published name -> (channels, height and width of the
+# kernel). Two branches may begin with the same ones.
+Branches = Sequence[dict[str, tuple[int, int, int]]]
+_ON_35: Branches = (
+  {"1x1": (64, 1, 1)},
+  {"5x5_1": (48, 1, 1), "5x5_2": (64, 5, 5)},
+  {"3x3dbl_1": (64, 1, 1), "3x3dbl_2": (96, 3, 3), "3x3dbl_3": (96, 3, 3)},
+)
+_TO_17: Branches = (
+  {"3x3": (384, 3, 3)},
+  {"3x3dbl_1": (64, 1, 1), "3x3dbl_2": (96, 3, 3), "3x3dbl_3": (96, 3, 3)},
+)
+_TO_8: Branches = (
+  {"3x3_1": (192, 1, 1), "3x3_2": (320, 3, 3)},
+  {"7x7x3_1": (192, 1, 1), "7x7x3_2": (192, 1, 7), "7x7x3_3": (192, 7, 1), "7x7x3_4": (192, 3, 3)},
+)
+_ON_8: Branches = (
+  {"1x1": (320, 1, 1)},
+  {"3x3_1": (384, 1, 1), "3x3_2a": (384, 1, 3)},
+  {"3x3_1": (384, 1, 1), "3x3_2b": (384, 3, 1)},
+  {"3x3dbl_1": (448, 1, 1), "3x3dbl_2": (384, 3, 3), "3x3dbl_3a": (384, 1, 3)},
+  {"3x3dbl_1": (448, 1, 1), "3x3dbl_2": (384, 3, 3), "3x3dbl_3b": (384, 3, 1)},
+)
 
 
-class _Block17(nnx.Module):
-  """On the grid of 17 x 17: convolutions of 7, each as a row and a column, once and twice."""
-
-  def __init__(self, inner: int, make: _Maker):
-    self.branch1x1 = make(768, 192, (1, 1))
-    self.branch7x7_1 = make(768, inner, (1, 1))
-    self.branch7x7_2 = make(inner, inner, (1, 7))
-    self.branch7x7_3 = make(inner, 192, (7, 1))
-    self.branch7x7dbl_1 = make(768, inner, (1, 1))
-    self.branch7x7dbl_2 = make(inner, inner, (7, 1))
-    self.branch7x7dbl_3 = make(inner, inner, (1, 7))
-    self.branch7x7dbl_4 = make(inner, inner, (7, 1))
-    self.branch7x7dbl_5 = make(inner, 192, (1, 7))
-    self.branch_pool = make(768, 192, (1, 1))
-
-  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    twice_BhwD = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x_BhwD)))
-    branches = (
-      self.branch1x1(x_BhwD),
-      self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x_BhwD))),
-      self.branch7x7dbl_5(self.branch7x7dbl_4(twice_BhwD)),
-      self.branch_pool(_average(x_BhwD)),
-    )
-    return jnp.concatenate(branches, axis=-1)
+def _on_17(inner: int) -> Branches:
+  one, row, column = (inner, 1, 1), (inner, 1, 7), (inner, 7, 1)
+  twice = {"7x7dbl_1": one, "7x7dbl_2": column, "7x7dbl_3": row, "7x7dbl_4": column}
+  return (
+    {"1x1": (192, 1, 1)},
+    {"7x7_1": one, "7x7_2": row, "7x7_3": (192, 7, 1)},
+    twice | {"7x7dbl_5": (192, 1, 7)},
+  )
 
 
-class _To8(nnx.Module):
-  """17 x 17 -> 8 x 8."""
+class Mixed(nnx.Module):
+  """Branches of convolutions beside each other, and a pool; their channels are joined.
 
-  def __init__(self, make: _Maker):
-    self.branch3x3_1 = make(768, 192, (1, 1))
-    self.branch3x3_2 = make(192, 320, (3, 3), stride=2)
-    self.branch7x7x3_1 = make(768, 192, (1, 1))
-    self.branch7x7x3_2 = make(192, 192, (1, 7))
-    self.branch7x7x3_3 = make(192, 192, (7, 1))
-    self.branch7x7x3_4 = make(192, 192, (3, 3), stride=2)
+  A convolution to `pool_channels` follows the pool. With 0 there is none, and the block halves the
+  grid, by the stride of each branch's last convolution.
+  """
 
-  def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    seven_BhwD = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x_BhwD)))
-    branches = (
-      self.branch3x3_2(self.branch3x3_1(x_BhwD)),
-      self.branch7x7x3_4(seven_BhwD),
-      _shrink(x_BhwD),
-    )
-    return jnp.concatenate(branches, axis=-1)
+  branch1x1: _ConvNorm
 
-
-class _Block8(nnx.Module):
-  """On the grid of 8 x 8: convolutions of 3 as a row beside a column, and an average or maximum."""
-
-  def __init__(self, width: int, pool: Callable[[jax.Array], jax.Array], make: _Maker):
+  def __init__(
+    self,
+    width: int,
+    branches: Branches,
+    make: _Maker,
+    pool: Callable[[jax.Array], jax.Array],
+    pool_channels: int = 0,
+  ):
     self.pool = pool
-    self.branch1x1 = make(width, 320, (1, 1))
-    self.branch3x3_1 = make(width, 384, (1, 1))
-    self.branch3x3_2a = make(384, 384, (1, 3))
-    self.branch3x3_2b = make(384, 384, (3, 1))
-    self.branch3x3dbl_1 = make(width, 448, (1, 1))
-    self.branch3x3dbl_2 = make(448, 384, (3, 3))
-    self.branch3x3dbl_3a = make(384, 384, (1, 3))
-    self.branch3x3dbl_3b = make(384, 384, (3, 1))
-    self.branch_pool = make(width, 192, (1, 1))
+    self.branches = tuple(tuple(f"branch{name}" for name in branch) for branch in branches)
+    for names, branch in zip(self.branches, branches, strict=True):
+      inputs = width
+      for name, (channels, *size) in zip(names, branch.values(), strict=True):
+        stride = 1 if pool_channels or name != names[-1] else 2
+        if not hasattr(self, name):
+          setattr(self, name, make(inputs, channels, (size[0], size[1]), stride))
+        inputs = channels
+    self.branch_pool = make(width, pool_channels, (1, 1)) if pool_channels else None
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    once_BhwD = self.branch3x3_1(x_BhwD)
-    twice_BhwD = self.branch3x3dbl_2(self.branch3x3dbl_1(x_BhwD))
-    branches = (
-      self.branch1x1(x_BhwD),
-      self.branch3x3_2a(once_BhwD),
-      self.branch3x3_2b(once_BhwD),
-      self.branch3x3dbl_3a(twice_BhwD),
-      self.branch3x3dbl_3b(twice_BhwD),
-      self.branch_pool(self.pool(x_BhwD)),
-    )
-    return jnp.concatenate(branches, axis=-1)
+    found: dict[str, jax.Array] = {}
+    joined = []
+    for names in self.branches:
+      y_BhwD = x_BhwD
+      for name in names:
+        if name not in found:
+          found[name] = getattr(self, name)(y_BhwD)
+        y_BhwD = found[name]
+      joined.append(y_BhwD)
+    pooled = self.pool(x_BhwD)
+    joined.append(pooled if self.branch_pool is None else self.branch_pool(pooled))
+    return jnp.concatenate(joined, axis=-1)
 
 
 def _average(x_BhwD: jax.Array) -> jax.Array:
