@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import collections
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vavae_jax.common.errors import InputError
@@ -19,48 +19,30 @@ class Prefetched:
   """
 
   def __init__(self, data: Iterable[Any], put: Callable[[Any], Any]):
-    self._data, self._put = data, put
-    self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
-    self._stopped = threading.Event()
-    self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+    self._data, self._put = iter(data), put
+    self._thread = ThreadPoolExecutor(1, "prefetch")
 
   def __enter__(self) -> Prefetched:
-    self._thread.start()
+    self._ahead = collections.deque(self._thread.submit(self._load) for _ in range(AHEAD))
     return self
 
-  def _work(self) -> None:
+  def _load(self) -> Any:
     try:
-      for batch in self._data:
-        if self._stopped.is_set():
-          return
-        self._ready.put((self._put(batch), None))
-      raise RuntimeError("The training data ended; they should be endless.")
-    except BaseException as error:
-      self._ready.put((None, _explained(error)))
+      return self._put(next(self._data))
+    except StopIteration as error:
+      raise RuntimeError("The training data ended; they should be endless.") from error
+    except Exception as error:
+      if "Worker process was terminated unexpectedly" not in str(error):
+        raise
+      raise InputError(
+        f"A process that loads batches died ({str(error).partition('.')[0]}); -9 is often the "
+        "system's answer to memory running out. Lower config.loader.workers or "
+        "config.loader.threads; the same command goes on from the last checkpoint."
+      ) from error
 
   def __next__(self) -> Any:
-    batch, error = self._ready.get()
-    if error is not None:
-      raise error
-    return batch
+    self._ahead.append(self._thread.submit(self._load))
+    return self._ahead.popleft().result()
 
   def __exit__(self, *_: object) -> None:
-    self._stopped.set()
-    while self._thread.is_alive():
-      try:  # make room: the thread may be waiting for it
-        self._ready.get(timeout=0.05)
-      except queue.Empty:
-        continue
-
-
-def _explained(error: BaseException) -> BaseException:
-  """An error of our own where grain reports that a worker died."""
-  if "Worker process was terminated unexpectedly" not in str(error):
-    return error
-  explained = InputError(
-    f"A process that loads batches died ({str(error).partition('.')[0]}); -9 is often the system's "
-    "answer to memory running out. Lower config.loader.workers or config.loader.threads; the same "
-    "command goes on from the last checkpoint."
-  )
-  explained.__cause__ = error
-  return explained
+    self._thread.shutdown(cancel_futures=True)

@@ -31,8 +31,6 @@ from launch.lab.benchmark.measuring import in_turns, keep, timed
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from vavae_jax.metrics import inception
 
-# Flags that are defined here are those of the command that asks for them.
-flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 NEEDS = "torch, torchvision, pytorch-fid, torch-fidelity and torchmetrics"
 BATCH = 50

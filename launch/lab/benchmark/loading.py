@@ -36,8 +36,6 @@ from vavae_jax.data import images, order
 from vavae_jax.data.sources.base import Source
 from vavae_jax.weights.torch_writer import write_torch_file
 
-# Flags that are defined here are those of the command that asks for them.
-flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 NEEDS = "torch, numpy and safetensors"
 BATCH = 256

@@ -34,8 +34,6 @@ from launch.lab.jobs import Job, Record, backend, run
 from launch.report import plots
 from vavae_jax.common.errors import InputError
 
-# Flags that are defined here are those of the command that asks for them.
-flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 CONFIG = f"{speed.__file__}:cpu"
 REGION = markdown.Region(

@@ -27,8 +27,6 @@ from launch.lab.benchmark import rows
 from launch.lab.benchmark.measuring import in_turns, keep, timed
 from vavae_jax.common.errors import InputError
 
-# Flags that are defined here are those of the command that asks for them.
-flags.disclaim_key_flags()
 FLAGS = flags.FLAGS
 # Part -> the key that has it, and the value without it.
 PARTS: dict[str, tuple[str, Any]] = {
