@@ -22,7 +22,7 @@ from absl import logging
 
 from launch.engine import console, manifest, processes
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import Place, full_disk_as_oserror, is_url, write_json
+from vavae_jax.common.files import Place, check_free, full_disk_as_oserror, is_url, write_json
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
@@ -112,7 +112,7 @@ class Checkpoints:
     self.folder.mkdir(parents=True, exist_ok=True)
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     needed = size * max(self._keep + 1 - len(_steps(self.folder)), 1)
-    _check_free(
+    check_free(
       self.folder,
       needed,
       f"for checkpoints of {size / 2**30:.2f} GiB each; free some space, choose another workdir, "
@@ -244,13 +244,6 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
     return checkpointer.restore(path / item, like), chosen
 
 
-def _check_free(folder: Any, needed: int, why: str) -> None:
-  if (free := shutil.disk_usage(folder).free) < needed:
-    raise InputError(
-      f"{folder} has {free / 2**30:.2f} GiB free, but {needed / 2**30:.2f} GiB are needed {why}."
-    )
-
-
 def save_weights(workdir: Path, params: Any, config: dict) -> None:
   """Makes a workdir of weights alone, for encoding, sampling and evaluating; whole or not at all.
 
@@ -259,7 +252,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   workdir = Path(workdir).absolute()
   workdir.parent.mkdir(parents=True, exist_ok=True)
   size = sum(x.nbytes for x in jax.tree.leaves(params))
-  _check_free(workdir.parent, size, "for the weights; free some space, or choose another folder")
+  check_free(workdir.parent, size, "for the weights; free some space, or choose another folder")
   partial = workdir.with_name(f".{workdir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:

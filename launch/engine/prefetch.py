@@ -9,7 +9,7 @@ from typing import Any
 
 from vavae_jax.common.errors import InputError
 
-AHEAD = 2
+AHEAD = 3
 
 
 class Prefetched:

@@ -27,7 +27,7 @@ import fsspec
 from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, is_url, write_json
+from vavae_jax.common.files import atomic_path, check_free, is_url, write_json
 
 # (path, bytes copied, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -114,11 +114,8 @@ def _fill(path: str, entries: dict[str, list[Any]], folder: Path, progress: Prog
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / _BEGUN, entries)
   copied = sum(file.stat().st_size for file in folder.iterdir())
-  if (free := shutil.disk_usage(folder).free) < total - copied:
-    raise InputError(
-      f"{path} has {total / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; set "
-      "config.latents.cache to a folder on a larger disk."
-    )
+  why = f"for {path}; set config.latents.cache to a folder on a larger disk"
+  check_free(folder, total - copied, why)
   done = 0
 
   def report(count: int) -> None:

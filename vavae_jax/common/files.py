@@ -198,6 +198,14 @@ def full_disk_as_oserror(path: Path) -> Iterator[None]:
     raise
 
 
+def check_free(folder: Path, needed: int, why: str) -> None:
+  """Raises InputError where a disk lacks so many bytes; `why` says what for, and what to change."""
+  if (free := shutil.disk_usage(folder).free) < needed:
+    raise InputError(
+      f"{folder} has {free / 2**30:.2f} GiB free, but {needed / 2**30:.2f} GiB are needed {why}."
+    )
+
+
 def allow_open_files() -> None:
   """Lets this process and those it starts keep as many files open as the system allows it.
 

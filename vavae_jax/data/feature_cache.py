@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ml_collections import FrozenConfigDict
 from vavae_jax import frozen
 from vavae_jax.autoencoder import downsampling
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, sha256_of, write_json
+from vavae_jax.common.files import atomic_path, check_free, sha256_of, write_json
 from vavae_jax.data import images, sources
 
 
@@ -97,7 +96,12 @@ def build(
         )
       if features is None:
         shape = (len(indices), *found.shape[1:])
-        _check_space(path.parent, math.prod(shape) * found.itemsize)
+        # A mapped file has holes: writing into one on a full disk kills the process without a word.
+        check_free(
+          path.parent,
+          math.prod(shape) * found.itemsize,
+          "for the features; give another config.teacher.cache, or leave it empty",
+        )
         features = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
       features[begin : begin + len(crops)] = found
       progress(begin + len(crops))
@@ -105,16 +109,6 @@ def build(
       features.flush()
     write_json(path.with_suffix(".json"), origin)
   return path
-
-
-def _check_space(folder: Path, needed: int) -> None:
-  # A mapped file has holes, and writing into one on a full disk kills the process without a word.
-  free = shutil.disk_usage(folder).free
-  if free < needed:
-    raise InputError(
-      f"The features take {needed / 2**30:.2f} GiB, but the disk of {folder} has "
-      f"{free / 2**30:.2f} GiB left; give another config.teacher.cache, or leave it empty."
-    )
 
 
 def _path(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
