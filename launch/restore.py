@@ -107,7 +107,7 @@ def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
 def tokenizer_of(config: FrozenConfigDict, override: Path | None = None) -> Trained:
   """The tokenizer whose latents a diffusion model of this configuration was trained on.
 
-  `override` is its workdir, for latents that do not say where it is. Errors as of the two below.
+  `override` is its workdir, for latents that do not say where it is. For errors see the two below.
   """
   return tokenizer_of_latents(check_latents(config), override or config.tokenizer)
 

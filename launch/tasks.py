@@ -48,7 +48,7 @@ def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDi
   An epoch has `num_images` pictures; None: as many as the configuration's source has.
 
   Raises:
-    InputError: as of `frozen`, or the source or the stages do not fit.
+    InputError: see `frozen`; or the source or the stages do not fit.
   """
   resolved = frozen(config)
   if config.task != "tokenizer":

@@ -41,7 +41,7 @@ def use(count: int) -> None:
 
 
 def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
-  """The axes of a mesh of `count` devices; arguments and error as of `make_mesh`."""
+  """The axes of a mesh of `count` devices; for arguments and error see `make_mesh`."""
   sizes = {"data": data, "fsdp": fsdp}
   for axis, other in (("data", "fsdp"), ("fsdp", "data")):
     if sizes[axis] == -1 and sizes[other] > 0:

@@ -110,7 +110,7 @@ class Npz:
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """The pictures of an npz, uint8 [N,H,W,3], and labels, if there are any; errors as of `Npz`."""
+  """The pictures of an npz, uint8 [N,H,W,3], and labels, if there are any; errors: see `Npz`."""
   pictures = Npz(path)
   with np.load(path, allow_pickle=False) as stored:
     return pictures.read(0, len(pictures)), stored.get("arr_1", np.zeros(0, np.int32))

@@ -145,7 +145,7 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
   record = Record(folder, jobs)
   if foreign := [job for job in jobs if record.is_foreign(job)]:
     raise InputError(
-      f"{len(foreign)} outputs are not of these jobs as they are now, such as "
+      f"{len(foreign)} outputs were made by other jobs than these, such as "
       f"{', '.join(str(job.output) for job in foreign[:5])}: a configuration, a command or what "
       "they need has changed. Move them away to run the jobs again, or give another folder."
     )

@@ -39,7 +39,7 @@ DEFAULT_CACHE = "~/.cache/vavae_jax/latents"
 
 @functools.lru_cache
 def open_store(path: str, cache: str) -> LatentStore:
-  """The latent store of a configuration, opened once; arguments as of `local_folder`."""
+  """The latent store of a configuration, opened once; for arguments see `local_folder`."""
   return LatentStore(local_folder(path, cache))
 
 

@@ -100,7 +100,7 @@ class Gaussian:
     self._root = vectors_FF * np.sqrt(_clip_rounding("cov1", values_F)) @ vectors_FF.T
 
   def distance(self, mean: np.ndarray, cov: np.ndarray) -> Frechet:
-    """To a Gaussian of the same size; ValueError as of the constructor."""
+    """To a Gaussian of the same size; ValueError: see the constructor."""
     mean, cov = _checked_moments("2", mean, cov)
     if mean.shape != self.mean.shape:
       raise ValueError(
@@ -122,7 +122,7 @@ class Gaussian:
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
   """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-  Means are [F], covariances unbiased and [F,F]; ValueError as of `Gaussian`. Lower is better; equal
+  Means are [F], covariances unbiased and [F,F]; ValueError: see `Gaussian`. Lower is better; equal
   inputs give zero up to rounding, of either sign.
 
   Source: Heusel et al. 2017, equation 6.

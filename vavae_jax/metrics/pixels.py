@@ -38,7 +38,7 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 
   Images are [B,H,W,C], float in [-1,1] (clipped to it), H and W at least 11. They are mirrored at
   their borders (without repeating the edge), as torchmetrics does. The result is the mean over
-  pixels and channels [B], float32, at most 1; higher is better. ValueError as of `psnr`, or if a
+  pixels and channels [B], float32, at most 1; higher is better. ValueError: see `psnr`; or if a
   window does not fit.
 
   Source: Wang et al. 2004, K1 = 0.01, K2 = 0.03.

@@ -71,7 +71,7 @@ def update(path: Path, rows: list[Row]) -> None:
 
 
 def changes(rows: list[Row], before: list[Row]) -> list[Change]:
-  """The ratios that both have; `rows` as of `ratios_of`."""
+  """The ratios that both have; for `rows` see `ratios_of`."""
   known = {_name(row): row for row in before}
   found = []
   for row in rows:

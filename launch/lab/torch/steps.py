@@ -100,7 +100,7 @@ def sampling(job: Job) -> Work:
 def tokenizer_training(job: Job) -> Work:
   """The `training_step` of VA-VAE, with both of its optimizers.
 
-  The job: as of `checkout.tokenizer_training`, "batch_size", "image_size".
+  The job: see `checkout.tokenizer_training`; also "batch_size", "image_size".
   """
   torch.backends.cuda.matmul.allow_tf32 = False
   model = checkout.tokenizer_training(job).train()
@@ -128,7 +128,7 @@ def encoding(job: Job) -> Work:
 
 
 def decoding(job: Job) -> Work:
-  """Pictures of latents; the job as of `encoding`."""
+  """Pictures of latents; for the job see `encoding`."""
   model = checkout.autoencoder(job["checkout"])(**job["model"]).eval()
   side = job["image_size"] // 2 ** (len(job["model"]["ch_mult"]) - 1)
   shape = (job["batch_size"], job["model"]["embed_dim"], side, side)
