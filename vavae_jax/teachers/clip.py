@@ -71,9 +71,7 @@ _TRANSFORMERS = Naming(
   fused=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
   ranks=_RANKS,
 )
-_TIMM = Naming(
-  renamed={"embedding.patch.": "patch_embed.proj.", "embedding.": ""}, aside=(r"head\.",)
-)
+_TIMM = vit.FACEBOOK._replace(aside=(r"head\.",))
 
 
 def _variant(word: str, patch: int) -> Variant:

@@ -73,7 +73,7 @@ class SamEncoder(nnx.Module):
   """The image encoder; its features lie on a grid of 16 pixels.
 
   `global_blocks`, counted from 0, attend everywhere; `grid_size` and `window_size` are rows and
-  columns of the position embedding and of a window. For the other arguments see `vit.ViT`.
+  columns of the position embedding and of a window. For the other arguments see `vit.Options`.
   """
 
   stride = 16

@@ -56,79 +56,51 @@ TRANSFORMERS_FUSED = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The arguments of `ViT`."""
+
+  patch_size: int  # pixels of the network's input per token along each axis
+  hidden_size: int  # width D
+  depth: int  # number of blocks L
+  num_heads: int  # attention heads K
+  grid_size: int  # rows and columns of the position embedding
+  mlp_size: int | None = None  # None: four times `hidden_size`
+  num_registers: int = 0
+  embed_class: bool = True  # the position embedding has a row for the class token
+  use_layer_scale: bool = False  # each sublayer's output is scaled channel by channel
+  use_swiglu: bool = False  # instead of an MLP
+  activation: str = "gelu"  # of the MLP; or "quick_gelu"
+  use_pre_norm: bool = False  # CLIP's: a norm before the blocks, and patches without a bias
+  epsilon: float = 1e-6  # of all norms
+  statistics: Statistics | None = None  # that images are normalised by; None feeds them as they are
+
+
 class ViT(nnx.Module):
   """A vision transformer without a head; its features lie on a grid of 16 pixels of the image.
 
-  Args:
-    patch_size: pixels of the network's input per token along each axis.
-    hidden_size, depth, num_heads: width D, number of blocks L, attention heads K.
-    grid_size: rows and columns of the position embedding.
-    mlp_size: the MLP's width; four times `hidden_size` if not given.
-    num_registers: register tokens.
-    embed_class: the position embedding has a row for the class token.
-    use_layer_scale: each sublayer's output is scaled channel by channel.
-    use_swiglu: SwiGLU instead of an MLP.
-    activation: of the MLP, "gelu" or "quick_gelu".
-    use_pre_norm: CLIP's: a norm before the blocks, and patches without a bias.
-    epsilon: of all norms.
-    statistics: what images are normalised by; None feeds [-1,1] as it is.
-    dtype: of matrix products and features; weights are float32.
+  Keyword arguments are the fields of `Options`. Matrices multiply in `dtype`, which the features
+  have; weights are float32.
   """
 
   stride = 16
 
-  def __init__(
-    self,
-    *,
-    patch_size: int,
-    hidden_size: int,
-    depth: int,
-    num_heads: int,
-    grid_size: int,
-    mlp_size: int | None = None,
-    num_registers: int = 0,
-    embed_class: bool = True,
-    use_layer_scale: bool = False,
-    use_swiglu: bool = False,
-    activation: str = "gelu",
-    use_pre_norm: bool = False,
-    epsilon: float = 1e-6,
-    statistics: Statistics | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    self.patch_size = patch_size
-    self.feature_size = hidden_size
-    self.num_prefix_tokens = 1 + num_registers
-    self.statistics = statistics
+  def __init__(self, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **options: Any):
+    o = self.options = Options(**options)
+    self.feature_size = o.hidden_size
+    self.num_prefix_tokens = 1 + o.num_registers
     self.dtype = dtype
-    layers = Layers(epsilon, dtype, rngs)
-    self.embedding = Embedding(
-      patch_size,
-      hidden_size,
-      grid_size,
-      num_registers,
-      embed_class=embed_class,
-      use_bias=not use_pre_norm,
-      layers=layers,
-    )
-    self.norm_pre = layers.norm(hidden_size) if use_pre_norm else None
+    layers = Layers(o.epsilon, dtype, rngs)
+    self.embedding = Embedding(o, layers)
+    self.norm_pre = layers.norm(o.hidden_size) if o.use_pre_norm else None
 
-    @nnx.split_rngs(splits=depth)
+    @nnx.split_rngs(splits=o.depth)
     @nnx.vmap
     def stacked_blocks(rngs: nnx.Rngs) -> Block:
-      return Block(
-        hidden_size,
-        num_heads,
-        mlp_size or 4 * hidden_size,
-        activation,
-        use_layer_scale=use_layer_scale,
-        use_swiglu=use_swiglu,
-        layers=dataclasses.replace(layers, rngs=rngs),
-      )
+      return Block(o, dataclasses.replace(layers, rngs=rngs))
 
     self.blocks = stacked_blocks(rngs)
-    self.norm = layers.norm(hidden_size)
+    self.norm = layers.norm(o.hidden_size)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
     """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F] of dtype `dtype`, h = H/16 and w = W/16.
@@ -136,8 +108,9 @@ class ViT(nnx.Module):
     InputError if H or W is no multiple of 16.
     """
     h, w = grid_of(image_BHWC, self.stride)
-    if self.patch_size != self.stride:
-      image_BHWC = resize(image_BHWC, h * self.patch_size, w * self.patch_size)
+    patch = self.options.patch_size
+    if patch != self.stride:
+      image_BHWC = resize(image_BHWC, h * patch, w * patch)
     patches_BND = self.tokens(image_BHWC)[:, self.num_prefix_tokens :]
     return rearrange(patches_BND, "B (h w) D -> B h w D", h=h)
 
@@ -146,8 +119,8 @@ class ViT(nnx.Module):
 
     The images are at the network's own resolution: H and W are multiples of the patch size.
     """
-    grid_of(image_BHWC, self.patch_size)
-    x_BND = self.embedding(normalized(image_BHWC, self.statistics))
+    grid_of(image_BHWC, self.options.patch_size)
+    x_BND = self.embedding(normalized(image_BHWC, self.options.statistics))
     if self.norm_pre is not None:
       x_BND = self.norm_pre(x_BND)
     graph, weights = nnx.split(self.blocks)
@@ -162,25 +135,15 @@ class ViT(nnx.Module):
 class Embedding(nnx.Module):
   """Images -> tokens with positions, float32."""
 
-  def __init__(
-    self,
-    patch_size: int,
-    hidden_size: int,
-    grid_size: int,
-    num_registers: int,
-    *,
-    embed_class: bool,
-    use_bias: bool,
-    layers: Layers,
-  ):
-    self.grid_size = grid_size
-    self.embed_class = embed_class
-    self.has_registers = num_registers > 0
-    self.patch = layers.patches(patch_size, hidden_size, use_bias)
-    self.cls_token = layers.table(1, 1, hidden_size)
+  def __init__(self, options: Options, layers: Layers):
+    width, self.grid_size = options.hidden_size, options.grid_size
+    self.embed_class = options.embed_class
+    self.has_registers = options.num_registers > 0
+    self.patch = layers.patches(options.patch_size, width, not options.use_pre_norm)
+    self.cls_token = layers.table(1, 1, width)
     if self.has_registers:
-      self.register_tokens = layers.table(1, num_registers, hidden_size)
-    self.pos_embed = layers.table(1, grid_size**2 + embed_class, hidden_size)
+      self.register_tokens = layers.table(1, options.num_registers, width)
+    self.pos_embed = layers.table(1, self.grid_size**2 + self.embed_class, width)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
     x_BhwD = self.patch(image_BHWC).astype(jnp.float32)
@@ -200,27 +163,19 @@ class Embedding(nnx.Module):
 class Block(nnx.Module):
   """Attention and MLP, each normed before and, with layer scale, scaled after."""
 
-  def __init__(
-    self,
-    hidden_size: int,
-    num_heads: int,
-    mlp_size: int,
-    activation: str,
-    *,
-    use_layer_scale: bool,
-    use_swiglu: bool,
-    layers: Layers,
-  ):
-    self.norm1 = layers.norm(hidden_size)
-    self.attn = Attention(hidden_size, num_heads, layers)
-    self.ls1 = _LayerScale(hidden_size) if use_layer_scale else None
-    self.norm2 = layers.norm(hidden_size)
+  def __init__(self, options: Options, layers: Layers):
+    width = options.hidden_size
+    mlp_size = options.mlp_size or 4 * width
+    self.norm1 = layers.norm(width)
+    self.attn = Attention(width, options.num_heads, layers)
+    self.ls1 = _LayerScale(width) if options.use_layer_scale else None
+    self.norm2 = layers.norm(width)
     self.mlp: nnx.Module = (
-      SwiGLU(hidden_size, mlp_size, layers)
-      if use_swiglu
-      else Mlp(hidden_size, mlp_size, activation, layers)
+      SwiGLU(width, mlp_size, layers)
+      if options.use_swiglu
+      else Mlp(width, mlp_size, options.activation, layers)
     )
-    self.ls2 = _LayerScale(hidden_size) if use_layer_scale else None
+    self.ls2 = _LayerScale(width) if options.use_layer_scale else None
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
     y_BND = self.attn(self.norm1(x_BND))
