@@ -203,7 +203,6 @@ class _Joined(io.RawIOBase):
     self._count = 0
 
   def readable(self) -> bool:
-    """True."""
     return True
 
   def readinto(self, buffer: Any) -> int:

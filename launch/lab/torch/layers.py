@@ -34,8 +34,9 @@ TRAINED_BY_OPTIMIZERS = (
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, classes: list[str], found: Arrays) -> Iterator[None]:
-  """Records the outputs of modules with these classes or names, in the order they run."""
+def watched(model: nn.Module, classes: list[str]) -> Iterator[Arrays]:
+  """Yields a dict of the outputs of modules with these classes or names, in the order they run."""
+  found: Arrays = {}
 
   def keep(name: str) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
@@ -48,7 +49,7 @@ def watched(model: nn.Module, classes: list[str], found: Arrays) -> Iterator[Non
     for name, module in model.named_modules()
     if type(module).__name__ in classes or name in classes
   ]
-  yield
+  yield found
   for handle in handles:
     handle.remove()
 
@@ -92,9 +93,8 @@ def randomise(model: nn.Module, seed: int) -> None:
 def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
   """Forward, the reference's loss, its gradients, steps of AdamW, a trajectory."""
   model = load(checkout.lightningdit(job["checkout"])(**job["arguments"]), job)
-  found: Arrays = {}
   latent, noise, t, label = (given[name] for name in ("latent", "noise", "t", "label"))
-  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
+  with torch.no_grad(), watched(model, job["watch"]) as found, precision(job):
     output = model(latent, t, label)
   yield from found.items()
   yield "output", output
@@ -131,8 +131,7 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
 def autoencoder(job: dict[str, Any], given: Arrays) -> Named:
   """Moments of a picture's posterior, and the picture of its mean."""
   model = load(checkout.autoencoder(job["checkout"])(**job["arguments"]), job)
-  found: Arrays = {}
-  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
+  with torch.no_grad(), watched(model, job["watch"]) as found, precision(job):
     posterior = model.encode(given["image"])
     decoded = model.decode(given["z"])
   yield from found.items()
@@ -150,8 +149,7 @@ def teacher(job: dict[str, Any], given: Arrays) -> Named:
   rows, columns = image.shape[2] // 16, image.shape[3] // 16
   if "patch14" in job["name"]:
     image = nn.functional.interpolate(image, (14 * rows, 14 * columns), mode="bilinear")
-  found: Arrays = {}
-  with torch.no_grad(), watched(model, job["watch"], found), precision(job):
+  with torch.no_grad(), watched(model, job["watch"]) as found, precision(job):
     features = model.forward_features(image)
   if features.ndim == 4:  # SAM's, whose blocks have grids with channels last
     yield from ((name, x.permute(0, 3, 1, 2)) for name, x in found.items())
@@ -205,8 +203,7 @@ def inception(job: dict[str, Any], given: Arrays) -> Named:
   image = given["image"].to(torch.uint8)
   spatial: list[torch.Tensor] = []
   handle = model.Mixed_6d.branch1x1.register_forward_hook(lambda *call: spatial.append(call[2]))
-  found: Arrays = {}
-  with torch.no_grad(), watched(model, job["watch"], found):
+  with torch.no_grad(), watched(model, job["watch"]) as found:
     pool3, logits = model(image)
   handle.remove()
   yield from found.items()
@@ -243,8 +240,7 @@ def lpips(job: dict[str, Any], given: Arrays) -> Named:
   LPIPS.load_from_pretrained = lambda self: None
   model = load(LPIPS(), job)
   other = given["other"].requires_grad_()
-  found: Arrays = {}
-  with watched(model, job["watch"], found):
+  with watched(model, job["watch"]) as found:
     distance = model(given["image"], other)
   distance.sum().backward()
   yield from found.items()

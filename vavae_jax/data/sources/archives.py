@@ -23,11 +23,10 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import named_files
 from vavae_jax.data.sources.base import (
   EXTENSIONS,
-  Source,
+  Named,
   Unreadable,
   classes_of,
   identity_of,
-  listing_of,
 )
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths of name and extra
@@ -46,7 +45,7 @@ class _Member(NamedTuple):
   method: int
 
 
-class Archive(Source):
+class Archive(Named):
   """Pictures by their places in one or more files."""
 
   def __init__(
@@ -54,13 +53,10 @@ class Archive(Source):
   ):
     order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
     self._files = [str(file) for file in files]
-    self._names = [members[i].name for i in order]
+    self.names = [members[i].name for i in order]
     columns = np.array([members[i][1:] for i in order], np.int64)
     self._file, self._start, self._stored, self._size, self._method = columns.T
     self.class_names, self._labels = class_names, labels[order]
-
-  def __len__(self) -> int:
-    return len(self._names)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
     file = _open(self._files[self._file[index]], os.getpid())
@@ -84,14 +80,10 @@ class Archive(Source):
     return data, int(self._labels[index])
 
   def name(self, index: int) -> str:
-    """The archive's path and the name in it."""
-    return f"{self._files[self._file[index]]}/{self._names[index]}"
+    return f"{self._files[self._file[index]]}/{self.names[index]}"
 
   def identity(self) -> str:
     return identity_of(self._files)
-
-  def listing(self) -> str:
-    return listing_of(self._names)
 
 
 @functools.cache

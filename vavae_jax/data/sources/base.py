@@ -61,6 +61,18 @@ class Source(abc.ABC):
     return {"image": np.asarray(picture), "label": label}
 
 
+class Named(Source):
+  """A source that has a name for each record."""
+
+  names: list[str]
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def listing(self) -> str:
+    return listing_of(self.names)
+
+
 def decode(data: bytes, name: str) -> Image.Image:
   """A picture's file, in one of `_FORMATS` -> RGB, 8 bits, as a person sees it.
 

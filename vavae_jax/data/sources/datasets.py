@@ -65,11 +65,9 @@ class TensorFlowDatasets(Source):
     return record["image"], int(record["label"]) if self._has_label else 0
 
   def name(self, index: int) -> str:
-    """The data set and the record's number."""
     return f"tfds:{self._name}#{index}"
 
   def identity(self) -> str:
-    """A hash of name, version, split and size."""
     return hashlib.sha256(self._identity.encode()).hexdigest()
 
 
@@ -152,11 +150,9 @@ class HuggingFace(Source):
     return data, label
 
   def name(self, index: int) -> str:
-    """The files and the record's number."""
     return f"hf:{Path(self._files[0]).parent}#{index}"
 
   def identity(self) -> str:
-    """A hash of the files' names and sizes."""
     sizes = [(file, os.path.getsize(file)) for file in self._files]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
 

@@ -13,15 +13,14 @@ from vavae_jax.assets import load_emoji
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.sources.base import (
   EXTENSIONS,
-  Source,
+  Named,
   Unreadable,
   classes_of,
   identity_of,
-  listing_of,
 )
 
 
-class Embedded(Source):
+class Embedded(Named):
   """The 1,852 Fluent emoji that the package carries, 64 px, in 9 groups."""
 
   def __init__(self, which: str = "emoji"):
@@ -29,48 +28,36 @@ class Embedded(Source):
       raise InputError(f"embedded:{which} is not in the package, only embedded:emoji.")
     self._images, self._labels, self.names, self.class_names = load_emoji()
 
-  def __len__(self) -> int:
-    return len(self._images)
-
   def picture(self, index: int) -> tuple[Image.Image, int]:
     return Image.fromarray(self._images[index]), int(self._labels[index])
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As a PNG."""
     picture, label = self.picture(index)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue(), label
 
   def name(self, index: int) -> str:
-    """The emoji's."""
     return self.names[index]
 
   def identity(self) -> str:
-    """A hash of the pixels."""
     return hashlib.sha256(self._images.tobytes()).hexdigest()
 
-  def listing(self) -> str:
-    return listing_of(self.names)
 
-
-class Folder(Source):
+class Folder(Named):
   """A folder of class folders, nested as deep as one likes, or of pictures without classes."""
 
   def __init__(self, root: Path):
     if not root.is_dir():
       raise InputError(f"The data folder {root} does not exist.")
     self._root = str(root)
-    self._names = sorted(_pictures_under(self._root))
-    if not self._names:
+    self.names = sorted(_pictures_under(self._root))
+    if not self.names:
       raise InputError(
         f"The data folder {root} has no pictures: needed are class folders with files ending in "
         f"{', '.join(EXTENSIONS)}, such as {root}/cat/1.png."
       )
-    self.class_names, self._labels = classes_of(self._names, self._root)
-
-  def __len__(self) -> int:
-    return len(self._names)
+    self.class_names, self._labels = classes_of(self.names, self._root)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
     try:
@@ -79,14 +66,10 @@ class Folder(Source):
       raise Unreadable(f"The picture {self.name(index)} cannot be read ({error}).") from error
 
   def name(self, index: int) -> str:
-    """The file's path."""
-    return f"{self._root}/{self._names[index]}"
+    return f"{self._root}/{self.names[index]}"
 
   def identity(self) -> str:
-    return identity_of(f"{self._root}/{name}" for name in self._names)
-
-  def listing(self) -> str:
-    return listing_of(self._names)
+    return identity_of(f"{self._root}/{name}" for name in self.names)
 
 
 def _pictures_under(root: str, inside: str = "") -> list[str]:

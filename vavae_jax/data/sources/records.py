@@ -73,11 +73,9 @@ class Records(Source):
     return record[_LABEL.size :], _LABEL.unpack(record[: _LABEL.size])[0]
 
   def name(self, index: int) -> str:
-    """The folder and the record's number."""
     return f"{self._folder}#{index}"
 
   def identity(self) -> str:
-    """A hash of the description."""
     return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
 
 

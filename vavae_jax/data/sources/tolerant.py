@@ -53,7 +53,6 @@ class Tolerant(Source):
       )
 
   def encoded(self, index: int) -> tuple[bytes, int]:
-    """As `Source` says, whatever it is."""
     return self._source.encoded(index)
 
   def name(self, index: int) -> str:
