@@ -271,18 +271,8 @@ def _reference_flags() -> None:
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, if the latents do not name it.")
 
 
-def _sampler_flags(num_samples: int = 50_000) -> None:
-  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
-  flags.DEFINE_float("ema", None, "Decay of the average; the first if not given, 0: none.")
-  flags.DEFINE_integer("num_samples", num_samples, "Samples to draw.", lower_bound=2)
-  text = "balanced, uniform (as the paper's), or numbers such as 3,7,7."
-  flags.DEFINE_string("labels", "balanced", text)
-  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
-  launch.sample.define_settings()
-  flags.adopt_module_key_flags(launch.sample)
-
-
-def _precision_recall_flag() -> None:
+def _drawn_flags() -> None:
+  launch.sample.define_flags(50_000, least=2)
   flags.DEFINE_boolean("precision_recall", True, "Keeps all features in memory.")
 
 
@@ -328,8 +318,8 @@ def _frontier_flags() -> None:
   flags.DEFINE_string("y", "fid", "Figure of generation for the frontier.")
 
 
-_few_samples = functools.partial(_sampler_flags, solvers.DEFAULT_SAMPLES)
-_drawn = (_reference_flags, _sampler_flags, _precision_recall_flag)
+_few_samples = functools.partial(launch.sample.define_flags, solvers.DEFAULT_SAMPLES, least=2)
+_drawn = (_reference_flags, _drawn_flags)
 # Evaluation -> its function and, beside --output, its groups of flags.
 COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] = {
   "generation": (_generation, (*_drawn, _generation_flags)),

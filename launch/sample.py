@@ -201,8 +201,14 @@ def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:
       )
 
 
-def define_settings() -> None:
-  """Defines a flag for each of `config.sample`."""
+def define_flags(num_samples: int, least: int) -> None:
+  """Defines the flags of the samples of a model, one for each of `config.sample` among them."""
+  flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
+  flags.DEFINE_integer("num_samples", num_samples, "Number of samples.", lower_bound=least)
+  text = "balanced, uniform (as the paper's), or labels such as 3,7,7, repeated."
+  flags.DEFINE_string("labels", "balanced", text)
+  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
   for name, default in configs.base.sample().items():
     kind = {int: "integer", float: "float", str: "string"}[type(default)]
     getattr(flags, f"DEFINE_{kind}")(name, None, SETTINGS[name])
@@ -245,14 +251,9 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "The diffusion model's workdir.", required=True)
   flags.DEFINE_string("output", None, "The npz to write.", required=True)
-  flags.DEFINE_integer("num_samples", 1000, "Number of samples.", lower_bound=1)
-  flags.DEFINE_string("labels", "balanced", "balanced, uniform, or labels such as 3,7,7, repeated.")
-  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
-  flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where the latents do not say.")
-  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
   flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
   flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
   flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")
-  define_settings()
+  define_flags(1_000, least=1)
   console.run_command(main)

@@ -129,10 +129,6 @@ def _read_autoencoder(tensors: StateDict) -> Weights:
   return Weights(own, module, f"f{factor}d{arguments['embed_dim']}", arguments, aside)
 
 
-def _read_diffusers(tensors: StateDict) -> Weights:
-  return _read_autoencoder(vae.autoencoder_from_diffusers(tensors))
-
-
 def _read_lpips(tensors: StateDict) -> Weights:
   own, aside = _split(tensors, LEFT_ASIDE)
   try:
@@ -146,10 +142,6 @@ def _read_lpips(tensors: StateDict) -> Weights:
 def _read_teacher(tensors: StateDict) -> Weights:
   name = teachers.recognise(tensors)
   return Weights(tensors, teachers.teacher_from_torch(name, tensors), name)
-
-
-def _read_inception(tensors: StateDict) -> Weights:
-  return Weights(tensors, inception.from_torch(tensors))
 
 
 def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict, Counter[str]]:
@@ -174,8 +166,14 @@ _KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], Weigh
   STATISTICS: (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
   "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
   "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
-  SD_VAE: (_has("encoder.down_blocks.0.resnets.0.conv1.weight"), _read_diffusers),
+  SD_VAE: (
+    _has("encoder.down_blocks.0.resnets.0.conv1.weight"),
+    lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors)),
+  ),
   LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
-  "FID's Inception": (_has("Mixed_7c.branch_pool.conv.weight"), _read_inception),
+  "FID's Inception": (
+    _has("Mixed_7c.branch_pool.conv.weight"),
+    lambda tensors: Weights(tensors, inception.from_torch(tensors)),
+  ),
   "teacher": (lambda tensors: bool(teachers.recognise(tensors)), _read_teacher),
 }

@@ -28,18 +28,11 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
       f"config.optimizer.decay_steps is {config.decay_steps}, but the warm-up alone takes "
       f"{config.warmup_steps} steps; lower warmup_steps, or set decay_steps to 0 for no decay."
     )
+  peak, warmup = config.learning_rate, config.warmup_steps
+  start = 0.0 if warmup else peak
   if config.decay_steps:
-    return optax.warmup_cosine_decay_schedule(
-      0.0 if config.warmup_steps else config.learning_rate,
-      config.learning_rate,
-      config.warmup_steps,
-      config.decay_steps,
-    )
-  return optax.linear_schedule(
-    0.0 if config.warmup_steps else config.learning_rate,
-    config.learning_rate,
-    max(config.warmup_steps, 1),
-  )
+    return optax.warmup_cosine_decay_schedule(start, peak, warmup, config.decay_steps)
+  return optax.linear_schedule(start, peak, max(warmup, 1))
 
 
 def check_optimizer(config: FrozenConfigDict) -> None:
