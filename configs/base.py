@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from lightningdit_jax.model import Options, preset
+from vavae_jax import autoencoder
 
 
 def _training() -> ConfigDict:
@@ -93,22 +94,11 @@ def tokenizer() -> ConfigDict:
 
 
 def _autoencoder() -> ConfigDict:
-  return ConfigDict(
-    {
-      "embed_dim": 32,
-      "z_channels": 32,
-      "ch": 128,
-      "ch_mult": (1, 1, 2, 2, 4),
-      "num_res_blocks": 2,
-      "attn_resolutions": (16,),
-      "decoder_attn_resolutions": placeholder(tuple),  # None: as attn_resolutions; MAR-VAE: ()
-      "resolution": 256,
-      "patch_size": 1,
-      "norm_groups": 32,
-      "linear_shortcut": False,
-      "use_checkpoint": False,  # recompute blocks in the backward pass: less memory, more work
-    }
-  )
+  """The comments on `autoencoder.Options` explain each."""
+  fixed = ("in_channels", "out_ch", "double_z", "dropout")
+  keys = [field for field in dataclasses.fields(autoencoder.Options) if field.name not in fixed]
+  model = {field.name: field.default for field in keys}
+  return ConfigDict(model | {"z_channels": 32, "decoder_attn_resolutions": placeholder(tuple)})
 
 
 def _teacher() -> ConfigDict:

@@ -302,86 +302,77 @@ def unfold(x_BhwP: jax.Array, size: int) -> jax.Array:
   return rearrange(x_BhwP, "B h w (p q C) -> B (h p) (w q) C", p=size, q=size)
 
 
-class Autoencoder(nnx.Module):
-  """Image <-> latent; the defaults are the published f16d32 tokenizer, `PRESETS` has others.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The arguments of `Autoencoder`; the defaults are the published f16d32 tokenizer."""
 
-  InputError for a value that cannot be built.
+  embed_dim: int = 32  # latent channels Z
+  z_channels: int | None = None  # between encoder and bottleneck; None: embed_dim
+  ch: int = 128  # base width
+  # Width of each level in units of `ch`; every level but the last halves the image.
+  ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
+  num_res_blocks: int = 2  # of an encoder level; the decoder's have one more
+  # Sizes of the feature map, for an image of size `resolution`, with attention; the middle has it
+  # in any case.
+  attn_resolutions: Sequence[int] = (16,)
+  decoder_attn_resolutions: Sequence[int] | None = None  # None: attn_resolutions; MAR-VAE: ()
+  resolution: int = 256  # nominal image size in pixels; it places attention and limits no input
+  in_channels: int = 3  # of the image that is read
+  out_ch: int = 3  # of the one that is written
+  double_z: bool = True  # this and the next as in every published configuration
+  dropout: float = 0.0
+  # Ours: every patch_size x patch_size pixels are folded into channels before the first convolution
+  # and unfolded after the last, so that small runs are cheap. 1 is as published.
+  patch_size: int = 1
+  norm_groups: int = 32  # ours: of every GroupNorm, so that widths below 32 are possible
+  # Ours: a linear map beside the encoder, from the pixels of a latent cell to its moments, and one
+  # back beside the decoder. They learn a principal component analysis in seconds and the networks
+  # add the rest; without them the norm before each last layer hinders anything linear. Short
+  # trainings gain decibels. False is as published.
+  linear_shortcut: bool = False
+  # Ours: compute every block again in the backward pass: less memory, up to a third more work, the
+  # same numbers.
+  use_checkpoint: bool = False
 
-  Args:
-    embed_dim: latent channels Z.
-    z_channels: channels between encoder and bottleneck; None takes embed_dim.
-    ch: base width.
-    ch_mult: width of each level in units of `ch`; every level but the last halves the image.
-    num_res_blocks: blocks per encoder level; the decoder has one more.
-    attn_resolutions: sizes of the feature map, for an image of size `resolution`, with attention;
-      the middle has it in any case.
-    decoder_attn_resolutions: likewise for the decoder alone; None takes attn_resolutions.
-    resolution: nominal image size in pixels; it places attention and limits no input.
-    in_channels, out_ch: channels of the image that is read, and of the one that is written.
-    double_z, dropout: published keys, here always True and 0, as in every published configuration.
-    patch_size: ours: every patch_size x patch_size pixels are folded into channels before the first
-      convolution and unfolded after the last, so that small runs are cheap. 1 is as published.
-    norm_groups: ours: groups of every GroupNorm, so that widths below 32 are possible.
-    linear_shortcut: ours: a linear map beside the encoder, from the pixels of a latent cell to its
-      moments, and one back beside the decoder. They learn a principal component analysis in seconds
-      and the networks add the rest; without them the norm before each last layer hinders anything
-      linear. Short trainings gain decibels. False is as published.
-    use_checkpoint: ours: compute every block again in the backward pass: less memory, up to a third
-      more work, the same numbers.
-    dtype: of convolutions; weights are float32.
-  """
-
-  def __init__(
-    self,
-    *,
-    embed_dim: int = 32,
-    z_channels: int | None = None,
-    ch: int = 128,
-    ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-    num_res_blocks: int = 2,
-    attn_resolutions: Sequence[int] = (16,),
-    decoder_attn_resolutions: Sequence[int] | None = None,
-    resolution: int = 256,
-    in_channels: int = 3,
-    out_ch: int = 3,
-    double_z: bool = True,
-    dropout: float = 0.0,
-    patch_size: int = 1,
-    norm_groups: int = 32,
-    linear_shortcut: bool = False,
-    use_checkpoint: bool = False,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    if not double_z:
+  def __post_init__(self) -> None:
+    if not self.double_z:
       raise InputError(
         "double_z=False has no posterior to sample; only double_z=True is supported."
       )
-    if dropout:
-      raise InputError(f"dropout={dropout} is not supported, nor used by the paper; set it to 0.")
-    z_channels = embed_dim if z_channels is None else z_channels
-    self.embed_dim = embed_dim
-    self.in_channels = in_channels
-    self.patch_size = patch_size
-    self.downsampling = downsampling(ch_mult, patch_size)
-    self.dtype = dtype
+    if self.dropout:
+      raise InputError(
+        f"dropout={self.dropout} is not supported, nor used by the paper; set it to 0."
+      )
 
-    if decoder_attn_resolutions is None:
-      decoder_attn_resolutions = attn_resolutions
-    layers = Layers(norm_groups, use_checkpoint, dtype, rngs)
-    widths = [ch * mult for mult in ch_mult]
-    sizes = [resolution // patch_size // 2**i for i in range(len(ch_mult))]
-    attention = [size in attn_resolutions for size in sizes]
-    pixels = in_channels * patch_size**2
-    self.encoder = Encoder(pixels, 2 * z_channels, [ch, *widths], num_res_blocks, attention, layers)
-    attention = [size in decoder_attn_resolutions for size in sizes]
-    pixels = out_ch * patch_size**2
-    self.decoder = Decoder(z_channels, pixels, widths, num_res_blocks + 1, attention, layers)
-    self.quant_conv = layers.conv(2 * z_channels, 2 * embed_dim, 1)
-    self.post_quant_conv = layers.conv(embed_dim, z_channels, 1)
-    cell = self.downsampling**2 if linear_shortcut else 0
-    self.shortcut_in = layers.conv(in_channels * cell, 2 * embed_dim, 1) if cell else None
-    self.shortcut_out = layers.conv(embed_dim, out_ch * cell, 1) if cell else None
+
+class Autoencoder(nnx.Module):
+  """Image <-> latent.
+
+  Keyword arguments are the fields of `Options`; InputError for a value that cannot be built.
+  `PRESETS` has the known tokenizers. Convolutions run in `dtype`, weights are float32.
+  """
+
+  def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any):
+    o = Options(**options)
+    self.embed_dim, self.in_channels, self.patch_size = o.embed_dim, o.in_channels, o.patch_size
+    self.downsampling = downsampling(o.ch_mult, o.patch_size)
+    self.dtype = dtype
+    z_channels = o.embed_dim if o.z_channels is None else o.z_channels
+    layers = Layers(o.norm_groups, o.use_checkpoint, dtype, rngs)
+    widths = [o.ch * mult for mult in o.ch_mult]
+    sizes = [o.resolution // o.patch_size // 2**i for i in range(len(o.ch_mult))]
+    attention = [size in o.attn_resolutions for size in sizes]
+    pixels, blocks = o.in_channels * o.patch_size**2, o.num_res_blocks
+    self.encoder = Encoder(pixels, 2 * z_channels, [o.ch, *widths], blocks, attention, layers)
+    if o.decoder_attn_resolutions is not None:
+      attention = [size in o.decoder_attn_resolutions for size in sizes]
+    pixels = o.out_ch * o.patch_size**2
+    self.decoder = Decoder(z_channels, pixels, widths, blocks + 1, attention, layers)
+    self.quant_conv = layers.conv(2 * z_channels, 2 * o.embed_dim, 1)
+    self.post_quant_conv = layers.conv(o.embed_dim, z_channels, 1)
+    cell = self.downsampling**2 if o.linear_shortcut else 0
+    self.shortcut_in = layers.conv(o.in_channels * cell, 2 * o.embed_dim, 1) if cell else None
+    self.shortcut_out = layers.conv(o.embed_dim, o.out_ch * cell, 1) if cell else None
 
   def encode(self, image_BHWC: jax.Array) -> Posterior:
     """Image [B,H,W,in_channels] in [-1, 1] -> posterior over z [B,h,w,Z], h = H/downsampling.
