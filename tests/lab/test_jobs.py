@@ -93,7 +93,7 @@ def test_what_would_go_on_with_the_output_of_another_is_refused(write, tmp_path)
   jobs = [write("a", resumes=True), write("b", "a", resumes=True), write("c")]
   run(jobs, tmp_path, 1)
   jobs[0] = dataclasses.replace(jobs[0], content="another configuration")
-  with pytest.raises(InputError, match=r"2 outputs were made by other jobs.*a\.out, .*b\.out: .* Move"):
+  with pytest.raises(InputError, match=r"2 outputs were made by.*a\.out, .*b\.out: .* Move"):
     run(jobs, tmp_path, 1)
   for job in jobs[:2]:
     job.output.rename(tmp_path / f"old_{job.name}")
