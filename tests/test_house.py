@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import functools
 import re
 from collections.abc import Iterator
@@ -162,3 +163,12 @@ def test_links_of_the_documents_lead_somewhere():
       if not target.exists() or (anchor and anchor not in anchors(target)):
         wrong.append(f"{page.relative_to(ROOT)}: {link}")
   assert not wrong
+
+
+def test_every_mark_is_borne_by_a_test():
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / "setup.cfg")
+  declared = {line.partition(":")[0] for line in settings["tool:pytest"]["markers"].split("\n")}
+  sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+  borne = {name for source in sources for name in re.findall(r"pytest\.mark\.(\w+)", source)}
+  assert declared - {""} <= borne
