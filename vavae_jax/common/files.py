@@ -28,9 +28,9 @@ from vavae_jax.common.errors import InputError
 
 # What reads and writes the buckets of each kind of URL.
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
-# No room on the device, in a quota, or in the size that a file may have.
 # What `atomic_path` calls the folder of a file that is being written.
 _PARTIAL = re.compile(r"\.(.*)\.\d+\.partial", re.DOTALL)
+# No room on the device, in a quota, or in the size that a file may have.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

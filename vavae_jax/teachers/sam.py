@@ -12,6 +12,7 @@ modeling/image_encoder.py; timm's vision_transformer_sam.py for other sizes.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -69,47 +70,37 @@ _TRANSFORMERS = Naming(
 FEATURES = 256
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The arguments of `SamEncoder`; `vit.Options` explains the others."""
+
+  hidden_size: int
+  depth: int
+  num_heads: int
+  global_blocks: tuple[int, ...]  # that attend everywhere, counted from 0
+  mlp_size: int | None = None
+  grid_size: int = 64  # rows and columns of the position embedding
+  window_size: int = 14  # rows and columns of a window
+  feature_size: int = FEATURES
+  statistics: Statistics | None = None
+
+
 class SamEncoder(nnx.Module):
   """The image encoder; its features lie on a grid of 16 pixels.
 
-  `global_blocks`, counted from 0, attend everywhere; `grid_size` and `window_size` are rows and
-  columns of the position embedding and of a window. For the other arguments see `vit.Options`.
+  Keyword arguments are the fields of `Options`; matrices multiply in `dtype`.
   """
 
   stride = 16
 
-  def __init__(
-    self,
-    *,
-    hidden_size: int,
-    depth: int,
-    num_heads: int,
-    global_blocks: tuple[int, ...],
-    mlp_size: int | None = None,
-    grid_size: int = 64,
-    window_size: int = 14,
-    feature_size: int = FEATURES,
-    statistics: Statistics | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    self.feature_size = feature_size
-    self.statistics = statistics
-    self.dtype = dtype
+  def __init__(self, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **options: Any):
+    o = Options(**options)
+    self.feature_size, self.statistics, self.dtype = o.feature_size, o.statistics, dtype
     layers = Layers(_EPSILON, dtype, rngs)
-    self.embedding = _Embedding(self.stride, hidden_size, grid_size, layers)
-    self.layers = nnx.List(
-      Block(
-        hidden_size,
-        num_heads,
-        mlp_size or 4 * hidden_size,
-        grid_size if i in global_blocks else window_size,
-        has_windows=i not in global_blocks,
-        layers=layers,
-      )
-      for i in range(depth)
-    )
-    self.neck = _Neck(hidden_size, feature_size, layers)
+    self.embedding = _Embedding(self.stride, o.hidden_size, o.grid_size, layers)
+    windows = [None if i in o.global_blocks else o.window_size for i in range(o.depth)]
+    self.layers = nnx.List(Block(o, window, layers) for window in windows)
+    self.neck = _Neck(o.hidden_size, o.feature_size, layers)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
     """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F] of dtype `dtype`, h = H/16 and w = W/16.
@@ -139,21 +130,13 @@ class _Embedding(nnx.Module):
 class Block(nnx.Module):
   """Attention, in windows or everywhere, and MLP, each normed before."""
 
-  def __init__(
-    self,
-    hidden_size: int,
-    num_heads: int,
-    mlp_size: int,
-    size: int,
-    *,
-    has_windows: bool,
-    layers: Layers,
-  ):
-    self.window_size = size if has_windows else None
-    self.norm1 = layers.norm(hidden_size)
-    self.attn = _GridAttention(hidden_size, num_heads, size, layers)
-    self.norm2 = layers.norm(hidden_size)
-    self.mlp = Mlp(hidden_size, mlp_size, "gelu", layers)
+  def __init__(self, options: Options, window_size: int | None, layers: Layers):
+    width, size = options.hidden_size, window_size or options.grid_size
+    self.window_size = window_size
+    self.norm1 = layers.norm(width)
+    self.attn = _GridAttention(width, options.num_heads, size, layers)
+    self.norm2 = layers.norm(width)
+    self.mlp = Mlp(width, options.mlp_size or 4 * width, "gelu", layers)
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
     y_BhwD = self.norm1(x_BhwD)
