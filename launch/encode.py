@@ -14,7 +14,6 @@ run that was stopped goes on with the first missing one when started again. Seve
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, place, remove_partial, write_json
+from vavae_jax.common.files import is_url, place, read_note, remove_partial, write_json
 from vavae_jax.data import images, sources
 
 BEGUN = "encoding.json"
@@ -189,7 +188,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
   path = output / BEGUN
   if jax.process_index() == 0:
     if path.is_file():
-      _check_same(output, json.loads(path.read_text()), manifest)
+      _check_same(output, read_note(path), manifest)
     elif any(output.glob("*.safetensors")):
       raise InputError(
         f"{output} holds latents that launch.encode did not write; give another one."
@@ -201,7 +200,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
       f"Process {jax.process_index()} does not see {path}, which the first one wrote: put --output "
       "on a disk that all processes share."
     )
-  _check_same(output, json.loads(path.read_text()), manifest)
+  _check_same(output, read_note(path), manifest)
 
 
 def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -> None:

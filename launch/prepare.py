@@ -10,7 +10,6 @@ named now and not in the middle of a training. A run that was stopped goes on wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from absl import flags
 from launch.engine import console
 from launch.engine.configuration import claim_folder
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import remove_partial, write_json
+from vavae_jax.common.files import read_note, remove_partial, write_json
 from vavae_jax.data import sources
 from vavae_jax.data.sources.base import decode
 from vavae_jax.data.sources.records import DESCRIPTION, Records, write_records
@@ -55,7 +54,7 @@ def prepare(
         found = _read(pictures, chosen, threads, left_out, max_corrupt - len(skipped), bar)
         write_records(output / name, found)
         write_json(noted, {"records": len(chosen) - len(left_out), "skipped": left_out})
-      note = json.loads(noted.read_text())
+      note = read_note(noted, "records", "skipped")
       counts[name] = note["records"]
       skipped += note["skipped"]
       bar.update(chosen.stop)
@@ -111,7 +110,7 @@ def main() -> None:
   )
   folder = Path(FLAGS.output)
   size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
-  left_out = len(json.loads((folder / DESCRIPTION).read_text())["skipped"])
+  left_out = len(read_note(folder / DESCRIPTION, "skipped")["skipped"])
   rows = [
     ("pictures", f"{len(found):,}"),
     ("left out", str(left_out)),

@@ -11,7 +11,6 @@ was. configs/quickstart.py holds every setting; each can be set with --config.PA
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ from launch.evaluation.sample_files import Npz
 from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import read_note, write_json
 
 CONFIG = f"{quickstart.__file__}:pipeline"
 
@@ -55,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   resolved = FrozenConfigDict(config)
   workdir.mkdir(parents=True, exist_ok=True)
   timings, numbers = workdir / TIMINGS, itertools.count(1)
-  seconds = json.loads(timings.read_text()) if timings.is_file() else {}
+  seconds = read_note(timings) if timings.is_file() else {}
 
   def stage(name: str, work: Callable[[], Any]) -> Any:
     """Runs a stage and writes down its time, also when it is interrupted."""
@@ -139,7 +138,7 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 def main() -> None:
   workdir = Path(FLAGS.workdir)
   results = run(FLAGS.config, workdir)
-  seconds = json.loads((workdir / TIMINGS).read_text())
+  seconds = read_note(workdir / TIMINGS)
   console.table(
     "Quickstart",
     ("what", "value"),

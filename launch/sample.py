@@ -12,7 +12,6 @@ by the flags given here; --guide is autoguidance by another training on the same
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from launch.evaluation.sample_files import part_path, write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, place, write_json
+from vavae_jax.common.files import atomic_file, place, read_note, write_json
 
 Sampler = Callable[..., np.ndarray]
 SETTINGS = {
@@ -164,7 +163,7 @@ def sample_set(
   }
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
   if output.is_file() or parts.is_dir() or about.is_file():
-    check_begun(output, json.loads(about.read_text()) if about.is_file() else {}, noted)
+    check_begun(output, read_note(about) if about.is_file() else {}, noted)
   if png:
     claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
   if not output.is_file():

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from launch.engine import console
+from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   allow_open_files,
   atomic_file,
+  read_note,
   remove_partial,
   write_json,
   write_safetensors,
@@ -127,3 +129,11 @@ def test_json_has_no_nan(tmp_path):
 def test_the_home_folder_is_known_behind_a_flag(monkeypatch, word, wanted):
   monkeypatch.setenv("HOME", "/home/me")
   assert console._at_home(word) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "[1", "[]", "{}", '{"a": 1', "[" * 100_000, "\udcff"])
+def test_a_damaged_note_is_named(tmp_path, text):
+  path = tmp_path / "note.json"
+  path.write_text(text, errors="surrogateescape")
+  with pytest.raises(InputError, match=r"note\.json is damaged"):
+    read_note(path, "a")

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch import restore
+from launch.engine.writers import read_metrics
+from lightningdit_jax.store.latents import LatentStore
 from tests.conftest import ROOT, repeatable_metrics
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import read_note
 
 # Of each stage the file that is about to be there when the process dies, somewhere in its middle.
 KILLS = [
@@ -94,3 +99,22 @@ def test_a_run_killed_in_every_stage_has_the_same_latents(pipeline, killed):
   assert len(shards) == 5  # four of 65 pictures, and the statistics
   for shard in shards:
     assert (killed / "latents" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("name", "read"),
+  [
+    ("tokenizer/config.json", lambda root: restore.load(root / "tokenizer", "tokenizer")),
+    ("tokenizer/metrics.jsonl", lambda root: read_metrics(root / "tokenizer")),
+    ("latents/manifest.json", lambda root: LatentStore(root / "latents").manifest),
+    ("samples.json", lambda root: read_note(root / "samples.json")),
+  ],
+)
+def test_a_note_that_a_hand_damaged_is_named(pipeline, tmp_path, name, read):
+  (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+  for shard in (pipeline / "latents").iterdir() if "latents" in name else ():
+    (tmp_path / "latents" / shard.name).symlink_to(shard)
+  (tmp_path / name).unlink(missing_ok=True)
+  (tmp_path / name).write_text((pipeline / name).read_text().replace(":", "", 1))
+  with pytest.raises(InputError, match=rf"{Path(name).name}.* is damaged .*line 1|column"):
+    read(tmp_path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,14 @@ from absl import logging
 
 from launch.engine import console, manifest, processes
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import Place, check_free, full_disk_as_oserror, is_url, write_json
+from vavae_jax.common.files import (
+  Place,
+  check_free,
+  full_disk_as_oserror,
+  is_url,
+  read_note,
+  write_json,
+)
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
@@ -273,7 +279,7 @@ def read_config(workdir: Path) -> dict:
       f"{workdir} is not a training's workdir: it has no config.json; give the folder that "
       "python -m launch.train wrote with --workdir."
     )
-  return json.loads(path.read_text())
+  return read_note(path, "task", "seed", "model", "optimizer")
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import read_note, write_json
 
 # A flag that is defined here belongs to the command that asks for it.
 flags.disclaim_key_flags()
@@ -91,7 +91,7 @@ def check_workdir(
   path = workdir / "config.json"
   mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
   if path.exists():
-    theirs = dict(flat(json.loads(path.read_text())))
+    theirs = dict(flat(read_note(path)))
     differing = [
       f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
       for key in sorted(mine.keys() | theirs.keys())
@@ -121,7 +121,7 @@ def claim_folder(folder: Path, name: str, noted: Mapping[str, Any]) -> None:
   """
   path = folder / name
   if path.is_file():
-    check_begun(folder, json.loads(path.read_text()), noted)
+    check_begun(folder, read_note(path), noted)
   elif folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
     raise InputError(f"{folder} holds other files; give a new --output, or empty it.")
   else:
@@ -134,7 +134,7 @@ def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> Non
   if jax.process_index() == 0:
     try:
       mine = json.loads(json.dumps(config.to_dict()))
-      if not path.exists() or json.loads(path.read_text()) != mine:
+      if not path.exists() or read_note(path) != mine:
         write_json(path, mine)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, is_url
 
 SECONDS_BETWEEN_WRITES = 30.0
@@ -77,7 +78,13 @@ def read_metrics(workdir: Path) -> list[dict]:
   if not path.exists():
     return []
   text = path.read_text()
-  return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+  lines = []
+  for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    try:
+      lines.append(json.loads(line))
+    except ValueError as error:
+      raise InputError(f"{path}, line {number}, is damaged ({error}); delete the line.") from error
+  return lines
 
 
 def curve(lines: list[dict], name: str) -> list[tuple[int, float]]:

@@ -22,7 +22,7 @@ from launch.evaluation.reference import Reference, statistics_of
 from launch.report import plots
 from launch.report.html import Section, picture_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import read_note, write_json
 
 
 def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list[Any]]:
@@ -125,7 +125,7 @@ def _measured(
       for part in output.progress.glob(f"point_{name}-*.safetensors"):
         part.unlink()
     processes.wait_for_all(f"point {name}")
-  return json.loads(path.read_text())
+  return read_note(path, "figures", "warnings")
 
 
 def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: Path) -> None:

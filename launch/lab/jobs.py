@@ -24,7 +24,7 @@ from pathlib import Path
 from launch.engine import console
 from launch.engine.circumstances import commit, processor
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import read_note, write_json
 
 PATIENCE = 120.0  # seconds that a stopped command has to save its work
 _PAUSE = 0.2
@@ -77,7 +77,7 @@ class Record:
 
   def __init__(self, folder: Path, jobs: Sequence[Job]):
     self._path = folder / "jobs.json"
-    self._entries = json.loads(self._path.read_text()) if self._path.is_file() else {}
+    self._entries = read_note(self._path) if self._path.is_file() else {}
     self._digests = digests(jobs, folder)
 
   def is_done(self, job: Job) -> bool:

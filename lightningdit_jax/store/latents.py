@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.numpy import load_file
 from lightningdit_jax.store import shards
 from lightningdit_jax.store.shards import Shard
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_json, write_safetensors
+from vavae_jax.common.files import read_note, write_json, write_safetensors
 from vavae_jax.data import order
 from vavae_jax.weights.torch_files import read_torch_file
 
@@ -161,13 +160,7 @@ class LatentStore:
   def manifest(self) -> dict[str, Any]:
     """What `launch.encode` noted; empty for a published store."""
     path = self.path / MANIFEST
-    try:
-      manifest = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-      raise InputError(f"{path} is damaged ({error}); copy or encode the store again.") from error
-    if not isinstance(manifest, dict):
-      raise InputError(f"{path} is not a manifest; copy or encode the store again.")
-    return manifest
+    return read_note(path) if path.is_file() else {}
 
   def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS

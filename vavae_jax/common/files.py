@@ -228,3 +228,16 @@ def write_json(path: Path, value: Any) -> None:
   """Writes `value` as indented JSON, atomically; NaN is refused, since JSON has none."""
   with atomic_file(path) as file:
     file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_note(path: Path, *needed: str) -> dict[str, Any]:
+  """A JSON object that `write_json` wrote, with the names `needed`; InputError if it is damaged."""
+  try:
+    note = json.loads(path.read_text())
+    if not isinstance(note, dict):
+      raise ValueError("not a JSON object")
+    if lacking := [name for name in needed if name not in note]:
+      raise ValueError(f"without {', '.join(lacking)}")
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{path} is damaged ({error}); bring back the file as it was.") from error
+  return note

@@ -14,7 +14,7 @@ from launch.engine.circumstances import circumstances
 from launch.lab import markdown
 from launch.lab.plan import hlo, slices
 from launch.lab.plan.planning import Plan, Settings
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import read_note, write_json
 
 # Every published recipe, and the sizes of LightningDiT.
 PUBLISHED = (
@@ -91,7 +91,7 @@ def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
 
   The JSON file `output` is written after each; the plans that it has already are kept.
   """
-  rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+  rows = read_note(output, "rows")["rows"] if output.is_file() else []
   done = {(row["config"], row["what"], row["topology"]) for row in rows}
   wanted = [
     (spec, what, f"{chip}:{sides}")
