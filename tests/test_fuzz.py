@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -29,7 +32,12 @@ def sources(folder) -> list[tuple[str, bytes]]:
   save_file({name: np.array(x) for name, x in statistics.items()}, folder / "x.safetensors")
   np.savez(folder / "x.npz", **statistics)
   np.savez_compressed(folder / "y.npz", **statistics)
-  made = [folder / name for name in ("x.safetensors", "x.npz", "y.npz")]
+  with zipfile.ZipFile(FILES[0]) as source, zipfile.ZipFile(folder / "z.pt", "w") as archive:
+    for name in source.namelist():
+      beside = pickle.dumps({"args": argparse.Namespace(a=1), "counts": Counter(a=1)}, 4)[:-1]
+      content = source.read(name)
+      archive.writestr(name, beside + content[2:] if name.endswith(".pkl") else content)
+  made = [folder / name for name in ("x.safetensors", "x.npz", "y.npz", "z.pt")]
   return [(path.suffix, path.read_bytes()) for path in (*FILES, *made)]
 
 
@@ -116,4 +124,13 @@ def test_absurd_shapes_are_refused(tmp_path):
     read_content(path)
   path.write_bytes((2**62).to_bytes(8, "little") + header)
   with pytest.raises(InputError, match="damaged or not a safetensors"):
+    read_content(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_eight_bit_floats_are_named_so(dtype, tmp_path):
+  header = f'{{"a":{{"dtype":"{dtype}","shape":[4],"data_offsets":[0,4]}}}}'.encode()
+  path = tmp_path / "small.safetensors"
+  path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+  with pytest.raises(InputError, match=r"holds 8-bit floats, .*: a\. Give a file of 16"):
     read_content(path)

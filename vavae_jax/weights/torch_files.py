@@ -2,8 +2,9 @@
 
 A .pt or .pth file is a pickle that names tensors, and the bytes of their storages beside it. A
 pickle is a program, and weights come from strangers: the unpickler here knows the few names that
-make up a weight file and refuses every other. What a tensor claims about its storage is checked
-before an array looks at it.
+make up tensors. Whatever else a checkpoint holds, from a Namespace to a scheduler, becomes a
+`StandIn`: nothing is imported, called or set. What a tensor claims about its storage is checked
+before an array looks at it, and all tensors together are bounded by the size of the file.
 
 Notable: both layouts are read. Since PyTorch 1.6 a file is an uncompressed zip archive
 (`NAME/data.pkl`, `NAME/data/KEY`); before, it was five pickles followed by the storages' bytes.
@@ -48,6 +49,14 @@ DTYPES = {
 }
 # Elements that a tensor may have beyond those stored, by strides of zero.
 _MAX_EXPANDED = 2**20
+# Of all tensors' bytes to the file's: several names may share a storage, as averages and ties do.
+_MAX_SHARED = 16
+# What programs start or load others with; no class or value of a checkpoint is among them.
+_ATTACKS = (
+  *("os", "posix", "nt", "pty", "commands", "subprocess", "sys", "importlib", "runpy", "shutil"),
+  *("socket", "webbrowser", "ctypes"),
+)
+_ATTACKING_BUILTINS = ("eval", "exec", "execfile", "compile", "open", "__import__")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -94,11 +103,32 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     raise InputError(
       f"{path} is truncated, damaged or not a PyTorch weight file ({error}): fetch it again."
     ) from error
-  if not isinstance(content, dict):
-    raise InputError(
-      f"{path} holds a {type(content).__name__}, a dictionary is needed: save a state_dict()."
-    )
+  if not isinstance(content, dict) or (isinstance(content, StandIn) and not content):
+    kind = repr(content) if isinstance(content, StandIn) else type(content).__name__
+    raise InputError(f"{path} holds a {kind}, a dictionary is needed: save a state_dict().")
   return content
+
+
+class StandIn(dict[Any, Any]):
+  """What a file has beside tensors and plain values: its name, and the entries of a dictionary.
+
+  It takes every call, argument and item that a pickle gives it, and does nothing with them.
+  """
+
+  def __init__(self, kind: str):
+    super().__init__()
+    self._kind = kind
+
+  def __repr__(self) -> str:
+    return self._kind
+
+  def __call__(self, *_: Any) -> StandIn:
+    return StandIn(self._kind)
+
+  def extend(self, _: Any) -> None:
+    """Of a list; it stays empty."""
+
+  append = add = extend
 
 
 class _Storage(NamedTuple):
@@ -115,10 +145,13 @@ class _Unpickler(pickle._Unpickler):
   the file, so that a single wrong byte could take all of the memory.
   """
 
-  def __init__(self, file: IO[bytes], fetch: Callable[[str, int], bytes | bytearray]):
-    """`fetch` gives the memory of the storage with that key and number of bytes."""
+  def __init__(self, file: IO[bytes], size: int, fetch: Callable[[str, int], bytes | bytearray]):
+    """`size` is of the whole file in bytes; `fetch` gives the memory of the storage with that key
+    and number of bytes.
+    """
     super().__init__(file, encoding="utf-8")  # Python 2 wrote some of the old files
     self._fetch = fetch
+    self._left = _MAX_SHARED * size + 4 * _MAX_EXPANDED  # bytes that tensors may have yet
     self.storages: dict[str, _Storage] = {}
 
   def load_build(self) -> None:
@@ -141,15 +174,42 @@ class _Unpickler(pickle._Unpickler):
     pairs = zip(items[::2], items[1::2], strict=True)
     self.stack[-1].update(_checked(pairs))  # type: ignore[attr-defined]
 
+  def load_newobj(self) -> None:
+    """Makes a stand-in, whatever the arguments."""
+    self.stack.pop()  # type: ignore[attr-defined]
+    self.append(self.stack.pop()())  # type: ignore[attr-defined]
+
+  def load_newobj_ex(self) -> None:
+    """As `load_newobj`, with arguments by name."""
+    self.stack.pop()  # type: ignore[attr-defined]
+    self.load_newobj()
+
+  def load_bytearray8(self) -> None:
+    """Reads the bytes before it makes room for them: their number may be any."""
+    size = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
+    self.append(self.read(size))  # type: ignore[attr-defined]
+
+  def load_empty_set(self) -> None:
+    """Sets are of no use here, and to hash what is in them may take for ever."""
+    self.append(StandIn("builtins.set"))  # type: ignore[attr-defined]
+
+  def load_frozenset(self) -> None:
+    """As `load_empty_set`."""
+    self.pop_mark()  # type: ignore[attr-defined]
+    self.append(StandIn("builtins.frozenset"))  # type: ignore[attr-defined]
+
   dispatch: ClassVar[dict[int, Any]] = {
     **pickle._Unpickler.dispatch,
     pickle.BUILD[0]: load_build,
     pickle.DICT[0]: load_dict,
     pickle.SETITEM[0]: load_setitem,
     pickle.SETITEMS[0]: load_setitems,
+    pickle.NEWOBJ[0]: load_newobj,
+    pickle.NEWOBJ_EX[0]: load_newobj_ex,
+    pickle.BYTEARRAY8[0]: load_bytearray8,
+    pickle.EMPTY_SET[0]: load_empty_set,
+    pickle.FROZENSET[0]: load_frozenset,
   }
-  for _set in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):  # no weights have any
-    del dispatch[_set[0]]
 
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in DTYPES:
@@ -160,17 +220,23 @@ class _Unpickler(pickle._Unpickler):
       ("torch._utils", "_rebuild_tensor"): self._tensor,
       ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
       ("torch._utils", "_rebuild_parameter"): self._parameter,
+      ("torch._utils", "_rebuild_parameter_with_state"): self._parameter,
+      ("torch._tensor", "_rebuild_from_type_v2"): self._with_attributes,
     }
-    if (module, name) not in known:
+    if module.partition(".")[0] in _ATTACKS or (
+      module in ("builtins", "__builtin__") and name in _ATTACKING_BUILTINS
+    ):
       raise InputError(
-        f"refused: the file asks for {module}.{name}, which is no part of a weight file. If it is "
-        "yours, save the state_dict() alone; if not, it may be an attack."
+        f"refused: the file asks for {module}.{name}, which starts programs and is no part of a "
+        "weight file: it may be an attack."
       )
-    return known[module, name]
+    return known.get((module, name)) or StandIn(f"{module}.{name}")
 
-  def persistent_load(self, pid: Any) -> _Storage:
+  def persistent_load(self, pid: Any) -> _Storage | StandIn:
     # The older layout has one field more, for a view into another storage, long out of use.
     tag, kind, key, _, count, *view = pid
+    if isinstance(kind, StandIn):  # of a dtype that numpy lacks
+      return kind
     plain = isinstance(kind, str) and isinstance(key, str) and isinstance(count, int)
     if not plain or tag != "storage" or kind not in DTYPES or view not in ([], [None]) or count < 0:
       raise InputError(
@@ -188,8 +254,10 @@ class _Unpickler(pickle._Unpickler):
       )
     return storage
 
-  def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> np.ndarray:
+  def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
     """Views a storage as torch does; offset and stride count elements."""
+    if isinstance(storage, StandIn):
+      return storage
     numbers = (offset, *shape, *stride)
     if (
       not isinstance(storage, _Storage)
@@ -203,6 +271,12 @@ class _Unpickler(pickle._Unpickler):
       raise InputError(
         f"a tensor of shape {shape} repeats a storage of {len(data)} bytes: no weights do, and a "
         "copy of it may fill all memory"
+      )
+    self._left -= math.prod(shape) * dtype.itemsize
+    if self._left < 0:
+      raise InputError(
+        f"its tensors together have more than {_MAX_SHARED} times the bytes of the file: no "
+        "weights do, and copies of them may fill all memory"
       )
     if math.prod(shape):
       # In Python's unbounded integers: the same sum in 64 bits could wrap around to a small one.
@@ -222,27 +296,39 @@ class _Unpickler(pickle._Unpickler):
   def _parameter(self, data: Any, *_: Any) -> Any:
     return data
 
+  def _with_attributes(self, function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor of another class, or with attributes: the tensor alone."""
+    if function not in (self._tensor, self._parameter):
+      return StandIn(repr(function))
+    return function(*arguments)
+
   def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
     return OrderedDict(_checked(pairs))
 
 
 def _checked(pairs: Iterable[Any]) -> dict[Any, Any]:
-  """A dictionary of plain keys."""
-  found = {}
-  for key, value in pairs:
-    if not isinstance(key, str | int | float | bool | None):
-      raise InputError(f"a dictionary has a {type(key).__name__} as a key: no weight file has")
-    found[key] = value
-  return found
+  """A dictionary of plain keys; other keys become their place and type, since to hash one may take
+  for ever.
+  """
+  plain = str | int | float | bool | None
+  return {
+    key if isinstance(key, plain) else f"key {i}, a {type(key).__name__}": value
+    for i, (key, value) in enumerate(pairs)
+  }
 
 
-def _read_zip(file: IO[bytes]) -> Any:
+def _read_zip(file: io.BufferedReader) -> Any:
+  size = os.fstat(file.fileno()).st_size
   with zipfile.ZipFile(file) as archive:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl")]
     if len(pickles) != 1:
       raise InputError("a zip archive, but no PyTorch weight file: it has no single data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
+    if (total := sum(info.compress_size for info in archive.infolist())) > size:
+      raise InputError(
+        f"its entries have {total} bytes, more than the file's {size}: they overlap, or it is cut"
+      )
 
     def read(name: str) -> bytes:
       # PyTorch never compresses; a few compressed bytes could swell to all of the memory.
@@ -253,31 +339,31 @@ def _read_zip(file: IO[bytes]) -> Any:
     if f"{folder}byteorder" in infos and read("byteorder") != b"little":
       raise InputError("written on a big-endian machine: save it again on a little-endian one")
     data_pkl = io.BytesIO(read("data.pkl"))
-    return _Unpickler(data_pkl, lambda key, size: read(f"data/{key}")).load()
+    return _Unpickler(data_pkl, size, lambda key, _: read(f"data/{key}")).load()
 
 
 def _read_legacy(file: io.BufferedReader) -> Any:
-  available = os.fstat(file.fileno()).st_size
+  available = size = os.fstat(file.fileno()).st_size
 
-  def allocate(key: str, size: int) -> bytearray:
+  def allocate(key: str, needed: int) -> bytearray:
     nonlocal available
-    available -= size
+    available -= needed
     if available < 0:
       raise InputError("truncated: the file is shorter than the tensors that it announces")
-    return bytearray(size)
+    return bytearray(needed)
 
-  if _Unpickler(file, allocate).load() != _LEGACY_MAGIC:
+  if _Unpickler(file, size, allocate).load() != _LEGACY_MAGIC:
     raise InputError("not a PyTorch weight file: neither its zip format nor the older one")
-  protocol = _Unpickler(file, allocate).load()
-  system = _Unpickler(file, allocate).load()
+  protocol = _Unpickler(file, size, allocate).load()
+  system = _Unpickler(file, size, allocate).load()
   if protocol != _LEGACY_PROTOCOL or not system["little_endian"]:
     found = reprlib.repr((protocol, system))
     raise InputError(f"protocol and system {found}: save it again with PyTorch 1.6 or later")
-  unpickler = _Unpickler(file, allocate)
+  unpickler = _Unpickler(file, size, allocate)
   content = unpickler.load()
 
   # The storages' bytes come last: fill the memory that the arrays already look at.
-  keys = _Unpickler(file, allocate).load()
+  keys = _Unpickler(file, size, allocate).load()
   if sorted(keys) != sorted(unpickler.storages):
     raise InputError("the stored tensors are not those that the file announces: it is damaged")
   for key in keys:
