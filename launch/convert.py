@@ -17,7 +17,9 @@ diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, an
 DEST is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for
 statistics), or a file whose ending chooses the format; LightningDiT and tokenizers then have the
 names that the reference loads with strict=True, all others keep theirs. A workdir is float32.
-Pickles are read without running them and without PyTorch. Unknown, missing, misshapen or non-finite
+Weights are found by what fits a model, under whatever key and prefix; where several do, the average
+counts, and --part chooses. Pickles are read without running them and without PyTorch: what a
+checkpoint holds beside weights stays aside and is listed. Unknown, missing, misshapen or non-finite
 tensors are listed, and nothing is written. --inspect of a workdir reads its checkpoints and
 compares them with their checksums; the exit code is 2 where one is damaged.
 """
@@ -25,6 +27,7 @@ compares them with their checksums; the exit code is 2 where one is damaged.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,9 +51,11 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
+from vavae_jax.weights.torch_files import StandIn
 from vavae_jax.weights.torch_weights import StateDict
 from vavae_jax.weights.torch_writer import write_torch_file
 
+_MOST_ROWS = 10_000  # that --inspect lists
 FORMS = ("folder", "safetensors", "pt")
 _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
 # The task of a model's workdir.
@@ -98,8 +103,6 @@ def convert(
     more = read_state_dict(heads) if heads else None
     found = recognition.recognise(read_content(path), part, more)
     console.say(f"recognised: {found.what}, of {found.part}")
-    if heads and found.kind != recognition.LPIPS:
-      raise InputError(f"--heads is for VGG16, and {path} is {found.what}.")
     if found.kind != "LightningDiT" or to != "folder":
       _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
   if found.kind == recognition.STATISTICS and to == "folder":
@@ -220,9 +223,11 @@ def inspect(source: str) -> None:
     (name, "x".join(map(str, value.shape)) or "scalar", str(value.dtype))
     if isinstance(value, np.ndarray)
     else (name, "", _shown(value))
-    for name, value in _listed(content)
+    for name, value in itertools.islice(_listed(content), _MOST_ROWS)
   ]
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
+  if len(rows) == _MOST_ROWS:
+    console.say(f"the first {_MOST_ROWS} entries are listed")
   try:
     found = recognition.recognise(content)
     console.say(f"{found.what}, of {found.part}; {_describe(found.tensors)}")
@@ -234,14 +239,14 @@ def inspect(source: str) -> None:
 def _listed(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
   """Names and values of a file and of the dictionaries in it, not of those inside them."""
   for key, value in content.items():
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
       yield from ((f"{key}.{name}", inner) for name, inner in value.items())
     else:
       yield str(key), value
 
 
 def _shown(value: Any) -> str:
-  if isinstance(value, Mapping | list | tuple):
+  if isinstance(value, Mapping | list | tuple) and not isinstance(value, StandIn):
     return f"{type(value).__name__} of {len(value)}"
   if isinstance(value, int) and value.bit_length() > 64:
     return f"an integer of {value.bit_length()} bits"
@@ -289,7 +294,7 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_enum("to", "", ("", *FORMS), "Format; by DEST's ending if not given.")
   flags.DEFINE_boolean("inspect", False, "Only list what SOURCE holds.")
-  flags.DEFINE_enum("part", "", ("", *recognition.PARTS), "Its part; the average, if any.")
+  flags.DEFINE_string("part", "", "Where in SOURCE, as --inspect names it; the average, if any.")
   flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
   flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
   flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")

@@ -186,7 +186,8 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
     # As in the reference the weights themselves, whose averages begin anew.
     given = load(path, config.task, ema=0.0).params
   elif path.is_file():
-    given = _WARM_STARTS[config.task].from_state_dict(read_state_dict(path), config.model)
+    warm_start = _WARM_STARTS[config.task]
+    given = warm_start.from_state_dict(read_state_dict(path, warm_start.MARKS), config.model)
   else:
     raise InputError(
       f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "

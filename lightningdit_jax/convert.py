@@ -20,6 +20,8 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.torch_weights import StateDict
 
+# A tensor by which a LightningDiT is found in a file.
+MARKS = ("x_embedder.proj.weight",)
 RENAMED = {
   "x_embedder.": "x_embedder.proj.",
   "t_embedder.fc1.": "t_embedder.mlp.0.",
@@ -32,8 +34,8 @@ RENAMED = {
 def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
   """LightningDiT with these arguments and the weights of the reference, float32.
 
-  Names may have the prefix "module."; positions may be absent. InputError lists unknown, missing,
-  misshapen or non-finite tensors, and positions of another grid.
+  Names may have what PyTorch's wrappers put into them; positions may be absent. InputError lists
+  unknown, missing, misshapen or non-finite tensors, and positions of another grid.
   """
   model = functional.abstract(lambda rngs: LightningDiT(**kwargs, rngs=rngs))
   return torch_weights.load(model, state_dict, renamed=RENAMED, fixed=_positions(model))

@@ -15,7 +15,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lightningdit_jax import convert
+from lightningdit_jax.convert import MARKS as MARKS
 from vavae_jax.common.errors import InputError
+from vavae_jax.weights.torch_weights import without_wrappers
 
 EMBEDDER = ("x_embedder", "kernel")
 HEAD = "final_layer"
@@ -70,7 +72,7 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
   `model` has all other arguments of LightningDiT, those of the model to be trained. InputError if
   the tensors are not those of a LightningDiT with these options.
   """
-  state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+  state_dict = without_wrappers(state_dict)
   kwargs = dict(model)
   try:
     _, channels, patch, _ = np.shape(state_dict["x_embedder.proj.weight"])

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lightningdit_jax.store import latents, shards
 from tests import cases
@@ -49,6 +49,20 @@ def test_what_is_written_is_read(store):
     np.testing.assert_array_equal(found.record(i, flip=True)["latent"], flipped[i])
     assert found[i]["label"] == i
   np.testing.assert_allclose(found.std, plain.std((0, 1, 2), ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("labels", [np.uint8, np.int16, np.uint64])
+def test_other_floats_and_integers_are_converted(dtype, labels, tmp_path):
+  latent = np.linspace(-2, 2, 3 * 4 * 2 * 3).reshape(3, 4, 2, 3).astype(dtype)
+  tensors = {"latents": latent, "latents_flip": latent, "labels": np.array([0, 7, 3], labels)}
+  save_file(tensors, tmp_path / "a.safetensors")
+  ones = np.ones((1, 4, 1, 1), np.float32)
+  save_file({"mean": 0 * ones, "std": ones}, tmp_path / latents.STATISTICS)
+  store = latents.LatentStore(tmp_path)
+  expected = latent[1].transpose(1, 2, 0).astype(np.float32)
+  np.testing.assert_array_equal(store[1]["latent"], expected, strict=True)
+  assert store.labels.tolist() == [0, 7, 3]
 
 
 def test_normalise_and_back(store):

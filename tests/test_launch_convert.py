@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import pickle
 import re
 import shutil
 import zipfile
@@ -25,10 +27,14 @@ from lightningdit_jax.store.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
 from tests.survive import flip_a_bit, largest_file
+from vavae_jax.autoencoder import PRESETS, Autoencoder
 from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
+from vavae_jax.convert import autoencoder_from_diffusers
 from vavae_jax.teachers import recognise
+from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
+from vavae_jax.weights.torch_files import StandIn
 from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
@@ -200,9 +206,10 @@ def to_diffusers(state_dict: dict, levels: int) -> dict:
     new = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", new)
     new = re.sub(r"\.(down|up)sample\.", r".\1samplers.0.", new).replace(".block.", ".resnets.")
     new = new.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    if "mid.attn_1" in new:
-      new = new.replace("mid.attn_1", "mid_block.attentions.0").replace(".norm.", ".group_norm.")
-      new = re.sub(r"\.([qkv])\.", r".to_\1.", new).replace("proj_out", "to_out.0")
+    if "attn" in new:
+      new = new.replace("mid.attn_1", "mid_block.attentions.0").replace(".attn.", ".attentions.")
+      new = re.sub(r"\.([qkv])\.", r".to_\1.", new.replace(".norm.", ".group_norm."))
+      new = new.replace("proj_out", "to_out.0")
       value = value[:, :, 0, 0] if value.ndim == 4 else value
     renamed[new] = value
   return renamed
@@ -213,12 +220,90 @@ def test_an_sd_vae_of_diffusers_is_read(tmp_path):
     name: x
     for name, x in read_state_dict(FORMATS / "vavae_lightning.ckpt").items()
     if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
-    and not re.search(r"(down|up)\.\d\.attn", name)  # the SD-VAE's attention is in the middle alone
   }
   save_file(to_diffusers(tensors, levels=3), tmp_path / "vae.safetensors")
   done = convert(str(tmp_path / "vae.safetensors"), tmp_path / "back.safetensors")
   assert done.weights.what == f"{weights.SD_VAE} f4d8"
   assert_same(tensors, load_file(tmp_path / "back.safetensors"))
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "mar_like"])
+def test_every_preset_by_the_names_of_diffusers_has_its_own(preset):
+  sizes = PRESETS.get(preset, {"attn_resolutions": (128, 16), "num_res_blocks": 3})
+  model = functional.abstract(lambda rngs: Autoencoder(**sizes, rngs=rngs))
+  names = {
+    name: np.zeros((2,) if "norm" in name or name.endswith("bias") else (2, 2, 1, 1))
+    for name in torch_weights.names_of(model)
+  }
+  levels = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.up."))
+  there = to_diffusers(names, levels)
+  assert not any(".attn" in name for name in there)
+  back = autoencoder_from_diffusers(there)
+  assert {name: x.shape for name, x in back.items()} == {n: x.shape for n, x in names.items()}
+  old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+  older = {re.sub("|".join(old), lambda m: old[m[0]], name): x for name, x in there.items()}
+  assert autoencoder_from_diffusers(older).keys() == names.keys()
+
+
+@pytest.mark.parametrize(
+  "names", [("latents_bias", "latents_scale"), ("latents_mean", "latents_std")]
+)
+def test_statistics_by_the_names_of_others(names, tmp_path):
+  mean, std = np.float32([[1], [2]])[None, :, None], np.float32([[4], [0.5]])[None, :, None]
+  second = 1 / std if names[1] == "latents_scale" else std
+  write_torch_file(tmp_path / "latents_stats.pt", {names[0]: mean, names[1]: second})
+  convert(str(tmp_path / "latents_stats.pt"), tmp_path / "store")
+  for folder in (tmp_path, tmp_path / "store"):
+    store = LatentStore(folder)
+    np.testing.assert_array_equal([store.mean, store.std], [[1, 2], [4, 0.5]])
+
+
+PREFIXES = (
+  "module.",
+  "_orig_mod.",
+  "module._orig_mod.",
+  "_orig_mod.module._fsdp_wrapped_module.",
+  "model.",
+  "vae.",
+  "first_stage_model.module.",
+  "model.diffusion_model._orig_mod.",
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", ["lightningdit_bare_state_dict.pt", "vavae_lightning.ckpt"])
+def test_weights_are_found_by_what_fits_under_any_prefix(name, prefix):
+  plain = weights.recognise(read_content(FORMATS / name))
+  tensors = {
+    f"{prefix}{key}".replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): x
+    for key, x in plain.tensors.items()
+  }
+  for wrapper in ("", "params_ema", "model_state_dict", "ema_state_dict"):
+    content = {wrapper: tensors, "other": {"x": np.zeros(2)}} if wrapper else tensors
+    found = weights.recognise(content)
+    assert (found.what, found.arguments) == (plain.what, plain.arguments)
+    assert_same(plain.tensors, found.tensors)
+
+
+def test_several_models_in_a_file_are_listed_and_chosen_by_name(tmp_path):
+  dit = stored("lightningdit_bare_state_dict", "")
+  vae = read_state_dict(FORMATS / "vavae_lightning.ckpt", ("encoder.conv_in.weight",))
+  write_torch_file(tmp_path / "both.pt", {"dit": dit, "vae": vae})
+  with pytest.raises(InputError, match=r"several models' weights: dit, vae\."):
+    convert(str(tmp_path / "both.pt"), tmp_path / "dit.pt")
+  convert(str(tmp_path / "both.pt"), tmp_path / "dit.pt", part="dit")
+  assert_same(dit, read_state_dict(tmp_path / "dit.pt"))
+  with pytest.raises(InputError, match="no part 'x' with a known model; it has dit, vae"):
+    convert(str(tmp_path / "both.pt"), tmp_path / "x.pt", part="x")
+
+
+def test_what_is_no_tensor_among_the_weights_is_left_out_and_named():
+  tensors = stored("lightningdit_bare_state_dict", "")
+  found = weights.recognise({**tensors, "args": StandIn("argparse.Namespace"), "epoch": 3})
+  assert_same(tensors, found.tensors)
+  assert found.aside == {"args: argparse.Namespace": 1, "epoch": 1}
+  with pytest.raises(InputError, match=r"missing: final_layer\.linear\.bias"):
+    weights.recognise({**tensors, "final_layer.linear.bias": StandIn("numpy.ndarray")})
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "mae_vits16"])
@@ -335,10 +420,10 @@ def test_inspection_lists_tensors_and_values(capsys):
   [
     ("x.pt", {"ema": 0.0}, "--ema=0.0 does not apply"),
     ("x.pt", {"latents": "data"}, "--latents=data does not apply"),
-    ("x.pt", {"heads": str(FORMATS / "torch_zip.pt")}, "more than tensors"),
+    ("x.pt", {"heads": str(FORMATS / "torch_zip.pt")}, r"\(--heads\) are for VGG16"),
     ("x.npz", {}, "are read, not written"),
     ("x.pt", {"to": "safetensors"}, "contradict each other"),
-    ("run", {"part": "ema"}, "no part 'ema'"),
+    ("run", {"part": "ema"}, "no part 'ema' with a known model; it has the file itself"),
   ],
 )
 def test_what_a_person_asks_for_is_never_passed_over(dest, options, message, tmp_path):
@@ -378,7 +463,7 @@ def test_a_second_file_may_not_replace_tensors(tmp_path):
 def test_an_average_is_taken_before_the_weights():
   tensors = stored("lightningdit_bare_state_dict", "")
   for name in ("ema", "model_ema"):
-    found = weights.recognise({"model": tensors, name: tensors, "epoch": 3})
+    found = weights.recognise({"model": tensors, name: dict(tensors), "epoch": 3})
     assert found.part == name
     assert found.aside == {"model": 27, "epoch": 1}
 
@@ -416,3 +501,14 @@ def test_inspection_of_a_workdir_reads_its_checkpoints(pipeline, tmp_path, capsy
   with pytest.raises(InputError, match="1 of 2 checkpoints are damaged: 6"):
     inspect(str(workdir))
   assert capsys.readouterr().out.count("sound") == 1
+
+
+def test_inspection_names_objects_and_ends(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr("launch.convert._MOST_ROWS", 2)
+  program = pickle.dumps({"args": argparse.Namespace(lr=1), "a": 1, "b": 2}, 2)
+  with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+    archive.writestr("x/data.pkl", program)
+  inspect(str(tmp_path / "x.pt"))
+  told = capsys.readouterr().out
+  assert "argparse.Namespace" in told
+  assert "the first 2 entries are listed" in told

@@ -18,7 +18,8 @@ from vavae_jax import convert
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import NAMES, feature_size, fresh, load_teacher, teacher_from_torch
-from vavae_jax.weights.state_dicts import read_state_dict, unwrap
+from vavae_jax.weights.state_dicts import read_state_dict
+from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
 # Parameters of the published networks without heads, counted with timm.
@@ -113,17 +114,19 @@ def test_efficientnet_normalises_in_any_case():
   np.testing.assert_array_equal(jax.jit(plain.__call__)(image), jax.jit(normalized.__call__)(image))
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_checkpoints_are_opened(wrapper):
-  weights = {"norm.bias": np.zeros(3)}
-  assert unwrap({wrapper: weights, "epoch": 3}) is weights
-  assert unwrap({wrapper: np.zeros(3)}).keys() == {wrapper}
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "params", "ema_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model.", "backbone.net."])
+def test_checkpoints_are_opened(wrapper, prefix, tmp_path):
+  weights = cases.load("mae_vits16")[1]
+  content = {wrapper: {f"{prefix}{name}": x for name, x in weights.items()}, "step": {}}
+  write_torch_file(tmp_path / "model.pt", content)
+  teacher = load_teacher("mae_vits16", str(tmp_path / "model.pt"))
+  np.testing.assert_array_equal(teacher.norm.bias[...], weights["norm.bias"])
 
 
 @pytest.mark.parametrize(
   ("file", "message"),
   [
-    (FORMATS / "torch_zip.pt", r"torch_zip\.pt holds more than tensors: .*nested"),
     (FORMATS / "truncated.pt", "truncated"),
     ("weights.onnx", r"weights\.onnx: a file of weights ends in one of \.pt, .*\.safetensors"),
     ("absent.safetensors", r"no file .*absent\.safetensors"),

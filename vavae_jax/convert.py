@@ -20,6 +20,8 @@ from vavae_jax.teachers import teacher_from_torch as teacher_from_torch
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.torch_weights import StateDict
 
+# A tensor by which an AutoencoderKL is found in a file.
+MARKS = ("encoder.down.0.block.0.conv1.weight",)
 # What a tokenizer's training checkpoint holds beside the tokenizer: LPIPS and the discriminator,
 # the teacher, the projection onto the teacher's features, and latent diffusion's average.
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
@@ -91,7 +93,7 @@ def autoencoder_from_diffusers(state_dict: Mapping[str, Any]) -> StateDict:
     for pattern, replacement in _DIFFUSERS:
       new = re.sub(pattern, replacement, new)
     array = np.asarray(value)
-    is_matrix = ".attn_1." in new and new.endswith("weight") and array.ndim == 2
+    is_matrix = re.search(r"\.attn[._]\d", new) and new.endswith("weight") and array.ndim == 2
     renamed[new] = array[:, :, None, None] if is_matrix else array
   return renamed
 
@@ -102,16 +104,17 @@ _DIFFUSERS = (
   (r"mid_block\.resnets\.0", "mid.block_1"),
   (r"mid_block\.resnets\.1", "mid.block_2"),
   (r"mid_block\.attentions\.0", "mid.attn_1"),
+  (r"\.attentions\.", ".attn."),
   (r"\.resnets\.", ".block."),
   (r"\.downsamplers\.0\.", ".downsample."),
   (r"\.upsamplers\.0\.", ".upsample."),
   (r"conv_shortcut", "nin_shortcut"),
   (r"conv_norm_out", "norm_out"),
-  (r"attn_1\.group_norm\.", "attn_1.norm."),
-  (r"attn_1\.(to_q|query)\.", "attn_1.q."),
-  (r"attn_1\.(to_k|key)\.", "attn_1.k."),
-  (r"attn_1\.(to_v|value)\.", "attn_1.v."),
-  (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+  (r"(\.attn[._]\d+)\.group_norm\.", r"\1.norm."),
+  (r"(\.attn[._]\d+)\.(?:to_q|query)\.", r"\1.q."),
+  (r"(\.attn[._]\d+)\.(?:to_k|key)\.", r"\1.k."),
+  (r"(\.attn[._]\d+)\.(?:to_v|value)\.", r"\1.v."),
+  (r"(\.attn[._]\d+)\.(?:to_out\.0|proj_attn)\.", r"\1.proj_out."),
 )
 
 

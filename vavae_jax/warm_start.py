@@ -15,7 +15,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.convert import MARKS as MARKS
 from vavae_jax.convert import autoencoder_from_torch
+from vavae_jax.weights.torch_weights import without_wrappers
 
 PROJECTION = "linear_proj."
 
@@ -55,7 +57,7 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
   `model` has the autoencoder's arguments. InputError if the tensors do not fit them.
   """
-  state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+  state_dict = without_wrappers(state_dict)
   module = autoencoder_from_torch(state_dict, **model)
   params = {"autoencoder": nnx.to_pure_dict(nnx.state(module))}
   if f"{PROJECTION}weight" in state_dict:

@@ -10,19 +10,17 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lightningdit_jax import convert as dit
 from lightningdit_jax.model import PRESETS
+from lightningdit_jax.store import latents
 from vavae_jax import convert as vae
 from vavae_jax import teachers
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 from vavae_jax.perceptual import LEFT_ASIDE
+from vavae_jax.weights.state_dicts import Place, choose, dictionaries, places
 from vavae_jax.weights.torch_weights import StateDict
 
-# Parts under which checkpoints keep weights, the average first, as published numbers use averages.
-PARTS = ("ema", "model_ema", "state_dict", "model")
 ITSELF = "the file itself"
 
 
@@ -37,7 +35,7 @@ class Weights(NamedTuple):
     arguments: the constructor's, where tensors determine them.
     aside: other contents of the file -> how many tensors or values.
     kind: one of the names in `_KINDS`, such as "LightningDiT".
-    part: one of `PARTS` or `ITSELF`.
+    part: where they are in the file, as `Place.where` says, or `ITSELF`.
   """
 
   tensors: StateDict
@@ -57,61 +55,59 @@ class Weights(NamedTuple):
 def recognise(
   content: Mapping[str, Any], part: str = "", more: Mapping[str, Any] | None = None
 ) -> Weights:
-  """The model whose weights a file has.
+  """The model whose weights a file has, wherever in it and under whatever prefix they are.
 
   Args:
     content: from `state_dicts.read_content`.
-    part: one of `PARTS`; "": the first one in the file, or the file itself.
-    more: tensors of a second file that belong to the same model, such as LPIPS' heads.
+    part: where, as `Place.where` says; "": the place nearest to the file's top, and the average, as
+      published numbers use averages.
+    more: tensors of a second file, LPIPS' heads, where this one has VGG16.
 
   Raises:
-    InputError: no such part, no known model, or a known one with unknown, missing, misshapen or
-      non-finite tensors, which are listed.
+    InputError: no such part, no known model, several, or a known one with unknown, missing,
+      misshapen or non-finite tensors, which are listed.
   """
-  part, tensors, aside = _choose(content, part)
-  if twice := sorted(tensors.keys() & (more or {}).keys()):
+  kind, place = _find(content, part)
+  if more and kind != LPIPS:
+    raise InputError(f"LPIPS' heads (--heads) are for VGG16, and the file is of a {kind}.")
+  if twice := sorted(place.tensors.keys() & (more or {}).keys()):
     raise InputError(f"Both files have {twice[0]}; give only one that has it.")
-  tensors |= more or {}
-  for kind, (is_it, read) in _KINDS.items():
-    if is_it(tensors):
-      found = read(tensors)
-      return found._replace(kind=kind, part=part, aside=aside + Counter(found.aside))
-  shown = ", ".join(sorted(tensors)[:6]) or "no tensor"
-  raise InputError(
-    f"No model is known by these tensors: {shown}. Known are: {', '.join(_KINDS)}. --inspect lists "
-    "what a file holds."
-  )
+  found = _KINDS[kind][1]({**place.tensors, **(more or {})})
+  aside = place.aside + Counter(found.aside)
+  return found._replace(kind=kind, part=place.where or ITSELF, aside=aside)
 
 
-def _choose(content: Mapping[str, Any], part: str) -> tuple[str, StateDict, Counter[str]]:
-  there = [name for name in PARTS if isinstance(content.get(name), Mapping)]
-  if part and part not in there:
-    raise InputError(f"The file has no part {part!r}; it has {', '.join(there) or 'none'}.")
-  part = part or (there[0] if there else ITSELF)
-  whole = content if part == ITSELF else content[part]
-  others = [str(name) for name, value in whole.items() if not isinstance(value, np.ndarray)]
-  if others:
-    raise InputError(f"The weights have entries that are not tensors: {', '.join(others[:8])}.")
-  aside = Counter(
-    {
-      str(name): len(value) if isinstance(value, Mapping) else 1
-      for name, value in content.items()
-      if part not in (ITSELF, name)
-    }
-  )
-  tensors = {str(name): value for name, value in whole.items()}
-  if tensors and all(name.startswith("module.") for name in tensors):
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-  return part, tensors, aside
+def _find(content: Mapping[str, Any], part: str) -> tuple[str, Place]:
+  """(kind of model, its place), of the kinds first in `_KINDS` at each place."""
+  found: dict[str, tuple[str, Place]] = {}
+  for kind, (marks, _) in _KINDS.items():
+    for place in _marked(content, marks):
+      found.setdefault(place.where, (kind, place))
+  if part and part not in found:
+    known = ", ".join(where or ITSELF for where in found)
+    raise InputError(f"The file has no part {part!r} with a known model; it has {known or 'none'}.")
+  if part:
+    return found[part]
+  if not found:
+    names = sorted(name for place in dictionaries(content) for name in place.tensors)
+    raise InputError(
+      f"No model is known by these tensors: {', '.join(names[:6]) or 'no tensor'}. Known are: "
+      f"{', '.join(_KINDS)}. --inspect lists what a file holds."
+    )
+  # Any vision transformer passes for a teacher, such as the one that a tokenizer was trained with.
+  others = [place for kind, place in found.values() if kind != TEACHER]
+  return found[choose(others or [place for _, place in found.values()], average=True).where]
+
+
+def _marked(content: Mapping[str, Any], marks: Marks) -> list[Place]:
+  if not callable(marks):
+    return places(content, marks)
+  return [place for place in dictionaries(content) if marks(place.tensors)]
 
 
 def _read_statistics(tensors: StateDict) -> Weights:
-  mean, std = (np.asarray(tensors[name], np.float32) for name in ("mean", "std"))
-  if not mean.size or mean.shape != std.shape or mean.size != max(mean.shape, default=0):
-    raise InputError(f"Mean {mean.shape} and std {std.shape} are not one number a channel.")
-  if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-    raise InputError("The statistics are not finite, or a deviation is not above 0.")
-  return Weights(tensors, None)
+  mean, std = latents.mean_and_std(tensors)
+  return Weights({"mean": mean, "std": std}, None)
 
 
 def _read_lightningdit(tensors: StateDict) -> Weights:
@@ -154,26 +150,20 @@ def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict
   return {name: x for name, x in tensors.items() if name not in left}, Counter(groups)
 
 
-def _has(*names: str) -> Callable[[StateDict], bool]:
-  return lambda tensors: any(name in tensors for name in names)
-
-
+# Names of which a model has one, or what tells its tensors.
+Marks = tuple[str, ...] | Callable[[StateDict], bool]
 STATISTICS = "latent statistics"
 SD_VAE = "tokenizer (diffusers)"
 LPIPS = "LPIPS"
-# Kind -> (whether the tensors are of it, how they are read).
-_KINDS: dict[str, tuple[Callable[[StateDict], bool], Callable[[StateDict], Weights]]] = {
-  STATISTICS: (lambda tensors: set(tensors) == {"mean", "std"}, _read_statistics),
-  "LightningDiT": (_has("x_embedder.proj.weight"), _read_lightningdit),
-  "tokenizer": (_has("encoder.down.0.block.0.conv1.weight"), _read_autoencoder),
-  SD_VAE: (
-    _has("encoder.down_blocks.0.resnets.0.conv1.weight"),
-    lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors)),
-  ),
-  LPIPS: (_has("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
-  "FID's Inception": (
-    _has("Mixed_7c.branch_pool.conv.weight"),
-    lambda tensors: Weights(tensors, inception.from_torch(tensors)),
-  ),
-  "teacher": (lambda tensors: bool(teachers.recognise(tensors)), _read_teacher),
+TEACHER = "teacher"
+_STATISTICS_NAMES = [set(names) for names in latents.STATISTICS_NAMES]
+# Kind -> (its marks, how its tensors are read).
+_KINDS: dict[str, tuple[Marks, Callable[[StateDict], Weights]]] = {
+  STATISTICS: (lambda tensors: set(tensors) in _STATISTICS_NAMES, _read_statistics),
+  "LightningDiT": (dit.MARKS, _read_lightningdit),
+  "tokenizer": (vae.MARKS, _read_autoencoder),
+  SD_VAE: (("encoder.down_blocks.0.resnets.0.conv1.weight",), lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors))),
+  LPIPS: (("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
+  "FID's Inception": (("Mixed_7c.branch_pool.conv.weight",), lambda tensors: Weights(tensors, inception.from_torch(tensors))),
+  TEACHER: (lambda tensors: bool(teachers.recognise(tensors)), _read_teacher),
 }

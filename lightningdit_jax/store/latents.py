@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ MANIFEST = "manifest.json"
 STATISTICS = "latents_stats.safetensors"
 PUBLISHED_STATISTICS = "latents_stats.pt"
 _STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
+# REPA-E's files: latents are normalised as (latent - latents_bias) * latents_scale.
+_FACTOR = ("latents_bias", "latents_scale")
+# What mean and deviation are called: by the reference and here, there, and in diffusers' settings.
+STATISTICS_NAMES = (("mean", "std"), _FACTOR, ("latents_mean", "latents_std"))
 STATISTICS_SAMPLES = 10_000
 # Records that are normalised and transposed together: as many as the processor's cache holds.
 _CHUNK = 16
@@ -176,20 +180,37 @@ class LatentStore:
         f"{self.path} has latents but no statistics ({STATISTICS} or {PUBLISHED_STATISTICS}): its "
         "encoding was not finished; run the same python -m launch.encode again."
       )
-    if channels is None:
-      channels = np.size(stored.get("mean", ()))
-    for name in ("mean", "std"):
-      if name not in stored or np.size(stored[name]) != channels:
-        raise InputError(
-          f"The statistics of {self.path} have no {name} of {channels} channels, as its latents do."
-        )
-    mean, std = (np.asarray(stored[name], np.float32).ravel() for name in ("mean", "std"))
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+    try:
+      mean, std = mean_and_std(stored)
+    except InputError as error:
+      raise InputError(f"The statistics of {self.path}: {error}") from error
+    if channels not in (None, mean.size):
       raise InputError(
-        f"The statistics of {self.path} are not finite, or a channel never varies: latents cannot "
-        "be normalised by them. Encode again with a trained tokenizer."
+        f"The statistics of {self.path} have {mean.size} channels, its latents {channels}."
       )
-    return mean, std
+    return mean.ravel(), std.ravel()
+
+
+def mean_and_std(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation of latents by any of `STATISTICS_NAMES`, float32, as shaped there.
+
+  InputError if there are none, or they cannot normalise anything.
+  """
+  names = next((names for names in STATISTICS_NAMES if set(names) <= stored.keys()), None)
+  if names is None or not all(isinstance(stored[name], np.ndarray) for name in names):
+    known = " or ".join(" and ".join(names) for names in STATISTICS_NAMES)
+    raise InputError(f"they are called {known}, and here are {', '.join(map(str, stored))[:200]}.")
+  mean, std = (np.asarray(stored[name], np.float32) for name in names)
+  if names == _FACTOR and (std > 0).all():
+    std = np.float32(1) / std
+  if not mean.size or mean.shape != std.shape or mean.size != max(mean.shape, default=0):
+    raise InputError(f"mean {mean.shape} and std {std.shape} are not one number a channel.")
+  if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+    raise InputError(
+      "they are not finite, or a channel never varies: no latents can be normalised so. Encode "
+      "again with a trained tokenizer."
+    )
+  return mean, std
 
 
 def shard_files(path: Path) -> list[Path]:

@@ -27,8 +27,16 @@ from vavae_jax.common.files import write_safetensors
 SAMPLES = ("latents", "latents_flip")
 POSTERIORS = ("mean", "std", "mean_flip", "std_flip")
 LABELS = "labels"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_LABEL_DTYPES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+# Of latents that are read, each as float32; float32 and bfloat16 are written.
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F16": np.dtype(np.float16),
+  "F64": np.dtype(np.float64),
+}
+_LABEL_DTYPES = {
+  f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)
+}
 _MAX_HEADER = 2**24
 _NOTE = "vavae_jax"
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from vavae_jax.weights import torch_weights
-from vavae_jax.weights.state_dicts import unwrap
+from vavae_jax.weights.state_dicts import weights_in
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -45,8 +45,8 @@ def load(
   `outline` makes the abstract module for a naming. InputError lists unknown, missing, misshapen or
   non-finite tensors.
   """
-  state_dict = _without(unwrap(state_dict), "module.")
-  candidates = [(naming, _prepared(state_dict, naming)) for naming in namings]
+  given = _unprefixed(weights_in(state_dict))
+  candidates = [(naming, _prepared(tensors, naming)) for tensors in given for naming in namings]
   first = candidates[0][0]
   model = outline(first)
 
@@ -73,6 +73,19 @@ def _prepared(state_dict: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
       array = np.asarray(tensors[name])
       tensors[name] = array.reshape((1,) * (rank - array.ndim) + array.shape)
   return tensors
+
+
+def _unprefixed(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+  """The tensors as they are, and without each part that all their names begin with."""
+  found = [tensors]
+  while (
+    tensors
+    and len({name.partition(".")[0] for name in tensors}) == 1
+    and min(name.count(".") for name in tensors)
+  ):
+    tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
+    found.append(tensors)
+  return found
 
 
 def _without(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -6,43 +6,59 @@ files hold nothing but arrays.
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.weights.torch_files import read_torch_file
+from vavae_jax.weights.torch_files import StandIn, read_torch_file
+from vavae_jax.weights.torch_weights import StateDict, without_wrappers
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
 # Of an npz, unpacked to packed. Weights hardly shrink; more is a few bytes made to fill all memory.
 _MAX_EXPANSION = 100
-# Under one of these a checkpoint keeps its weights, beside optimizers and counters.
-_WRAPPERS = ("state_dict", "model", "ema")
+_MAX_DEPTH = 3  # of dictionaries in a file that may hold the weights
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+class Place(NamedTuple):
+  """A place of tensors in a file.
+
+  Attributes:
+    where: keys of dictionaries and then the prefix of names, such as "state_dict/vae."; "" for the
+      file itself.
+    depth: how many keys and parts of the prefix.
+    tensors: name without the prefix and what wrappers leave in it -> array.
+    aside: other contents of the file -> how many tensors or values.
+  """
+
+  where: str
+  depth: int
+  tensors: dict[str, np.ndarray]
+  aside: Counter[str]
+
+
+def read_state_dict(path: str | os.PathLike[str], marks: Collection[str] = ()) -> StateDict:
   """Reads weights of a .pt, .pth, .bin, .ckpt, .safetensors or .npz file: PyTorch name -> array.
 
-  A checkpoint that keeps its weights under "state_dict", "model" or "ema" is opened at the first of
-  these; arrays have the shape and dtype they are stored with. InputError if there is no such file,
-  it is of another kind or damaged, or has more than tensors among its weights.
+  `marks` are names of the model's tensors, as `weights_in` takes them; arrays have the shape and
+  dtype they are stored with. InputError if there is no such file, it is of another kind or damaged,
+  or has no weights, or several models'.
   """
-  weights = unwrap(read_content(path))
-  others = [str(name) for name, value in weights.items() if not isinstance(value, np.ndarray)]
-  if others:
-    raise InputError(
-      f"{path} holds more than tensors: {', '.join(others[:8])}. Save the state_dict() alone, or "
-      f"under {' or '.join(map(repr, _WRAPPERS))}."
-    )
-  return dict(weights)
+  content = read_content(path)
+  try:
+    return weights_in(content, marks)
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from error
 
 
 def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,10 +75,26 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
       return load_file(path)
     except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+      if small := _float8_in(path):
+        raise InputError(
+          f"{path} holds 8-bit floats, which are rounded too far to be taken for the weights: "
+          f"{', '.join(small[:8])}. Give a file of 16 or 32 bits."
+        ) from error
       raise InputError(f"{path} is damaged or not a safetensors file ({error}).") from error
   if path.suffix == ".npz":
     return _read_npz(path)
   return read_torch_file(path)
+
+
+def _float8_in(path: Path) -> list[str]:
+  """Tensors of a safetensors file that are 8-bit floats, which numpy lacks."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    try:
+      entries = json.loads(file.read(min(size, path.stat().st_size))).items()
+      return [name for name, about in entries if about.get("dtype", "").startswith("F8_")]
+    except (ValueError, AttributeError, RecursionError):
+      return []  # no header; the file is damaged
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -86,9 +118,89 @@ def _read_npz(path: Path) -> dict[str, Any]:
   return content
 
 
-def unwrap(content: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The weights of a checkpoint: what it has under "state_dict", "model" or "ema", else itself."""
-  for name in _WRAPPERS:
-    if isinstance(content.get(name), Mapping):
-      return content[name]
-  return content
+def weights_in(content: Mapping[Any, Any], marks: Collection[str] = ()) -> StateDict:
+  """The weights of a file or checkpoint, not their average where it has both.
+
+  They are at the place that has one of `marks`; without marks, or where none is found, in the
+  dictionary with most tensors. InputError if there are none, or several such places.
+  """
+  found = dictionaries(content)
+  if not found:
+    raise InputError("There are no tensors with names; save a state_dict().")
+  most = max(len(place.tensors) for place in found)
+  large = [place for place in found if 2 * len(place.tensors) >= most]  # a model and its average
+  return choose(places(content, marks) or large, average=False).tensors
+
+
+def places(content: Mapping[Any, Any], marks: Collection[str]) -> list[Place]:
+  """Where a file has a tensor that is called as one of `marks`, perhaps after a prefix."""
+  return [
+    _below(place, prefix)
+    for place in dictionaries(content)
+    for prefix in sorted(
+      {
+        name.removesuffix(mark)
+        for mark in marks
+        for name in place.tensors
+        if f".{name}".endswith(f".{mark}")
+      }
+    )
+  ]
+
+
+def dictionaries(content: Mapping[Any, Any]) -> list[Place]:
+  """A file's dictionaries that have tensors, the outermost first."""
+  found = []
+  for path, there in _walk(content, (), set()):
+    named = {k: v for k, v in there.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
+    others = [(key, value) for key, value in there.items() if key not in named]
+    above = [(key, value) for key, value in content.items() if path and key != path[0]]
+    aside = Counter[str]()
+    for key, value in (*others, *above):
+      # With its kind where that is not known here.
+      name = f"{key}: {value!r}" if isinstance(value, StandIn) else str(key)
+      aside[name] += len(value) if isinstance(value, Mapping) and value else 1
+    if named:
+      found.append(Place("/".join(path), len(path), without_wrappers(named), aside))
+  return found
+
+
+def _below(place: Place, prefix: str) -> Place:
+  """The tensors whose names have a prefix."""
+  if not prefix:
+    return place
+  own = {
+    name.removeprefix(prefix): value
+    for name, value in place.tensors.items()
+    if name.startswith(prefix)
+  }
+  others = Counter(name.split(".")[0] for name in place.tensors if not name.startswith(prefix))
+  where = f"{place.where}/{prefix}" if place.where else prefix
+  return Place(where, place.depth + prefix.count("."), own, place.aside + others)
+
+
+def choose(found: Sequence[Place], *, average: bool) -> Place:
+  """The place nearest to the file's top, and of several the average, or what is none.
+
+  InputError, listing them, if there are several yet.
+  """
+  nearest = [place for place in found if place.depth == min(place.depth for place in found)]
+  alike = [place for place in nearest if ("ema" in place.where.lower()) == average] or nearest
+  if len(alike) > 1:
+    raise InputError(
+      f"The file has several models' weights: {', '.join(place.where for place in alike)}. Give a "
+      "file of one of them, or convert one: python -m launch.convert SOURCE DEST --part=NAME."
+    )
+  return alike[0]
+
+
+def _walk(
+  content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+  """A dictionary and those in it, with their keys; each once, so that none may hold itself."""
+  seen.add(id(content))
+  yield path, content
+  for key, value in content.items():
+    inside = isinstance(value, Mapping) and id(value) not in seen and len(path) < _MAX_DEPTH
+    if inside and isinstance(key, str):
+      yield from _walk(value, (*path, key), seen)

@@ -10,6 +10,7 @@ missing, misshapen or not finite is listed, and nothing is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from vavae_jax.common.errors import InputError
 StateDict = dict[str, np.ndarray]
 Path = tuple[Any, ...]
 M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 
 STACKED = "blocks"
 LEAVES = {
@@ -35,6 +37,10 @@ LEAVES = {
 }
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+# What PyTorch's wrappers of modules put into names: DataParallel, compile, FSDP, checkpointing.
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_\w*mod(?:ule)?)\.")
 
 
 class Slot(NamedTuple):
@@ -58,16 +64,14 @@ def load(
 
   Args:
     model: abstract as `nnx.eval_shape` gives it, or any whose weights may go.
-    state_dict: name -> array. A prefix "module." on all names, which PyTorch's data parallelism
-      leaves, is dropped.
+    state_dict: name -> array, with or without what `without_wrappers` drops.
     renamed: parts of names, ours -> PyTorch's, each ending in a dot.
     fixed: tensors that PyTorch stores although the architecture determines them. They may be
       absent; where present they are compared, not used.
 
   InputError if the state dict is not that of this module; the message lists how.
   """
-  if all(name.startswith("module.") for name in state_dict):
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+  state_dict = without_wrappers(state_dict)
   graph, abstract = nnx.split(model)
   leaves = flatten_dict(nnx.to_pure_dict(abstract))
   slots = {path: list(_slots(path, leaf.shape, renamed)) for path, leaf in leaves.items()}
@@ -79,6 +83,15 @@ def load(
     # NumPy's, so that a trace that is under way where weights are loaded has no part in them.
     weights[path] = arrays[0] if group[0].block is None else np.stack(arrays)
   return nnx.merge(graph, unflatten_dict(weights))
+
+
+def without_wrappers(state_dict: Mapping[str, T]) -> dict[str, T]:
+  """The same tensors without parts of names such as "module." and "_orig_mod.", wherever they are.
+
+  All names stay where two would become one.
+  """
+  short = {_WRAPPER.sub("", name): value for name, value in state_dict.items()}
+  return short if len(short) == len(state_dict) else dict(state_dict)
 
 
 def dump(model: nnx.Module, *, renamed: Mapping[str, str] = NOTHING) -> StateDict:
