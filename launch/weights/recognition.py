@@ -162,8 +162,14 @@ _KINDS: dict[str, tuple[Marks, Callable[[StateDict], Weights]]] = {
   STATISTICS: (lambda tensors: set(tensors) in _STATISTICS_NAMES, _read_statistics),
   "LightningDiT": (dit.MARKS, _read_lightningdit),
   "tokenizer": (vae.MARKS, _read_autoencoder),
-  SD_VAE: (("encoder.down_blocks.0.resnets.0.conv1.weight",), lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors))),
+  SD_VAE: (
+    ("encoder.down_blocks.0.resnets.0.conv1.weight",),
+    lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors)),
+  ),
   LPIPS: (("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
-  "FID's Inception": (("Mixed_7c.branch_pool.conv.weight",), lambda tensors: Weights(tensors, inception.from_torch(tensors))),
+  "FID's Inception": (
+    ("Mixed_7c.branch_pool.conv.weight",),
+    lambda tensors: Weights(tensors, inception.from_torch(tensors)),
+  ),
   TEACHER: (lambda tensors: bool(teachers.recognise(tensors)), _read_teacher),
 }
