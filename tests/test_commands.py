@@ -336,6 +336,7 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     "no such file": ["launch.train", "--config=configs/nothing.py", new],
     "no such argument": ["launch.train", "--config=configs/quickstart.py:nonsense", new],
     "no such flag": ["launch.train", TINY, new, "--nonsense=3"],
+    "an empty workdir": ["launch.train", TINY, "--workdir="],
     "a word too many": ["launch.train", TINY, new, "again"],
     "nothing to evaluate": ["launch.evaluate", "everything", f"--output={root / 'new'}"],
     "no such class": [
@@ -371,6 +372,7 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     ("no such file", "configs/nothing.py"),
     ("no such argument", "'nonsense' is none of"),
     ("no such flag", "Unknown command line flag 'nonsense'"),
+    ("an empty workdir", "--workdir is empty"),
     ("a word too many", "Unexpected argument 'again'"),
     ("nothing to evaluate", "invalid choice: 'everything'"),
     ("no such class", "--labels is '3,9'; labels must lie in 0..8."),

@@ -137,3 +137,7 @@ def test_a_damaged_note_is_named(tmp_path, text):
   path.write_text(text, errors="surrogateescape")
   with pytest.raises(InputError, match=r"note\.json is damaged"):
     read_note(path, "a")
+
+
+def test_a_message_has_no_control_characters():
+  assert str(InputError("a\x1b[31mb\udcff\nc")) == "a\ufffd[31mb\ufffd\nc"

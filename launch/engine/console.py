@@ -27,7 +27,7 @@ from rich.text import Text
 
 from launch.engine import hardware, processes, tracing
 from launch.engine.circumstances import own_program
-from vavae_jax.common.errors import InputError
+from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import DISK_FULL, allow_open_files
 
 # Flags defined here belong to the command that asks for them.
@@ -134,7 +134,7 @@ def say(text: str) -> None:
 def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
   """Prints a table in the first process."""
   if jax.process_index() == 0:
-    grid = Table(title=Text(title), title_justify="left")
+    grid = Table(title=Text(printable(title)), title_justify="left")
     for name in header:
       grid.add_column(name, overflow="fold")
     for row in rows:
@@ -145,11 +145,6 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
 def number(value: float) -> str:
   """A number of three digits, or whole with commas."""
   return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def printable(text: str) -> str:
-  """The text without control characters; names in files come from strangers."""
-  return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _interrupt(number: int, _frame: object) -> None:
@@ -166,6 +161,9 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   """The command line without its flags; a wrong flag or configuration file ends the process."""
   try:
     words = flags.FLAGS(argv)
+    for flag in (flags.FLAGS[name] for name in flags.FLAGS):
+      if flag.present and flag.value == "" != flag.default:
+        raise flags.IllegalFlagValueError(f"--{flag.name} is empty")
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a missing file raises only when it is used
     return words
@@ -179,7 +177,7 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
     message = (
       f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
     )
-  print(f"error: {message}; see {f'{name} --help'.strip()}", file=sys.stderr)
+  print(printable(f"error: {message}; see {f'{name} --help'.strip()}"), file=sys.stderr)
   sys.exit(2)
 
 

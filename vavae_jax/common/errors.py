@@ -7,3 +7,11 @@ and keeps its traceback.
 
 class InputError(ValueError):
   """What was given cannot be used: the message names it, what is needed, and what to do."""
+
+  def __init__(self, message: str):
+    super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+  """The text without control characters; names in files come from strangers."""
+  return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
