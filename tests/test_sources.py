@@ -9,6 +9,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -212,6 +213,118 @@ def test_odd_pixels_are_seen_as_a_person_would(make, kind):
   picture.save(buffer, kind, **options, **({"lossless": True} if kind == "WEBP" else {}))
   found = np.asarray(base.decode(buffer.getvalue(), "x")).astype(int)
   np.testing.assert_allclose(found[0], np.broadcast_to(expected, found[0].shape), atol=1)
+
+
+CORNERS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+
+
+def chunk(name: bytes, data: bytes, crc: int | None = None) -> bytes:
+  crc = zlib.crc32(name + data) if crc is None else crc
+  return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+
+def png(array: np.ndarray, *beside: bytes) -> bytes:
+  """A PNG of 8 or 16 bits with chunks after the header."""
+  height, width, channels = array.shape
+  head = (width, height, array.itemsize * 8, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+  rows = b"".join(b"\0" + row.astype(array.dtype.newbyteorder(">")).tobytes() for row in array)
+  parts = chunk(b"IHDR", struct.pack(">IIBBBBB", *head)), *beside
+  end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+  return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + end
+
+
+def tiff_header(orientation: bytes = b"\x03\0\x01\0\0\0\x06\0\0\0", *entries: bytes) -> bytes:
+  """EXIF's directory: that of the orientation, and entries as they are."""
+  all_ = [struct.pack("<H", 0x112) + orientation, *entries]
+  return b"II*\0\x08\0\0\0" + struct.pack("<H", len(all_)) + b"".join(all_) + bytes(4)
+
+
+TURNED = np.rot90(CORNERS, -1)
+LONG = struct.pack("<HIHH", 4, 1, 6, 0)
+EXIFS = {
+  "short": (tiff_header(), TURNED),
+  "long": (tiff_header(LONG), TURNED),
+  "out of range": (tiff_header(struct.pack("<HIHH", 3, 1, 9, 0)), CORNERS),
+  "a text": (tiff_header(struct.pack("<HI4s", 2, 4, b"six\0")), CORNERS),
+  "an odd pointer": (tiff_header(LONG, struct.pack("<HHII", 0x8769, 4, 1, 2**32 - 1)), TURNED),
+  "an odd ratio": (tiff_header(LONG, struct.pack("<HHII", 0x11A, 5, 2**31, 2**31)), TURNED),
+  "an unknown type": (tiff_header(LONG, struct.pack("<HHII", 0x10F, 99, 7, 7)), TURNED),
+  "cut": (tiff_header()[:18], CORNERS),
+  "no directory": (b"II*\0\xff\xff\xff\xff\0\0", CORNERS),
+  "nothing": (b"", CORNERS),
+  "no order": (b"XX" + tiff_header()[2:], CORNERS),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", EXIFS)
+def test_exif_decides_nothing_but_which_side_is_up(kind, exif):
+  content, expected = EXIFS[exif]
+  buffer = io.BytesIO()
+  picture = Image.fromarray(CORNERS)
+  options = {"lossless": True} if kind == "WEBP" else {"subsampling": 0, "quality": 100}
+  picture.save(buffer, kind, exif=b"Exif\0\0" + content, **options)
+  found = np.asarray(base.decode(buffer.getvalue(), "x")).astype(int)
+  np.testing.assert_allclose(found, expected, atol=3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+  "beside",
+  [
+    chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**23))),
+    chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(2**23))),
+    chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**23))),
+    chunk(b"iCCP", b"a\0\0damaged"),
+    chunk(b"tEXt", bytes(2**21)) * 40,
+    chunk(b"tEXt", b"a\0b", crc=7),
+    chunk(b"gAMA", b"\0"),
+    chunk(b"pHYs", b""),
+  ],
+)
+def test_chunks_beside_the_pixels_are_no_reason(beside):
+  np.testing.assert_array_equal(np.asarray(base.decode(png(CORNERS, beside), "x")), CORNERS)
+
+
+def test_a_bad_checksum_of_the_pixels_is_one():
+  data = bytearray(png(CORNERS))
+  data[-20] ^= 1
+  with pytest.raises(sources.Unreadable):
+    base.decode(bytes(data), "x")
+
+
+def test_an_orientation_in_xmp_counts():
+  xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf tiff:Orientation="6"/>'
+  found = np.asarray(base.decode(png(CORNERS, chunk(b"iTXt", xmp)), "x"))
+  np.testing.assert_array_equal(found, TURNED)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_samples_of_16_bits_are_scaled_by_those_they_use(bits, channels, capsys):
+  base._guessed.clear()
+  levels = np.linspace(0, 2**bits - 1, 6 * 8 * channels).astype(np.uint16)
+  levels = levels.reshape(6, 8, channels)
+  if channels == 4:
+    levels[..., 3] = 2**16 - 1
+  found = np.asarray(base.decode(png(levels), "here/1.png"))
+  colours = levels[..., : min(channels, 3)] >> (bits - 8)
+  np.testing.assert_array_equal(found, np.broadcast_to(colours, found.shape))
+  base.decode(png(levels), "here/2.png")
+  told = capsys.readouterr().err
+  assert told.count(f"here/1.png has 16 bits a sample and uses {bits}") == (bits < 16)
+  assert "here/2.png" not in told  # it is said once
+
+
+def test_bits_that_a_tiff_declares_are_no_guess(capsys):
+  base._guessed.clear()
+  buffer = io.BytesIO()
+  Image.fromarray(np.full((2, 2), 255, np.uint16)).save(buffer, "TIFF")
+  data = bytearray(buffer.getvalue())
+  place = data.index(struct.pack("<HHI", 258, 3, 1)) + 8
+  data[place : place + 2] = struct.pack("<H", 12)
+  packed = bytes(data).replace(b"\xff\0" * 4, b"\x0f\xf0\xff" * 2 + bytes(2))
+  assert np.asarray(base.decode(packed, "x"))[..., 0].tolist() == [[15, 15]] * 2
+  assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
