@@ -180,6 +180,8 @@ def _write(path: Path, parts: list[_Part]) -> None:
   """Writes a whole shard."""
   columns, labels, skipped = zip(*parts, strict=True)
   whole = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+  if bad := [name for name, x in whole.items() if not np.isfinite(x.astype(np.float32)).all()]:
+    raise InputError(f"{', '.join(bad)} for {path} are not finite; train the tokenizer anew.")
   shards.write_shard(path, whole, np.concatenate(labels), [n for names in skipped for n in names])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -27,11 +28,13 @@ from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.engine.configuration import check_begun, claim_folder
+from launch.engine.log import NotFinite
 from launch.evaluation.sample_files import part_path, write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, place, read_note, write_json
+from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
 SETTINGS = {
@@ -96,13 +99,16 @@ def make_sampler(
 
   Returns:
     (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
-    in batches of `settings.batch_size`, the last one filled up.
+    in batches of `settings.batch_size`, the last one filled up. NotFinite instead of pictures that
+    are black because of numbers that are not finite.
   """
   store = restore.open_latents(config.latents.path, config.latents.cache)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
 
   @jax.jit
-  def run(params: Any, away: Any, decoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
+  def run(
+    params: Any, away: Any, decoder: Any, batch: dict[str, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
     normalised = sampling.sample_latents(
       config,
       params,
@@ -113,12 +119,20 @@ def make_sampler(
       guide=(guide.config, away) if guide else None,
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
-    return restore.autoencoder(tokenizer.config, decoder).decode_uint8(z_BhwZ)
+    image_BHWC = restore.autoencoder(tokenizer.config, decoder).decode(z_BhwZ)
+    return to_uint8(image_BHWC), jnp.isfinite(image_BHWC).all((1, 2, 3))
 
   def sample(params: Any, index_B: np.ndarray, label_B: np.ndarray) -> np.ndarray:
     batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
     decode = functools.partial(run, params, guide.params if guide else None, tokenizer.params)
-    return np.concatenate(list(in_batches(decode, batch, settings.batch_size, devices)))
+    found = in_batches(decode, batch, settings.batch_size, devices)
+    pictures, finite = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if not finite.all():
+      raise NotFinite(
+        f"{np.sum(~finite)} of {len(finite)} samples have numbers that are not finite; change the "
+        "solver's settings (SDE: diffusion_norm, last_step), or give --dtype=float32."
+      )
+    return pictures
 
   return sample
 

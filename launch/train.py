@@ -25,6 +25,7 @@ import vavae_jax.training
 from launch import restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
+from launch.engine.log import NotFinite
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.pictures import Array, own_pictures
 from launch.evaluation.reference import gaussian_of, statistics_of
@@ -102,7 +103,11 @@ def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   label = index % config.model.num_classes
 
   def show(state: Any) -> dict[str, Any]:
-    pictures = sampler(averaged(config.optimizer, state), index, label)
+    try:
+      pictures = sampler(averaged(config.optimizer, state), index, label)
+    except NotFinite as error:  # training goes on: its own numbers are watched by the loop
+      console.say(f"warning: {error}")
+      return {}
     result = {"grid": contact_sheet(pictures[:PICTURE_SAMPLES])}
     return result | (distance(pictures) if distance else {})
 

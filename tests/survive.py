@@ -372,7 +372,7 @@ def nan_batch(folder: Path, environment: Mapping[str, str], non_finite: str) -> 
     survived, told = survived and counted == 1, f"{counted:.0f} step counted, also after SIGTERM"
   else:
     last = printed.strip().splitlines()[-1]
-    survived, told = code == 1 and "at step 15" in last, f"ended: {last[:90]}"
+    survived, told = code == 2 and "at step 15" in last, f"ended: {last[:90]}"
   steps = [int(path.name) for path in checkpoint_folders(run.workdir)]
   finite = all(np.isfinite(x).all() for x in jax.tree.leaves(final_state(run.workdir)))
   survived = survived and finite and steps[-1] == (40 if non_finite == "skip" else 10)

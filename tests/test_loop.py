@@ -20,7 +20,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops, hardware, log, loop, step
-from launch.engine.checkpoint import Checkpoints
+from launch.engine.checkpoint import Checkpoints, restore_item
 from launch.engine.writers import read_metrics
 from lightningdit_jax import training
 from tests import toy_task
@@ -116,6 +116,39 @@ def test_stop_keeps_the_last_checkpoint(tmp_path):
   with pytest.raises(FloatingPointError, match=r"grad_norm is nan.* at step 8"):
     run(tmp_path, bad_step=8)  # a step that is to be saved
   assert Checkpoints(tmp_path).sound_step() == 4
+
+
+@pytest.mark.parametrize(("step", "saved"), [(3, "there is no checkpoint yet"), (7, "is step 4")])
+def test_a_state_that_is_not_finite_is_not_saved_even_by_a_signal(tmp_path, step, saved):
+  """Its loss and gradients are."""
+
+  def phase(config, now):
+    if now == step:
+      signal.raise_signal(signal.SIGTERM)
+    return toy_task.phase(config, now)
+
+  task = SimpleNamespace(**{**vars(toy_task), "phase": phase})
+  with pytest.raises(log.NotFinite, match=rf"state are not finite at step {step}; .*{saved}"):
+    loop.run(task, toy_task.config(bad_update=step), tmp_path)
+  assert Checkpoints(tmp_path).sound_step() == (None if step == 3 else 4)
+
+
+def test_a_state_that_is_not_finite_is_skipped(tmp_path):
+  before = run(tmp_path / "before", num_steps=8)
+  state = run(tmp_path / "skip", num_steps=9, bad_update=9, non_finite="skip")
+  assert_same(state.replace(step=before.step), before)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, monkeypatch):
+  """One of an older version, which saved it."""
+  monkeypatch.setattr(log.Log, "flush", lambda self: None)
+  run(tmp_path, num_steps=4, bad_update=4)
+  monkeypatch.undo()
+  with pytest.raises(InputError, match=r"4 has numbers that are not finite, in .ema\['0.8'\]"):
+    run(tmp_path, bad_update=4)
+  state = toy_task.init_state(toy_task.config(), jax.random.key(0))
+  with pytest.raises(InputError, match=r"ema_0\.8 of the checkpoint .* not finite"):
+    restore_item(tmp_path, "ema_0.8", state.ema["0.8"])
 
 
 def test_skip_leaves_all_but_the_count(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -60,6 +61,13 @@ def batches(monkeypatch):
 
   monkeypatch.setattr(sample, "make_sampler", make)
   return seen
+
+
+def test_samples_that_are_not_finite_are_refused_and_no_black_pictures(diffusion, tokenizer):
+  run = sampler(diffusion, tokenizer, settings(diffusion, batch_size=4), 0)
+  far = jax.tree.map(lambda x: x * 1e30, diffusion.params)
+  with pytest.raises(InputError, match="3 of 3 samples have numbers that are not finite"):
+    run.func(far, np.arange(3), np.arange(3))
 
 
 def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):

@@ -36,7 +36,8 @@ class State:
 
 def config(**changes: Any) -> FrozenConfigDict:
   """Settings of a run of 12 steps; `bad_steps` from `bad_step` on have gradients not finite, and
-  the data of the batch `nan_batch`, counted from 0, are NaN. The matrix has `width` columns.
+  the data of the batch `nan_batch`, counted from 0, are NaN; in the step `bad_update` loss and
+  gradients are finite and the new average is not. The matrix has `width` columns.
   """
   settings = {
     "seed": 3,
@@ -53,6 +54,7 @@ def config(**changes: Any) -> FrozenConfigDict:
     "bad_step": 1000,
     "bad_steps": 1,
     "nan_batch": 1000,
+    "bad_update": 1000,
     "width": 5,
     "workers": 0,
     "mesh": {"data": -1, "fsdp": 1},
@@ -101,6 +103,8 @@ def train_step(
   momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state.momentum, grads)
   params = jax.tree.map(lambda p, m: p - 0.05 * m, state.params, momentum)
   ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, state.ema, {"0.8": params})
+  bad = state.step + 1 == config.bad_update
+  ema = jax.tree.map(lambda e: jnp.where(bad, jnp.inf, e), ema)
   metrics = {"loss": loss, "grad_norm": jnp.linalg.norm(grads["w"])}
   return State(state.step + 1, params, ema, momentum), metrics
 

@@ -29,6 +29,7 @@ from vavae_jax.common.files import (
   read_note,
   write_json,
 )
+from vavae_jax.common.functional import check_finite
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
@@ -65,7 +66,7 @@ class Checkpoints:
         f"and begin from these with --config.init_from={workdir}."
       )
     self._keep, self._keep_every, self._best = keep, keep_every, best
-    self._sealing: int | None = None
+    self.newest: int | None = None  # the last one's step; it may still be being written
     self._writer = _orbax().AsyncCheckpointer(
       _orbax().CompositeCheckpointHandler(),
       async_options=_orbax().options.AsyncOptions(post_finalization_callback=self._seal),
@@ -85,7 +86,8 @@ class Checkpoints:
         f"All checkpoints in {self.folder} are damaged, as reported above, and were renamed. Copy "
         "a sound one there, give a new --workdir to begin anew, or delete the folder."
       )
-    return None if found < 0 else found
+    self.newest = None if found < 0 else found
+    return self.newest
 
   def _sound_step(self) -> int:
     if not self.folder.is_dir():
@@ -139,7 +141,7 @@ class Checkpoints:
       self._finish()
       if (self.folder / str(step)).exists():
         return  # a run that stops where it saves
-      self._sealing = step
+      self.newest = step
       items = {name: _orbax().args.StandardSave(tree) for name, tree in _items(state).items()}
       items["config"] = _orbax().args.JsonSave(config)
       items["log"] = _orbax().args.JsonSave(log or {})
@@ -147,9 +149,9 @@ class Checkpoints:
 
   def _seal(self) -> None:
     """Runs in the first process when all have written, just before the folder gets its name."""
-    unfinished = list(self.folder.glob(f"{self._sealing}{_UNFINISHED}*"))
+    unfinished = list(self.folder.glob(f"{self.newest}{_UNFINISHED}*"))
     # In a bucket nothing can be renamed: the folder has its name from the start.
-    manifest.seal(unfinished[0] if unfinished else self.folder / str(self._sealing))
+    manifest.seal(unfinished[0] if unfinished else self.folder / str(self.newest))
 
   def _finish(self) -> None:
     """Waits for the save under way; then deletes what need not be kept."""
@@ -171,6 +173,7 @@ class Checkpoints:
     restored = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     state = dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
+    check_finite(state, f"The checkpoint {self.folder / str(step)}")
     return state, restored["log"]
 
   def close(self) -> None:
@@ -247,7 +250,9 @@ def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -
   if not (path / item).is_dir():
     raise InputError(f"The checkpoint {path} has no {item}.")
   with _orbax().StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(path / item, like), chosen
+    restored = checkpointer.restore(path / item, like)
+  check_finite(restored, f"{item} of the checkpoint {path}")
+  return restored, chosen
 
 
 def save_weights(workdir: Path, params: Any, config: dict) -> None:

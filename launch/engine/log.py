@@ -13,9 +13,15 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from launch.engine import console
+from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import Writer
+from vavae_jax.common.errors import InputError
 
 Metrics = dict[str, Any]
+
+
+class NotFinite(InputError, FloatingPointError):
+  """A training computed numbers that are not finite; nothing of them was saved."""
 
 
 class Log:
@@ -29,8 +35,10 @@ class Log:
     step: int,
     peak_flops: float,
     noted: dict[str, Any],
+    checkpoints: Checkpoints,
   ):
     """Begins at `step`, with what `state` gave there as `noted`, or {}; peak_flops 0: not known."""
+    self._checkpoints = checkpoints
     self._writer, self._bar, self._config, self._peak = writer, bar, config, peak_flops
     self._skipped, self._in_a_row = noted.get("skipped", 0), noted.get("in_a_row", 0)
     self._pending: tuple[int, Metrics] | None = None
@@ -80,21 +88,24 @@ class Log:
     """Reads the pending metrics and writes a line where one is due.
 
     Raises:
-      FloatingPointError: a metric is not finite; see `loop.run`.
+      NotFinite: a number is not; see `loop.run`.
     """
     if self._pending is None:
       return
     step, metrics = self._pending
     self._pending = None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    finite = values.pop("finite")
     broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if not (finite or broken):
+      broken = ["the new weights, averages or optimizer state are not finite"]
     if self._config.non_finite == "stop" and broken:
-      raise FloatingPointError(
-        f"{', '.join(broken)} at step {step}; the last checkpoint is from before. Go on with "
+      raise NotFinite(
+        f"{', '.join(broken)} at step {step}; {self._saved()}. Go on with "
         'config.non_finite="skip"; or train anew, in another workdir, with a lower '
         "config.optimizer.learning_rate or with config.optimizer.clip_norm=1.0."
       )
-    if values.pop("skipped", 0.0):
+    if not finite:
       self._count_skipped(step, broken)
     else:
       self._window.append(values)
@@ -135,8 +146,12 @@ class Log:
     self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
     console.say(f"step {step} was skipped: {', '.join(broken)}")
     if self._in_a_row > self._config.max_skipped_steps:
-      raise FloatingPointError(
+      raise NotFinite(
         f"{self._in_a_row} steps in a row were not finite, until step {step}: "
-        f"{', '.join(broken)}. The weights before them are in the last checkpoint; train on from "
-        "them in another workdir, by config.init_from, with a lower learning rate or clipping."
+        f"{', '.join(broken)}; {self._saved()}. Train in another workdir, from that by "
+        "config.init_from or anew, with a lower learning rate or clipping."
       )
+
+  def _saved(self) -> str:
+    step = self._checkpoints.newest
+    return "there is no checkpoint yet" if step is None else f"the last one saved is step {step}"

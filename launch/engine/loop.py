@@ -27,6 +27,7 @@ from launch.engine.prefetch import Prefetched
 from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer
+from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ def run(
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
-    FloatingPointError: a metric is not finite and `config.non_finite` is "stop", or it is "skip"
-      and more than `config.max_skipped_steps` steps in a row were skipped.
+    NotFinite: a metric or the new state is not finite and `config.non_finite` is "stop", or it is
+      "skip" and more than `config.max_skipped_steps` steps in a row were skipped.
     console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
   """
   devices = check(config)
@@ -148,7 +149,7 @@ def run(
       console.Bar(name, config.num_steps, start) as bar,
       Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
     ):
-      log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted)
+      log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
       with contextlib.closing(writer), contextlib.closing(checkpoints):
         with signals.at_once():
           for evaluator in missing:
@@ -187,7 +188,10 @@ def run(
 def _fresh(init: Callable[[Any], Any], key: Any, shardings: Any, adopt: Adopt | None) -> Any:
   """The state that a training begins with, with the weights that `adopt` puts into it."""
   state = jit_init(init, shardings)(key)
-  return jax.device_put(adopt(state), shardings) if adopt else state
+  if adopt:
+    state = jax.device_put(adopt(state), shardings)
+    functional.check_finite(state.params, "config.init_from")
+  return state
 
 
 def _checkpoints(config: FrozenConfigDict, workdir: Path) -> Checkpoints:

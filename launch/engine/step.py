@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.engine import console, flops
+from vavae_jax.common import functional
 
 Metrics = dict[str, Any]
 TrainStep = Callable[..., tuple[Any, Metrics]]
@@ -83,17 +84,18 @@ def jit_step(train_step: TrainStep, config: FrozenConfigDict, shardings: Any) ->
 def _guarded(
   train_step: TrainStep, config: FrozenConfigDict, phase: Hashable, state: Any, *more: Any
 ) -> tuple[Any, Metrics]:
-  """The task's step; with "skip", one with a metric that is not finite leaves all but the count.
+  """The task's step, whose metric "finite" says whether all metrics and the new state are; with
+  "skip", one where they are not leaves all but the count.
 
-  All metrics: a finite loss can have gradients that are not.
+  All of both: a finite loss can have gradients that are not, and finite gradients an update that is
+  not. XLA checks each array where it writes it.
   """
   new, metrics = train_step(config, phase, state, *more)
+  finite = jnp.stack(jax.tree.leaves(functional.finite((new, metrics)))).all()
   if config.non_finite == "skip":
-    finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     new = dataclasses.replace(kept, step=new.step)
-    metrics = {**metrics, "skipped": 1.0 - finite}
-  return new, metrics
+  return new, {**metrics, "finite": finite}
 
 
 def _norms(state: Any) -> Metrics:

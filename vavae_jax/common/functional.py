@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -52,6 +53,23 @@ def outline(build: Callable[[nnx.Rngs], M], name: str) -> M:
     return abstract(build)
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
     raise InputError(f"{name} cannot be built: {error}") from error
+
+
+def finite(tree: Any) -> Any:
+  """Whether all numbers of an array are finite, bool [], for each array of floats of a pytree."""
+  floats = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree)
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), floats)
+
+
+def check_finite(tree: Any, name: str) -> None:
+  """Raises InputError where an array of the pytree `name` has a number that is not finite."""
+  flags = jax.device_get(jax.jit(finite)(tree))
+  if bad := [jax.tree_util.keystr(k) for k, ok in jax.tree.leaves_with_path(flags) if not ok]:
+    more = f" and {len(bad) - 1} more arrays" if len(bad) > 1 else ""
+    raise InputError(
+      f"{name} has numbers that are not finite, in {bad[0]}{more}: nothing can be computed with "
+      "them. Take an earlier checkpoint, or other weights."
+    )
 
 
 @functools.lru_cache(64)
