@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,41 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, capsy
   assert (tmp_path / "checkpoints" / "damaged-4").is_dir()
   checkpoints.save(make_state(4), SETTINGS.to_dict())
   checkpoints.close()
+  assert Checkpoints(tmp_path).sound_step() == 4
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs0000000001", "._params"])
+def test_hidden_files_of_the_system_are_no_part_of_a_checkpoint(tmp_path, name):
+  save(tmp_path, make_state(2), make_state(4))
+  folder = tmp_path / "checkpoints"
+  for place in (folder, folder / "4", folder / "4" / "params", folder / "4" / ".Trash"):
+    place.mkdir(exist_ok=True)
+    (place / name).write_bytes(b"foreign")
+  assert Checkpoints(tmp_path).sound_step() == 4
+
+
+def test_a_copied_checkpoint_is_not_taken_for_the_step_of_its_name(tmp_path, capsys):
+  save(tmp_path, make_state(2), make_state(4))
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(folder / "2", folder / "30")
+  with pytest.raises(InputError, match="no other checkpoint"):
+    restore_item(tmp_path, "params", like(make_state().params), step=30)
+  assert Checkpoints(tmp_path).sound_step() == 4
+  assert "step 30 is damaged (it is a copy of the checkpoint of step 2)" in capsys.readouterr().out
+  # A manifest that was written before it had the step; the state has it too.
+  shutil.copytree(folder / "2", folder / "40")
+  noted = json.loads((folder / "40" / "manifest.json").read_text())
+  (folder / "40" / "manifest.json").write_text(json.dumps({"files": noted["files"]}))
+  with pytest.raises(InputError, match="40 holds the state of step 2"):
+    Checkpoints(tmp_path).restore(40, like(make_state()))
+
+
+@pytest.mark.parametrize("name", ["\N{SUPERSCRIPT TWO}", "007", "9 copy"])
+def test_what_is_not_called_as_a_step_is_none(tmp_path, name):
+  save(tmp_path, make_state(4))
+  (tmp_path / "checkpoints" / name).mkdir()
+  assert Checkpoints(tmp_path).sound_step() == 4
+  (tmp_path / "checkpoints" / "9").write_text("a file")
   assert Checkpoints(tmp_path).sound_step() == 4
 
 

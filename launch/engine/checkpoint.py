@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from vavae_jax.common.functional import check_finite
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
+_STEP = re.compile("0|[1-9][0-9]*")
 _DAMAGED = "damaged-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -151,7 +153,8 @@ class Checkpoints:
     """Runs in the first process when all have written, just before the folder gets its name."""
     unfinished = list(self.folder.glob(f"{self.newest}{_UNFINISHED}*"))
     # In a bucket nothing can be renamed: the folder has its name from the start.
-    manifest.seal(unfinished[0] if unfinished else self.folder / str(self.newest))
+    folder = unfinished[0] if unfinished else self.folder / str(self.newest)
+    manifest.seal(folder, self.newest or 0)
 
   def _finish(self) -> None:
     """Waits for the save under way; then deletes what need not be kept."""
@@ -173,6 +176,11 @@ class Checkpoints:
     restored = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     state = dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
+    if int(state.step) != step:
+      raise InputError(
+        f"{self.folder / str(step)} holds the state of step {int(state.step)}: it is a copy under "
+        "another name. Delete it."
+      )
     check_finite(state, f"The checkpoint {self.folder / str(step)}")
     return state, restored["log"]
 
@@ -216,7 +224,7 @@ def _folder(workdir: Path) -> Place:
 def _steps(folder: Place) -> list[int]:
   if not folder.is_dir():
     return []
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+  return sorted(int(path.name) for path in folder.iterdir() if _STEP.fullmatch(path.name))
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -270,7 +278,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
     write_json(partial / "config.json", config)
     with _orbax().StandardCheckpointer() as checkpointer:
       checkpointer.save(Place(partial / "checkpoints" / _CONVERTED / "params"), params)
-    manifest.seal(Place(partial / "checkpoints" / _CONVERTED))
+    manifest.seal(Place(partial / "checkpoints" / _CONVERTED), int(_CONVERTED))
     partial.rename(workdir)
   finally:
     shutil.rmtree(partial, ignore_errors=True)

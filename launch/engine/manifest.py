@@ -1,7 +1,8 @@
 """Sizes and checksums of a checkpoint's files, so that damage is found before they are used.
 
-`manifest.json` in a checkpoint's folder names each of its files with size and CRC-32. It is
-written before the folder takes its final name: a folder without one was never whole. Folders are
+`manifest.json` in a checkpoint's folder has its step, and names each of its files with size and
+CRC-32. It is written before the folder takes its final name: a folder without one was never whole.
+Hidden files, which systems put anywhere (.DS_Store, .nfs*), are none of it. Folders are
 local or in a bucket (`gs://...`); both are a `Place`.
 """
 
@@ -22,8 +23,8 @@ _UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 2**22
 
 
-def seal(folder: Place) -> None:
-  """Syncs the files of a checkpoint to the disk and lists them in its manifest."""
+def seal(folder: Place, step: int) -> None:
+  """Syncs the files of the checkpoint of a step to the disk and lists them in its manifest."""
   files = {}
   for name, path in _files(folder):
     with path.open("rb") as file:
@@ -31,7 +32,7 @@ def seal(folder: Place) -> None:
       _sync(path, file)
     files[name] = {"size": size, "crc32": checksum}
   with (folder / MANIFEST).open("wb") as file:
-    file.write((json.dumps({"files": files}, indent=1) + "\n").encode())
+    file.write((json.dumps({"step": step, "files": files}, indent=1) + "\n").encode())
     file.flush()
     _sync(folder, file)
 
@@ -39,12 +40,15 @@ def seal(folder: Place) -> None:
 def damage(folder: Place, item: str = "") -> str:
   """Reads a checkpoint, or one item of it, and says how it is damaged; "" where it is sound."""
   try:
-    listed = json.loads((folder / MANIFEST).read_text())["files"]
-    wanted = {name: (note["size"], note["crc32"]) for name, note in listed.items()}
-  except FileNotFoundError:
+    noted = json.loads((folder / MANIFEST).read_text())
+    wanted = {name: (note["size"], note["crc32"]) for name, note in noted["files"].items()}
+    step = noted.get("step", folder.name)  # early manifests have none
+  except (FileNotFoundError, NotADirectoryError):
     return f"it has no {MANIFEST}, so it was never whole"
   except (ValueError, LookupError, TypeError, AttributeError):
     return f"{MANIFEST} cannot be read"
+  if str(step) != folder.name:
+    return f"it is a copy of the checkpoint of step {step}"
   under = f"{item}/" if item else ""
   there = {name: path for name, path in _files(folder) if name.startswith(under)}
   due = {name for name in wanted if name.startswith(under)}
@@ -73,6 +77,8 @@ def size_of(folder: Place) -> int:
 def _files(folder: Place, prefix: str = "") -> Iterator[tuple[str, Place]]:
   """(name below `folder`, path) of all files that a manifest lists."""
   for path in sorted(folder.iterdir(), key=lambda path: path.name):
+    if path.name.startswith("."):
+      continue
     name = f"{prefix}{path.name}"
     if not is_url(path) and os.path.islink(path):
       raise InputError(f"{path} is a link; a checkpoint has none, and it is not followed.")

@@ -215,7 +215,8 @@ def mean_and_std(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def shard_files(path: Path) -> list[Path]:
   """The shards of a store's folder, in the order of their records."""
-  return sorted(file for file in path.glob("*.safetensors") if file.name != STATISTICS)
+  found = path.glob("*.safetensors")
+  return sorted(file for file in found if file.name != STATISTICS and file.name[0] != ".")
 
 
 @functools.cache
