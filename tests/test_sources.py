@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -424,6 +425,176 @@ def test_pictures_without_folders_are_of_one_class(tmp_path):
   (tmp_path / "cat" / "b.png").write_bytes(encoded("b"))
   with pytest.raises(InputError, match=r"class folders, such as cat, and pictures beside them"):
     sources.open_source(f"folder:{tmp_path}")
+
+
+# A data set as people have it: what systems put beside pictures, an empty class, a common folder.
+MESSY = {
+  **{f"set/{name}": data for name, data in FILES.items()},
+  **dict.fromkeys(
+    (
+      "set/.ipynb_checkpoints/0.png",
+      "set/cat/.thumbnails/0.png",
+      "set/@eaDir/0.png",
+      "set/cat/@eaDir/0.png",
+      "set/dog/._0.png",
+      "__MACOSX/set/cat/._0.png",
+      "set/cat/Thumbs.db",
+      "set/cat/notes.TXT",
+      "set/README",
+    ),
+    b"no picture",
+  ),
+}
+
+
+def messy_folder(root):
+  for name, data in MESSY.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(data)
+  (root / "set" / "bird").mkdir()
+  return f"folder:{root}"
+
+
+def messy_zip(root):
+  with zipfile.ZipFile(root / "x.zip", "w") as archive:
+    for name, data in MESSY.items():
+      archive.writestr(f"./{name}", data)
+    archive.writestr("set/bird/", b"")
+  return f"zip:{root / 'x.zip'}"
+
+
+def messy_tar(root):
+  with tarfile.open(root / "x.tar", "w") as archive:
+    for name, data in MESSY.items():
+      add(archive, f"./{name}", data)
+    info = tarfile.TarInfo("set/bird")
+    info.type = tarfile.DIRTYPE
+    archive.addfile(info)
+  return f"tar:{root / 'x.tar'}"
+
+
+@pytest.mark.parametrize("make", [messy_folder, messy_zip, messy_tar])
+def test_every_kind_has_one_rule_of_classes_and_hidden_files(make, tmp_path, capsys):
+  spec = make(tmp_path)
+  source = sources.open_source(spec)
+  assert source.class_names == CLASSES
+  assert len(source) == len(FILES)
+  assert [source[i]["label"] for i in range(len(source))] == [0] * 4 + [1] * 4
+  told = capsys.readouterr().err
+  for words in ("hidden", "1 ending in .TXT", "1 without an ending", "1 folders without pictures"):
+    assert words in told
+  sources.open_source(spec)
+  assert capsys.readouterr().err == ""  # it is said once
+
+
+def test_a_tar_in_a_tar_ends_where_it_does(tmp_path):
+  """Read on, an empty one has the pictures behind it once more, and 22 of them never end."""
+
+  def inner(*names):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+      for name in names:
+        add(archive, name, encoded(name))
+    return buffer.getvalue()
+
+  with tarfile.open(tmp_path / "x.tar", "w") as archive:
+    for i in range(30):
+      add(archive, f"empty{i}.tar", b"" if i % 2 else inner()[:512])
+    add(archive, "cut.tar", inner("a.png")[:600])
+    add(archive, "whole.tar", inner("b.png", "c.png"))
+  with pytest.raises(InputError, match=r"not a plain tar file .*beyond its archive"):
+    sources.open_source(f"tar:{tmp_path / 'x.tar'}")
+  with tarfile.open(tmp_path / "y.tar", "w") as archive:
+    for i in range(30):
+      add(archive, f"empty{i}.tar", b"" if i % 2 else inner()[:512])
+    add(archive, "whole.tar", inner("b.png", "c.png"))
+  source = sources.open_source(f"tar:{tmp_path / 'y.tar'}")
+  assert [source.encoded(i)[0] for i in range(len(source))] == [encoded("b.png"), encoded("c.png")]
+
+
+def odd_names(root):
+  folder = root / "set" / os.fsdecode(b"caf\xe9")
+  folder.mkdir(parents=True)
+  (folder / os.fsdecode(b"\xff.png")).write_bytes(encoded("x"))
+  (root / "set" / "dog").mkdir()
+  (root / "set" / "dog" / "1.png").write_bytes(encoded("y"))
+  return root / "set"
+
+
+def test_names_that_are_not_utf_8_are_names(tmp_path, capsys):
+  folder = odd_names(tmp_path)
+  archive_path = tmp_path / os.fsdecode(b"s\xe9t.tar")
+  with tarfile.open(archive_path, "w") as archive:
+    archive.add(folder, "set")
+  for spec in (f"folder:{folder}", f"tar:{archive_path}"):
+    source = sources.open_source(spec)
+    assert source.class_names == ["caf\\udce9", "dog"]
+    assert [source[i]["label"] for i in range(2)] == [0, 1]
+    assert len(source.identity()) == len(source.listing()) == 64
+    json.dumps(source.class_names).encode()
+  (folder / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+  tolerant = sources.Tolerant(sources.open_source(f"folder:{folder}"), 1)
+  tolerant.picture(0)
+  assert "skipped (1 of at most 1)" in capsys.readouterr().err
+  (spec, made) = f"folder:{folder}", tmp_path / "made"
+  prepare(spec, made, shard_size=3, max_corrupt=1)
+  assert sources.open_source(f"arrayrecord:{made}").class_names == ["caf\\udce9", "dog"]
+
+
+def test_links_and_devices_among_the_pictures_are_unreadable_or_left_out(tmp_path, capsys):
+  spec = make_folder(tmp_path)
+  cat = tmp_path / "set" / "cat"
+  (cat / "loop").symlink_to(tmp_path / "set")
+  (cat / "self.png").symlink_to(cat / "self.png")
+  (cat / "nothing.png").symlink_to(cat / "absent.png")
+  (cat / "device.png").symlink_to("/dev/zero")
+  os.mkfifo(cat / "pipe.png")
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "elsewhere" / "9.png").write_bytes(encoded("x"))
+  (cat / "linked").symlink_to(tmp_path / "elsewhere")
+  source = sources.open_source(spec)
+  assert "1 links to a folder above" in capsys.readouterr().err
+  assert len(source) == len(FILES) + 5
+  assert len(source.identity()) == 64
+  tolerant = sources.Tolerant(source, 4)
+  [tolerant.picture(i) for i in range(len(source))]
+  assert len(tolerant.bad) == 4
+
+
+def parquet_of(root, **columns):
+  rows = [{"image": {"bytes": encoded(str(i)), "path": ""}} for i in range(3)]
+  rows = [row | {k: v[i] for k, v in columns.items()} for i, row in enumerate(rows)]
+  pq.write_table(pa.Table.from_pylist(rows), root / "x.parquet")
+  return f"hf:{root}"
+
+
+@pytest.mark.parametrize(
+  ("columns", "class_names", "labels", "note"),
+  [
+    ({"label": [1, 0, 2]}, ["0", "1", "2"], [1, 0, 2], ""),
+    ({"cls": [1, 0, 2]}, ["0", "1", "2"], [1, 0, 2], "taken are image and cls"),
+    ({"fine_label": [1, 0, 1]}, ["0", "1"], [1, 0, 1], "taken are image and fine_label"),
+    ({"label_name": ["b", "a", "b"]}, ["a", "b"], [1, 0, 1], "taken are image and label_name"),
+    ({"text": ["b", "a", "b"]}, ["all"], [0, 0, 0], "text; taken are image and one class"),
+    ({"label": [0, 1, 0], "label_name": ["b", "a", "b"]}, ["0", "1"], [0, 1, 0], "label_name; tak"),
+  ],
+)
+def test_labels_of_parquet_are_found_and_guesses_told(columns, class_names, labels, note, tmp_path):
+  source = sources.open_source(parquet_of(tmp_path, **columns))
+  assert source.class_names == class_names
+  assert [source.encoded(i)[1] for i in range(3)] == labels
+  assert note in source.beside
+  assert bool(source.beside) == bool(note)
+
+
+def test_labels_of_records_are_checked(tmp_path):
+  spec = make_records(tmp_path)
+  description = tmp_path / "records" / "dataset.json"
+  noted = json.loads(description.read_text())
+  description.write_text(json.dumps(noted | {"class_names": ["cat"]}))
+  source = sources.open_source(spec)
+  with pytest.raises(InputError, match="has the label 1 of 1 classes"):
+    [source.encoded(i) for i in range(len(source))]
 
 
 def encrypted(root):

@@ -7,12 +7,13 @@ is a function of the data alone, the same on every machine.
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from vavae_jax.common.errors import InputError
+from vavae_jax.common.errors import InputError, printable
 from vavae_jax.data.sources.archives import open_tar, open_zip
 from vavae_jax.data.sources.base import Source, Unreadable
 from vavae_jax.data.sources.datasets import HuggingFace, TensorFlowDatasets
@@ -46,7 +47,14 @@ def open_source(spec: str) -> Source:
   if kind not in _KINDS or not rest:
     known = ", ".join(form for _, form in _KINDS.values())
     raise InputError(f"The image source is {spec!r}; choose one of {known}.")
-  return _KINDS[kind][0](str(Path(rest).expanduser()) if rest.startswith("~") else rest)
+  source = _KINDS[kind][0](str(Path(rest).expanduser()) if rest.startswith("~") else rest)
+  if source.beside and spec not in _noted:
+    _noted.add(spec)
+    print(printable(f"note: beside the pictures of {spec}: {source.beside}"), file=sys.stderr)
+  return source
+
+
+_noted: set[str] = set()  # the sources whose notes this process has said
 
 
 def check_readable(source: Source, limit: int = 2_000) -> None:

@@ -7,6 +7,7 @@ which worker processes get cheaply; files are opened by each process for itself.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import struct
 import tarfile
@@ -15,19 +16,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import named_files
-from vavae_jax.data.sources.base import (
-  EXTENSIONS,
-  Named,
-  Unreadable,
-  classes_of,
-  identity_of,
-)
+from vavae_jax.data.sources.base import Named, Unreadable, identity_of
+from vavae_jax.data.sources.listing import EXTENSIONS, Listing, classes_of, is_hidden
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths of name and extra
 _DEFLATED = 8
@@ -49,11 +45,17 @@ class Archive(Named):
   """Pictures by their places in one or more files."""
 
   def __init__(
-    self, files: list[Path], members: list[_Member], class_names: list[str], labels: np.ndarray
+    self,
+    files: list[Path],
+    members: list[_Member],
+    class_names: list[str],
+    labels: np.ndarray,
+    listing: Listing,
   ):
     order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
     self._files = [str(file) for file in files]
     self.names = [members[i].name for i in order]
+    self.beside = listing.note(self.names)
     columns = np.array([members[i][1:] for i in order], np.int64)
     self._file, self._start, self._stored, self._size, self._method = columns.T
     self.class_names, self._labels = class_names, labels[order]
@@ -94,18 +96,22 @@ def _open(path: str, process: int) -> int:
 
 
 def open_zip(pattern: str) -> Archive:
-  """A zip file, or several by a pattern; classes are folders, below any that all have in common."""
+  """A zip file, or several by a pattern."""
   files = _files(pattern)
   members: list[_Member] = []
+  listing = Listing()
   for number, file in enumerate(files):
     try:
       with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
       raise InputError(f"{file} is damaged or not a zip file ({error}).") from error
     for info in infos:
-      name = info.filename.replace("\\", "/")  # as some programs of Windows write
-      if not _is_picture(name):
+      name = _clean(info.filename.replace("\\", "/"))  # as some programs of Windows write
+      if info.is_dir():
+        listing.folder(name)
+        continue
+      if not listing.takes(name):
         continue
       if max(info.header_offset, info.compress_size, info.file_size) > file.stat().st_size * 1100:
         raise InputError(f"{info.filename} of {file} has no possible size: the archive is damaged.")
@@ -118,7 +124,29 @@ def open_zip(pattern: str) -> Archive:
         )
       place = (info.header_offset, info.compress_size, info.file_size, info.compress_type)
       members.append(_Member(name, number, *place))
-  return _labelled(files, members, _below_common([member.name for member in members]))
+  return _labelled(files, members, [member.name for member in members], listing)
+
+
+class _Extent(io.RawIOBase):
+  """A part of a file as a file of its own: nothing beyond its end is in it."""
+
+  def __init__(self, file: int, begin: int, size: int):
+    self.file, self.begin, self.size = file, begin, size
+    self._at = 0
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    self._at = (0, self._at, self.size)[whence] + offset
+    return self._at
+
+  def tell(self) -> int:
+    return self._at
+
+  def read(self, size: int | None = -1) -> bytes:
+    left = max(self.size - self._at, 0)
+    wanted = left if size is None or size < 0 else min(size, left)
+    data = os.pread(self.file, wanted, self.begin + self._at)
+    self._at += len(data)
+    return data
 
 
 def open_tar(pattern: str) -> Archive:
@@ -132,10 +160,12 @@ def open_tar(pattern: str) -> Archive:
   labelled: list[str] = []
   keys: list[tuple[int, str]] = []
   classes: dict[tuple[int, str], int] = {}
+  listing = Listing()
   for number, file in enumerate(files):
     try:
       with file.open("rb") as opened:
-        for stem, name, start, size, label in _tar_members(opened, 0, file.stem):
+        whole = _Extent(opened.fileno(), 0, file.stat().st_size)
+        for stem, name, start, size, label in _tar_members(whole, file.stem, listing):
           key = number, f"{stem}/{_key(name)}"
           if label is not None:
             classes[key] = label
@@ -149,14 +179,15 @@ def open_tar(pattern: str) -> Archive:
         "is compressed."
       ) from error
   if not classes:
-    return _labelled(files, members, _below_common(labelled))
+    return _labelled(files, members, labelled, listing)
   ((_, record), pictures), *_ = Counter(keys).most_common(1)
   if pictures > 1:
     raise InputError(f"{pattern}: the record {record} has several pictures; which one is meant?")
   if lacking := [key for key in keys if key not in classes]:
     raise InputError(f"{pattern}: {lacking[0][1]} has no .cls file, and others have.")
   labels = np.array([classes[key] for key in keys], np.int32)
-  return Archive(files, members, [str(i) for i in range(int(labels.max()) + 1)], labels)
+  names = [str(i) for i in range(int(labels.max()) + 1)]
+  return Archive(files, members, names, labels, listing)
 
 
 def _key(name: str) -> str:
@@ -166,60 +197,57 @@ def _key(name: str) -> str:
 
 
 def _tar_members(
-  file: IO[bytes], begin: int, stem: str
+  extent: _Extent, stem: str, listing: Listing
 ) -> Iterator[tuple[str, str, int, int, int | None]]:
   """(archive's stem, name, place in the whole file, size, None) of pictures, also in tars in it;
   of a .cls file its number instead of None.
   """
-  file.seek(begin)
-  with tarfile.open(fileobj=file, mode="r:") as archive:
+  with tarfile.open(fileobj=cast(IO[bytes], extent), mode="r:") as archive:
     while (info := archive.next()) is not None:
       archive.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
-      if not info.isreg():
-        continue
-      name = info.name.removeprefix("./")
-      if _is_picture(name):
-        yield stem, name, info.offset_data, info.size, None
-      elif name.endswith(".cls"):
-        yield stem, name, 0, 0, _class_number(file, info, name)
-      elif name.endswith(".tar"):
-        yield from _tar_members(file, info.offset_data, Path(name).stem)
+      name = _clean(info.name)
+      if info.size < 0 or (info.isreg() and info.offset_data + info.size > extent.size):
+        raise ValueError(f"{name} reaches beyond its archive")
+      if info.isdir():
+        listing.folder(name)
+      elif not info.isreg() or info.issparse():
+        listing.ignore("links and other things that are no plain files")
+      elif name.endswith(".tar") and info.size and not is_hidden(name):
+        inner = _Extent(extent.file, extent.begin + info.offset_data, info.size)
+        yield from _tar_members(inner, Path(name).stem, listing)
+      elif name.endswith(".cls") and not is_hidden(name):
+        yield stem, name, 0, 0, _class_number(extent, info, name)
+      elif listing.takes(name):
+        yield stem, name, extent.begin + info.offset_data, info.size, None
 
 
-def _class_number(file: IO[bytes], info: tarfile.TarInfo, name: str) -> int:
-  file.seek(info.offset_data)
-  text = file.read(min(info.size, 20)).strip()
+def _class_number(extent: _Extent, info: tarfile.TarInfo, name: str) -> int:
+  extent.seek(info.offset_data)
+  text = extent.read(min(info.size, 20)).strip()
   if not text.isdigit() or int(text) > 10**6:
     raise ValueError(f"{name} holds no class's number")
   return int(text)
 
 
-def _labelled(files: list[Path], members: list[_Member], names: list[str]) -> Archive:
+def _clean(name: str) -> str:
+  """A name in an archive without what leads nowhere, such as a first "./"."""
+  return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _labelled(
+  files: list[Path], members: list[_Member], names: list[str], listing: Listing
+) -> Archive:
   where = ", ".join(map(str, files[:3]))
   if not members:
+    note = listing.note([])
     raise InputError(
       f"{where}: no pictures are in it; needed are files ending in {', '.join(EXTENSIONS)}."
+      f"{f' It has {note}.' if note else ''}"
     )
-  return Archive(files, members, *classes_of(names, where))
+  return Archive(files, members, *classes_of(names, where), listing)
 
 
 def _files(named: str) -> list[Path]:
   if not (files := named_files(named)):
     raise InputError(f"There is no file {named}.")
   return files
-
-
-def _is_picture(name: str) -> bool:
-  last = name.rpartition("/")[2]
-  hidden = last.startswith(".") or name.startswith("__MACOSX/")
-  return not hidden and last.lower().endswith(EXTENSIONS)
-
-
-def _below_common(names: list[str]) -> list[str]:
-  """Names without the folders that all share, as long as there are folders below."""
-  while names and all(name.count("/") > 1 for name in names):
-    first = names[0].partition("/")[0]
-    if any(name.partition("/")[0] != first for name in names):
-      break
-    names = [name.partition("/")[2] for name in names]
-  return names

@@ -17,13 +17,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.sources.metadata import upright, without_metadata
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # Of the longer side to the shorter: a few bytes may claim a line of which a crop fills all memory.
 _MAX_ASPECT = 50
 _BITS_PER_SAMPLE = 258  # TIFF's
-# The class of pictures that lie in no class folder.
-NO_CLASS = "all"
 
 
 class Unreadable(InputError):
@@ -34,6 +31,8 @@ class Source(abc.ABC):
   """A random-access set of labelled pictures; it can be pickled, for worker processes."""
 
   class_names: list[str]
+  # What was found beside the pictures, or guessed about them, for people.
+  beside = ""
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
@@ -63,6 +62,16 @@ class Source(abc.ABC):
     """{"image": uint8 [H, W, 3], "label": int}."""
     picture, label = self.picture(index)
     return {"image": np.asarray(picture), "label": label}
+
+
+def checked_label(label: Any, source: Source, index: int) -> int:
+  """A record's label; InputError if it is not one of the classes."""
+  if not isinstance(label, int | np.integer) or not 0 <= label < len(source.class_names):
+    raise InputError(
+      f"{source.name(index)} has the label {label!r} of {len(source.class_names)} classes: it is "
+      "of a split without labels, or of another set."
+    )
+  return int(label)
 
 
 class Named(Source):
@@ -188,26 +197,7 @@ def identity_of(paths: Iterable[str]) -> str:
   """A hash of files' names, sizes and times of change."""
   digest = hashlib.sha256()
   for path in paths:
-    status = os.stat(path)
-    digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
+    line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+    digest.update(line.encode(errors="surrogateescape"))
   return digest.hexdigest()
-
-
-def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:
-  """(class names, sorted; label of each picture, int32) by the first folder of pictures' names.
-
-  Without folders all pictures are of one class. InputError, naming `where`, if some are in class
-  folders and some beside them.
-  """
-  folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-  class_names = sorted(set(folders))
-  if class_names == [""]:
-    return [NO_CLASS], np.zeros(len(names), np.int32)
-  if "" in class_names:
-    stray = names[folders.index("")]
-    raise InputError(
-      f"In {where} there are class folders, such as {class_names[1]}, and pictures beside them, "
-      f"such as {stray}; move these into a class folder or away."
-    )
-  labels = {name: label for label, name in enumerate(class_names)}
-  return class_names, np.array([labels[folder] for folder in folders], np.int32)

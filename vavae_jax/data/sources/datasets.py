@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import named_files
-from vavae_jax.data.sources.base import NO_CLASS, Source, Unreadable, listing_of
+from vavae_jax.data.sources.base import Source, Unreadable, checked_label, listing_of
+from vavae_jax.data.sources.listing import NO_CLASS
 
 
 class TensorFlowDatasets(Source):
@@ -62,13 +63,18 @@ class TensorFlowDatasets(Source):
       record = self._records[index]
     except (RuntimeError, ValueError) as error:
       raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
-    return record["image"], int(record["label"]) if self._has_label else 0
+    label = record["label"] if self._has_label else 0
+    return record["image"], checked_label(label, self, index)
 
   def name(self, index: int) -> str:
     return f"tfds:{self._name}#{index}"
 
   def identity(self) -> str:
     return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+# What a column of labels may be called, the likeliest first: numbers, or names of classes.
+_LABELS = ("label", "labels", "fine_label", "cls", "label_name")
 
 
 class HuggingFace(Source):
@@ -96,8 +102,14 @@ class HuggingFace(Source):
         f"hf:{path} has the columns {', '.join(schema.names)}; needed are image and label, the "
         "same in all files."
       )
-    labels = [name for name in ("label", "labels", "fine_label") if name in schema.names]
+    labels = [name for name in _LABELS if name in schema.names]
     self._columns = pictures[:1] + labels[:1]
+    if labels[:1] != ["label"] or len(labels + pictures) > 2:
+      others = ", ".join(name for name in schema.names if name not in self._columns)
+      self.beside = (
+        f"its columns {others or 'of labels: none'}; taken are {pictures[0]} and "
+        f"{labels[0] if labels else 'one class for all'}"
+      )
     # Where each group of rows begins: [file, group, first row].
     groups = [
       (number, group, file.metadata.row_group(group).num_rows)
@@ -107,6 +119,7 @@ class HuggingFace(Source):
     self._groups = [(number, group) for number, group, _ in groups]
     self._starts = np.cumsum([0, *(rows for *_, rows in groups)])
     self.class_names = self._names_of(schema, labels[:1])
+    self._labels = {name: label for label, name in enumerate(self.class_names)}
 
   def _names_of(self, schema: Any, label: list[str]) -> list[str]:
     if not label:
@@ -118,10 +131,12 @@ class HuggingFace(Source):
       names = []  # not every set names its classes
     if names:
       return names
-    columns = (
-      _group(self._files[file], group, (label[0],))[label[0]] for file, group in self._groups
-    )
-    largest = max((x for column in columns for x in column if isinstance(x, int)), default=0)
+    found: set[Any] = set()
+    for file, group in self._groups:
+      found.update(_group(self._files[file], group, (label[0],))[label[0]])
+    if found and all(isinstance(name, str) for name in found):
+      return sorted(found)
+    largest = max((x for x in found if isinstance(x, int)), default=0)
     if largest > 10**6:
       raise InputError(f"hf:{self._files[0]} has the label {largest}, too large for a class.")
     return [str(i) for i in range(largest + 1)]
@@ -142,12 +157,9 @@ class HuggingFace(Source):
     if not isinstance(data, bytes):
       raise Unreadable(f"{self.name(index)} is not a picture's file but {type(data).__name__}.")
     label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0
-    if not isinstance(label, int) or not 0 <= label < len(self.class_names):
-      raise InputError(
-        f"{self.name(index)} has the label {label!r} of {len(self.class_names)} classes: it is of "
-        "a split without labels, or of another set."
-      )
-    return data, label
+    if isinstance(label, str):
+      label = self._labels.get(label)
+    return data, checked_label(label, self, index)
 
   def name(self, index: int) -> str:
     return f"hf:{Path(self._files[0]).parent}#{index}"

@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from pathlib import Path
 
 from PIL import Image
 
 from vavae_jax.assets import load_emoji
 from vavae_jax.common.errors import InputError
-from vavae_jax.data.sources.base import (
-  EXTENSIONS,
-  Named,
-  Unreadable,
-  classes_of,
-  identity_of,
-)
+from vavae_jax.data.sources.base import Named, Unreadable, identity_of
+from vavae_jax.data.sources.listing import EXTENSIONS, Listing, classes_of, is_hidden
 
 
 class Embedded(Named):
@@ -51,17 +47,25 @@ class Folder(Named):
     if not root.is_dir():
       raise InputError(f"The data folder {root} does not exist.")
     self._root = str(root)
-    self.names = sorted(_pictures_under(self._root))
+    listing = Listing()
+    self.names = sorted(_pictures_under(self._root, listing))
+    self.beside = listing.note(self.names)
     if not self.names:
       raise InputError(
         f"The data folder {root} has no pictures: needed are class folders with files ending in "
         f"{', '.join(EXTENSIONS)}, such as {root}/cat/1.png."
+        f"{f' It has {self.beside}.' if self.beside else ''}"
       )
     self.class_names, self._labels = classes_of(self.names, self._root)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
     try:
-      return Path(self.name(index)).read_bytes(), int(self._labels[index])
+      # Not blocking: to open a pipe would wait for its other end.
+      file = os.open(self.name(index), os.O_RDONLY | os.O_NONBLOCK)
+      with os.fdopen(file, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+          raise OSError("it is not a file")
+        return opened.read(), int(self._labels[index])
     except OSError as error:
       raise Unreadable(f"The picture {self.name(index)} cannot be read ({error}).") from error
 
@@ -72,15 +76,28 @@ class Folder(Named):
     return identity_of(f"{self._root}/{name}" for name in self.names)
 
 
-def _pictures_under(root: str, inside: str = "") -> list[str]:
-  """Paths of pictures, relative to the root, with "/" between folders; hidden ones are left out."""
+def _pictures_under(
+  root: str, listing: Listing, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> list[str]:
+  """Paths of pictures, relative to the root, with "/" between folders.
+
+  `above` are the folders on the way, so that links to them are left out.
+  """
   found = []
-  with os.scandir(f"{root}/{inside}") as entries:
-    for entry in entries:
-      if entry.name.startswith("."):
-        continue
-      if entry.is_dir():
-        found += _pictures_under(root, f"{inside}{entry.name}/")
-      elif entry.name.lower().endswith(EXTENSIONS):
-        found.append(inside + entry.name)
+  try:
+    status = os.stat(f"{root}/{inside}")
+    if (here := (status.st_dev, status.st_ino)) in above:
+      listing.ignore("links to a folder above")
+      return []
+    with os.scandir(f"{root}/{inside}") as entries:
+      for entry in entries:
+        name = inside + entry.name
+        linked = entry.is_symlink() and os.path.isdir(entry.path)  # which bears a link to itself
+        if (linked or entry.is_dir(follow_symlinks=False)) and not is_hidden(name):
+          listing.folder(name)
+          found += _pictures_under(root, listing, f"{name}/", above | {here})
+        elif listing.takes(name):
+          found.append(name)
+  except OSError as error:
+    raise InputError(f"The folder {root}/{inside} cannot be listed ({error}).") from error
   return found

@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_path, full_disk_as_oserror
-from vavae_jax.data.sources.base import Source, Unreadable
+from vavae_jax.data.sources.base import Source, Unreadable, checked_label
 
 DESCRIPTION = "dataset.json"
 _LABEL = struct.Struct("<i")
@@ -70,7 +70,10 @@ class Records(Source):
       (record,) = reader.read([index - int(self._starts[shard])])
     except (RuntimeError, ValueError) as error:
       raise Unreadable(f"The record {self.name(index)} is damaged ({error}).") from error
-    return record[_LABEL.size :], _LABEL.unpack(record[: _LABEL.size])[0]
+    if len(record) < _LABEL.size:
+      raise Unreadable(f"The record {self.name(index)} is damaged (it has no label).")
+    (label,) = _LABEL.unpack(record[: _LABEL.size])
+    return record[_LABEL.size :], checked_label(label, self, index)
 
   def name(self, index: int) -> str:
     return f"{self._folder}#{index}"
