@@ -35,6 +35,7 @@ def _training() -> ConfigDict:
       # Threads load batches ahead of the devices, in this process or in worker processes; slow
       # decoding needs as many workers as cores. Neither changes the batches.
       "loader": {"threads": 4, "workers": 0},
+      "report_waits_after": 60.0,  # seconds for which a step has no data: a line names their source
     }
   )
 

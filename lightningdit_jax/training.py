@@ -141,6 +141,11 @@ def losses(
   )
 
 
+def data_source(config: FrozenConfigDict) -> str:
+  """Where the latents are, for messages."""
+  return config.latents.path
+
+
 def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:

@@ -397,6 +397,45 @@ def terminated_in_evaluation(folder: Path, environment: Mapping[str, str]) -> Ou
   return Outcome("SIGTERM in an evaluation", 1, survived and run.same_as(run.undisturbed()), told)
 
 
+def stalled(folder: Path, environment: Mapping[str, str], number: int) -> Outcome:
+  """A signal while a step waits for data that never come."""
+  run = Toy(folder / "run", {**environment, "TOY_STALLS_AT": "5"}, save_every=1000)
+  (process,) = run.start()
+  lines: list[str] = []
+  for line in process.stdout or ():
+    lines.append(line)
+    if "waiting for random vectors" in line:
+      break
+  began = time.monotonic()
+  process.send_signal(number)
+  code, _ = ended(process)
+  took = time.monotonic() - began
+  saved = [path.name for path in checkpoint_folders(run.workdir)]
+  undisturbed = Toy(run.workdir, environment, save_every=run.save_every)
+  undisturbed.finish()
+  told = f"ended after {took:.1f} s, saved after step {', '.join(saved)}"
+  survived = code == 128 + number and took < 10 and saved == ["5"]
+  name = signal.Signals(number).name
+  whole = undisturbed.undisturbed()
+  return Outcome(f"{name} while data stall", 1, survived and undisturbed.same_as(whole), told)
+
+
+def orphaned(folder: Path, environment: Mapping[str, str]) -> Outcome:
+  """Workers of a training that is killed."""
+  run = Toy(folder / "run", environment, 0.2, f"{Toy.settings},workers=2", save_every=1000)
+  (process,) = run.start()
+  run.wait_for(lambda: run.steps() >= 3, [process])
+  workers = [Path(f"/proc/{pid}") for pid in workers_of(process.pid)]
+  began = time.monotonic()
+  process.kill()
+  process.wait()
+  while time.monotonic() - began < LIMIT and any(worker.exists() for worker in workers):
+    time.sleep(0.05)
+  took = time.monotonic() - began
+  told = f"{len(workers)} workers ended after {took:.1f} s"
+  return Outcome("SIGKILL, and the workers end", 1, len(workers) == 2 and took < 10, told)
+
+
 def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
   """All of them by name, each a function of a folder and an environment."""
   found: dict[str, Callable[..., Outcome]] = {
@@ -408,6 +447,9 @@ def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
     **{kind.replace(" ", "_"): functools.partial(damaged, kind=kind) for kind in DAMAGES},
     "file_limit": functools.partial(disk_full, mounted=False),
     "worker_killed": worker_killed,
+    "terminated_while_data_stall": functools.partial(stalled, number=signal.SIGTERM),
+    "hung_up_while_data_stall": functools.partial(stalled, number=signal.SIGHUP),
+    "orphaned": orphaned,
     "nan_skipped": functools.partial(nan_batch, non_finite="skip"),
     "nan_stopped": functools.partial(nan_batch, non_finite="stop"),
   }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 import pytest
 
 from launch.engine.prefetch import AHEAD, Prefetched
 
 
+def never(seconds):
+  assert seconds < 10
+
+
 def test_batches_come_in_order_and_a_few_ahead():
   put = []
-  with Prefetched(itertools.count(), lambda x: put.append(x) or 2 * x) as batches:
+  with Prefetched(itertools.count(), lambda x: put.append(x) or 2 * x, never) as batches:
     assert [next(batches) for _ in range(5)] == [0, 2, 4, 6, 8]
   # Those taken and those in line, of which leaving calls off what has not begun.
   assert len(put) <= 5 + AHEAD
@@ -29,7 +34,29 @@ def failing():
   [(failing(), ValueError, "the disk is gone"), ([1], RuntimeError, "should be endless")],
 )
 def test_what_ends_the_data_is_raised_where_a_step_waits(data, error, message):
-  with Prefetched(data, lambda x: x) as batches:
+  with Prefetched(data, lambda x: x, never) as batches:
     assert next(batches) == 1
     with pytest.raises(error, match=message):
       next(batches)
+
+
+def test_a_wait_can_be_ended_and_so_can_the_block_around_it():
+  def stalled():
+    yield 1
+    time.sleep(1000)
+    yield 2
+
+  waited = []
+
+  def impatient(seconds):
+    waited.append(seconds)
+    if seconds > 0.5:
+      raise TimeoutError
+
+  began = time.monotonic()
+  with Prefetched(stalled(), lambda x: x, impatient) as batches:
+    assert next(batches) == 1
+    with pytest.raises(TimeoutError):
+      next(batches)
+  assert time.monotonic() - began < 5
+  assert waited == sorted(waited)

@@ -8,6 +8,7 @@ There is a file WORKDIR/evaluating while it evaluates, which takes five times as
 from __future__ import annotations
 
 import functools
+import os
 import time
 import types
 from typing import Any
@@ -57,6 +58,7 @@ def config(**changes: Any) -> FrozenConfigDict:
     "bad_update": 1000,
     "width": 5,
     "workers": 0,
+    "report_waits_after": 1.0,
     "mesh": {"data": -1, "fsdp": 1},
   }
   return FrozenConfigDict(ConfigDict(settings | changes))
@@ -109,6 +111,12 @@ def train_step(
   return State(state.step + 1, params, ema, momentum), metrics
 
 
+def data_source(config: FrozenConfigDict) -> str:
+  """Numbers."""
+  del config
+  return "random vectors"
+
+
 def train_data(
   config: FrozenConfigDict,
   process_index: int,
@@ -125,6 +133,8 @@ def train_data(
 
 def _load(config: FrozenConfigDict, seconds: float, positions: np.ndarray) -> dict[str, np.ndarray]:
   time.sleep(seconds)
+  if os.environ.get("TOY_STALLS_AT") == str(positions[0] // config.batch_size):
+    time.sleep(1000)
   places = order.Order(7, config.seed)
   pairs = zip(*places.records(positions), strict=True)
   rows = [places.rng(record, epoch).normal(size=3) + record for record, epoch in pairs]

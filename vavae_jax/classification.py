@@ -91,7 +91,7 @@ def train_step(
   return optimizer.step(config.optimizer, state, gradients), metrics
 
 
-train_data = selection.training_batches
+data_source, train_data = selection.data_source, selection.training_batches
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:

@@ -150,6 +150,9 @@ def train_step(
   return update(config, phase, state, merge(config, weights), batch, noise)
 
 
+data_source = selection.data_source
+
+
 def train_data(
   config: FrozenConfigDict, process_index: int, process_count: int, start: int
 ) -> grain.IterDataset:

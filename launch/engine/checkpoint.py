@@ -141,8 +141,8 @@ class Checkpoints:
     step = int(state.step)
     with full_disk_as_oserror(Path(str(self.folder))):
       self._finish()
-      if (self.folder / str(step)).exists():
-        return  # a run that stops where it saves
+      if not step or (self.folder / str(step)).exists():
+        return  # a run that stops before its first step, or where it saves
       self.newest = step
       items = {name: _orbax().args.StandardSave(tree) for name, tree in _items(state).items()}
       items["config"] = _orbax().args.JsonSave(config)

@@ -23,6 +23,7 @@ flags.disclaim_key_flags()
 # own options of this kind are the task's to name; see `check_workdir`.
 MAY_CHANGE = (
   "num_steps",
+  "report_waits_after",
   "log_every_steps",
   "save_every_steps",
   "evaluate_every_steps",

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,7 @@ flags.disclaim_key_flags()
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+EXIT_SECONDS = 3.0  # from the last message to the end of an interrupted process
 # A path from the user that cannot be written or read; other system errors may be our mistakes.
 UNUSABLE_PATH = PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError
 
@@ -147,6 +149,12 @@ def number(value: float) -> str:
   return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def endings() -> list[signal.Signals]:
+  """The signals that end a command; a closed terminal's is not if nohup says to ignore it."""
+  ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
 def _interrupt(number: int, _frame: object) -> None:
   raise Interrupted(number)
 
@@ -230,7 +238,8 @@ def run_command(
       if len(argv) > arguments + 1:
         unexpected = argv[arguments + 1]
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
-      signal.signal(signal.SIGTERM, _interrupt)
+      for number in endings():
+        signal.signal(number, _interrupt)
       allow_open_files()
       hardware.prepare()
       processes.start()
@@ -250,6 +259,11 @@ def run_command(
         traceback.print_exc()
       if not (isinstance(error, Interrupted) and error.together):
         processes.abandon(code or 1)
+      if isinstance(error, Interrupted):
+        # Threads of libraries that hang in a read would keep the process.
+        end = threading.Timer(EXIT_SECONDS, os._exit, (code,))
+        end.daemon = True
+        end.start()
       sys.exit(code or 1)
 
   tracing.define_flags()

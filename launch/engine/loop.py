@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,9 @@ class Task(Protocol):
   ) -> tuple[Any, Metrics]:
     """One update, pure and jittable; metrics are scalars and have "loss"."""
 
+  def data_source(self, config: FrozenConfigDict) -> str:
+    """Where the training data are, for messages."""
+
   def train_data(
     self, config: FrozenConfigDict, process_index: int, process_count: int, start: int
   ) -> grain.IterDataset:
@@ -111,7 +114,7 @@ def run(
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
     NotFinite: a metric or the new state is not finite and `config.non_finite` is "stop", or it is
       "skip" and more than `config.max_skipped_steps` steps in a row were skipped.
-    console.Interrupted: SIGTERM or SIGINT came; a checkpoint of the last step was written.
+    console.Interrupted: a signal came; a checkpoint of the last step was written.
   """
   devices = check(config)
   task.check(config)
@@ -145,9 +148,9 @@ def run(
     step_fn = Step(task.train_step, config, shardings)
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
     with (
-      Signals() as signals,
+      Signals(config.report_waits_after, task.data_source(config)) as signals,
       console.Bar(name, config.num_steps, start) as bar,
-      Prefetched(data, lambda batch: mesh.to_global(batch, devices)) as batches,
+      Prefetched(data, lambda batch: mesh.to_global(batch, devices), signals.waiting) as batches,
     ):
       log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
       with contextlib.closing(writer), contextlib.closing(checkpoints):
@@ -155,8 +158,14 @@ def run(
           for evaluator in missing:
             evaluate(evaluators, evaluator, writer, start, state)
         log.restart()
+
+        def save() -> None:
+          log.flush()
+          with log.paused():
+            checkpoints.save(state, config.to_dict(), log.state())
+
         for step in range(start + 1, config.num_steps + 1):
-          with log.waiting():
+          with _saving(save), log.waiting():
             batch = next(batches)
           phase = task.phase(config, step)
           compiles = phase not in step_fn.flops
@@ -167,22 +176,26 @@ def run(
           log.step(step, metrics, step_fn.flops[phase], compiles)
           stop = signals.stop_after(step, last)
           if step % config.save_every_steps == 0 or last or stop:
-            log.flush()
-            with log.paused():
-              checkpoints.save(state, config.to_dict(), log.state())
+            save()
           if stop:
             raise console.Interrupted(stop, together=True)
           for evaluator in due(evaluators, step, config.num_steps):
             log.flush()
-            try:
-              with log.paused(), signals.at_once():
-                evaluate(evaluators, evaluator, writer, step, state)
-            except console.Interrupted:
-              checkpoints.save(state, config.to_dict(), log.state())
-              raise
+            with _saving(save), log.paused(), signals.at_once():
+              evaluate(evaluators, evaluator, writer, step, state)
       if signals.received:  # while the last checkpoint was being written
         raise console.Interrupted(signals.received)
   return state
+
+
+@contextlib.contextmanager
+def _saving(save: Callable[[], None]) -> Iterator[None]:
+  """A signal that ends the work inside ends the training after a save."""
+  try:
+    yield
+  except console.Interrupted:
+    save()
+    raise
 
 
 def _fresh(init: Callable[[Any], Any], key: Any, shardings: Any, adopt: Adopt | None) -> Any:

@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
-import collections
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vavae_jax.common.errors import InputError
 
-AHEAD = 3
+AHEAD = 2
+_ASKED_EVERY_SECONDS = 0.2
 
 
 class Prefetched:
-  """`with Prefetched(data, put) as batches: next(batches)`, which raises the thread's errors.
+  """`with Prefetched(data, put, wait) as batches: next(batches)`, which raises the thread's errors.
 
-  The data are endless; `put` starts the transfer of a batch to the devices.
+  The data are endless; `put` starts the transfer of a batch to the devices. While none is ready,
+  `wait` is called with the seconds that the step has waited, and may raise.
   """
 
-  def __init__(self, data: Iterable[Any], put: Callable[[Any], Any]):
-    self._data, self._put = iter(data), put
-    self._thread = ThreadPoolExecutor(1, "prefetch")
+  def __init__(self, data: Iterable[Any], put: Callable[[Any], Any], wait: Callable[[float], None]):
+    self._data, self._put, self._wait = data, put, wait
+    self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
+    self._stopped = threading.Event()
+    # It may hang in a read that no one can end, and must not keep the process then.
+    self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
 
   def __enter__(self) -> Prefetched:
-    self._ahead = collections.deque(self._thread.submit(self._load) for _ in range(AHEAD))
+    self._thread.start()
     return self
 
-  def _load(self) -> Any:
+  def _work(self) -> None:
     try:
-      return self._put(next(self._data))
-    except StopIteration as error:
-      raise RuntimeError("The training data ended; they should be endless.") from error
-    except Exception as error:
-      if "Worker process was terminated unexpectedly" not in str(error):
-        raise
-      raise InputError(
-        f"A process that loads batches died ({str(error).partition('.')[0]}); -9 is often the "
-        "system's answer to memory running out. Lower config.loader.workers or "
-        "config.loader.threads; the same command goes on from the last checkpoint."
-      ) from error
+      for batch in self._data:
+        if self._stopped.is_set():
+          return
+        self._ready.put((self._put(batch), None))
+      raise RuntimeError("The training data ended; they should be endless.")
+    except BaseException as error:
+      self._ready.put((None, _explained(error)))
 
   def __next__(self) -> Any:
-    self._ahead.append(self._thread.submit(self._load))
-    return self._ahead.popleft().result()
+    began = time.monotonic()
+    while True:
+      try:
+        batch, error = self._ready.get(timeout=_ASKED_EVERY_SECONDS)
+      except queue.Empty:
+        self._wait(time.monotonic() - began)
+        continue
+      if error is not None:
+        raise error
+      return batch
 
   def __exit__(self, *_: object) -> None:
-    self._thread.shutdown(cancel_futures=True)
+    self._stopped.set()
+    until = time.monotonic() + 1.0
+    while self._thread.is_alive() and time.monotonic() < until:
+      try:  # make room: the thread may be waiting for it
+        self._ready.get(timeout=0.05)
+      except queue.Empty:
+        continue
+
+
+def _explained(error: BaseException) -> BaseException:
+  """An error of our own where grain reports that a worker died."""
+  if "Worker process was terminated unexpectedly" not in str(error):
+    return error
+  explained = InputError(
+    f"A process that loads batches died ({str(error).partition('.')[0]}); -9 is often the system's "
+    "answer to memory running out. Lower config.loader.workers or config.loader.threads; the same "
+    "command goes on from the last checkpoint."
+  )
+  explained.__cause__ = error
+  return explained

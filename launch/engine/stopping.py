@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,25 +24,31 @@ from launch.engine import console
 # Each answer takes a message to the coordinator.
 ANSWERED_WITHIN_MS = 60_000
 _LISTENED_MS = 1_000
+_LAST_BATCH = 10.0  # seconds in which the data of the agreed step may yet come
 _rounds = itertools.count()
 
 
 class Signals:
-  """`with Signals() as signals: ... if number := signals.stop_after(step): ...`.
+  """`with Signals(60.0, "the data") as signals: ... if number := signals.stop_after(step): ...`.
 
-  A second signal ends the process at once.
+  A second signal ends the process at once. Waits of more than `report_after` seconds for the data
+  are reported with their `source`.
   """
+
+  def __init__(self, report_after: float, source: str):
+    self._report_after, self._source, self._reported = report_after, source, 0.0
 
   def __enter__(self) -> Signals:
     self.received, self._at_once = 0, False  # the number of the signal; 0: none
-    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._since = 0.0
+    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, *console.endings())}
     self._together = _Together() if jax.process_count() > 1 else None
     return self
 
   def _note(self, number: int, _frame: Any) -> None:
     if self.received or self._at_once:
       raise console.Interrupted(number)
-    self.received = number
+    self.received, self._since = number, time.monotonic()
     console.say("stopping after this step, saving a checkpoint (again to stop at once)")
 
   @contextlib.contextmanager
@@ -56,6 +63,19 @@ class Signals:
       yield
     finally:
       self._at_once = False
+
+  def waiting(self, seconds: float) -> None:
+    """Called while a step has waited for data so long: reports it; a signal ends the wait.
+
+    Of several processes it does so after ten seconds, since the others may have begun the step.
+    """
+    if self.received and (not self._together or time.monotonic() - self._since > _LAST_BATCH):
+      raise console.Interrupted(self.received)
+    if seconds < self._reported:  # of an earlier wait
+      self._reported = 0.0
+    if seconds > max(self._report_after, 2 * self._reported):
+      self._reported = seconds
+      console.say(f"waiting for {self._source} since {seconds:.0f} s")
 
   def stop_after(self, step: int, last: bool) -> int:
     """The signal that ends the loop after this step, in all processes; else 0.

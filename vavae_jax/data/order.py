@@ -8,6 +8,9 @@ where it was by its step, on whatever number of processes.
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,8 +100,9 @@ def batches(
   """
   import grain  # which takes half a second
 
+  loads = functools.partial(_in_worker, load) if share.workers else load
   data = grain.MapDataset.range(share.start, 2**62).map(
-    lambda batch: load(share.positions(int(batch)))
+    lambda batch: loads(share.positions(int(batch)))
   )
   options = grain.ReadOptions(
     num_threads=share.threads, prefetch_buffer_size=max(BUFFERED, share.threads)
@@ -111,3 +115,23 @@ def batches(
   return iterated.mp_prefetch(
     grain.MultiprocessingOptions(num_workers=share.workers, per_worker_buffer_size=BUFFERED)
   )
+
+
+def _in_worker(
+  load: Callable[[np.ndarray], dict[str, Any]], positions: np.ndarray
+) -> dict[str, Any]:
+  _end_with_parent()
+  return load(positions)
+
+
+@functools.cache
+def _end_with_parent() -> None:
+  """Ends this worker when the training is killed, which could not tell it to."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+
+    def watch() -> None:
+      parent.join()
+      os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

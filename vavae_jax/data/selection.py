@@ -48,6 +48,11 @@ def _training_pictures(data: FrozenConfigDict) -> tuple[sources.Source, np.ndarr
   return _source(data, data.source, train), train
 
 
+def data_source(config: FrozenConfigDict) -> str:
+  """Where the training pictures are, for messages."""
+  return config.data.source
+
+
 def training_batches(
   config: FrozenConfigDict,
   process_index: int,
