@@ -17,6 +17,7 @@ smoke test of seconds.
 from ml_collections import ConfigDict
 
 from configs import base
+from vavae_jax.common.keys import COUNT, MAYBE, Key
 
 
 def get_config(argument: str = "pipeline") -> ConfigDict:
@@ -107,6 +108,19 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decays=(0.5,))
     config.sample.update(num_steps=3, batch_size=9)
   return config
+
+
+# Of the pipeline.
+KEYS = {
+  "tokenizer": base.KEYS["tokenizer"],
+  "diffusion": base.KEYS["diffusion"],
+  "encode": {
+    "batch_size": Key(64, "[1, 1e6]"),
+    "shard_size": Key(500, COUNT),
+    "seed": Key(0, MAYBE),
+  },
+  "sample": {"num_samples": Key(360, "[2, 1e9]"), "seed": Key(0, MAYBE)},
+}
 
 
 def pipeline(*, tiny: bool = False) -> ConfigDict:

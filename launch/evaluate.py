@@ -103,7 +103,7 @@ def _generation() -> None:
   if bool(FLAGS.samples) == bool(FLAGS.workdir):
     raise InputError("Give either --samples or --workdir: existing samples, or a model.")
   if FLAGS.samples:
-    for name in sorted({"step", "ema", "num_samples", "labels", "seed", *launch.sample.SETTINGS}):
+    for name in sorted({"step", "ema", "num_samples", "labels", "seed", *checks.SAMPLE}):
       if FLAGS[name].present:
         raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
   output, network = Output(Path(FLAGS.output), "generation"), _network()

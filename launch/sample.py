@@ -23,7 +23,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import configs.base
 from launch import restore
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
@@ -37,24 +36,6 @@ from vavae_jax.common.files import atomic_file, place, read_note, write_json
 from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
-SETTINGS = {
-  "mode": "ODE or SDE.",
-  "num_steps": "Grid points of the solver.",
-  "method": "ODE: euler, heun, midpoint, rk4 or dopri5. SDE: euler or heun.",
-  "timestep_shift": "Shift of the ODE's time grid; 0 is none.",
-  "cfg_scale": "Guidance; 1 is none.",
-  "cfg_interval_start": "No guidance where t is smaller.",
-  "cfg_channels": "Guidance on the first channels only; 0: on all.",
-  "atol": "Absolute tolerance of dopri5.",
-  "rtol": "Relative tolerance of dopri5.",
-  "diffusion_form": "SDE: constant, SBDM, sigma, linear, decreasing, increasing-decreasing.",
-  "diffusion_norm": "Magnitude of the SDE's diffusion.",
-  "last_step": 'Last step of the SDE: Mean, Tweedie, Euler, or "".',
-  "last_step_size": "Length of that step in t.",
-  "dtype": "Dtype of matrix products: float32 or bfloat16.",
-  "batch_size": "Samples at once, over all devices.",
-}
-
 PNG_SETTINGS = "settings.json"  # of a folder of pictures
 SHARED_WITH_GUIDE = (
   *("model.input_size", "model.in_channels", "model.num_classes"),
@@ -222,9 +203,9 @@ def define_flags(num_samples: int, least: int) -> None:
   text = "balanced, uniform (as the paper's), or labels such as 3,7,7, repeated."
   flags.DEFINE_string("labels", "balanced", text)
   flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
-  for name, default in configs.base.sample().items():
-    kind = {int: "integer", float: "float", str: "string"}[type(default)]
-    getattr(flags, f"DEFINE_{kind}")(name, None, SETTINGS[name])
+  for name, key in checks.SAMPLE.items():
+    kind = {int: "integer", float: "float", str: "string"}[type(key.default)]
+    getattr(flags, f"DEFINE_{kind}")(name, None, f"{key.text} {key.needed().capitalize()}.")
 
 
 def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:

@@ -36,10 +36,10 @@ def frozen(config: ConfigDict) -> FrozenConfigDict:
   """The configuration of a training, every key checked against `configs.base`; reads no data.
 
   Raises:
-    InputError: unknown task or key, a missing key, or a value of another type.
+    InputError: unknown task or key, a missing key, or a value that is not possible.
   """
   of(config)
-  return configuration.resolve(config, getattr(configs.base, config.task)())
+  return configuration.resolve(config, configs.base.KEYS[config.task])
 
 
 def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDict:

@@ -4,9 +4,9 @@ r"""Trains a tokenizer or a diffusion model, from the start or from where it was
   python -m launch.train --config=configs/quickstart.py:diffusion --workdir=runs/diffusion \
     --config.optimizer.learning_rate=3e-4
 
-Every key of the configuration can be set with --config.KEY=VALUE; configs/base.py explains them. In
-the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/. The same command again resumes
-exactly. Ctrl-C and SIGTERM save a checkpoint first.
+Every key of the configuration can be set with --config.KEY=VALUE; docs/configuration.md lists them.
+In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/. The same command again
+resumes exactly. Ctrl-C and SIGTERM save a checkpoint first.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from ml_collections import FrozenConfigDict
 
 from lightningdit_jax.dense import REMAT_POLICIES, dot_general, is_costly
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
-from vavae_jax.common import functional
+from vavae_jax.common import functional, keys
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.keys import field
 from vavae_jax.common.sharding import gather, pin_batch, platform
 
 SIZES = {
@@ -56,62 +57,85 @@ ZEROS = nnx.initializers.zeros
 M = TypeVar("M", bound=nnx.Module)
 
 
-def _option(
-  default: Any, *, tensor: str = "", choices: tuple[str, ...] = (), is_ours: bool = False
-) -> Any:
-  """A field of `Options`.
-
-  `tensor` is the PyTorch name of a weight that exists exactly where the option is True. An option
-  that `is_ours` changes how numbers are computed, not the numbers; the reference lacks it.
-  """
-  about = {"tensor": tensor, "choices": choices, "is_ours": is_ours}
-  return dataclasses.field(default=default, metadata=about)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """The arguments of `LightningDiT`; the defaults are XL/1 on the f16d32 tokenizer.
 
-  InputError for sizes that do not divide, or an unknown choice.
+  `tensor` is the PyTorch name of a weight that exists exactly where the option is True. An option
+  that `is_ours` changes how numbers are computed, not the numbers; the reference lacks it.
+  InputError for values out of range, or sizes that do not divide.
   """
 
-  # Nominal height and width of the latent. Inputs may differ; PyTorch's files hold positions of
-  # this size.
-  input_size: int = 16
-  patch_size: int = 1  # a token is patch_size x patch_size latent cells
-  in_channels: int = 32  # latent channels Z
-  hidden_size: int = 1152  # width D
-  depth: int = 28  # number of blocks L
-  num_heads: int = 16  # attention heads K
-  mlp_ratio: float = 4.0  # the MLP's width in units of D, before SwiGLU's factor 2/3
-  # Above 0, the label table has a row for the null label. Training drops this share of the labels.
-  class_dropout_prob: float = 0.1
-  num_classes: int = 1000  # labels are 0 .. num_classes-1, and num_classes is the null label
-  learn_sigma: bool = False  # the head also predicts a variance, unused as in the reference
-  # Norm queries and keys, which prevents NaN in long bfloat16 runs.
-  use_qknorm: bool = _option(False, tensor="blocks.0.attn.q_norm.weight")
-  use_swiglu: bool = _option(True, tensor="blocks.0.mlp.w12.weight")  # False: an MLP with GELU
-  # Rotary positions, besides the fixed embedding.
-  use_rope: bool = _option(True, tensor="feat_rope.freqs_cos")
-  use_rmsnorm: bool = _option(True, tensor="blocks.0.norm1.weight")  # False: LayerNorm
-  wo_shift: bool = False  # blocks are modulated by scale and gate only
-  # Recompute blocks in the backward pass: less memory, up to a third more work. Without it,
-  # elementwise work is computed again all the same: see `dense.is_costly`.
-  use_checkpoint: bool = _option(False, is_ours=True)
-  # What use_checkpoint keeps of a block: "full" nothing, "dense" the products with its weights,
-  # "dots" the attention's products too.
-  remat_policy: str = _option("full", choices=tuple(REMAT_POLICIES), is_ours=True)
-  # "cudnn": NVIDIA GPUs in bfloat16. "auto": training measures both; the model itself takes "xla".
-  attention: str = _option("xla", choices=("auto", *ATTENTIONS), is_ours=True)
-  # Blocks per step of the scan. More compile longer; on CPUs models of a small width run a quarter
-  # faster with all, B/1 a tenth slower. 0, in a configuration: all on GPUs, elsewhere one.
-  scan_unroll: int = _option(1, is_ours=True)
+  input_size: int = field(
+    16,
+    "[1, 4096]",
+    "Nominal height and width of the latent. Inputs may differ; PyTorch's files hold positions of "
+    "this size.",
+  )
+  patch_size: int = field(1, "[1, 4096]", "A token is patch_size x patch_size latent cells.")
+  in_channels: int = field(32, "[1, 65536]", "Latent channels Z.")
+  hidden_size: int = field(1152, "[1, 65536]", "Width D.")
+  depth: int = field(28, "[1, 1024]", "Number of blocks L.")
+  num_heads: int = field(16, "[1, 1024]", "Attention heads K.")
+  mlp_ratio: float = field(
+    4.0, "(0, 64]", "The MLP's width in units of D, before SwiGLU's factor 2/3."
+  )
+  class_dropout_prob: float = field(
+    0.1,
+    "[0, 1]",
+    "Above 0, the label table has a row for the null label. Training drops this share of the "
+    "labels.",
+  )
+  num_classes: int = field(
+    1000, "[1, 1e7]", "Labels are 0 .. num_classes-1, and num_classes is the null label."
+  )
+  learn_sigma: bool = field(
+    False, "", "The head also predicts a variance, unused as in the reference."
+  )
+  use_qknorm: bool = field(
+    False,
+    "",
+    "Norm queries and keys, which prevents NaN in long bfloat16 runs.",
+    tensor="blocks.0.attn.q_norm.weight",
+  )
+  use_swiglu: bool = field(True, "", "False: an MLP with GELU.", tensor="blocks.0.mlp.w12.weight")
+  use_rope: bool = field(
+    True, "", "Rotary positions, besides the fixed embedding.", tensor="feat_rope.freqs_cos"
+  )
+  use_rmsnorm: bool = field(True, "", "False: LayerNorm.", tensor="blocks.0.norm1.weight")
+  wo_shift: bool = field(False, "", "Blocks are modulated by scale and gate only.")
+  use_checkpoint: bool = field(
+    False,
+    "",
+    "Recompute blocks in the backward pass: less memory, up to a third more work. Without it, "
+    "elementwise work is computed again all the same: see `dense.is_costly`.",
+    is_ours=True,
+  )
+  remat_policy: str = field(
+    "full",
+    tuple(REMAT_POLICIES),
+    'What use_checkpoint keeps of a block: "full" nothing, "dense" the products with its weights, '
+    '"dots" the attention\'s products too.',
+    is_ours=True,
+  )
+  attention: str = field(
+    "xla",
+    ("auto", *ATTENTIONS),
+    '"cudnn": NVIDIA GPUs in bfloat16. "auto": training measures both; the model itself takes '
+    '"xla".',
+    is_ours=True,
+  )
+  scan_unroll: int = field(
+    1,
+    "[0, 1024]",
+    "Blocks per step of the scan. More compile longer; on CPUs models of a small width run a "
+    "quarter faster with all, B/1 a tenth slower. 0, in a configuration: all on GPUs, elsewhere "
+    "one.",
+    is_ours=True,
+  )
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      choices, value = field.metadata.get("choices"), getattr(self, field.name)
-      if choices and value not in choices:
-        raise InputError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}.")
+    keys.check(keys.of(self), vars(self))
     width, heads, problems = self.hidden_size, self.num_heads, []
     if self.input_size % self.patch_size:
       problems.append(

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from lightningdit_jax import transport
+from vavae_jax.common import keys
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.keys import Key
 
 # Explicit Runge-Kutta methods: each stage's weights of the earlier stages, the step's weights of
 # all. rk4 is the 3/8 rule, as in torchdiffeq, which calls Heun's method heun2.
@@ -31,56 +33,32 @@ MAX_ADAPTIVE_STEPS = 4096
 # The adaptive solver's first step, as a share of the way. diffrax begins with a hundredth, over
 # which the velocity of a noise prediction grows tenfold: 50 times the reference's error.
 FIRST_STEP = 1e-4
-MODES = ("ODE", "SDE")
 SDE_METHODS = ("euler", "heun")
-LAST_STEPS = ("", "Mean", "Tweedie", "Euler")
 
 
-def check_solver(
-  *,
-  num_steps: int,
-  mode: str = "ODE",
-  method: str = "euler",
-  timestep_shift: float = 0.0,
-  atol: float = 1e-6,
-  rtol: float = 1e-3,
-  diffusion_form: str = "sigma",
-  diffusion_norm: float = 1.0,
-  last_step: str = "Mean",
-  last_step_size: float = 0.04,
-) -> None:
+SETTINGS: dict[str, Key] = {
+  "mode": Key("ODE", ("ODE", "SDE"), "Of the equation that is solved from noise to data."),
+  "num_steps": Key(250, "[2, 1e6]", "Grid points of the solver: 250 are 249 Euler steps."),
+  "method": Key("euler", METHODS, 'The SDE takes "euler" and "heun".'),
+  "timestep_shift": Key(0.3, "[0, 1e6]", "Below 1 the ODE's grid is denser near noise; 0: none."),
+  "atol": Key(1e-6, "(0, 1]", "Absolute tolerance of dopri5."),
+  "rtol": Key(1e-3, "(0, 1]", "Relative tolerance of dopri5."),
+  "diffusion_form": Key("sigma", tuple(transport.DIFFUSION_FORMS), "Of the SDE's D(t)."),
+  "diffusion_norm": Key(1.0, "[0, 1e6]", "Magnitude of the SDE's D(t)."),
+  "last_step": Key("Mean", ("", "Mean", "Tweedie", "Euler"), 'Last step of the SDE; "": none.'),
+  "last_step_size": Key(0.04, "(0, 1)", "Length of that step in t."),
+}
+
+
+def check_solver(**settings: Any) -> None:
   """Raises InputError, with the valid choices, for settings that no solver can use.
 
-  Their names are those of `config.sample`; `sampling.sample_ode` and `sample_sde` explain them.
+  They are some of `SETTINGS`; `sampling.sample_ode` and `sample_sde` explain them.
   """
-  if mode not in MODES:
-    raise InputError(f"mode is {mode!r}; choose one of {MODES}.")
-  choices = [("method", method, METHODS)]
-  if mode == "SDE":
-    choices = [
-      ("method", method, SDE_METHODS),
-      ("diffusion_form", diffusion_form, tuple(transport.DIFFUSION_FORMS)),
-      ("last_step", last_step, LAST_STEPS),
-    ]
-  for name, given, known in choices:
-    if given not in known:
-      raise InputError(f"{name} of the {mode} is {given!r}; choose one of {known}.")
-  if num_steps < 2:
-    raise InputError(f"num_steps is {num_steps}; a grid from noise to data has at least 2 points.")
-  if timestep_shift < 0:
-    raise InputError(
-      f"timestep_shift is {timestep_shift}; it must not be negative: 0 is no shift, below 1 denser "
-      "near the noise."
-    )
-  for name, tolerance in (("atol", atol), ("rtol", rtol)):
-    if tolerance <= 0:
-      raise InputError(f"{name} is {tolerance}; a tolerance is above 0.")
-  if mode == "SDE" and diffusion_norm < 0:
-    raise InputError(f"diffusion_norm is {diffusion_norm}; it must not be negative.")
-  if mode == "SDE" and last_step and not 0 < last_step_size < 1:
-    raise InputError(
-      f"last_step_size is {last_step_size}; the last step, {last_step}, needs one between 0 and 1."
-    )
+  keys.check(SETTINGS, settings)
+  method = settings.get("method", "euler")
+  if settings.get("mode") == "SDE" and method not in SDE_METHODS:
+    raise InputError(f"method of the SDE is {method!r}; choose one of {', '.join(SDE_METHODS)}.")
 
 
 def integrate(

@@ -36,7 +36,6 @@ VALIDATION_SEED = 0
 def check(config: FrozenConfigDict) -> None:
   """Raises InputError for model, latents, labels or sampling settings that do not fit."""
   check_model(config)
-  order.check(config.loader)
   store = open_store(config.latents.path, config.latents.cache)
   check_store(config, store)
   if len(store) < config.batch_size:

@@ -102,7 +102,7 @@ def test_commands_of_the_documents_can_be_given(command, options, known):
     else:
       assert option in known[command] | {"config", "help"}, option
   if config is not None and "task" in config:
-    resolve(config, getattr(base, config.task)())
+    resolve(config, base.KEYS[config.task])
 
 
 def test_the_readme_is_short_and_counts_its_reading_path():
@@ -122,7 +122,7 @@ def test_functions_that_the_readme_names_are_where_it_says():
 
 def test_the_keys_in_the_tutorial_exist():
   text = (ROOT / "docs" / "tutorial.md").read_text()
-  known = dict(flat(base.diffusion().to_dict()))
+  known = dict(flat(base.KEYS["diffusion"]))
   keys = re.findall(r"--config\.([\w.]+)", text)
   assert len(keys) > 10
   assert set(keys) <= set(known)
@@ -154,3 +154,8 @@ def test_cifar10_becomes_zips_of_class_folders(tmp_path, monkeypatch):
     assert found == {
       record[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes(): record[0] for record in one
     }
+
+
+def test_the_page_of_all_keys_is_that_of_the_table():
+  page = (ROOT / "docs" / "configuration.md").read_text()
+  assert page == base.page() + "\n", "python -m configs.base > docs/configuration.md"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vavae_jax.common.errors import InputError
 from vavae_jax.data import order
 from vavae_jax.data.order import Order, Share
 
@@ -65,9 +64,3 @@ def test_batches_go_on_at_every_position(start):
 
   whole = first(Share(5), 12)
   np.testing.assert_array_equal(first(Share(5, start=start), 12 - start), whole[start:])
-
-
-@pytest.mark.parametrize("loader", [{"threads": 0, "workers": 0}, {"threads": 1, "workers": -1}])
-def test_settings_that_cannot_load_are_refused(loader):
-  with pytest.raises(InputError, match=r"config\.loader\.(threads|workers) is"):
-    order.check(loader)

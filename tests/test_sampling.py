@@ -162,7 +162,7 @@ def test_likelihood_of_a_flow_by_its_own_jacobian():
   [
     # Heun's method without a last step asks for the drift at both ends.
     *itertools.product(transport.DIFFUSION_FORMS, transport.PATHS, ["heun"], [""]),
-    *itertools.product(["SBDM"], ["Linear"], ["euler"], solvers.LAST_STEPS),
+    *itertools.product(["SBDM"], ["Linear"], ["euler"], solvers.SETTINGS["last_step"].within),
   ],
 )
 def test_every_sde_is_finite_from_end_to_end(form, path, method, last_step):
@@ -265,5 +265,5 @@ def test_autoguidance_leads_away_from_the_second_model():
   "bad", [{"method": "rk4"}, {"diffusion_form": "cubic"}, {"last_step": "First"}]
 )
 def test_unknown_settings_of_the_sde_are_refused(bad):
-  with pytest.raises(ValueError, match=f"{next(iter(bad))} of the SDE.*choose one of"):
+  with pytest.raises(ValueError, match=f"{next(iter(bad))}.*choose one of"):
     solvers.sample_sde(flow, points(1), lambda step: points(1), **bad)

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
+from vavae_jax.common import keys
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.keys import field
 from vavae_jax.common.sharding import pin_batch
 from vavae_jax.data.images import to_uint8
 
@@ -306,35 +308,57 @@ def unfold(x_BhwP: jax.Array, size: int) -> jax.Array:
 class Options:
   """The arguments of `Autoencoder`; the defaults are the published f16d32 tokenizer."""
 
-  embed_dim: int = 32  # latent channels Z
-  z_channels: int | None = None  # between encoder and bottleneck; None: embed_dim
-  ch: int = 128  # base width
-  # Width of each level in units of `ch`; every level but the last halves the image.
-  ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
-  num_res_blocks: int = 2  # of an encoder level; the decoder's have one more
-  # Sizes of the feature map, for an image of size `resolution`, with attention; the middle has it
-  # in any case.
-  attn_resolutions: Sequence[int] = (16,)
-  decoder_attn_resolutions: Sequence[int] | None = None  # None: attn_resolutions; MAR-VAE: ()
-  resolution: int = 256  # nominal image size in pixels; it places attention and limits no input
-  in_channels: int = 3  # of the image that is read
-  out_ch: int = 3  # of the one that is written
-  double_z: bool = True  # this and the next as in every published configuration
-  dropout: float = 0.0
-  # Ours: every patch_size x patch_size pixels are folded into channels before the first convolution
-  # and unfolded after the last, so that small runs are cheap. 1 is as published.
-  patch_size: int = 1
-  norm_groups: int = 32  # ours: of every GroupNorm, so that widths below 32 are possible
-  # Ours: a linear map beside the encoder, from the pixels of a latent cell to its moments, and one
-  # back beside the decoder. They learn a principal component analysis in seconds and the networks
-  # add the rest; without them the norm before each last layer hinders anything linear. Short
-  # trainings gain decibels. False is as published.
-  linear_shortcut: bool = False
-  # Ours: compute every block again in the backward pass: less memory, up to a third more work, the
-  # same numbers.
-  use_checkpoint: bool = False
+  embed_dim: int = field(32, "[1, 65536]", "Latent channels Z.")
+  z_channels: int | None = field(
+    None, "[1, 65536]", "Channels between encoder and bottleneck; None: embed_dim.", kind=int
+  )
+  ch: int = field(128, "[1, 8192]", "Base width.")
+  ch_mult: Sequence[int] = field(
+    (1, 1, 2, 2, 4),
+    "[1, 64]",
+    "Width of each level in units of `ch`; every level but the last halves the image.",
+  )
+  num_res_blocks: int = field(2, "[1, 64]", "Of an encoder level; the decoder's have one more.")
+  attn_resolutions: Sequence[int] = field(
+    (16,),
+    "[1, 65536]",
+    "Sizes of the feature map, for an image of size `resolution`, with attention; the middle has "
+    "it in any case.",
+  )
+  decoder_attn_resolutions: Sequence[int] | None = field(
+    None, "[1, 65536]", "None: attn_resolutions; MAR-VAE: ().", kind=int, is_list=True
+  )
+  resolution: int = field(
+    256, "[1, 65536]", "Nominal image size in pixels; it places attention and limits no input."
+  )
+  in_channels: int = field(3, "[1, 4096]", "Of the image that is read.")
+  out_ch: int = field(3, "[1, 4096]", "Of the one that is written.")
+  double_z: bool = field(True, text="As in every published configuration, also the next.")
+  dropout: float = field(0.0, "[0, 1)")
+  patch_size: int = field(
+    1,
+    "[1, 4096]",
+    "Ours: every patch_size x patch_size pixels are folded into channels before the first "
+    "convolution and unfolded after the last, so that small runs are cheap. 1 is as published.",
+  )
+  norm_groups: int = field(
+    32, "[1, 8192]", "Ours: of every GroupNorm, so that widths below 32 are possible."
+  )
+  linear_shortcut: bool = field(
+    False,
+    text="Ours: a linear map beside the encoder, from the pixels of a latent cell to its moments, "
+    "and one back beside the decoder. They learn a principal component analysis in seconds and the "
+    "networks add the rest; without them the norm before each last layer hinders anything linear. "
+    "Short trainings gain decibels. False is as published.",
+  )
+  use_checkpoint: bool = field(
+    False,
+    text="Ours: compute every block again in the backward pass: less memory, up to a third more "
+    "work, the same numbers.",
+  )
 
   def __post_init__(self) -> None:
+    keys.check(keys.of(self), vars(self))
     if not self.double_z:
       raise InputError(
         "double_z=False has no posterior to sample; only double_z=True is supported."

@@ -15,8 +15,8 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import State, averaged, check_optimizer
-from vavae_jax.data import images, order, selection
+from vavae_jax.common.optimizer import State, averaged, learning_rate
+from vavae_jax.data import images, selection
 from vavae_jax.metrics.classifier import Classifier
 
 EVALUATION_BATCH = 500
@@ -32,19 +32,10 @@ def build(config: FrozenConfigDict) -> functional.Build:
 def check(config: FrozenConfigDict) -> None:
   """Checks what can be checked before anything compiles; InputError if something does not fit."""
   functional.outline(build(config), "config.model")
-  check_optimizer(config.optimizer)
-  order.check(config.loader)
+  learning_rate(config.optimizer)
   size, patch = config.data.image_size, config.model.patch_size
-  if patch < 1 or size % patch:
+  if size % patch:
     raise InputError(f"config.data.image_size is {size}, no multiple of patch_size={patch}.")
-  if not 0 <= config.loss.label_smoothing < 1:
-    raise InputError(
-      f"config.loss.label_smoothing is {config.loss.label_smoothing}, not in [0, 1)."
-    )
-  if not config.data.held_out:
-    raise InputError(
-      "config.data.held_out is 0, but the accuracy is of pictures that it leaves out."
-    )
   source, _ = selection.training_pictures(config)
   if len(source.class_names) != config.model.num_classes:
     raise InputError(

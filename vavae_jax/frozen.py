@@ -16,7 +16,6 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax import losses, teachers
 from vavae_jax.autoencoder import downsampling
-from vavae_jax.common.errors import InputError
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite
@@ -53,22 +52,15 @@ class EndpointDistance(nnx.Module):
     return losses.feature_distance(a, b)
 
 
-def _dtype(name: str) -> Any:
-  try:
-    return jnp.dtype(name)
-  except TypeError as error:
-    raise InputError(f'{name!r} is not a dtype; choose "float32" or "bfloat16".') from error
-
-
 @functools.lru_cache
 def _loaded_teacher(config: FrozenConfigDict) -> Teacher:
-  dtype = _dtype(config.dtype)
+  dtype = jnp.dtype(config.dtype)
   return load_teacher(config.name, config.weights or None, dtype=dtype, normalize=config.normalize)
 
 
 @functools.lru_cache
 def _loaded_perceptual(config: FrozenConfigDict) -> Perceptual:
-  dtype = _dtype(config.dtype)
+  dtype = jnp.dtype(config.dtype)
   if config.network == "lpips":
     return load_lpips(config.vgg, config.heads, dtype=dtype)
   return EndpointDistance(cast(EfficientNetLite, load_teacher(config.network, dtype=dtype)))
@@ -102,11 +94,6 @@ def _networks(
 
 def check(config: FrozenConfigDict) -> None:
   """Loads the networks; InputError: unknown name, no file, other weights, or another grid."""
-  if config.loss.perceptual_weight and config.perceptual.network not in PERCEPTUAL:
-    raise InputError(
-      f"config.perceptual.network is {config.perceptual.network!r}; choose one of "
-      f"{', '.join(PERCEPTUAL)}, or set config.loss.perceptual_weight to 0."
-    )
   _networks(config)
 
 
@@ -114,11 +101,11 @@ def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
   """The networks by name with random weights: for plans and measurements, which need no file."""
 
   def teacher(config: FrozenConfigDict) -> Teacher:
-    dtype = _dtype(config.dtype)
+    dtype = jnp.dtype(config.dtype)
     return teachers.fresh(config.name, rngs, dtype=dtype, normalize=config.normalize)
 
   def perceptual(config: FrozenConfigDict) -> Perceptual:
-    dtype = _dtype(config.dtype)
+    dtype = jnp.dtype(config.dtype)
     if config.network == "lpips":
       return Lpips(dtype=dtype, rngs=rngs)
     return EndpointDistance(EfficientNetLite(dtype=dtype, rngs=rngs))

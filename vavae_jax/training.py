@@ -15,14 +15,13 @@ from ml_collections import FrozenConfigDict
 from vavae_jax import frozen, losses, stages
 from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import averaged, check_optimizer, make_optimizer
+from vavae_jax.common.optimizer import averaged, learning_rate, make_optimizer
 from vavae_jax.common.sharding import whole
-from vavae_jax.data import feature_cache, images, order, selection
+from vavae_jax.data import feature_cache, images, selection
 from vavae_jax.metrics import pixels
 from vavae_jax.stages import Phase
 from vavae_jax.teachers import feature_size
 from vavae_jax.update import (
-  WEIGHTS,
   Metrics,
   State,
   build_autoencoder,
@@ -42,7 +41,7 @@ def check(config: FrozenConfigDict) -> None:
   """Checks what can be checked before anything compiles; InputError if something does not fit."""
   model = functional.outline(build_autoencoder(config), "config.model")
   judge = functional.outline(build_discriminator(config), "config.discriminator")
-  check_optimizer(config.optimizer)
+  learning_rate(config.optimizer)
   _check_losses(config)
   size, factor = config.data.image_size, model.downsampling
   if size < factor or size % factor:
@@ -53,35 +52,22 @@ def check(config: FrozenConfigDict) -> None:
   if config.loss.disc_weight > 0 or config.loss.disc_idle:
     picture = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
-  order.check(config.loader)
   frozen.check(config)
   selection.check_pictures(config)
 
 
 def _check_losses(config: FrozenConfigDict) -> None:
-  for key, value, choices in (
-    ("train", config.train, TRAINED_PARTS),
-    ("loss.disc_loss", config.loss.disc_loss, losses.ADVERSARIAL),
-    ("data.crop", config.data.crop, images.CROPS),
-  ):
-    if value not in choices:
-      raise InputError(f"config.{key} is {value!r}; choose one of {', '.join(choices)}.")
   if config.teacher.cache and (config.data.crop != "center" or config.data.flip):
     raise InputError(
       "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
       'to "center" and config.data.flip to False, or the cache to "".'
     )
-  if config.data.max_corrupt < 0:
-    raise InputError(f"config.data.max_corrupt is {config.data.max_corrupt}; 0 allows none.")
   if config.train == "decoder" and not config.init_from:
     raise InputError(
       'config.train is "decoder", which trains on latents of config.init_from; name the weights.'
     )
-  for key in WEIGHTS:
-    if config.loss[key] < 0:
-      raise InputError(f"config.loss.{key} is {config.loss[key]}; it must be at least 0.")
   group = config.loss.disc_bn_group
-  if group < 0 or (group and config.batch_size % group):
+  if group and config.batch_size % group:
     raise InputError(
       f"config.loss.disc_bn_group is {group}, but it must divide config.batch_size "
       f"{config.batch_size}; 0 takes the whole batch."

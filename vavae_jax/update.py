@@ -89,8 +89,6 @@ LOSSES: dict[str, tuple[Term, ...]] = {
   # adaptive weight.
   "adversarial": (Term("g_loss", "", losses.generator),),
 }
-# Keys of `config.loss`, none of which may be negative.
-WEIGHTS = ("disc_weight", *(t.weight for group in LOSSES.values() for t in group if t.weight))
 
 
 def _total(group: str, config: FrozenConfigDict, *given: Any) -> tuple[jax.Array, Metrics]:

@@ -13,8 +13,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from vavae_jax.common import keys
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note, write_json
+from vavae_jax.common.keys import Key
 
 # A flag that is defined here belongs to the command that asks for it.
 flags.disclaim_key_flags()
@@ -58,27 +60,22 @@ def define_flag(text: str) -> None:
   flags.declare_key_flag("config")  # else --help leaves it out
 
 
-def resolve(config: ml_collections.ConfigDict, schema: ml_collections.ConfigDict) -> Any:
-  """Checks every key and value type against a configuration with all keys, and freezes the result.
+def resolve(config: ml_collections.ConfigDict, schema: Mapping[str, Any]) -> Any:
+  """Checks every key and value against a tree of all keys, and freezes the result.
+
+  Leaves of `schema` are `Key`s, or default values, which say no more than a type.
 
   Raises:
-    InputError: unknown or missing key, or a value of another type, by full name.
+    InputError: unknown or missing keys, or values that are not possible, by full names.
   """
-  given, known = dict(flat(config.to_dict())), dict(flat(schema.to_dict()))
+  given, known = dict(flat(config.to_dict())), dict(flat(schema))
   for key in given.keys() - known.keys():
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean config.{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
     raise InputError(f"config.{key} is not a configuration key; {hint}")
   if missing := sorted(known.keys() - given.keys()):
     raise InputError(f"The configuration lacks {', '.join(missing)}.")
-  for key, value in given.items():
-    wanted = known[key]
-    number = isinstance(wanted, float) and type(value) in (int, float)
-    if wanted is not None and value is not None and type(value) is not type(wanted) and not number:
-      raise InputError(
-        f"config.{key} is {value!r} ({type(value).__name__}), but a {type(wanted).__name__} is "
-        f"needed, such as {wanted!r}."
-      )
+  keys.check({k: x if isinstance(x, Key) else Key(x) for k, x in known.items()}, given, "config.")
   return ml_collections.FrozenConfigDict(config)
 
 

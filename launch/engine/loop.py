@@ -28,19 +28,10 @@ from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer
 from vavae_jax.common import functional
-from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
 
-NON_FINITE = ("stop", "skip")
-COUNTS = (
-  "num_steps",
-  "log_every_steps",
-  "save_every_steps",
-  "keep_checkpoints",
-  "max_skipped_steps",
-)
 Adopt = Callable[[Any], Any]  # from a fresh state to one with given weights
 
 
@@ -218,11 +209,6 @@ def _checkpoints(config: FrozenConfigDict, workdir: Path) -> Checkpoints:
 
 def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   """Checks the part of a configuration that all tasks share; returns its mesh."""
-  for field in COUNTS:
-    if config[field] < 1:
-      raise InputError(f"config.{field} is {config[field]}, but it must be at least 1.")
-  if config.non_finite not in NON_FINITE:
-    raise InputError(f"config.non_finite is {config.non_finite!r}; choose one of {NON_FINITE}.")
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   mesh.check_batch_size(config.batch_size, devices)
   return devices

@@ -34,7 +34,7 @@ def test_every_job_has_a_configuration_that_stands_and_what_it_needs(size, tmp_p
       assert not given
       continue
     config = dilemma.get_config(given[0].partition(":")[2])
-    configuration.resolve(config, getattr(configs.base, config.task)())
+    configuration.resolve(config, configs.base.KEYS[config.task])
     if config.task == "diffusion":
       assert config.num_steps % config.keep_every_steps == 0
       assert config.model.in_channels == int(job.name.split("/")[2][1:])

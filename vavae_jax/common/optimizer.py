@@ -35,15 +35,6 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
   return optax.linear_schedule(start, peak, max(warmup, 1))
 
 
-def check_optimizer(config: FrozenConfigDict) -> None:
-  """Raises InputError for settings that cannot work."""
-  learning_rate(config)
-  if wrong := [decay for decay in config.ema_decays if not 0 < decay < 1]:
-    raise InputError(
-      f"config.optimizer.ema_decays has {wrong}; a decay lies between 0 and 1, such as 0.9999."
-    )
-
-
 def make_optimizer(
   config: FrozenConfigDict, step: jax.Array | None = None
 ) -> optax.GradientTransformation:

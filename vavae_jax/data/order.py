@@ -11,13 +11,11 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import flags
-
-from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:
   import grain
@@ -82,13 +80,6 @@ class Share(NamedTuple):
     size = self.batch_size // self.process_count
     begin = batch * self.batch_size + self.process_index * size
     return np.arange(begin, begin + size)
-
-
-def check(loader: Mapping[str, int]) -> None:
-  """Raises InputError unless `config.loader` can be those arguments of a `Share`."""
-  for name, least in (("threads", 1), ("workers", 0)):
-    if loader[name] < least:
-      raise InputError(f"config.loader.{name} is {loader[name]}; it must be at least {least}.")
 
 
 def batches(

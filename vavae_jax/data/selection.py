@@ -36,8 +36,6 @@ def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
 
 def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
   """The source of a configuration, and the indices of the pictures that it trains on."""
-  if not 0 <= config.data.held_out < 1:
-    raise InputError(f"config.data.held_out is {config.data.held_out}; it must be in [0, 1).")
   return _training_pictures(config.data)
 
 

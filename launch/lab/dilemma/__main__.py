@@ -33,7 +33,7 @@ CONFIG = f"{dilemma.__file__}:cifar"
 
 def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
-  config = configuration.resolve(FLAGS.config, dilemma.experiment())
+  config = configuration.resolve(FLAGS.config, dilemma.experiment().to_dict())
   checks.check(config)
   workdir = Path(FLAGS.workdir).absolute()
   jobs = graph.jobs_of(config, workdir)
