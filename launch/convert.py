@@ -43,6 +43,7 @@ import lightningdit_jax.convert
 from launch import restore, tasks
 from launch.engine import console
 from launch.engine.checkpoint import read_config, save_weights, survey
+from launch.engine.ownership import owned
 from launch.weights import recognition, released
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS
@@ -276,7 +277,8 @@ def main(*words: str) -> None:
     return
   if FLAGS.inspect or len(words) != 2:
     raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
-  done = convert(words[0], Path(words[1]), **given)
+  with owned(Path(words[1]), beside=True):
+    done = convert(words[0], Path(words[1]), **given)
   _say_aside(done.weights.aside)
   architecture = ", ".join(f"{name} {value}" for name, value in done.weights.arguments.items())
   rows = [

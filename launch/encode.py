@@ -26,6 +26,7 @@ from ml_collections import FrozenConfigDict
 from launch import restore
 from launch.engine import console, mesh, processes
 from launch.engine.configuration import check_begun
+from launch.engine.ownership import owned
 from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
@@ -276,7 +277,8 @@ def main() -> None:
   names += ("moments", "max_corrupt", "threads")
   settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
-  store = encode(tokenizer, Path(FLAGS.output), **settings)
+  with owned(Path(FLAGS.output)):
+    store = encode(tokenizer, Path(FLAGS.output), **settings)
   height, width, channels = store.shape
   drift = np.abs(store.mean - store.manifest["exact_mean"]) / store.std
   console.table(

@@ -27,6 +27,7 @@ import launch.sample
 from launch import restore
 from launch.engine import console, subcommands
 from launch.engine.checkpoint import steps_of
+from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.features import PROTOCOLS, Network, load_network
@@ -339,7 +340,11 @@ def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...])
     for define in groups:
       define()
 
-  return Subcommand(inspect.getdoc(run) or "", run, define_flags)
+  def owning() -> None:
+    with owned(Path(FLAGS.output), beside=True):
+      run()
+
+  return Subcommand(inspect.getdoc(run) or "", owning, define_flags)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from absl import flags
 
 from launch.engine import console
 from launch.engine.configuration import claim_folder
+from launch.engine.ownership import owned
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note, remove_partial, write_json
 from vavae_jax.data import sources
@@ -101,14 +102,15 @@ def _read(
 
 
 def main() -> None:
-  found = prepare(
-    FLAGS.source,
-    Path(FLAGS.output),
-    shard_size=FLAGS.shard_size,
-    max_corrupt=FLAGS.max_corrupt,
-    threads=FLAGS.threads,
-  )
   folder = Path(FLAGS.output)
+  with owned(folder):
+    found = prepare(
+      FLAGS.source,
+      folder,
+      shard_size=FLAGS.shard_size,
+      max_corrupt=FLAGS.max_corrupt,
+      threads=FLAGS.threads,
+    )
   size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
   left_out = len(read_note(folder / DESCRIPTION, "skipped")["skipped"])
   rows = [

@@ -25,6 +25,7 @@ from configs import quickstart
 from launch import restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, loop
+from launch.engine.ownership import owned
 from launch.evaluation import generation, overview, reconstruction
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.figures import Options
@@ -132,7 +133,8 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 
 def main() -> None:
   workdir = Path(FLAGS.workdir)
-  results = run(FLAGS.config, workdir)
+  with owned(workdir):
+    results = run(FLAGS.config, workdir)
   seconds = read_note(workdir / TIMINGS)
   console.table(
     "Quickstart",

@@ -28,6 +28,7 @@ from launch.engine import console, mesh
 from launch.engine.batches import in_batches
 from launch.engine.configuration import check_begun, claim_folder
 from launch.engine.log import NotFinite
+from launch.engine.ownership import owned
 from launch.evaluation.sample_files import part_path, write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
@@ -222,17 +223,18 @@ def main() -> None:
   output = Path(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
-  sample_set(
-    diffusion,
-    restore.tokenizer_of(diffusion.config, override),
-    output,
-    num_samples=FLAGS.num_samples,
-    labels=FLAGS.labels,
-    seed=FLAGS.seed,
-    settings=given_settings(diffusion),
-    guide=guide,
-    png=FLAGS.png,
-  )
+  with owned(output, beside=True):
+    sample_set(
+      diffusion,
+      restore.tokenizer_of(diffusion.config, override),
+      output,
+      num_samples=FLAGS.num_samples,
+      labels=FLAGS.labels,
+      seed=FLAGS.seed,
+      settings=given_settings(diffusion),
+      guide=guide,
+      png=FLAGS.png,
+    )
   rows = [(f"{FLAGS.num_samples} pictures", str(output))]
   rows += [("contact sheet", str(output.with_suffix(".png")))]
   rows += [("settings", str(output.with_suffix(".json")))]

@@ -23,6 +23,7 @@ from launch.engine.checkpoint import Checkpoints
 from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
 from launch.engine.log import Log, Metrics
+from launch.engine.ownership import owned
 from launch.engine.prefetch import Prefetched
 from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
@@ -107,6 +108,20 @@ def run(
       "skip" and more than `config.max_skipped_steps` steps in a row were skipped.
     console.Interrupted: a signal came; a checkpoint of the last step was written.
   """
+  with owned(workdir):
+    return _run(task, config, workdir, name, more_evaluators, initial_weights, may_change)
+
+
+def _run(
+  task: Task,
+  config: FrozenConfigDict,
+  workdir: Path,
+  name: str,
+  more_evaluators: dict[str, Evaluator] | None,
+  initial_weights: Callable[[], Adopt | None] | None,
+  may_change: Iterable[str],
+) -> Any:
+  """`run`, by the owner of the workdir."""
   devices = check(config)
   task.check(config)
   init = functools.partial(task.init_state, config)

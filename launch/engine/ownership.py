@@ -1,0 +1,205 @@
+"""One owner of an output at a time: a second start says who is at work, and touches nothing.
+
+A hidden file in the output's folder, or beside a file, names the owner's host, process and when it
+began. On the same host the system knows whether that process lives, so that one that was killed is
+followed at once. On another host, where the output is on a shared disk or in a bucket, it counts as
+long as it beats: each beat changes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from launch.engine import console, processes
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url
+
+BEAT_SECONDS = 5.0
+# An owner on another host that does not beat for so long is dead.
+SILENT_SECONDS = 30.0
+# Two newcomers in a bucket, which has no locks, both find the later one's note after so long.
+_SETTLED_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def owned(output: Path, *, beside: bool = False) -> Iterator[None]:
+  """Nobody else that asks writes the output inside the block; of several processes the first asks.
+
+  Args:
+    output: a folder, made if there is none.
+    beside: the output is a file or several that begin with this name, and no folder.
+
+  Raises:
+    InputError: another process is at work there.
+  """
+  path = output.with_name(f".{output.name}.owner") if beside else output / ".owner"
+  claim = _Claim(path) if jax.process_index() == 0 else None
+  other = claim.make() if claim else None
+  if processes.first_says(other is not None):
+    raise InputError(
+      f"{output} is being written by {_described(other or '')}. Wait for its end or stop it, or "
+      "give another folder or name."
+    )
+  try:
+    yield
+  finally:
+    if claim:
+      claim.release()
+
+
+class _Claim:
+  """The file by which this process owns an output."""
+
+  def __init__(self, path: Path):
+    self._path, self._text, self._ended = path, "", threading.Event()
+    self._beating = threading.Thread(target=self._beat, name="owner", daemon=True)
+    self._about = {
+      "host": socket.gethostname(),
+      "machine": _machine(),
+      "process": os.getpid(),
+      "began": _began(os.getpid()),
+      "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+      "command": shlex.join(sys.argv),
+    }
+
+  def make(self) -> str | None:
+    """Claims the output; what the owner noted where there is another."""
+    self._made_folder = not self._path.parent.exists()
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(self._path):
+      there = _read(self._path)
+    if _lives(self._path, there):
+      return there
+    with _locked(self._path):
+      if (now := _read(self._path)) != there:
+        return now  # another newcomer was faster
+      self._write(0)
+    if is_url(self._path):
+      time.sleep(_SETTLED_SECONDS)
+      if (now := _read(self._path)) != self._text:
+        return now
+    self._beating.start()
+    return None
+
+  def _write(self, beat: int) -> None:
+    self._text = json.dumps({**self._about, "beat": beat})
+    self._path.write_text(self._text)
+
+  def _beat(self) -> None:
+    beat = 0
+    while not self._ended.wait(BEAT_SECONDS):
+      beat += 1
+      try:
+        with _locked(self._path):
+          there = _read(self._path)
+          if there in ("", self._text):
+            self._write(beat)
+            continue
+      except OSError:  # a network that comes back, or goes for good
+        continue
+      # This process slept for so long that another one took over, and must touch nothing more.
+      print(f"error: {self._path.parent} was taken over by {_described(there)}", file=sys.stderr)
+      os._exit(2)
+
+  def release(self) -> None:
+    """Lets others own the output."""
+    self._ended.set()
+    self._beating.join()
+    with contextlib.suppress(OSError):
+      with _locked(self._path, make=False):
+        if _read(self._path) == self._text:
+          self._path.unlink()
+      if self._made_folder and not is_url(self._path):
+        self._path.parent.rmdir()  # where nothing was written, as after a mistake in the settings
+
+
+@contextlib.contextmanager
+def _locked(path: Path, make: bool = True) -> Iterator[None]:
+  """Nobody else on disks that have locks reads or writes the file inside the block."""
+  if is_url(path):
+    yield
+    return
+  while True:
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+    with os.fdopen(descriptor) as file:
+      with contextlib.suppress(OSError):  # a file system without locks: whoever writes last owns
+        fcntl.flock(file, fcntl.LOCK_EX)
+      if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        yield
+        return
+
+
+def _read(path: Path) -> str:
+  try:
+    return path.read_text()
+  except FileNotFoundError:
+    return ""
+
+
+def _lives(path: Path, text: str) -> bool:
+  """Whether the process that wrote an owner's file is at work."""
+  note = _parsed(text)
+  if not text or (note and note.get("machine") == _machine()):
+    return bool(text) and _began(int(note["process"])) == note["began"]
+  host = note.get("host", "an unknown host")
+  console.say(f"{path} is of {host}: waiting up to {SILENT_SECONDS:g} s for a sign of its owner")
+  silent_at = time.monotonic() + SILENT_SECONDS
+  while time.monotonic() < silent_at:
+    time.sleep(BEAT_SECONDS / 5)
+    if (now := _read(path)) != text:
+      return bool(now)
+  return False
+
+
+def _parsed(text: str) -> dict[str, Any]:
+  try:
+    note = json.loads(text)
+    return note if isinstance(note, dict) and {"machine", "process", "began"} <= {*note} else {}
+  except ValueError:
+    return {}
+
+
+def _described(text: str) -> str:
+  note = _parsed(text)
+  if not note:
+    return "another process"
+  return (
+    f"`{note.get('command')}`, process {note['process']} on {note.get('host')} since "
+    f"{note.get('since')}"
+  )
+
+
+def _machine() -> str:
+  """Whose process numbers these are: a host since it was started, and a container on it."""
+  if sys.platform != "linux":
+    return socket.gethostname()
+  boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _began(process: int) -> str:
+  """When a process of this machine began, as the system counts; "" where it has ended."""
+  if sys.platform != "linux":
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(process, 0)
+      return "before"
+    return ""
+  try:
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+  except (FileNotFoundError, ProcessLookupError):
+    return ""
+  return "" if words[0] in "ZX" else words[19]  # Z: it ended, and its parent has not noticed

@@ -1,0 +1,124 @@
+"""One owner of an output at a time, on one host, on several, and in a bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launch.engine import ownership
+from launch.engine.ownership import owned
+from tests.conftest import ROOT
+from tests.fake_gcs import FakeGcs
+from tests.survive import Toy, ended
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from launch.engine.ownership import owned
+with owned(Path(sys.argv[1])):
+  print("mine", flush=True)
+  time.sleep(60)
+"""
+
+# What an owner on another host notes.
+ELSEWHERE = '{"machine": "b", "process": 1, "began": "1", "beat": 0}'
+
+
+@pytest.fixture
+def owner(tmp_path, environment):
+  """Another process, which owns the folder."""
+  words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+  process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "mine\n"
+  yield process
+  process.kill()
+  process.communicate()
+
+
+def test_a_second_one_is_told_who_is_at_work_and_a_killed_one_is_followed_at_once(tmp_path, owner):
+  with pytest.raises(InputError, match=rf"process {owner.pid} on "), owned(tmp_path / "out"):
+    pass
+  owner.kill()  # its parent, which is this process, takes no note of it yet
+  while ownership._began(owner.pid):
+    time.sleep(0.01)
+  with owned(tmp_path / "out"):
+    assert json.loads((tmp_path / "out" / ".owner").read_text())["process"] == os.getpid()
+  assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_process_of_the_same_number_is_another_if_it_began_later(tmp_path, owner):
+  path = tmp_path / "out" / ".owner"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"began": "1"}))
+  with owned(tmp_path / "out"):
+    pass
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_an_owner_on_another_host_counts_as_long_as_it_beats(tmp_path, monkeypatch, beats):
+  monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
+  monkeypatch.setattr(ownership, "SILENT_SECONDS", 0.5)
+  (path := tmp_path / ".owner").write_text(ELSEWHERE)
+  if beats:
+    threading.Timer(0.2, path.write_text, [ELSEWHERE.replace("0", "1")]).start()
+    with pytest.raises(InputError, match="process 1 on"), owned(tmp_path):
+      pass
+  else:
+    with owned(tmp_path):
+      time.sleep(0.3)
+      assert json.loads(path.read_text())["beat"] > 0
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_an_owner_in_a_bucket_counts_as_long_as_it_beats(monkeypatch, beats):
+  monkeypatch.setattr(ownership, "SILENT_SECONDS", 2.0)
+  with FakeGcs() as gcs:
+    for name, value in gcs.variables.items():
+      monkeypatch.setenv(name, value)
+    gcs.write("run/.owner", ELSEWHERE.encode())
+    if beats:
+      changed = ELSEWHERE.replace("0", "1").encode()
+      threading.Timer(1.0, gcs.write, ["run/.owner", changed]).start()
+      with pytest.raises(InputError, match="process 1 on"), owned(place("gs://bucket/run")):
+        pass
+    else:
+      with owned(place("gs://bucket/run")):
+        assert json.loads(gcs.objects["run/.owner"][0])["process"] == os.getpid()
+      assert not gcs.objects
+
+
+def test_one_that_another_host_took_over_from_ends(tmp_path, environment, owner):
+  (tmp_path / "out" / ".owner").write_text(ELSEWHERE)
+  assert owner.wait(timeout=30) == 2
+
+
+def test_the_output_of_a_file_is_owned_beside_it(tmp_path):
+  with owned(tmp_path / "a.npz", beside=True):
+    assert [path.name for path in tmp_path.iterdir()] == [".a.npz.owner"]
+    with owned(tmp_path / "b.npz", beside=True):
+      pass
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_touches_nothing_of_the_first(tmp_path, environment):
+  run = Toy(tmp_path / "all" / "run", environment, 0.1)
+  (first,) = run.start()
+  run.wait_for(lambda: run.steps() >= 3, [first])
+  (unfinished := run.workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+  (second,) = run.start()
+  code, printed = ended(second)
+  assert (code, printed.count("\n")) == (2, 1), printed
+  assert f"process {first.pid} on" in printed
+  assert unfinished.is_dir()
+  first.send_signal(signal.SIGTERM)
+  assert ended(first)[0] == 128 + signal.SIGTERM
+  run.finish()
+  assert not unfinished.exists()
