@@ -17,7 +17,7 @@ from lightningdit_jax.model import Options, preset
 from vavae_jax import autoencoder, frozen, losses, teachers
 from vavae_jax.common import keys
 from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, Key
-from vavae_jax.data import images
+from vavae_jax.data import images, selection
 from vavae_jax.training import TRAINED_PARTS
 
 Keys = dict[str, Any]  # from names to `Key`s, or to the keys of a section
@@ -83,6 +83,17 @@ def _pictures(
     "held_out": held_out
     or Key(0.0, "[0, 1)", "Share of the source kept for evaluation, chosen by the seed below."),
     "split_seed": Key(0, MAYBE),
+    "split": Key(
+      "",
+      selection.SPLITS,
+      'By a hash of each "name", so that added pictures move no other; or by "position", an exact '
+      'share. "": as the workdir notes, for a new one "name".',
+    ),
+    "changed": Key(
+      "refuse",
+      selection.CHANGED,
+      "Pictures that differ from those that the workdir notes: refuse them, or allow and count.",
+    ),
   }
 
 

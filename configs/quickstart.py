@@ -37,7 +37,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
   config.log_every_steps = 40
   config.save_every_steps = 400
   config.evaluate_every_steps = 1_000
-  config.data.update(source="embedded:emoji", image_size=64, held_out=0.1)
+  config.data.update(source="embedded:emoji", image_size=64, held_out=0.1, split="position")
   # 16 x 16 pixels are folded into channels first, so that no halving is left to do; what is linear
   # in them goes past the networks. That bears a learning rate 80 times the published one.
   config.model.update(

@@ -32,7 +32,7 @@ from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place, read_note, remove_partial, write_json
-from vavae_jax.data import images, sources
+from vavae_jax.data import changes, images, selection, sources
 
 BEGUN = "encoding.json"
 DTYPES = ("float32", "bfloat16")
@@ -85,7 +85,9 @@ def encode(
   data, home = tokenizer.config.data, tokenizer.workdir
   spec = source or data.source
   pictures = sources.open_source(spec)
-  indices = _indices(data, spec, len(pictures), held_out)
+  if spec == data.source:
+    changes.check(home, data)
+  indices = _indices(data, spec, pictures, held_out)
   manifest = {
     "tokenizer": {
       "workdir": str(home if is_url(home) else home.absolute()),
@@ -147,15 +149,17 @@ def encode(
   return latents.LatentStore(output)
 
 
-def _indices(data: FrozenConfigDict, spec: str, count: int, held_out: bool) -> np.ndarray:
-  """Which pictures of a source of `count` are encoded."""
+def _indices(
+  data: FrozenConfigDict, spec: str, pictures: sources.Source, held_out: bool
+) -> np.ndarray:
+  """Which pictures of a source are encoded."""
   if spec == data.source:
-    train, rest = sources.split(count, data.held_out, data.split_seed)
+    train, rest = selection.split(pictures, data)
     indices = rest if held_out else train
   elif held_out:
     raise InputError(f"--held_out is for {data.source}; training left out nothing of {spec}.")
   else:
-    indices = np.arange(count)
+    indices = np.arange(len(pictures))
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
   return indices

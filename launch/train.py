@@ -25,6 +25,7 @@ import vavae_jax.training
 from launch import restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
+from launch.engine.checkpoint import read_config
 from launch.engine.log import NotFinite
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.pictures import Array, own_pictures
@@ -35,7 +36,7 @@ from lightningdit_jax.model import ONLY_OURS
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 from vavae_jax.common.optimizer import averaged
-from vavae_jax.data import feature_cache, selection
+from vavae_jax.data import changes, feature_cache, selection
 from vavae_jax.frozen import uses_teacher
 from vavae_jax.metrics.distribution import Gaussian
 
@@ -45,8 +46,11 @@ REFERENCE_PICTURES = 10_000
 
 def train(config: ConfigDict, workdir: Path) -> Any:
   """Checks a configuration, with all keys of its task, and trains; returns the final state."""
-  frozen = tasks.resolve(config)
-  more = {}
+  config = _with_split(config, workdir)
+  frozen, notes, more = tasks.frozen(config), {}, {}
+  if "data" in frozen:
+    notes[changes.NOTE] = changes.check(workdir, frozen.data)
+    frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
   if config.task == "tokenizer" and uses_teacher(frozen) and frozen.teacher.cache:
     _cache_features(frozen)
   elif config.task == "diffusion":
@@ -64,7 +68,18 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     more_evaluators=more,
     initial_weights=functools.partial(restore.initial_weights, frozen),
     may_change=[f"model.{name}" for name in ONLY_OURS],
+    notes=notes,
   )
+
+
+def _with_split(config: ConfigDict, workdir: Path) -> ConfigDict:
+  """The configuration with the split that its workdir notes, where it names none."""
+  if "data" not in config or config.data.get("split") != "":
+    return config
+  begun = read_config(workdir) if (workdir / "config.json").exists() else {}
+  config = config.copy_and_resolve_references()
+  config.data.split = begun.get("data", {}).get("split", "name")
+  return config
 
 
 def _cache_features(config: FrozenConfigDict) -> None:

@@ -86,14 +86,6 @@ def test_an_empty_folder_is_refused(tmp_path):
     sources.open_source(f"folder:{tmp_path}")
 
 
-def test_split_is_seeded_disjoint_and_whole():
-  train, held_out = sources.split(1852, 0.1, seed=0)
-  assert len(held_out) == 185
-  assert sorted([*train, *held_out]) == list(range(1852))
-  np.testing.assert_array_equal(sources.split(1852, 0.1, seed=0)[0], train)
-  assert not np.array_equal(sources.split(1852, 0.1, seed=1)[0], train)
-
-
 def batches(folder, seed):
   source = sources.open_source(f"folder:{folder}")
   data = images.training_batches(source, np.arange(4), Share(3), size=8, seed=seed)

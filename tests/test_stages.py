@@ -11,7 +11,7 @@ from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
 from vavae_jax import frozen, training
-from vavae_jax.data import sources
+from vavae_jax.data import selection, sources
 
 BATCH = 4
 
@@ -25,7 +25,7 @@ def config(pictures, num_steps):
   config.discriminator.update(ndf=4, n_layers=2)
   config.loss.disc_weight = 0.0
   source = sources.open_source(config.data.source)
-  epochs = 2 * BATCH / len(sources.split(len(source), config.data.held_out, 0)[0])
+  epochs = 2 * BATCH / len(selection.split(source, config.data)[0])
   config.stages.update(
     epochs=(epochs,) * 3,
     vf_weight=(0.5, 0.1, 0.1),

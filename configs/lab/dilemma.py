@@ -181,7 +181,7 @@ def diffusion(size: str, width: int, long: bool = False) -> ConfigDict:
 
 def _pictures(config: ConfigDict, size: str) -> None:
   """The training set, of which a tenth is held out."""
-  config.data.update(source="tfds:cifar10/train", image_size=32, held_out=0.1)
+  config.data.update(source="tfds:cifar10/train", image_size=32, held_out=0.1, split="position")
   if size in ("emoji", "tiny"):
     config.data.update(source="embedded:emoji", image_size=64)
   if size == "gpu":

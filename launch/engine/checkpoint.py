@@ -21,13 +21,13 @@ import numpy as np
 from absl import logging
 
 from launch.engine import console, manifest, processes
+from launch.engine.configuration import read_noted
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   Place,
   check_free,
   full_disk_as_oserror,
   is_url,
-  read_note,
   write_json,
 )
 from vavae_jax.common.functional import check_finite
@@ -292,7 +292,7 @@ def read_config(workdir: Path) -> dict:
       f"{workdir} is not a training's workdir: it has no config.json; give the folder that "
       "python -m launch.train wrote with --workdir."
     )
-  return read_note(path, "task", "seed", "model", "optimizer")
+  return read_noted(path, "task", "seed", "model", "optimizer")
 
 
 class Found(NamedTuple):

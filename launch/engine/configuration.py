@@ -43,6 +43,7 @@ MAY_CHANGE = (
   "loader.threads",
   "loader.workers",
   "data.max_corrupt",
+  "data.changed",
   "latents.cache",
   "mesh.data",
   "mesh.fsdp",
@@ -50,6 +51,8 @@ MAY_CHANGE = (
   "latents.path",
   "tokenizer",
 )
+# Keys that came later, by section, and what a training did that has none of them.
+LATER = {"data": {"split": "position", "changed": "refuse"}}
 
 
 def define_flag(text: str) -> None:
@@ -89,7 +92,7 @@ def check_workdir(
   path = workdir / "config.json"
   mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
   if path.exists():
-    theirs = dict(flat(read_note(path)))
+    theirs = dict(flat(read_noted(path)))
     differing = [
       f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
       for key in sorted(mine.keys() | theirs.keys())
@@ -100,6 +103,12 @@ def check_workdir(
         f"{workdir} belongs to another configuration ({'; '.join(differing)}); give a new "
         "--workdir, or the configuration it was begun with."
       )
+
+
+def read_noted(path: Path, *needed: str) -> dict[str, Any]:
+  """A training's config.json with the sections `needed`; InputError if it is damaged."""
+  note = read_note(path, *needed)
+  return note | {name: keys | note[name] for name, keys in LATER.items() if name in note}
 
 
 def check_begun(output: Path, begun: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
@@ -126,14 +135,20 @@ def claim_folder(folder: Path, name: str, noted: Mapping[str, Any]) -> None:
     write_json(path, noted)
 
 
-def claim_workdir(workdir: Path, config: ml_collections.FrozenConfigDict) -> None:
-  """Writes the configuration into a workdir; raises InputError where that is not possible."""
-  path = workdir / "config.json"
+def claim_workdir(
+  workdir: Path,
+  config: ml_collections.FrozenConfigDict,
+  notes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+  """Writes the configuration into a workdir, and beside it JSON files by their names in `notes`;
+  raises InputError where that is not possible.
+  """
   if jax.process_index() == 0:
     try:
-      mine = json.loads(json.dumps(config.to_dict()))
-      if not path.exists() or read_note(path) != mine:
-        write_json(path, mine)
+      for name, note in {**(notes or {}), "config.json": config.to_dict()}.items():
+        mine, path = json.loads(json.dumps(note)), workdir / name
+        if not path.exists() or read_note(path) != mine:
+          write_json(path, mine)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
 

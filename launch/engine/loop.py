@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,6 +90,7 @@ def run(
   more_evaluators: dict[str, Evaluator] | None = None,
   initial_weights: Callable[[], Adopt | None] | None = None,
   may_change: Iterable[str] = (),
+  notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
   """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
   from `initial_weights`, or where there are none from random ones.
@@ -101,6 +102,7 @@ def run(
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
     may_change: keys that a run may change when it goes on, beside those of every task.
+    notes: contents of JSON files to write beside config.json, by their names.
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
@@ -109,7 +111,7 @@ def run(
     console.Interrupted: a signal came; a checkpoint of the last step was written.
   """
   with owned(workdir):
-    return _run(task, config, workdir, name, more_evaluators, initial_weights, may_change)
+    return _run(task, config, workdir, name, more_evaluators, initial_weights, may_change, notes)
 
 
 def _run(
@@ -120,6 +122,7 @@ def _run(
   more_evaluators: dict[str, Evaluator] | None,
   initial_weights: Callable[[], Adopt | None] | None,
   may_change: Iterable[str],
+  notes: Mapping[str, Mapping[str, Any]] | None,
 ) -> Any:
   """`run`, by the owner of the workdir."""
   devices = check(config)
@@ -134,7 +137,7 @@ def _run(
   if start < config.num_steps:
     checkpoints.check_space(abstract)
   adopt = initial_weights() if initial_weights and not start else None
-  claim_workdir(workdir, config)
+  claim_workdir(workdir, config, notes)
 
   data = task.train_data(config, jax.process_index(), jax.process_count(), start)
   with jax.set_mesh(devices):
@@ -142,8 +145,7 @@ def _run(
       wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
       state, noted = checkpoints.restore(start, wanted)
     else:
-      state, noted = _fresh(init, key_init, shardings, adopt), {}
-      _describe(state.params, workdir, name)
+      state, noted = _fresh(init, key_init, shardings, adopt, workdir), {}
     evaluators = {**task.evaluators(config), **(more_evaluators or {})}
     missing = not_recorded(evaluators, workdir, start, config.num_steps) if start else []
     if start >= config.num_steps and not missing:
@@ -204,12 +206,21 @@ def _saving(save: Callable[[], None]) -> Iterator[None]:
     raise
 
 
-def _fresh(init: Callable[[Any], Any], key: Any, shardings: Any, adopt: Adopt | None) -> Any:
-  """The state that a training begins with, with the weights that `adopt` puts into it."""
+def _fresh(
+  init: Callable[[Any], Any], key: Any, shardings: Any, adopt: Adopt | None, workdir: Path
+) -> Any:
+  """The state that a training begins with, with the weights that `adopt` puts into it; a file of
+  the workdir describes it.
+  """
   state = jit_init(init, shardings)(key)
   if adopt:
     state = jax.device_put(adopt(state), shardings)
     functional.check_finite(state.params, "config.init_from")
+  table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+  if jax.process_index() == 0:
+    (workdir / "parameters.txt").write_text(table + "\n")
+  total = sum(x.size for x in jax.tree.leaves(state.params))
+  console.say(f"{total / 1e6:.2f} M parameters, listed in {workdir / 'parameters.txt'}")
   return state
 
 
@@ -227,11 +238,3 @@ def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   mesh.check_batch_size(config.batch_size, devices)
   return devices
-
-
-def _describe(params: Any, workdir: Path, name: str) -> None:
-  table = parameter_overview.get_parameter_overview(params, include_stats=False)
-  if jax.process_index() == 0:
-    (workdir / "parameters.txt").write_text(table + "\n")
-  total = sum(x.size for x in jax.tree.leaves(params))
-  console.say(f"{name}: {total / 1e6:.2f} M parameters, listed in {workdir / 'parameters.txt'}")

@@ -21,7 +21,7 @@ from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
 from launch.sample import labels_for, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from vavae_jax.common.errors import InputError
-from vavae_jax.data import images, selection, sources
+from vavae_jax.data import changes, images, selection, sources
 
 STATISTICS = ("mu", "sigma")
 
@@ -207,9 +207,11 @@ def own_pictures(
 ) -> FromSource:
   """Pictures that a tokenizer was trained on, or those it was not; see `selection.share`.
 
-  The crops are `FromSource`'s; a size of 0 is that of the training.
+  The crops are `FromSource`'s; a size of 0 is that of the training. InputError if the data has
+  changed since.
   """
   data = tokenizer.config.data
+  changes.check(tokenizer.workdir, data)
   return FromSource(
     data.source,
     size or data.image_size,

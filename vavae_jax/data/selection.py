@@ -10,18 +10,21 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images, order, sources
+from vavae_jax.data.sources.base import hash_names
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
 
 EVALUATION_IMAGES = 64
+SPLITS = ("", "name", "position")
+CHANGED = ("refuse", "allow")
 
-_open = functools.lru_cache(sources.open_source)
+opened = functools.lru_cache(sources.open_source)
 
 
 def _source(data: FrozenConfigDict, spec: str, among: np.ndarray | None = None) -> sources.Source:
   """A source as tolerant as `config.data` says; `sources.Tolerant` explains `among`."""
-  source = _open(spec)
+  source = opened(spec)
   return sources.Tolerant(source, data.max_corrupt, among) if data.max_corrupt else source
 
 
@@ -30,8 +33,30 @@ def share(data: FrozenConfigDict, held_out: bool) -> np.ndarray:
 
   If it left none out, both are the same.
   """
-  train, rest = sources.split(len(_open(data.source)), data.held_out, data.split_seed)
+  train, rest = split(opened(data.source), data)
   return rest if held_out and len(rest) else train
+
+
+def split(source: sources.Source, data: FrozenConfigDict) -> tuple[np.ndarray, np.ndarray]:
+  """Disjoint indices for (training, evaluation), int64, each ascending, as `config.data` says.
+
+  By the hash of its name a picture stays where it is, whatever is added or removed beside it; by
+  position the share is exact, but one picture more moves others.
+  """
+  if data.split == "position":
+    order = np.random.default_rng(data.split_seed).permutation(len(source))
+    size = round(len(source) * data.held_out)
+    train, rest = np.sort(order[size:]), np.sort(order[:size])
+  else:
+    hashes = hash_names(source.keys(), f"{data.split_seed}/")
+    out = hashes < np.uint64(data.held_out * 2.0**64)
+    train, rest = np.flatnonzero(~out), np.flatnonzero(out)
+  if data.held_out and not len(rest):
+    raise InputError(
+      f"config.data.held_out is {data.held_out}, which holds out none of the {len(source)} "
+      f"pictures of {data.source}; give a larger share, or 0."
+    )
+  return train, rest
 
 
 def training_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
@@ -91,7 +116,7 @@ def evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
   spec = config.data.valid_source or config.data.source
   if config.data.valid_source:
     # Spread over the source, whose records are sorted by class.
-    last = len(_open(spec)) - 1
+    last = len(opened(spec)) - 1
     chosen = np.unique(np.linspace(0, last, EVALUATION_IMAGES).astype(int))
   else:
     chosen = share(config.data, held_out=True)[:EVALUATION_IMAGES]

@@ -21,7 +21,7 @@ from vavae_jax.data.sources.files import Embedded, Folder
 from vavae_jax.data.sources.records import Records
 from vavae_jax.data.sources.tolerant import Tolerant
 
-__all__ = ("Source", "Tolerant", "Unreadable", "check_readable", "open_source", "split")
+__all__ = ("Source", "Tolerant", "Unreadable", "check_readable", "open_source")
 
 # What stands before the colon -> (how it is opened, how the whole is written).
 _KINDS: dict[str, tuple[Callable[[str], Source], str]] = {
@@ -66,13 +66,3 @@ def check_readable(source: Source, limit: int = 2_000) -> None:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for _ in pool.map(lambda index: source.picture(int(index)) and None, chosen):
       pass
-
-
-def split(count: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Seeded disjoint indices for (training, evaluation) of `count` records, int64, each ascending.
-
-  `held_out` is the share for evaluation, in [0, 1).
-  """
-  order = np.random.default_rng(seed).permutation(count)
-  size = round(count * held_out)
-  return np.sort(order[size:]), np.sort(order[:size])

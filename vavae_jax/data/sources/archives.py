@@ -84,6 +84,9 @@ class Archive(Named):
   def name(self, index: int) -> str:
     return f"{self._files[self._file[index]]}/{self.names[index]}"
 
+  def sizes(self) -> np.ndarray:
+    return self._size
+
   def identity(self) -> str:
     return identity_of(self._files)
 

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,20 @@ class Source(abc.ABC):
   def name(self, index: int) -> str:
     """How a person finds the record."""
 
+  def keys(self) -> Sequence[str]:
+    """What tells the records apart, wherever the data lies: names, else positions."""
+    return [str(i) for i in range(len(self))]
+
+  def sizes(self) -> np.ndarray:
+    """Bytes of each picture's file, int64 [n]; 0 where the listing says nothing of them."""
+    return np.zeros(len(self), np.int64)
+
   @abc.abstractmethod
   def identity(self) -> str:
     """Equal for two sources if they have the same pictures in the same order."""
 
   def listing(self) -> str:
-    """A hash that copies share; it changes if records are added, removed or reordered."""
+    """A hash that copies share; it changes if records are added, removed, reordered or resized."""
     return self.identity()  # for sources that do not note where or when they were copied
 
   def picture(self, index: int) -> tuple[Image.Image, int]:
@@ -82,8 +90,14 @@ class Named(Source):
   def __len__(self) -> int:
     return len(self.names)
 
+  def keys(self) -> Sequence[str]:
+    return self.names
+
   def listing(self) -> str:
-    return listing_of(self.names)
+    sizes = self.sizes().tolist()
+    return listing_of(
+      f"{name}\0{size}" if size else name for name, size in zip(self.names, sizes, strict=True)
+    )
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -193,11 +207,25 @@ def listing_of(names: Iterable[str]) -> str:
   return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
+def hash_names(names: Sequence[str], salt: str = "") -> np.ndarray:
+  """A hash of each name, uint64 [n]."""
+  digests = (
+    hashlib.blake2b((salt + name).encode(errors="surrogateescape"), digest_size=8).digest()
+    for name in names
+  )
+  return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
 def identity_of(paths: Iterable[str]) -> str:
   """A hash of files' names, sizes and times of change."""
   digest = hashlib.sha256()
   for path in paths:
-    status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
+    status = status_of(path)
     line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
     digest.update(line.encode(errors="surrogateescape"))
   return digest.hexdigest()
+
+
+def status_of(path: str) -> os.stat_result:
+  """What the system knows of a file, or of a link to nothing."""
+  return os.stat(path) if os.path.exists(path) else os.lstat(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -57,6 +58,12 @@ class Tolerant(Source):
 
   def name(self, index: int) -> str:
     return self._source.name(index)
+
+  def keys(self) -> Sequence[str]:
+    return self._source.keys()
+
+  def sizes(self) -> np.ndarray:
+    return self._source.sizes()
 
   def identity(self) -> str:
     return self._source.identity()
