@@ -164,7 +164,7 @@ def test_latents_without_statistics_are_refused(store):
 
 def test_statistics_of_another_tokenizer_are_refused(store):
   save_file({"mean": np.zeros((1, 32, 1, 1)), "std": np.ones((1, 32, 1, 1))}, store / STATISTICS)
-  refused_store(store, "no mean of 48 channels")
+  refused_store(store, "have 32 channels, its latents 48")
 
 
 def test_a_damaged_shard_is_named(store):
