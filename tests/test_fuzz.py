@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.convert import convert
-from tests import cases
+from tests import attack, cases
+from tests.attack import mutated
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
 
@@ -22,8 +23,6 @@ FILES = (
   FORMATS / "torch_legacy.pt",
   FORMATS / "latents" / "latents_stats.pt",
 )
-# Bytes that mean something to pickles, zip archives and headers of arrays.
-WORDS = (b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"../", b"R", b"c", b"l\xff\xff\xff\x7f", b"PK")
 
 
 def sources(folder) -> list[tuple[str, bytes]]:
@@ -39,27 +38,6 @@ def sources(folder) -> list[tuple[str, bytes]]:
       archive.writestr(name, beside + content[2:] if name.endswith(".pkl") else content)
   made = [folder / name for name in ("x.safetensors", "x.npz", "y.npz", "z.pt")]
   return [(path.suffix, path.read_bytes()) for path in (*FILES, *made)]
-
-
-def mutated(content: bytes, draw: np.random.Generator) -> bytes:
-  """A few bytes flipped, cut off, taken out, doubled, or replaced by words."""
-  data = bytearray(content)
-  for _ in range(draw.integers(1, 4)):
-    place, kind = int(draw.integers(len(data))), draw.integers(5)
-    if kind == 0:
-      data[place] ^= 1 << int(draw.integers(8))
-    elif kind == 1:
-      del data[place:]
-    elif kind == 2:
-      del data[place : place + int(draw.integers(1, 64))]
-    elif kind == 3:
-      data[place:place] = data[place : place + int(draw.integers(1, 64))]
-    else:
-      word = WORDS[draw.integers(len(WORDS))]
-      data[place : place + len(word)] = word
-    if not data:
-      break
-  return bytes(data)
 
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(5_000, marks=pytest.mark.slow)])
@@ -134,3 +112,10 @@ def test_eight_bit_floats_are_named_so(dtype, tmp_path):
   path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
   with pytest.raises(InputError, match=r"holds 8-bit floats, .*: a\. Give a file of 16"):
     read_content(path)
+
+
+def test_what_users_have_is_read_or_refused(tmp_path):
+  """A few files of each kind; `tests.attack` takes ten thousand."""
+  for name, kind in attack.kinds(tmp_path):
+    outcome = attack.attack(name, kind, 70)
+    assert outcome["held"], outcome

@@ -111,12 +111,13 @@ def open_zip(pattern: str) -> Archive:
       raise InputError(f"{file} is damaged or not a zip file ({error}).") from error
     for info in infos:
       name = _clean(info.filename.replace("\\", "/"))  # as some programs of Windows write
-      if info.is_dir():
+      if info.filename.endswith("/"):
         listing.folder(name)
         continue
       if not listing.takes(name):
         continue
-      if max(info.header_offset, info.compress_size, info.file_size) > file.stat().st_size * 1100:
+      sizes = info.header_offset, info.compress_size, info.file_size
+      if min(sizes) < 0 or max(sizes) > file.stat().st_size * 1100:
         raise InputError(f"{info.filename} of {file} has no possible size: the archive is damaged.")
       if info.flag_bits & 1:
         raise InputError(f"{info.filename} of {file} is encrypted; give an archive without.")
@@ -125,8 +126,7 @@ def open_zip(pattern: str) -> Archive:
           f"{info.filename} of {file} is packed by method {info.compress_type}, which cannot be "
           "read here; store or deflate it."
         )
-      place = (info.header_offset, info.compress_size, info.file_size, info.compress_type)
-      members.append(_Member(name, number, *place))
+      members.append(_Member(name, number, *sizes, info.compress_type))
   return _labelled(files, members, [member.name for member in members], listing)
 
 
