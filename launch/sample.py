@@ -29,11 +29,11 @@ from launch.engine.batches import in_batches
 from launch.engine.configuration import check_begun, claim_folder
 from launch.engine.log import NotFinite
 from launch.engine.ownership import owned
-from launch.evaluation.sample_files import part_path, write_npz, write_pngs
+from launch.evaluation.sample_files import part_path, write_npz, write_part, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, place, read_note, write_json
+from vavae_jax.common.files import place, read_note, write_json
 from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
@@ -180,8 +180,7 @@ def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> 
       path = part_path(parts, start, len(index_B))
       if not path.is_file():
         pictures = run(index_B, label_N[index_B])
-        with atomic_file(path) as file:
-          np.save(file, pictures)
+        write_part(path, pictures)
       bar.update(start + len(index_B))
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.engine import console
+from launch.evaluation.sample_files import write_part
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
+  ADVICE,
   allow_open_files,
+  as_oserror,
   atomic_file,
   read_note,
   remove_partial,
@@ -90,6 +96,7 @@ NOISE = np.random.default_rng(0).bytes(2**20)
     lambda path: write_json(path, NOISE.hex()),
     lambda path: write_safetensors(path, {"x": np.frombuffer(NOISE, np.uint8)}),
     lambda path: write_records(path, [(NOISE, 0)]),
+    lambda path: write_part(path, np.frombuffer(NOISE, np.uint8)),
   ],
 )
 def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):
@@ -98,6 +105,17 @@ def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, wri
     write(tmp_path / "big")
   assert raised.value.errno == errno.EFBIG
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ADVICE)
+def test_what_the_system_says_is_one_line_with_advice(number, capsys):
+  with pytest.raises(OSError, match=re.escape(os.strerror(number))) as raised:  # noqa: SIM117
+    with as_oserror(Path("runs")):
+      raise ValueError(f"a library: os error {number}: {os.strerror(number)}")
+  assert console._explained(raised.value) == 2
+  text = capsys.readouterr().err
+  assert text.count("\n") == 1
+  assert f"runs'; {ADVICE[number]}, then resume with: cd" in text
 
 
 def test_as_many_files_stay_open_as_the_system_allows(limited):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import shutil
 import signal
@@ -226,6 +227,25 @@ def test_norms_of_the_weights_and_their_average_are_logged(tmp_path):
   assert [line["step"] for line in told if "ema_0.8_norm" in line] == [2, 4, 5]
   assert told[-1]["param_norm"] == pytest.approx(np.linalg.norm(state.params["w"]))
   assert told[-1]["ema_0.8_norm"] == pytest.approx(np.linalg.norm(state.ema["0.8"]["w"]))
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "a pipe that nobody reads", "closed", "ASCII"])
+def test_a_training_goes_on_when_nobody_can_read_its_output(tmp_path, environment, output):
+  words = [sys.executable, "-m", "tests.toy_task", str(tmp_path / "\N{SNOWMAN}"), "0", "10"]
+  if output == "closed":
+    words = ["sh", "-c", f"exec {shlex.join(words)} >&- 2>&-"]
+  with open(output if output == "/dev/full" else os.devnull, "w") as stream:
+    process = subprocess.Popen(
+      words,
+      cwd=ROOT,
+      env=environment | {"PYTHONIOENCODING": "ascii"},
+      stdout=subprocess.PIPE if "pipe" in output else stream,
+      stderr=stream,
+    )
+    if process.stdout:
+      process.stdout.close()
+    assert process.wait(timeout=100) == 0
+  assert read_metrics(tmp_path / "\N{SNOWMAN}")[-1]["step"] == 40
 
 
 def test_initial_weights_are_for_a_run_without_a_checkpoint(tmp_path):

@@ -25,8 +25,8 @@ from launch.engine.configuration import read_noted
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   Place,
+  as_oserror,
   check_free,
-  full_disk_as_oserror,
   is_url,
   write_json,
 )
@@ -139,7 +139,7 @@ class Checkpoints:
         checkpoints are untouched.
     """
     step = int(state.step)
-    with full_disk_as_oserror(Path(str(self.folder))):
+    with as_oserror(Path(str(self.folder))):
       self._finish()
       if not step or (self.folder / str(step)).exists():
         return  # a run that stops before its first step, or where it saves
@@ -186,7 +186,7 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for the save under way."""
-    with full_disk_as_oserror(Path(str(self.folder))):
+    with as_oserror(Path(str(self.folder))):
       self._finish()
     self._writer.close()
 

@@ -6,6 +6,7 @@ command that resumes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -29,7 +30,7 @@ from rich.text import Text
 from launch.engine import hardware, processes, tracing
 from launch.engine.circumstances import own_program
 from vavae_jax.common.errors import InputError, printable
-from vavae_jax.common.files import DISK_FULL, allow_open_files
+from vavae_jax.common.files import ADVICE, allow_open_files
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
@@ -37,8 +38,6 @@ T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 EXIT_SECONDS = 3.0  # from the last message to the end of an interrupted process
-# A path from the user that cannot be written or read; other system errors may be our mistakes.
-UNUSABLE_PATH = PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError
 
 
 class Interrupted(BaseException):
@@ -51,6 +50,42 @@ class Interrupted(BaseException):
     super().__init__(f"interrupted by signal {signal_number}")
     self.exit_code = 128 + signal_number
     self.together = together
+
+
+class BestEffort:
+  """A stream whose reader may go, whose disk may fill and whose encoding may lack a character.
+
+  Progress is no reason to end a work: metrics.jsonl and the other files have it too.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    """Writes what can be written."""
+    with contextlib.suppress(OSError):
+      encoding = self._stream.encoding or "utf-8"
+      self._stream.write(text.encode(encoding, "replace").decode(encoding))
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes what can be."""
+    with contextlib.suppress(OSError):
+      self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+def _keep_output_harmless() -> None:
+  for descriptor in range(3):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # else a file gets the number, and what C++ prints
+  for name in ("stdout", "stderr"):
+    if (stream := getattr(sys, name)) is not None:
+      setattr(sys, name, BestEffort(stream))
 
 
 class Bar:
@@ -191,12 +226,13 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
 
 def _explained(error: BaseException) -> int | None:
   """Prints an expected end in one line and returns its exit code; None: it is a mistake of ours."""
-  if isinstance(error, InputError | UNUSABLE_PATH):
+  if isinstance(error, InputError):
     print(printable(f"error: {error}"), file=sys.stderr)
     return 2
-  if isinstance(error, OSError) and error.errno in DISK_FULL:
+  if isinstance(error, OSError) and error.errno in ADVICE:
     # Files are written whole or not at all, so a run can go on from them.
-    print(f"error: {error}; free some space, then resume with: {resume_command()}", file=sys.stderr)
+    text = f"error: {error}; {ADVICE[error.errno]}, then resume with: {resume_command()}"
+    print(printable(text), file=sys.stderr)
     return 2
   if isinstance(error, KeyboardInterrupt | Interrupted):
     print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
@@ -232,6 +268,7 @@ def run_command(
   """
 
   def guarded(argv: list[str]) -> None:
+    _keep_output_harmless()
     # Libraries log every file they touch; their warnings are enough.
     logging.set_verbosity(logging.WARNING)
     try:

@@ -6,6 +6,7 @@ Only a part of the samples is in memory at a time.
 from __future__ import annotations
 
 import functools
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ DAMAGES = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFi
 def part_path(folder: Path, start: int, count: int) -> Path:
   """The file of the samples from `start` on."""
   return folder / f"{start:09d}_{count}.npy"
+
+
+def write_part(path: Path, pictures: np.ndarray) -> None:
+  """Writes samples as a part."""
+  buffer = io.BytesIO()  # into a file NumPy would report a full disk without the system's number
+  np.save(buffer, pictures)
+  with atomic_file(path) as file:
+    file.write(buffer.getbuffer())
 
 
 def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:

@@ -30,8 +30,24 @@ from vavae_jax.common.errors import InputError
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # What `atomic_path` calls the folder of a file that is being written.
 _PARTIAL = re.compile(r"\.(.*)\.\d+\.partial", re.DOTALL)
-# No room on the device, in a quota, or in the size that a file may have.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a person can do about what the system says of a file; of other errors we may be the cause.
+ADVICE = {
+  errno.ENOSPC: "free some space",
+  errno.EDQUOT: "free some space of your quota",
+  errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another file system",
+  errno.EIO: "look after the disk or its connection",
+  errno.ESTALE: "look after the network disk",
+  errno.ENFILE: "close other programs, which have too many files open",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+  errno.EROFS: "choose a place that can be written",
+  errno.EACCES: "change the permissions, or choose another place",
+  errno.EPERM: "change the permissions, or choose another place",
+  errno.ENOTDIR: "choose another place: a file is where a folder is needed",
+  errno.EISDIR: "choose another place: a folder is where a file is needed",
+  errno.EEXIST: "choose another place",
+  errno.ENAMETOOLONG: "choose a shorter name",
+  errno.ELOOP: "choose a place without links that lead to themselves",
+}
 
 
 def is_url(path: Path | str) -> bool:
@@ -179,21 +195,23 @@ def _umask() -> int:
 def write_safetensors(
   path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-  """Writes arrays, atomically; OSError if the disk is full, as for other files."""
+  """Writes arrays, atomically; OSError if the system refuses, as for other files."""
   # As they lie in memory, where ascontiguousarray would give a scalar an axis.
   contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-  with atomic_path(path) as temporary, full_disk_as_oserror(path):
+  with atomic_path(path) as temporary, as_oserror(path):
     save_file(contiguous, temporary, metadata)
 
 
 @contextlib.contextmanager
-def full_disk_as_oserror(path: Path) -> Iterator[None]:
-  """Raises OSError if a library reports a full disk by an error of its own."""
+def as_oserror(path: Path) -> Iterator[None]:
+  """Raises OSError if a library reports what the system said by an error of its own."""
   try:
     yield
+  except InputError:
+    raise
   except (SafetensorError, RuntimeError, ValueError) as error:
-    for number in DISK_FULL:
-      if os.strerror(number) in str(error) or f"os error {number}" in str(error):
+    for number in ADVICE:
+      if os.strerror(number) in str(error) or re.search(rf"os error {number}\b", str(error)):
         raise OSError(number, os.strerror(number), str(path)) from error
     raise
 

@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, full_disk_as_oserror
+from vavae_jax.common.files import as_oserror, atomic_path
 from vavae_jax.data.sources.base import Source, Unreadable, checked_label
 
 DESCRIPTION = "dataset.json"
@@ -93,7 +93,7 @@ def _reader(path: str, process: int) -> Any:
 
 def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> None:
   """Writes one file of (picture's file, label), whole or not at all."""
-  with atomic_path(path) as temporary, full_disk_as_oserror(path):
+  with atomic_path(path) as temporary, as_oserror(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for data, label in records:
       writer.write(_LABEL.pack(label) + data)
