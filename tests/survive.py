@@ -397,8 +397,8 @@ def terminated_in_evaluation(folder: Path, environment: Mapping[str, str]) -> Ou
   return Outcome("SIGTERM in an evaluation", 1, survived and run.same_as(run.undisturbed()), told)
 
 
-def stalled(folder: Path, environment: Mapping[str, str], number: int) -> Outcome:
-  """A signal while a step waits for data that never come."""
+def stalled(folder: Path, environment: Mapping[str, str]) -> Outcome:
+  """SIGHUP while a step waits for data that never come."""
   run = Toy(folder / "run", {**environment, "TOY_STALLS_AT": "5"}, save_every=1000)
   (process,) = run.start()
   lines: list[str] = []
@@ -407,17 +407,16 @@ def stalled(folder: Path, environment: Mapping[str, str], number: int) -> Outcom
     if "waiting for random vectors" in line:
       break
   began = time.monotonic()
-  process.send_signal(number)
+  process.send_signal(signal.SIGHUP)
   code, _ = ended(process)
   took = time.monotonic() - began
   saved = [path.name for path in checkpoint_folders(run.workdir)]
   undisturbed = Toy(run.workdir, environment, save_every=run.save_every)
   undisturbed.finish()
   told = f"ended after {took:.1f} s, saved after step {', '.join(saved)}"
-  survived = code == 128 + number and took < 10 and saved == ["5"]
-  name = signal.Signals(number).name
+  survived = code == 128 + signal.SIGHUP and took < 10 and saved == ["5"]
   whole = undisturbed.undisturbed()
-  return Outcome(f"{name} while data stall", 1, survived and undisturbed.same_as(whole), told)
+  return Outcome("SIGHUP while data stall", 1, survived and undisturbed.same_as(whole), told)
 
 
 def orphaned(folder: Path, environment: Mapping[str, str]) -> Outcome:
@@ -447,8 +446,7 @@ def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
     **{kind.replace(" ", "_"): functools.partial(damaged, kind=kind) for kind in DAMAGES},
     "file_limit": functools.partial(disk_full, mounted=False),
     "worker_killed": worker_killed,
-    "terminated_while_data_stall": functools.partial(stalled, number=signal.SIGTERM),
-    "hung_up_while_data_stall": functools.partial(stalled, number=signal.SIGHUP),
+    "hung_up_while_data_stall": stalled,
     "orphaned": orphaned,
     "nan_skipped": functools.partial(nan_batch, non_finite="skip"),
     "nan_stopped": functools.partial(nan_batch, non_finite="stop"),
