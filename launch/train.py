@@ -44,8 +44,11 @@ PICTURE_SAMPLES = 36
 REFERENCE_PICTURES = 10_000
 
 
-def train(config: ConfigDict, workdir: Path) -> Any:
-  """Checks a configuration, with all keys of its task, and trains; returns the final state."""
+def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> Any:
+  """Checks a configuration, with all keys of its task, and trains; returns the final state.
+
+  `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it.
+  """
   config = _with_split(config, workdir)
   frozen, notes, more = tasks.frozen(config), {}, {}
   if "data" in frozen:
@@ -69,6 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> Any:
     initial_weights=functools.partial(restore.initial_weights, frozen),
     may_change=[f"model.{name}" for name in ONLY_OURS],
     notes=notes,
+    with_changes=with_changes,
   )
 
 
@@ -156,7 +160,7 @@ def _distance(
 
 def main() -> None:
   workdir = place(FLAGS.workdir)
-  state = train(FLAGS.config, workdir)
+  state = train(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
   console.table(
     "Trained",
     ("what", "where"),
@@ -174,5 +178,11 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT")
   flags.DEFINE_string("workdir", None, "Folder for everything it writes.", required=True)
+  flags.DEFINE_boolean(
+    "resume_with_changes",
+    False,
+    "Goes on in a workdir with another configuration, if the model and the state's arrays stay as "
+    "they are; changes.jsonl notes step, key, old and new value.",
+  )
   flags.mark_flag_as_required("config")
   console.run_command(main)

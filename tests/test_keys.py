@@ -143,6 +143,18 @@ def test_extremes_train(name, value, latents, tmp_path):
   assert train(config, tmp_path / "run").step == 2
 
 
+def test_rate_clipping_dtype_and_batch_may_change_and_the_model_may_not(latents, tmp_path):
+  config = smallest("diffusion", latents)
+  config.update(num_steps=2, evaluate_every_steps=0, optimizer={"clip_norm": 0.0})
+  train(config, tmp_path / "run")
+  config.update(num_steps=3, batch_size=8, dtype="bfloat16")
+  config.optimizer.update(clip_norm=1.0, learning_rate=1e-5)
+  assert train(config, tmp_path / "run", with_changes=True).step == 3
+  config.model.num_heads = 1
+  with pytest.raises(InputError, match="num_heads: 2 there, 1 now"):
+    train(config, tmp_path / "run", with_changes=True)
+
+
 def main(latents: str) -> None:
   """The command."""
   for task in base.KEYS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -30,9 +31,10 @@ from tests.conftest import repeatable_metrics as lines
 from vavae_jax.common.errors import InputError
 
 
-def run(workdir, more_evaluators=None, **changes):
+def run(workdir, more_evaluators=None, with_changes=False, **changes):
   config = toy_task.config(evaluate_every_steps=3, **changes)
-  return loop.run(toy_task, config, workdir, more_evaluators=more_evaluators)
+  options = {"more_evaluators": more_evaluators, "with_changes": with_changes}
+  return loop.run(toy_task, config, workdir, **options)
 
 
 def assert_same(a, b):
@@ -107,6 +109,22 @@ def test_metrics_after_the_restored_step_are_dropped(tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, crash_at(5))
   assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4]
+
+
+def test_a_run_goes_on_with_changes_that_leave_its_arrays(tmp_path):
+  run(tmp_path, num_steps=4)
+  changes = {"seed": 5, "batch_size": 8}
+  with pytest.raises(InputError, match=r"batch_size: 4 there, 8 now.*--resume_with_changes"):
+    run(tmp_path, **changes)
+  with pytest.raises(InputError, match="does not fit with the changes of batch_size, seed, width"):
+    run(tmp_path, with_changes=True, width=6, **changes)
+  assert run(tmp_path, with_changes=True, **changes).step == 12
+  noted = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+  assert noted == [
+    {"step": 4, "key": "config.batch_size", "old": 4, "new": 8},
+    {"step": 4, "key": "config.seed", "old": 3, "new": 5},
+  ]
+  run(tmp_path, **changes)  # it is the workdir's configuration now
 
 
 def test_another_seed_trains_otherwise(tmp_path, undisturbed):

@@ -20,6 +20,8 @@ from vavae_jax.common.keys import Key
 
 # A flag that is defined here belongs to the command that asks for it.
 flags.disclaim_key_flags()
+NAME = "config.json"
+CHANGES = "changes.jsonl"  # of the configuration while the training went on
 # What may change when a run goes on: how long, how often and by what means, not what is computed.
 # The answer to a step that is not finite may change too, so that a run can get past one. A model's
 # own options of this kind are the task's to name; see `check_workdir`.
@@ -83,26 +85,38 @@ def resolve(config: ml_collections.ConfigDict, schema: Mapping[str, Any]) -> Any
 
 
 def check_workdir(
-  workdir: Path, config: ml_collections.FrozenConfigDict, may_change: Iterable[str] = ()
-) -> None:
-  """Raises InputError if a workdir was trained with another configuration.
+  workdir: Path,
+  config: ml_collections.FrozenConfigDict,
+  may_change: Iterable[str] = (),
+  *,
+  with_changes: bool = False,
+) -> dict[str, tuple[Any, Any]]:
+  """The keys in which a workdir's configuration differs, with the value there and the one now.
 
-  `may_change` are keys that may differ beside those of `MAY_CHANGE`.
+  `may_change` are keys that may differ beside those of `MAY_CHANGE`; they are left out.
+
+  Raises:
+    InputError: there are any and not `with_changes`, or some say what the weights are.
   """
-  path = workdir / "config.json"
+  path = workdir / NAME
+  if not path.exists():
+    return {}
   mine = dict(flat(json.loads(json.dumps(config.to_dict()))))
-  if path.exists():
-    theirs = dict(flat(read_noted(path)))
-    differing = [
-      f"config.{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
-      for key in sorted(mine.keys() | theirs.keys())
-      if mine.get(key) != theirs.get(key) and key not in (*MAY_CHANGE, *may_change)
-    ]
-    if differing:
-      raise InputError(
-        f"{workdir} belongs to another configuration ({'; '.join(differing)}); give a new "
-        "--workdir, or the configuration it was begun with."
-      )
+  theirs = dict(flat(read_noted(path)))
+  changes = {
+    key: (theirs.get(key), mine.get(key))
+    for key in sorted(mine.keys() | theirs.keys())
+    if mine.get(key) != theirs.get(key) and key not in (*MAY_CHANGE, *may_change)
+  }
+  fixed = [key for key in changes if not with_changes or key.split(".")[0] in ("task", "model")]
+  if fixed:
+    listed = "; ".join(f"config.{k}: {changes[k][0]!r} there, {changes[k][1]!r} now" for k in fixed)
+    further = "" if with_changes else ", or --resume_with_changes to go on with this one"
+    raise InputError(
+      f"{workdir} belongs to another configuration ({listed}); give a new --workdir, or the "
+      f"configuration it was begun with{further}."
+    )
+  return changes
 
 
 def read_noted(path: Path, *needed: str) -> dict[str, Any]:
@@ -145,12 +159,21 @@ def claim_workdir(
   """
   if jax.process_index() == 0:
     try:
-      for name, note in {**(notes or {}), "config.json": config.to_dict()}.items():
+      for name, note in {**(notes or {}), NAME: config.to_dict()}.items():
         mine, path = json.loads(json.dumps(note)), workdir / name
         if not path.exists() or read_note(path) != mine:
           write_json(path, mine)
     except OSError as error:
       raise InputError(f"The workdir {workdir} cannot be written: {error.strerror}.") from error
+
+
+def note_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+  """Writes down in a workdir what changes in its configuration, as `check_workdir` gives it."""
+  if changes and jax.process_index() == 0:
+    with (workdir / CHANGES).open("a") as file:
+      for key, (old, new) in changes.items():
+        line = {"step": step, "key": f"config.{key}", "old": old, "new": new}
+        file.write(json.dumps(line) + "\n")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from clu import parameter_overview
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import console, hardware, mesh
+from launch.engine import configuration, console, hardware, mesh
 from launch.engine.checkpoint import Checkpoints
-from launch.engine.configuration import check_workdir, claim_workdir
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
 from launch.engine.log import Log, Metrics
 from launch.engine.ownership import owned
@@ -29,6 +28,7 @@ from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer
 from vavae_jax.common import functional
+from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
@@ -91,6 +91,7 @@ def run(
   initial_weights: Callable[[], Adopt | None] | None = None,
   may_change: Iterable[str] = (),
   notes: Mapping[str, Mapping[str, Any]] | None = None,
+  with_changes: bool = False,
 ) -> Any:
   """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
   from `initial_weights`, or where there are none from random ones.
@@ -103,6 +104,7 @@ def run(
       None where there are none to read.
     may_change: keys that a run may change when it goes on, beside those of every task.
     notes: contents of JSON files to write beside config.json, by their names.
+    with_changes: go on with other changes too, of keys that leave model and state as they are.
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
@@ -111,7 +113,17 @@ def run(
     console.Interrupted: a signal came; a checkpoint of the last step was written.
   """
   with owned(workdir):
-    return _run(task, config, workdir, name, more_evaluators, initial_weights, may_change, notes)
+    return _run(
+      task,
+      config,
+      workdir,
+      name,
+      more_evaluators,
+      initial_weights,
+      may_change,
+      notes,
+      with_changes,
+    )
 
 
 def _run(
@@ -123,6 +135,7 @@ def _run(
   initial_weights: Callable[[], Adopt | None] | None,
   may_change: Iterable[str],
   notes: Mapping[str, Mapping[str, Any]] | None,
+  with_changes: bool,
 ) -> Any:
   """`run`, by the owner of the workdir."""
   devices = check(config)
@@ -131,14 +144,14 @@ def _run(
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   abstract = jax.eval_shape(init, key_init)
   shardings = mesh.parameter_shardings(abstract, devices)
-  check_workdir(workdir, config, may_change)
+  changes = _changes(task, config, workdir, abstract, may_change, with_changes)
   checkpoints = _checkpoints(config, workdir)
   start = checkpoints.sound_step() or 0
   if start < config.num_steps:
     checkpoints.check_space(abstract)
   adopt = initial_weights() if initial_weights and not start else None
-  claim_workdir(workdir, config, notes)
-
+  configuration.note_changes(workdir, start, changes)
+  configuration.claim_workdir(workdir, config, notes)
   data = task.train_data(config, jax.process_index(), jax.process_count(), start)
   with jax.set_mesh(devices):
     if start:
@@ -204,6 +217,28 @@ def _saving(save: Callable[[], None]) -> Iterator[None]:
   except console.Interrupted:
     save()
     raise
+
+
+def _changes(
+  task: Task,
+  config: FrozenConfigDict,
+  workdir: Path,
+  abstract: Any,
+  may_change: Iterable[str],
+  with_changes: bool,
+) -> dict[str, Any]:
+  """As `configuration.check_workdir`; InputError too if a change alters the arrays of the state."""
+  changes = configuration.check_workdir(workdir, config, may_change, with_changes=with_changes)
+  if not changes:
+    return {}
+  before = FrozenConfigDict(ConfigDict(configuration.read_noted(workdir / configuration.NAME)))
+  there = jax.eval_shape(functools.partial(task.init_state, before), jax.random.key(0))
+  if jax.tree.flatten(there) != jax.tree.flatten(abstract):
+    raise InputError(
+      f"The state in {workdir} does not fit with the changes of {', '.join(changes)}: some of them "
+      "change which arrays there are; leave these as they were, or give a new --workdir."
+    )
+  return changes
 
 
 def _fresh(

@@ -49,9 +49,15 @@ def make_optimizer(
     b2=config.b2,
     weight_decay=config.weight_decay,
   )
-  if config.clip_norm:
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
-  return adam
+  if not config.clip_norm:
+    return adam
+  clip = optax.clip_by_global_norm(config.clip_norm)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return adam.update(clip.update(grads, optax.EmptyState())[0], state, params)
+
+  # No chain, whose state would differ from Adam's: a training may begin to clip where it goes on.
+  return optax.GradientTransformation(adam.init, update)
 
 
 @flax.struct.dataclass
