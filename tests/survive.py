@@ -288,9 +288,8 @@ def damaged(folder: Path, environment: Mapping[str, str], kind: str) -> Outcome:
   run.settings = whole.settings
   printed = run.finish()
   line = next((line for line in printed.splitlines() if message in line), "")
-  return Outcome(
-    f"{kind} in the newest checkpoint", 1, bool(line) and run.same_as(whole), "told; 10 steps lost"
-  )
+  survived = bool(line) and run.same_as(whole)
+  return Outcome(f"{kind} in the newest checkpoint", 1, survived, "reported; 10 steps lost")
 
 
 @contextlib.contextmanager
