@@ -10,8 +10,8 @@ Parts run alone with the same configuration:
   python -m launch.train --config=configs/quickstart.py:diffusion --workdir=DIR/diffusion \
     --config.latents.path=DIR/latents
 
-Arguments: "tokenizer", "diffusion", "pipeline" (both and the rest); ",tiny" behind one makes it a
-smoke test of seconds.
+Arguments: "tokenizer", "diffusion", "pipeline" (both and the rest); "tiny" beside one, behind a
+comma, makes it a smoke test of seconds.
 """
 
 from ml_collections import ConfigDict
@@ -22,11 +22,12 @@ from vavae_jax.common.keys import COUNT, MAYBE, Key
 
 def get_config(argument: str = "pipeline") -> ConfigDict:
   """The configuration of one part or of all."""
-  part, _, size = argument.partition(",")
   parts = {"tokenizer": tokenizer, "diffusion": diffusion, "pipeline": pipeline}
-  if part not in parts or size not in ("", "tiny"):
-    raise ValueError(f"{argument!r} is none of {sorted(parts)}, nor one of them with ',tiny'.")
-  return parts[part](tiny=bool(size))
+  words = argument.split(",")
+  chosen = [word for word in words if word in parts]
+  if len(chosen) != 1 or not {*words} - {*chosen} <= {"tiny"}:
+    raise ValueError(f"{argument!r} is none of {sorted(parts)}, nor one of them with 'tiny'.")
+  return parts[chosen[0]](tiny="tiny" in words)
 
 
 def tokenizer(*, tiny: bool = False) -> ConfigDict:

@@ -54,8 +54,11 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data)
     frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
-  if config.task == "tokenizer" and uses_teacher(frozen) and frozen.teacher.cache:
-    _cache_features(frozen)
+  if config.task == "tokenizer" and uses_teacher(frozen):
+    if (scale := frozen.teacher.scale) > 1:
+      console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")
+    if frozen.teacher.cache:
+      _cache_features(frozen)
   elif config.task == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted = config.copy_and_resolve_references()

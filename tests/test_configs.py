@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,15 +19,18 @@ from configs import (
   quickstart,
   vavae_f16d32,
 )
+from configs.lab import dilemma
 from launch.engine import loop
 from launch.engine.configuration import flat, resolve
 from lightningdit_jax import checks, training
 from lightningdit_jax.model import PRESETS, Options
 from vavae_jax import autoencoder, stages
 from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
+from vavae_jax.autoencoder import downsampling
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.discriminator import PatchDiscriminator
+from vavae_jax.teachers.enlarged import Enlarged
 from vavae_jax.update import build_autoencoder
 
 EXPERIMENTS = sorted(
@@ -67,6 +72,33 @@ def test_every_argument_of_the_tokenizer_can_be_trained(argument):
     model = functional.outline(build_autoencoder(config), "config.model")
     assert f"f{model.downsampling}d{model.embed_dim}" in argument
   assert config.num_steps == (250_228 if "50ep" in argument else 650_593)
+
+
+@pytest.mark.parametrize(
+  ("get_config", "words"),
+  [
+    *((vavae_f16d32.get_config, ("sd_f8d4", word)) for word in ("clip", "dinov2", "plain", "50ep")),
+    *((vavae_f16d32.get_config, (word, "50ep", "mae")) for word in ("no_margin", "d64", "decoder")),
+    (quickstart.get_config, ("diffusion", "tiny")),
+    (dilemma.get_config, ("tokenizer", "d16", "plain", "emoji")),
+    (dilemma.get_config, ("long", "diffusion", "d16", "tiny")),
+  ],
+)
+def test_arguments_commute(get_config, words):
+  first, *others = (get_config(",".join(order)) for order in itertools.permutations(words))
+  assert all(other.to_dict() == first.to_dict() for other in others)
+
+
+@pytest.mark.parametrize(
+  ("argument", "teacher", "scale"),
+  [("sd_f8d4", "", 1), ("clip,sd_f8d4", "clip_vitl14", 2), ("clip", "clip_vitl14", 1)],
+)
+def test_a_teacher_sees_pictures_as_large_as_the_latents_need(argument, teacher, scale):
+  config = vavae_f16d32.get_config(argument)
+  assert (config.teacher.name, config.teacher.scale) == (teacher, scale)
+  if teacher:
+    stride = downsampling(config.model.ch_mult, config.model.patch_size)
+    Enlarged(SimpleNamespace(stride=16, feature_size=8), scale, stride)
 
 
 def test_arguments_that_exclude_each_other_are_refused():
