@@ -11,6 +11,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -267,6 +268,25 @@ def test_exif_decides_nothing_but_which_side_is_up(kind, exif):
   picture.save(buffer, kind, exif=b"Exif\0\0" + content, **options)
   found = np.asarray(base.decode(buffer.getvalue(), "x")).astype(int)
   np.testing.assert_allclose(found, expected, atol=3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+  "segment",
+  [
+    b"\xe0\0\x08JFIF\0\1",
+    b"\xee\0\x07Adobe",
+    b"\xe1\0\2",
+    b"\xe2\0\x10ICC_PROFILE\0\xff\xff",
+    b"\xe2\0\x0eMPF\0II*\0\xff\xff\xff\xff",
+    b"\xff\xff\xe1\0\x0aExif\0\0II",
+    b"\xed\0\x10Photoshop 3.0\0",
+  ],
+)
+def test_segments_beside_the_pixels_are_no_reason(segment):
+  data = encoded("x", "JPEG")
+  odd = data[:2] + b"\xff" + segment + data[2:]
+  expected = np.asarray(base.decode(data, "x"))
+  np.testing.assert_array_equal(np.asarray(base.decode(odd, "x")), expected)
 
 
 @pytest.mark.parametrize(
@@ -659,9 +679,29 @@ def lost_shard(root):
   return spec
 
 
+def pipe_of_parquet(root):
+  os.mkfifo(root / "x.parquet")
+  return f"hf:{root}"
+
+
+def test_a_folder_may_be_deep(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for _ in range(1_100):
+    os.mkdir("d")
+    os.chdir("d")
+  Path("1.png").write_bytes(encoded("x"))
+  assert len(sources.open_source(f"folder:{tmp_path}")) == 1
+  Path("1.png").unlink()
+  for _ in range(1_100):  # which few others can remove
+    os.chdir("..")
+    os.rmdir("d")
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [
+    (pipe_of_parquet, "has no parquet files"),
+    *((lambda root, kind=kind: f"{kind}:{root}/{'a' * 5_000}", "aaa") for kind in sources._KINDS),
     (encrypted, "is encrypted"),
     (cut, "is damaged or not a zip file"),
     (packed_tar, "not a plain tar file"),

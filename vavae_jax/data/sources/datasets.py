@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import named_files
 from vavae_jax.data.sources.base import Source, Unreadable, checked_label, listing_of
-from vavae_jax.data.sources.listing import NO_CLASS
+from vavae_jax.data.sources.listing import NO_CLASS, is_hidden
 
 
 class TensorFlowDatasets(Source):
@@ -182,7 +182,8 @@ def _group(file: str, group: int, columns: tuple[str, ...]) -> dict[str, list[An
 
 def _parquet_files(path: str) -> list[str]:
   if os.path.isdir(path):
-    found = sorted(map(str, Path(path).rglob("*.parquet")))
+    files = (file for file in Path(path).rglob("*.parquet") if file.is_file())
+    found = sorted(str(x) for x in files if not is_hidden(x.relative_to(path).as_posix()))
   else:
     found = [str(file) for file in named_files(path)]
   splits = {Path(file).name.partition("-")[0] for file in found if "-of-" in Path(file).name}

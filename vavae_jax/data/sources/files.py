@@ -46,7 +46,7 @@ class Folder(Named):
   """A folder of class folders, nested as deep as one likes, or of pictures without classes."""
 
   def __init__(self, root: Path):
-    if not root.is_dir():
+    if not os.path.isdir(root):
       raise InputError(f"The data folder {root} does not exist.")
     self._root = str(root)
     listing = Listing()
@@ -83,28 +83,29 @@ class Folder(Named):
     return identity_of(f"{self._root}/{name}" for name in self.names)
 
 
-def _pictures_under(
-  root: str, listing: Listing, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()
-) -> list[str]:
+def _pictures_under(root: str, listing: Listing) -> list[str]:
   """Paths of pictures, relative to the root, with "/" between folders.
 
-  `above` are the folders on the way, so that links to them are left out.
+  Links are followed, but none to a folder on its own way.
   """
-  found = []
-  try:
-    status = os.stat(f"{root}/{inside}")
-    if (here := (status.st_dev, status.st_ino)) in above:
-      listing.ignore("links to a folder above")
-      return []
-    with os.scandir(f"{root}/{inside}") as entries:
-      for entry in entries:
-        name = inside + entry.name
-        linked = entry.is_symlink() and os.path.isdir(entry.path)  # which bears a link to itself
-        if (linked or entry.is_dir(follow_symlinks=False)) and not is_hidden(name):
-          listing.folder(name)
-          found += _pictures_under(root, listing, f"{name}/", above | {here})
-        elif listing.takes(name):
-          found.append(name)
-  except OSError as error:
-    raise InputError(f"The folder {root}/{inside} cannot be listed ({error}).") from error
+  found: list[str] = []
+  pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+  while pending:
+    inside, above = pending.pop()
+    try:
+      status = os.stat(f"{root}/{inside}")
+      if (here := (status.st_dev, status.st_ino)) in above:
+        listing.ignore("links to a folder above")
+        continue
+      with os.scandir(f"{root}/{inside}") as entries:
+        for entry in entries:
+          name = inside + entry.name
+          linked = entry.is_symlink() and os.path.isdir(entry.path)  # which bears one to itself
+          if (linked or entry.is_dir(follow_symlinks=False)) and not is_hidden(name):
+            listing.folder(name)
+            pending.append((f"{name}/", above | {here}))
+          elif listing.takes(name):
+            found.append(name)
+    except OSError as error:
+      raise InputError(f"The folder {root}/{inside} cannot be listed ({error}).") from error
   return found

@@ -19,6 +19,7 @@ from PIL import Image
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Chunks that make pixels; an animation's first picture is in them too.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_COLOURS = {0xE0: b"JFIF\0", 0xEE: b"Adobe"}  # markers of JPEG
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112
 _XMP = re.compile(rb'tiff:Orientation(?:\s*=\s*["\']|>)([1-8])')
@@ -63,12 +64,18 @@ def _jpeg(data: bytes) -> Iterator[tuple[bytes, bytes]]:
   begin = 2
   while data[begin : begin + 1] == b"\xff" and len(data) >= begin + 4:
     marker, (size,) = data[begin + 1], struct.unpack_from(">H", data, begin + 2)
+    if marker == 0xFF:  # a byte that fills up
+      begin += 1
+      continue
     end = begin + 2 + size
-    if marker in (0xDA, 0xFF) or marker < 0xC0 or end > len(data):
+    if marker == 0xDA or marker < 0xC0 or size < 2 or end > len(data):
       break  # the scan, or what only a decoder knows
-    # Applications' segments but JFIF's and Adobe's, which say what colours are; comments.
-    is_metadata = (0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE
-    yield (b"", data[begin + 4 : end]) if is_metadata else (data[begin:end], b"")
+    content = data[begin + 4 : end]
+    # Applications' segments and comments; but JFIF's and Adobe's say what colours are.
+    is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+    if content.startswith(_COLOURS.get(marker, b"?")) and len(content) >= 12:
+      is_metadata = False
+    yield (b"", content) if is_metadata else (data[begin:end], b"")
     begin = end
   yield data[begin:], b""
 

@@ -38,7 +38,7 @@ class Records(Source):
       folder, chosen = os.path.split(folder)
     self._folder = folder
     path = Path(folder) / DESCRIPTION
-    if not path.is_file():
+    if not os.path.isfile(path):
       raise InputError(
         f"{folder} has no {DESCRIPTION}: give a folder that python -m launch.prepare has finished."
       )
