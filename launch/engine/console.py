@@ -27,7 +27,7 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launch.engine import hardware, processes, tracing
+from launch.engine import hardware, processes, tracing, watchdog
 from launch.engine.circumstances import own_program
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import ADVICE, allow_open_files
@@ -200,6 +200,10 @@ def resume_command() -> str:
   return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
 
 
+def _say_stopped() -> None:
+  print(printable(f"stopped; resume with: {resume_command()}"), file=sys.stderr, flush=True)
+
+
 def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   """The command line without its flags; a wrong flag or configuration file ends the process."""
   try:
@@ -235,7 +239,7 @@ def _explained(error: BaseException) -> int | None:
     print(printable(text), file=sys.stderr)
     return 2
   if isinstance(error, KeyboardInterrupt | Interrupted):
-    print(f"stopped; resume with: {resume_command()}", file=sys.stderr)
+    _say_stopped()
     return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
   return None
 
@@ -284,7 +288,7 @@ def run_command(
       # modules at every 700th object takes a seventh of a start.
       gc.freeze()
       gc.set_threshold(10_000)
-      with tracing.traced(say):
+      with watchdog.watching((signal.SIGINT, *endings()), _say_stopped), tracing.traced(say):
         main(*argv[1:])
     except SystemExit:
       raise

@@ -211,11 +211,14 @@ def _run(
 
 @contextlib.contextmanager
 def _saving(save: Callable[[], None]) -> Iterator[None]:
-  """A signal that ends the work inside ends the training after a save."""
+  """A signal that ends the work inside ends the training after a save; of several processes the
+  others would not come to it.
+  """
   try:
     yield
   except console.Interrupted:
-    save()
+    if jax.process_count() == 1:
+      save()
     raise
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the store has no public name
 
-from launch.engine import console
+from launch.engine import console, watchdog
 
 # Each answer takes a message to the coordinator.
 ANSWERED_WITHIN_MS = 60_000
@@ -82,6 +82,7 @@ class Signals:
 
     All processes ask after every step; the last one ends the loop in any case.
     """
+    watchdog.unsaved.set()
     if last:
       return 0
     if not self._together:
@@ -91,6 +92,7 @@ class Signals:
     return 0
 
   def __exit__(self, *_: object) -> None:
+    watchdog.unsaved.clear()
     if self._together:
       self._together.close()
     for number, handler in self._before.items():
