@@ -396,26 +396,28 @@ def terminated_in_evaluation(folder: Path, environment: Mapping[str, str]) -> Ou
   return Outcome("SIGTERM in an evaluation", 1, survived and run.same_as(run.undisturbed()), told)
 
 
-def stalled(folder: Path, environment: Mapping[str, str]) -> Outcome:
-  """SIGHUP while a step waits for data that never come."""
+def stalled(folder: Path, environment: Mapping[str, str], number: int, count: int = 1) -> Outcome:
+  """A signal to the last of `count` processes, while a step waits for data that never come."""
   run = Toy(folder / "run", {**environment, "TOY_STALLS_AT": "5"}, save_every=1000)
-  (process,) = run.start()
-  lines: list[str] = []
-  for line in process.stdout or ():
-    lines.append(line)
+  running = run.start(count)
+  for line in running[0].stdout or ():
     if "waiting for random vectors" in line:
       break
   began = time.monotonic()
-  process.send_signal(signal.SIGHUP)
-  code, _ = ended(process)
+  running[-1].send_signal(number)
+  codes = {ended(process)[0] for process in running}
   took = time.monotonic() - began
   saved = [path.name for path in checkpoint_folders(run.workdir)]
   undisturbed = Toy(run.workdir, environment, save_every=run.save_every)
-  undisturbed.finish()
-  told = f"ended after {took:.1f} s, saved after step {', '.join(saved)}"
-  survived = code == 128 + signal.SIGHUP and took < 10 and saved == ["5"]
-  whole = undisturbed.undisturbed()
-  return Outcome("SIGHUP while data stall", 1, survived and undisturbed.same_as(whole), told)
+  undisturbed.finish(count)
+  told = f"ended after {took:.1f} s, saved after step {', '.join(saved) or 'none'}"
+  # Another process may have begun the step that waits, so that several cannot save.
+  alone = count == 1
+  survived = codes == {128 + number} and took < (10 if alone else 15)
+  survived = survived and saved == (["5"] if alone else [])
+  name = f"{signal.Signals(number).name}{'' if alone else f' to one of {count}'} while data stall"
+  whole = undisturbed.undisturbed(count)
+  return Outcome(name, 1, survived and undisturbed.same_as(whole), told)
 
 
 def orphaned(folder: Path, environment: Mapping[str, str]) -> Outcome:
@@ -445,7 +447,8 @@ def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
     **{kind.replace(" ", "_"): functools.partial(damaged, kind=kind) for kind in DAMAGES},
     "file_limit": functools.partial(disk_full, mounted=False),
     "worker_killed": worker_killed,
-    "hung_up_while_data_stall": stalled,
+    "two_terminated_while_data_stall": functools.partial(stalled, number=signal.SIGTERM, count=2),
+    "hung_up_while_data_stall": functools.partial(stalled, number=signal.SIGHUP),
     "orphaned": orphaned,
     "nan_skipped": functools.partial(nan_batch, non_finite="skip"),
     "nan_stopped": functools.partial(nan_batch, non_finite="stop"),

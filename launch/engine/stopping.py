@@ -24,7 +24,7 @@ from launch.engine import console, watchdog
 # Each answer takes a message to the coordinator.
 ANSWERED_WITHIN_MS = 60_000
 _LISTENED_MS = 1_000
-_LAST_BATCH = 10.0  # seconds in which the data of the agreed step may yet come
+_LAST_BATCH = 8.0  # seconds in which the data of the agreed step may yet come
 _rounds = itertools.count()
 
 
@@ -67,8 +67,11 @@ class Signals:
   def waiting(self, seconds: float) -> None:
     """Called while a step has waited for data so long: reports it; a signal ends the wait.
 
-    Of several processes it does so after ten seconds, since the others may have begun the step.
+    Of several processes it does so after some seconds, in all that wait, since others may have
+    begun the step.
     """
+    if self._together and self._together.asked(bool(self.received)) and not self.received:
+      self.received, self._since = signal.SIGTERM, time.monotonic()
     if self.received and (not self._together or time.monotonic() - self._since > _LAST_BATCH):
       raise console.Interrupted(self.received)
     if seconds < self._reported:  # of an earlier wait
@@ -127,11 +130,16 @@ class _Together:
         self._answered = True
       return
 
-  def agreed(self, step: int, wanted: bool) -> bool:
-    """Whether all stop after this step; `wanted`: this process received a signal."""
+  def asked(self, wanted: bool) -> bool:
+    """Whether a process wants to stop; `wanted`: this one does, since it received a signal."""
     if wanted and not self._asked:
       self._asked = True
       self._store.key_value_set(f"{self._name}/asked", "", allow_overwrite=True)
+    return self._asked or self._answered
+
+  def agreed(self, step: int, wanted: bool) -> bool:
+    """Whether all stop after this step; `wanted` as above."""
+    self.asked(wanted)
     with self._lock:
       if not (self._asked or self._answered):
         self._passed = step

@@ -1,7 +1,8 @@
 """A signal ends a process in time, even where Python's handlers cannot run.
 
 They run between two instructions of the main thread; a compilation or a long sampling is one. So a
-thread waits for signals too, and ends the process where the main one does not and nothing is to save.
+thread waits for signals too, and ends the process where the main one does not and has nothing to
+save.
 """
 
 from __future__ import annotations
