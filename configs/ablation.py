@@ -3,7 +3,8 @@
   python -m launch.train --config=configs/ablation.py:swiglu --workdir=runs/ablation/swiglu \
     --config.latents.path=DIR
 
-Argument, with the paper's FID-50K after 80 epochs without guidance (250 steps):
+Argument, with the paper's FID-50K after 80 epochs, by dopri5 without guidance, interval and shift
+(`launch.sample --published`):
 
   dit 19.50, rectified_flow 17.20, batch 16.59, beta2 16.61, lognorm 13.99, direction 12.52,
   swiglu 10.10, rmsnorm 9.25, rope 7.13 (all on SD-VAE f8d4 latents, XL/2), vavae 4.29 (XL/1 on

@@ -23,6 +23,13 @@ from vavae_jax.training import TRAINED_PARTS
 Keys = dict[str, Any]  # from names to `Key`s, or to the keys of a section
 
 WEIGHT, SIZE = "[0, 1e9]", "[1, 65536]"
+# Sampling of the paper's numbers without guidance: tables 1 and 2.
+UNGUIDED = {
+  "method": "dopri5",
+  "cfg_scale": 1.0,
+  "cfg_interval_start": 0.0,
+  "timestep_shift": 0.0,
+}
 
 
 def _training(task: str, num_steps: Key, batch_size: int = 256, dtype: str = "float32") -> Keys:
@@ -300,6 +307,11 @@ def _diffusion() -> Keys:
     # The average begins at step 0 without the warm-up of a decay, as published.
     "optimizer": _optimizer(2e-4, b1=0.9, b2=0.95, ema_decays=(0.9999,)),
     "sample": SAMPLE,
+    # With `sample`, how the number that a recipe names was made.
+    "published": {
+      "num_samples": Key(50_000, "[1, 1e9]", "Samples of launch.sample --published."),
+      "labels": Key("uniform", text="Their labels, as --labels takes them."),
+    },
   }
 
 

@@ -216,9 +216,17 @@ def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDi
 
 
 def main() -> None:
+  fixed = ("num_samples", "labels", "guide", *checks.SAMPLE.keys() - {"batch_size"})
+  if FLAGS.published and (given := sorted(name for name in fixed if FLAGS[name].present)):
+    raise InputError(f"--published and --{given[0]} exclude each other; leave one of them out.")
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   guide = restore.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
   override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
+  drawn = {"num_samples": FLAGS.num_samples, "labels": FLAGS.labels}
+  if FLAGS.published:
+    if "published" not in diffusion.config:
+      raise InputError(f"--published: {FLAGS.workdir} is older than this flag and names no labels.")
+    drawn = diffusion.config.published.to_dict()
   output = Path(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
@@ -227,14 +235,13 @@ def main() -> None:
       diffusion,
       restore.tokenizer_of(diffusion.config, override),
       output,
-      num_samples=FLAGS.num_samples,
-      labels=FLAGS.labels,
+      **drawn,
       seed=FLAGS.seed,
       settings=given_settings(diffusion),
       guide=guide,
       png=FLAGS.png,
     )
-  rows = [(f"{FLAGS.num_samples} pictures", str(output))]
+  rows = [(f"{drawn['num_samples']} pictures", str(output))]
   rows += [("contact sheet", str(output.with_suffix(".png")))]
   rows += [("settings", str(output.with_suffix(".json")))]
   rows += [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
@@ -250,5 +257,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
   flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
   flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")
+  text = "Draws as the number that the recipe names was made: count, labels and sampler."
+  flags.DEFINE_boolean("published", False, text)
   define_flags(1_000, least=1)
   console.run_command(main)

@@ -343,6 +343,10 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
       *("launch.sample", f"--workdir={pipeline / 'diffusion'}", "--labels=3,9"),
       f"--output={root / 'new.npz'}",
     ],
+    "two samplers": [
+      *("launch.sample", f"--workdir={pipeline / 'diffusion'}", "--published", "--method=heun"),
+      f"--output={root / 'new.npz'}",
+    ],
     "no folder": [
       *("launch.encode", f"--workdir={pipeline / 'tokenizer'}", f"--output={root / 'file' / 'x'}"),
     ],
@@ -376,6 +380,7 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     ("a word too many", "Unexpected argument 'again'"),
     ("nothing to evaluate", "invalid choice: 'everything'"),
     ("no such class", "--labels is '3,9'; labels must lie in 0..8."),
+    ("two samplers", "--published and --method exclude each other"),
     ("no folder", "Not a directory"),
     ("unreadable picture", "The picture {picture} cannot be read"),
   ],

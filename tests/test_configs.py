@@ -15,6 +15,7 @@ from configs import (
   ablation,
   base,
   lightningdit,
+  lightningdit_sdvae,
   lightningdit_xl_800ep,
   quickstart,
   vavae_f16d32,
@@ -113,6 +114,22 @@ def test_the_ablation_goes_from_dit_to_the_published_recipe():
   sampling = {key for key in last if key.startswith("sample.")}
   assert {key for key in last if last[key] != published[key]} - sampling == {"num_steps"}
   assert (first["model.use_swiglu"], first["transport.prediction"]) == (False, "noise")
+
+
+@pytest.mark.parametrize(
+  ("config", "count", "sampler"),
+  [
+    (lightningdit_sdvae.get_config(), 50_000, ("dopri5", 0.0, 1.0, 0.0)),
+    *((ablation.get_config(row), 50_000, ("dopri5", 0.0, 1.0, 0.0)) for row in ablation.ROWS),
+    (lightningdit.get_config("table2,B/1"), 10_000, ("dopri5", 0.0, 1.0, 0.0)),
+    (base.diffusion(), 50_000, ("euler", 0.3, 10.0, 0.1)),
+    (lightningdit_xl_800ep.get_config(), 50_000, ("euler", 0.3, 6.7, 0.125)),
+  ],
+)
+def test_a_recipe_carries_the_protocol_of_its_number(config, count, sampler):
+  keys = ("method", "timestep_shift", "cfg_scale", "cfg_interval_start")
+  assert tuple(config.sample[key] for key in keys) == sampler
+  assert config.published.to_dict() == {"num_samples": count, "labels": "uniform"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

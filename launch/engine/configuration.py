@@ -42,6 +42,8 @@ MAY_CHANGE = (
   "latents.valid_path",
   "latents.valid_samples",
   "sample.batch_size",
+  "published.num_samples",
+  "published.labels",
   "loader.threads",
   "loader.workers",
   "data.max_corrupt",
