@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from launch.engine import processes
+from launch.engine import processes, rendezvous
 from launch.engine.writers import read_metrics
 from vavae_jax.common.errors import InputError
 
@@ -53,3 +57,63 @@ def test_half_a_job_is_refused(variables, message, monkeypatch):
     monkeypatch.setenv(name, value)
   with pytest.raises(InputError, match=message):
     processes.start()
+
+
+@pytest.fixture
+def address():
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def meet(address, settings, late=0.0):
+  """What each process ends with, "" or its error; the last one comes late."""
+
+  def one(index):
+    time.sleep(late if index == len(settings) - 1 else 0.0)
+    try:
+      rendezvous.meet(address, len(settings), index, settings[index])
+    except InputError as error:
+      return str(error)
+    return ""
+
+  with ThreadPoolExecutor() as pool:
+    return list(pool.map(one, range(len(settings))))
+
+
+def test_processes_meet_and_say_who_is_missing(address, monkeypatch, capsys):
+  monkeypatch.setattr(rendezvous, "SECONDS_BETWEEN_LINES", 0.1)
+  assert meet(address, [{"config.seed": 1}] * 3, late=1.5) == ["", "", ""]
+  told = capsys.readouterr().out
+  assert "waiting for process 2 of 3" in told
+  assert "waiting for the other processes" in told
+  socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))).close()  # free for jax
+
+
+def test_other_settings_end_all_processes_by_name(address):
+  ended = meet(address, [{"config.seed": 1}, {"config.seed": 1}, {"config.seed": 2}])
+  assert set(ended) == {
+    "The processes of a job need the same settings, but config.seed is 1 in process 0 and 2 in "
+    "process 2."
+  }
+
+
+def test_nobody_waits_for_ever(address, monkeypatch):
+  monkeypatch.setattr(rendezvous, "WAIT_SECONDS", 0.5)
+  for index, missing in ((0, "process 1 of 2"), (1, "process 0 at 127")):
+    with pytest.raises(InputError, match=f"there was no {missing}"):
+      rendezvous.meet(address, 2, index, {})
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused(host):
+  with pytest.raises(InputError, match=f"{host}:1234 is no address of process 0's machine"):
+    rendezvous.meet(f"{host}:1234", 2, 0, {})
+
+
+def test_the_coordinator_listens_where_it_was_told(address, monkeypatch):
+  given = {}
+  monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **o: given.update(o))
+  for name, value in zip(processes._VARIABLES, (address, "1", "0"), strict=True):
+    monkeypatch.setenv(name, value)
+  processes.start()
+  assert given["coordinator_bind_address"] == address

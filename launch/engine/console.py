@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import os
 import shlex
 import signal
@@ -29,6 +30,7 @@ from rich.text import Text
 
 from launch.engine import hardware, processes, tracing, watchdog
 from launch.engine.circumstances import own_program
+from launch.engine.configuration import flat
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import ADVICE, allow_open_files
 
@@ -228,6 +230,14 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   sys.exit(2)
 
 
+def _settings() -> dict[str, Any]:
+  """What all processes of a job must have in common: the configuration, else the command line."""
+  config = flags.FLAGS.config if "config" in flags.FLAGS else None
+  if config is None:
+    return {"the command line": sys.argv[1:]}
+  return json.loads(json.dumps({f"config.{k}": v for k, v in flat(config.to_dict())}, default=str))
+
+
 def _explained(error: BaseException) -> int | None:
   """Prints an expected end in one line and returns its exit code; None: it is a mistake of ours."""
   if isinstance(error, InputError):
@@ -283,7 +293,7 @@ def run_command(
         signal.signal(number, _interrupt)
       allow_open_files()
       hardware.prepare()
-      processes.start()
+      processes.start(_settings())
       # Tracing makes millions of objects, few of them in cycles: looking for these among all
       # modules at every 700th object takes a seventh of a start.
       gc.freeze()

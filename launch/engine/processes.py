@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
+from launch.engine import rendezvous
 from vavae_jax.common.errors import InputError
 
 # The others give up after so long without a heartbeat of one process.
@@ -17,15 +20,17 @@ HEARTBEAT_SECONDS = 30
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def start() -> None:
+def start(settings: Mapping[str, Any] | None = None) -> None:
   """Joins the processes of a job, where the environment says that there are several.
+
+  `settings` are JSON values that all of them must have in common.
 
   JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so on
   any machines. With DISTRIBUTED=1, which launch/tpu_pod.sh and launch/slurm.sbatch set, or a list
   in TPU_WORKER_HOSTNAMES, jax finds them itself, in a TPU slice or a Slurm job.
 
   Raises:
-    InputError: some of the variables are missing, or are no numbers.
+    InputError: some of the variables are missing, or are no numbers; or as of `rendezvous.meet`.
   """
   # The service would take SIGTERM from us, in every command.
   jax.config.update("jax_enable_preemption_service", False)
@@ -41,8 +46,17 @@ def start() -> None:
   address, count, index = (given[name] for name in _VARIABLES)
   if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
     raise InputError(f"JAX_PROCESS_ID {index!r} is not in 0..JAX_NUM_PROCESSES - 1 ({count!r}).")
+  if not address.rpartition(":")[2].isdigit():
+    raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; give HOST:PORT.")
+  # Else jax would listen on all addresses of the machine.
+  listened = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+  rendezvous.meet(address if int(index) else listened, int(count), int(index), settings or {})
   jax.distributed.initialize(
-    address, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    address,
+    int(count),
+    int(index),
+    coordinator_bind_address=listened,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
   )
 
 
