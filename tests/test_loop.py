@@ -295,6 +295,13 @@ def test_workdir_of_another_configuration_is_refused_by_the_key(tmp_path):
   )
 
 
+@pytest.mark.parametrize("line", [b"5", b"{}", b'{"step": "x"}', b"\xff"])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+  with pytest.raises(InputError, match=r"metrics\.jsonl, line 2, is damaged"):
+    read_metrics(tmp_path)
+
+
 def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
   with pytest.raises(InputError, match="GiB free"):

@@ -62,6 +62,17 @@ def test_a_process_of_the_same_number_is_another_if_it_began_later(tmp_path, own
     pass
 
 
+@pytest.mark.parametrize("process", [b'"1"', b"null", b"\xff"])
+def test_a_damaged_note_counts_as_one_of_another_host(tmp_path, monkeypatch, process):
+  monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)
+  monkeypatch.setattr(ownership, "SILENT_SECONDS", 0.2)
+  machine = json.dumps(ownership._machine()).encode()
+  note = b'{"machine": %s, "began": "1", "process": %s}' % (machine, process)
+  (tmp_path / ".owner").write_bytes(note)
+  with owned(tmp_path):
+    assert json.loads((tmp_path / ".owner").read_text())["process"] == os.getpid()
+
+
 @pytest.mark.parametrize("beats", [True, False])
 def test_an_owner_on_another_host_counts_as_long_as_it_beats(tmp_path, monkeypatch, beats):
   monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)

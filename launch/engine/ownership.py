@@ -145,7 +145,7 @@ def _locked(path: Path, make: bool = True) -> Iterator[None]:
 
 def _read(path: Path) -> str:
   try:
-    return path.read_text()
+    return path.read_bytes().decode(errors="replace")
   except FileNotFoundError:
     return ""
 
@@ -166,11 +166,13 @@ def _lives(path: Path, text: str) -> bool:
 
 
 def _parsed(text: str) -> dict[str, Any]:
+  """An owner's note; {} where it is none, damaged or of a process that cannot be."""
   try:
     note = json.loads(text)
-    return note if isinstance(note, dict) and {"machine", "process", "began"} <= {*note} else {}
-  except ValueError:
+    fits = isinstance(note["process"], int) and {"machine", "began"} <= note.keys()
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     return {}
+  return note if fits else {}
 
 
 def _described(text: str) -> str:

@@ -77,12 +77,14 @@ def read_metrics(workdir: Path) -> list[dict]:
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
-  text = path.read_text()
+  text = path.read_bytes().decode(errors="replace")
   lines = []
   for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
     try:
       lines.append(json.loads(line))
-    except ValueError as error:
+      if not isinstance(lines[-1]["step"], int):
+        raise ValueError("its step is no number")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
       raise InputError(f"{path}, line {number}, is damaged ({error}); delete the line.") from error
   return lines
 
