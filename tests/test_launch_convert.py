@@ -297,6 +297,44 @@ def test_several_models_in_a_file_are_listed_and_chosen_by_name(tmp_path):
     convert(str(tmp_path / "both.pt"), tmp_path / "x.pt", part="x")
 
 
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    ({"model": 1.0, "ema": 2.0, "opt": {"state": {0: {"exp_avg": np.zeros(3)}}}}, "ema"),
+    ({"ema_model.": 2.0, "online_model.": 1.0}, "ema_model."),
+    ({"student": 1.0, "teacher": 2.0}, ""),
+    ({"ema_1": 1.0, "ema_2": 2.0}, ""),
+    ({"a": {"b": {"c": 2.0}}}, "a/b/c"),
+  ],
+)
+def test_the_average_is_taken_and_what_is_left_of_several_is_an_error(content, part):
+  tensors = stored("lightningdit_bare_state_dict", "")
+
+  def filled(content):
+    """Tensors, with the factor in one of them, where a number stands."""
+    made = {}
+    for key, value in content.items():
+      if isinstance(value, float):
+        own = tensors | {"final_layer.linear.bias": np.full(8, value, np.float32)}
+        made |= {f"{key}{name}": x for name, x in own.items()} if key[-1] == "." else {key: own}
+      else:
+        made[key] = filled(value) if isinstance(value, dict) else value
+    return made
+
+  if not part:
+    with pytest.raises(InputError, match="several models' weights"):
+      weights.recognise(filled(content))
+    return
+  found = weights.recognise(filled(content))
+  assert found.part == part
+  assert found.tensors["final_layer.linear.bias"][0] == 2.0
+
+
+def test_a_file_of_many_dictionaries_takes_a_moment():
+  with pytest.raises(InputError, match="No model is known"):
+    weights.recognise({f"k{i}": {"a": np.zeros(1)} for i in range(20_000)})
+
+
 def test_what_is_no_tensor_among_the_weights_is_left_out_and_named():
   tensors = stored("lightningdit_bare_state_dict", "")
   found = weights.recognise({**tensors, "args": StandIn("argparse.Namespace"), "epoch": 3})

@@ -70,26 +70,28 @@ def recognise(
   kind, place = _find(content, part)
   if more and kind != LPIPS:
     raise InputError(f"LPIPS' heads (--heads) are for VGG16, and the file is of a {kind}.")
-  if twice := sorted(place.tensors.keys() & (more or {}).keys()):
+  tensors = place.tensors
+  if twice := sorted(tensors.keys() & (more or {}).keys()):
     raise InputError(f"Both files have {twice[0]}; give only one that has it.")
-  found = _KINDS[kind][1]({**place.tensors, **(more or {})})
-  aside = place.aside + Counter(found.aside)
+  found = _KINDS[kind][1]({**tensors, **(more or {})})
+  aside = place.aside(content) + Counter(found.aside)
   return found._replace(kind=kind, part=place.where or ITSELF, aside=aside)
 
 
 def _find(content: Mapping[str, Any], part: str) -> tuple[str, Place]:
   """(kind of model, its place), of the kinds first in `_KINDS` at each place."""
   found: dict[str, tuple[str, Place]] = {}
+  everywhere = dictionaries(content)
   for kind, (marks, _) in _KINDS.items():
-    for place in _marked(content, marks):
+    for place in _marked(everywhere, marks):
       found.setdefault(place.where, (kind, place))
   if part and part not in found:
-    known = ", ".join(where or ITSELF for where in found)
-    raise InputError(f"The file has no part {part!r} with a known model; it has {known or 'none'}.")
+    known = ", ".join(where or ITSELF for where in found)[:500] or "none"
+    raise InputError(f"The file has no part {part!r} with a known model; it has {known}.")
   if part:
     return found[part]
   if not found:
-    names = sorted(name for place in dictionaries(content) for name in place.tensors)
+    names = sorted(name for place in everywhere for name in place.all)
     raise InputError(
       f"No model is known by these tensors: {', '.join(names[:6]) or 'no tensor'}. Known are: "
       f"{', '.join(_KINDS)}. --inspect lists what a file holds."
@@ -99,10 +101,10 @@ def _find(content: Mapping[str, Any], part: str) -> tuple[str, Place]:
   return found[choose(others or [place for _, place in found.values()], average=True).where]
 
 
-def _marked(content: Mapping[str, Any], marks: Marks) -> list[Place]:
+def _marked(everywhere: list[Place], marks: Marks) -> list[Place]:
   if not callable(marks):
-    return places(content, marks)
-  return [place for place in dictionaries(content) if marks(place.tensors)]
+    return places(everywhere, marks)
+  return [place for place in everywhere if marks(place.all)]
 
 
 def _read_statistics(tensors: StateDict) -> Weights:

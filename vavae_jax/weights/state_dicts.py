@@ -34,17 +34,46 @@ class Place(NamedTuple):
   """A place of tensors in a file.
 
   Attributes:
-    where: keys of dictionaries and then the prefix of names, such as "state_dict/vae."; "" for the
-      file itself.
-    depth: how many keys and parts of the prefix.
-    tensors: name without the prefix and what wrappers leave in it -> array.
-    aside: other contents of the file -> how many tensors or values.
+    path: keys of dictionaries.
+    prefix: what the names begin with.
+    all: tensors of that dictionary, without what wrappers put into names, with the prefix.
   """
 
-  where: str
-  depth: int
-  tensors: dict[str, np.ndarray]
-  aside: Counter[str]
+  path: tuple[str, ...]
+  prefix: str
+  all: dict[str, np.ndarray]
+
+  @property
+  def where(self) -> str:
+    """For people, such as "state_dict/vae."; "" for the file itself."""
+    return "/".join((*self.path, *([self.prefix] if self.prefix else [])))
+
+  @property
+  def depth(self) -> int:
+    """How many keys and parts of the prefix."""
+    return len(self.path) + self.prefix.count(".")
+
+  @property
+  def tensors(self) -> dict[str, np.ndarray]:
+    """Name without the prefix -> array."""
+    begins, length = self.prefix, len(self.prefix)
+    return {name[length:]: x for name, x in self.all.items() if name.startswith(begins)}
+
+  def aside(self, content: Mapping[Any, Any]) -> Counter[str]:
+    """Other contents of the file -> how many tensors or values."""
+    there = content
+    for key in self.path:
+      there = there[key]
+    others = [
+      *((k, v) for k, v in content.items() if self.path and k != self.path[0]),
+      *((k, v) for k, v in there.items() if not _is_named_tensor(k, v)),
+    ]
+    found = Counter(name.split(".")[0] for name in self.all if not name.startswith(self.prefix))
+    for key, value in others:
+      # With its kind where that is not known here.
+      name = f"{key}: {value!r}" if isinstance(value, StandIn) else str(key)
+      found[name] += len(value) if isinstance(value, Mapping) and value else 1
+    return found
 
 
 def read_state_dict(path: str | os.PathLike[str], marks: Collection[str] = ()) -> StateDict:
@@ -127,56 +156,39 @@ def weights_in(content: Mapping[Any, Any], marks: Collection[str] = ()) -> State
   found = dictionaries(content)
   if not found:
     raise InputError("There are no tensors with names; save a state_dict().")
-  most = max(len(place.tensors) for place in found)
-  large = [place for place in found if 2 * len(place.tensors) >= most]  # a model and its average
-  return choose(places(content, marks) or large, average=False).tensors
-
-
-def places(content: Mapping[Any, Any], marks: Collection[str]) -> list[Place]:
-  """Where a file has a tensor that is called as one of `marks`, perhaps after a prefix."""
-  return [
-    _below(place, prefix)
-    for place in dictionaries(content)
-    for prefix in sorted(
-      {
-        name.removesuffix(mark)
-        for mark in marks
-        for name in place.tensors
-        if f".{name}".endswith(f".{mark}")
-      }
-    )
-  ]
+  most = max(len(place.all) for place in found)
+  large = [place for place in found if 2 * len(place.all) >= most]  # a model and its average
+  return choose(places(found, marks) or large, average=False).tensors
 
 
 def dictionaries(content: Mapping[Any, Any]) -> list[Place]:
   """A file's dictionaries that have tensors, the outermost first."""
   found = []
   for path, there in _walk(content, (), set()):
-    named = {k: v for k, v in there.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
-    others = [(key, value) for key, value in there.items() if key not in named]
-    above = [(key, value) for key, value in content.items() if path and key != path[0]]
-    aside = Counter[str]()
-    for key, value in (*others, *above):
-      # With its kind where that is not known here.
-      name = f"{key}: {value!r}" if isinstance(value, StandIn) else str(key)
-      aside[name] += len(value) if isinstance(value, Mapping) and value else 1
+    named = {key: value for key, value in there.items() if _is_named_tensor(key, value)}
     if named:
-      found.append(Place("/".join(path), len(path), without_wrappers(named), aside))
+      found.append(Place(path, "", without_wrappers(named)))
   return found
 
 
-def _below(place: Place, prefix: str) -> Place:
-  """The tensors whose names have a prefix."""
-  if not prefix:
-    return place
-  own = {
-    name.removeprefix(prefix): value
-    for name, value in place.tensors.items()
-    if name.startswith(prefix)
-  }
-  others = Counter(name.split(".")[0] for name in place.tensors if not name.startswith(prefix))
-  where = f"{place.where}/{prefix}" if place.where else prefix
-  return Place(where, place.depth + prefix.count("."), own, place.aside + others)
+def places(found: Sequence[Place], marks: Collection[str]) -> list[Place]:
+  """Where in dictionaries a tensor is called as one of `marks`, perhaps after a prefix."""
+  return [
+    place._replace(prefix=prefix)
+    for place in found
+    for prefix in sorted(
+      {
+        name.removesuffix(mark)
+        for mark in marks
+        for name in place.all
+        if f".{name}".endswith(f".{mark}")
+      }
+    )
+  ]
+
+
+def _is_named_tensor(key: Any, value: Any) -> bool:
+  return isinstance(key, str) and isinstance(value, np.ndarray)
 
 
 def choose(found: Sequence[Place], *, average: bool) -> Place:
@@ -184,12 +196,14 @@ def choose(found: Sequence[Place], *, average: bool) -> Place:
 
   InputError, listing them, if there are several yet.
   """
-  nearest = [place for place in found if place.depth == min(place.depth for place in found)]
+  least = min(place.depth for place in found)
+  nearest = [place for place in found if place.depth == least]
   alike = [place for place in nearest if ("ema" in place.where.lower()) == average] or nearest
   if len(alike) > 1:
+    names = ", ".join(place.where for place in alike[:8])
     raise InputError(
-      f"The file has several models' weights: {', '.join(place.where for place in alike)}. Give a "
-      "file of one of them, or convert one: python -m launch.convert SOURCE DEST --part=NAME."
+      f"The file has several models' weights: {names}. Give a file of one of them, or "
+      "convert one: python -m launch.convert SOURCE DEST --part=NAME."
     )
   return alike[0]
 
