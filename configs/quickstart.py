@@ -120,7 +120,7 @@ KEYS = {
     "shard_size": Key(500, COUNT),
     "seed": Key(0, MAYBE),
   },
-  "sample": {"num_samples": Key(360, "[2, 1e9]"), "seed": Key(0, MAYBE)},
+  "sample": {"num_samples": Key(360, "[4, 1e6]"), "seed": Key(0, MAYBE)},
 }
 
 

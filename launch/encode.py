@@ -14,11 +14,13 @@ run that was stopped goes on with the first missing one when started again. Seve
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
@@ -31,8 +33,9 @@ from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, place, read_note, remove_partial, write_json
+from vavae_jax.common.files import check_free, is_url, place, read_note, remove_partial, write_json
 from vavae_jax.data import changes, images, selection, sources
+from vavae_jax.training import latent_shape
 
 BEGUN = "encoding.json"
 DTYPES = ("float32", "bfloat16")
@@ -85,9 +88,7 @@ def encode(
   data, home = tokenizer.config.data, tokenizer.workdir
   spec = source or data.source
   pictures = sources.open_source(spec)
-  if spec == data.source:
-    changes.check(home, data)
-  indices = _indices(data, spec, pictures, held_out)
+  indices = _indices(tokenizer, spec, pictures, held_out)
   manifest = {
     "tokenizer": {
       "workdir": str(home if is_url(home) else home.absolute()),
@@ -124,14 +125,17 @@ def encode(
     if not paths[number].exists()
     for start in range(0, len(shard), batch_size)
   ]
+  missing = sum(len(piece.indices) for piece in pieces)
+  size = missing * _bytes_of_one(tokenizer.config, dtype, moments)
+  check_free(output, size, "for the latents; give another --output")
   load = functools.partial(_load, pictures, data.image_size, batch_size)
   pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
   run = _encoder(tokenizer, devices, pure)
   total = sum(map(len, mine.values()))
-  done = total - sum(len(piece.indices) for piece in pieces)
   lost = sum(len(shard.note.skipped) for shard in there if shard.note)
   _check_lost(lost, max_corrupt, output)
   parts: list[_Part] = []
+  done = total - missing
   with console.Bar("encode", total, done) as bar:
     for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
       lost = _leave_out(batch.skipped, lost, max_corrupt)
@@ -149,11 +153,19 @@ def encode(
   return latents.LatentStore(output)
 
 
+def _bytes_of_one(config: FrozenConfigDict, dtype: str, moments: bool) -> int:
+  """What a shard stores of one picture."""
+  columns = shards.POSTERIORS if moments else shards.SAMPLES
+  return math.prod(latent_shape(config)) * len(columns) * jnp.dtype(dtype).itemsize
+
+
 def _indices(
-  data: FrozenConfigDict, spec: str, pictures: sources.Source, held_out: bool
+  tokenizer: restore.Trained, spec: str, pictures: sources.Source, held_out: bool
 ) -> np.ndarray:
   """Which pictures of a source are encoded."""
+  data = tokenizer.config.data
   if spec == data.source:
+    changes.check(tokenizer.workdir, data)
     train, rest = selection.split(pictures, data)
     indices = rest if held_out else train
   elif held_out:

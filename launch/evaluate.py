@@ -47,7 +47,7 @@ from launch.sample import given_settings
 from lightningdit_jax import checks, transport
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, place
+from vavae_jax.common.files import atomic_file, check_outputs, place
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
@@ -62,7 +62,8 @@ def _reference(network: Network, output: Output, size: int) -> Reference:
   return open_reference(
     FLAGS.reference,
     network,
-    image_size=FLAGS.image_size or size,
+    size=size,
+    image_size=FLAGS.image_size,
     tokenizer=FLAGS.tokenizer,
     keep=FLAGS.precision_recall,
     progress=output.progress,
@@ -196,8 +197,10 @@ def _sweep() -> None:
     settings = given_settings(diffusion, **point)
     checks.check_sampling(settings, diffusion.config.model, has_guide=False)
   first = draw({name: values[0] for name, values in grid.items()})
+  options = Options(FLAGS.precision_recall)
+  generation.check(first, options)
   reference = _reference(network, output, first.size)
-  sweep.sweep(grid, draw, reference, network, output, options=Options(FLAGS.precision_recall))
+  sweep.sweep(grid, draw, reference, network, output, options=options)
 
 
 def _solvers() -> None:
@@ -236,6 +239,8 @@ def _statistics() -> None:
   path = Path(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
+  progress = path.with_suffix(".progress")
+  check_outputs([path], [progress])
   network = _network()
   pictures = open_pictures(FLAGS.reference, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   about = json.dumps({"network": network.about, "pictures": pictures.about})
@@ -244,7 +249,6 @@ def _statistics() -> None:
       raise InputError(f"{path} holds something else; give --output the name of a new file.")
     console.say(f"{path} has these statistics already")
     return
-  progress = path.with_suffix(".progress")
   found = statistics_of(pictures, network, "reference", progress=progress)
   arrays: dict[str, Any] = {"about": np.array(about)}
   for name, ending in (("pool", ""), ("spatial", "_s")):

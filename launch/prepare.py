@@ -20,7 +20,7 @@ from launch.engine import console
 from launch.engine.configuration import claim_folder
 from launch.engine.ownership import owned
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, remove_partial, write_json
+from vavae_jax.common.files import check_free, read_note, remove_partial, write_json
 from vavae_jax.data import sources
 from vavae_jax.data.sources.base import decode
 from vavae_jax.data.sources.records import DESCRIPTION, Records, write_records
@@ -42,6 +42,8 @@ def prepare(
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}
   claim_folder(output, BEGUN, begun)
   remove_partial(output)  # left by a run that was killed
+  done = sum(file.stat().st_size for file in output.iterdir())
+  check_free(output, int(pictures.sizes().sum()) - done, "for the pictures; give another --output")
   count = -(-len(pictures) // shard_size)
   counts: dict[str, int] = {}
   skipped: list[str] = []

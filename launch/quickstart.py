@@ -37,6 +37,7 @@ from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note, write_json
+from vavae_jax.data import selection
 
 CONFIG = f"{quickstart.__file__}:pipeline"
 
@@ -94,6 +95,9 @@ def _check(config: FrozenConfigDict) -> None:
   vavae_jax.training.check(first)
   loop.check(second)
   lightningdit_jax.checks.check_model(second)
+  _check_pictures(first, second)
+  if second.latents.valid_path:
+    lightningdit_jax.checks.check_store(second, restore.open_latents(second.latents.valid_path))
   for key in ("path", "sha256"):
     if second.latents[key] != quickstart.diffusion().latents[key]:
       raise InputError(
@@ -106,6 +110,28 @@ def _check(config: FrozenConfigDict) -> None:
     raise InputError(
       f"config.tokenizer makes latents of {made}, config.diffusion takes {wanted} (height, width, "
       "channels): change config.diffusion.model.input_size and in_channels, or the tokenizer."
+    )
+
+
+def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:
+  """Checks the pictures, of which everything is made, against what the later stages need."""
+  source, trained = selection.training_pictures(first)
+  held_out = selection.share(first.data, held_out=True)
+  what, classes = first.data.source, len(source.class_names)
+  if classes > second.model.num_classes:
+    raise InputError(
+      f"{what} has {classes} classes, but config.diffusion.model.num_classes is "
+      f"{second.model.num_classes}; set it to {classes}."
+    )
+  if len(trained) < second.batch_size:
+    raise InputError(
+      f"{what} has {len(trained)} pictures for training, fewer than one batch of "
+      f"config.diffusion.batch_size = {second.batch_size}; lower that."
+    )
+  if len(held_out) < 2:
+    raise InputError(
+      f"{what} has {len(held_out)} held-out picture, but the evaluation needs at least 2; raise "
+      "config.tokenizer.data.held_out."
     )
 
 

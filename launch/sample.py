@@ -33,7 +33,7 @@ from launch.evaluation.sample_files import part_path, write_npz, write_part, wri
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place, read_note, write_json
+from vavae_jax.common.files import check_free, check_outputs, place, read_note, write_json
 from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
@@ -158,12 +158,16 @@ def sample_set(
     **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
   }
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
+  check_outputs((output, about, output.with_suffix(".png")), (parts,))
   if output.is_file() or parts.is_dir() or about.is_file():
     check_begun(output, read_note(about) if about.is_file() else {}, noted)
   if png:
     claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
   if not output.is_file():
     parts.mkdir(parents=True, exist_ok=True)
+    done = sum(part.stat().st_size for part in parts.iterdir())
+    size = 3 * tokenizer.config.data.image_size**2 * num_samples
+    check_free(parts, 2 * size - done, "for the samples in parts and as one file")
     write_json(about, noted)
     run = make_sampler(diffusion.config, tokenizer, settings, seed, mesh.make_mesh(), guide)
     _sample_parts(functools.partial(run, diffusion.params), parts, label_N, settings.batch_size)

@@ -27,7 +27,7 @@ from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.engine.checkpoint import read_config
 from launch.engine.log import NotFinite
-from launch.evaluation.features import EFFICIENTNET, Network, load_network
+from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.pictures import Array, own_pictures
 from launch.evaluation.reference import gaussian_of, statistics_of
 from launch.evaluation.sample_files import contact_sheet
@@ -146,17 +146,18 @@ def _distance(
   if config.evaluate_samples < 2:
     raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")
 
+  # What is not there is missed now, not at the first evaluation.
+  network = load_network(EFFICIENTNET)
+  real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
+
   @functools.cache
-  def reference() -> tuple[Network, Gaussian]:
-    network = load_network(EFFICIENTNET)
-    real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
-    return network, gaussian_of(statistics_of(real, network, "reference"))
+  def reference() -> Gaussian:
+    return gaussian_of(statistics_of(real, network, "reference"))
 
   def distance(pictures: np.ndarray) -> dict[str, float]:
-    network, gaussian = reference()
     drawn = Array(pictures[: config.evaluate_samples])
     moments = statistics_of(drawn, network, "samples").moments["pool"]
-    return {network.key: gaussian.distance(moments.mean, moments.cov).distance}
+    return {network.key: reference().distance(moments.mean, moments.cov).distance}
 
   return distance
 

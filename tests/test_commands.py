@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,12 @@ from safetensors.numpy import load_file, save_file
 import launch.quickstart
 from configs import base, quickstart
 from launch import restore, tasks
+from launch.encode import encode
 from launch.engine import configuration, console, loop
 from launch.evaluation.sample_files import read_samples
-from launch.train import train
+from launch.prepare import prepare
+from launch.sample import sample_set
+from launch.train import _distance, train
 from lightningdit_jax.store.latents import MANIFEST, STATISTICS
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
@@ -234,7 +238,11 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
     ({"diffusion__latents__path": "mine"}, r"latents\.path is 'mine'"),
     ({"tokenizer__model__embed_dim": 32}, r"\(4, 4, 32\), config\.diffusion takes \(4, 4, 48\)"),
     ({"encode__batch_size": 0}, r"config\.encode\.batch_size is 0"),
-    ({"sample__num_samples": 1}, r"config\.sample\.num_samples is 1"),
+    ({"sample__num_samples": 3}, r"config\.sample\.num_samples is 3"),
+    ({"diffusion__model__num_classes": 8}, r"has 9 classes, .*num_classes is 8; set it to 9"),
+    ({"diffusion__batch_size": 1668}, r"has 1667 pictures .* config\.diffusion\.batch_size = 1668"),
+    ({"tokenizer__data__held_out": 0.0005}, "has 1 held-out picture, .* at least 2"),
+    ({"diffusion__latents__valid_path": "no/such"}, "no/such holds no latent shards"),
   ],
 )
 def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named):
@@ -242,6 +250,37 @@ def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named)
   with pytest.raises(InputError, match=named):
     launch.quickstart.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_a_set_that_the_disk_cannot_hold_is_refused_at_once(
+  diffusion, tokenizer, pictures, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=0))
+  for start, what in (
+    (lambda: prepare(f"folder:{pictures}", tmp_path / "set"), "pictures"),
+    (lambda: encode(tokenizer, tmp_path / "latents"), "latents"),
+    (lambda: sample_set(diffusion, tokenizer, tmp_path / "x.npz", num_samples=2), "samples"),
+  ):
+    with pytest.raises(InputError, match=f"GiB are needed for the {what}"):
+      start()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.json", "x.png"])
+def test_samples_that_cannot_be_written_are_refused_at_once(name, diffusion, tokenizer, tmp_path):
+  (tmp_path / name).mkdir()
+  with pytest.raises(InputError, match=f"{name} is to be a file"):
+    sample_set(diffusion, tokenizer, tmp_path / "x.npz", num_samples=2)
+  assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_pictures_of_a_distance_are_missed_before_training(tokenizer):
+  config = base.diffusion()
+  config.evaluate_samples = 2
+  assert _distance(config, tokenizer)
+  data = tokenizer.config.data.to_dict() | {"source": "folder:no/such"}
+  lost = FrozenConfigDict({"data": data})
+  with pytest.raises(InputError, match="no/such does not exist"):
+    _distance(config, dataclasses.replace(tokenizer, config=lost))
 
 
 def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, capsys):

@@ -154,6 +154,25 @@ def test_pictures_of_two_sizes_compare_only_where_both_are_resized(network, tmp_
     generation.evaluate(pictures.Array(PICTURES), reference, other, output, options=options)
 
 
+@pytest.mark.parametrize("statistics", [{}, {"mu": np.zeros(6), "sigma": np.eye(6)}])
+def test_a_reference_of_another_size_is_refused_unread(network, statistics, tmp_path, monkeypatch):
+  path = npz(tmp_path / "reference.npz", arr_0=PICTURES[:, :4, :4], **statistics)
+  other = dataclasses.replace(network, protocol=EFFICIENTNET, distance="FD-EfficientNet")
+  monkeypatch.setattr("launch.evaluation.reference.statistics_of", pytest.fail)
+  with pytest.raises(InputError, match="samples of 8 px and a reference of 4 px"):
+    open_reference(str(path), other, size=8, keep=True)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.png", "x.html", "x.progress", "x.points"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(name, tmp_path):
+  if name in ("x.progress", "x.points"):
+    (tmp_path / name).touch()
+  else:
+    (tmp_path / name).mkdir()
+  with pytest.raises(InputError, match=f"{name} is to be a .*give another --output"):
+    Output(tmp_path / "x", "generation")
+
+
 def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
   reference = reference_of(pictures.Array(PICTURES), network, keep=True)
   options = Options(bootstrap=3, infinity=True)
@@ -517,10 +536,15 @@ def test_solvers_are_compared_on_the_same_noise(diffusion, tmp_path):
 
 
 def test_a_sweep_is_refused_before_its_first_point(command, pipeline, tmp_path):
-  for grid, message in (("method=euler,leap", "leap"), ("ema=0.77", "keeps averages of decays")):
+  for grid, message, *more in (
+    ("method=euler,leap", "leap"),
+    ("ema=0.77", "keeps averages of decays"),
+    ("num_steps=3", "There are 3 samples; at least 4 are needed", "--num_samples=3"),
+  ):
     done = command(
       "launch.evaluate",
       *("sweep", f"--workdir={pipeline / 'diffusion'}", f"--grid={grid}", "--reference=x.npz"),
+      *more,
       *(f"--protocol={EFFICIENTNET}", f"--output={tmp_path / 'x'}"),
     )
     assert done.returncode == 2, done.stderr

@@ -13,7 +13,7 @@ from launch.evaluation.features import Network
 from launch.evaluation.figures import NEIGHBOURS, Generated, Options
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet, take
-from launch.evaluation.reference import MOST_KEPT, Reference, statistics_of
+from launch.evaluation.reference import MOST_KEPT, Reference, check_sizes, statistics_of
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Statistics
 from launch.report.charts import Curve, training_section
@@ -37,15 +37,6 @@ def check(samples: PictureSet, options: Options) -> None:
     )
 
 
-def _check_sizes(samples: PictureSet, reference: Reference, network: Network) -> None:
-  if reference.pictures is None or reference.pictures.size == samples.size:
-    return
-  sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
-  if network.distance != "FID":
-    raise InputError(f"Given are {sizes}, which {network.protocol} does not resize.")
-  console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
-
-
 def evaluate(
   samples: PictureSet,
   reference: Reference,
@@ -61,7 +52,10 @@ def evaluate(
   that the samples are of, for its curves.
   """
   check(samples, options)
-  _check_sizes(samples, reference, network)
+  if reference.pictures is not None and reference.pictures.size != samples.size:
+    check_sizes(reference.pictures, samples.size, network)
+    sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
+    console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
   first = samples.read(0, min(len(samples), SHOWN))
   found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
   gathered = Generated(found, reference, network, options)

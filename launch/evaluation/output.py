@@ -17,7 +17,7 @@ from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.report.html import Figure, Section, details, figures_table, table, write_page
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, write_json
+from vavae_jax.common.files import atomic_file, check_outputs, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
 Point = dict[str, Any]
@@ -39,6 +39,7 @@ class Output:
     self.progress = path.with_name(f"{path.name}.progress")
     self._begun = self.progress / "evaluation.json"
     self.points = path.with_name(f"{path.name}.points")
+    check_outputs((self.json, self.png, self.html), (self.progress, self.points))
     there = [file for file in (self.json, self.png, self.html) if file.exists()]
     if there and kind not in (_kind_of(self.json), _kind_of(self._begun)):
       raise InputError(

@@ -86,6 +86,15 @@ def gaussian_of(statistics: Statistics, name: str = "pool") -> Gaussian:
     raise InputError(f"The features {name} have no Gaussian: {error}") from error
 
 
+def check_sizes(pictures: PictureSet, size: int, network: Network) -> None:
+  """Raises InputError where samples of `size` px, 0: any, do not compare with real pictures."""
+  if size not in (0, pictures.size) and network.distance != "FID":
+    raise InputError(
+      f"Given are samples of {size} px and a reference of {pictures.size} px, which "
+      f"{network.protocol} does not resize."
+    )
+
+
 def reference_of(
   pictures: PictureSet, network: Network, *, keep: bool = False, progress: Path | None = None
 ) -> Reference:
@@ -101,26 +110,31 @@ def open_reference(
   spec: str,
   network: Network,
   *,
+  size: int = 0,
   image_size: int = 0,
   tokenizer: str = "",
   keep: bool = False,
   progress: Path | None = None,
 ) -> Reference:
-  """Real pictures, their statistics stored or computed now; with `keep` the features, too.
+  """Real pictures for samples of `size` px (0: any), their statistics stored or computed now; with
+  `keep` the features, too.
 
   `spec` is an npz with mu and sigma, as ADM, pytorch-fid and `launch.evaluate statistics` write it,
   or pictures, as `open_pictures` takes them with `image_size` and `tokenizer`.
 
   Raises:
-    InputError: the statistics are of another network or protocol, or there is nothing usable.
+    InputError: the statistics are of another network or protocol, the pictures of a size that does
+      not compare, or there is nothing usable.
   """
   stored = stored_statistics(spec)
   if not stored:
-    pictures = open_pictures(spec, image_size=image_size, tokenizer=tokenizer)
+    pictures = open_pictures(spec, image_size=image_size or size, tokenizer=tokenizer)
+    check_sizes(pictures, size, network)
     return reference_of(pictures, network, keep=keep, progress=progress)
   reference = _of_stored(stored, spec, network)
   if has_pictures(spec):
     reference.pictures = open_pictures(spec)
+    check_sizes(reference.pictures, size, network)
     if keep and len(reference.pictures) <= MOST_KEPT:
       found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
       reference.features = found.column("pool")

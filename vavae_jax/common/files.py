@@ -14,7 +14,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -214,6 +214,16 @@ def as_oserror(path: Path) -> Iterator[None]:
       if os.strerror(number) in str(error) or re.search(rf"os error {number}\b", str(error)):
         raise OSError(number, os.strerror(number), str(path)) from error
     raise
+
+
+def check_outputs(files: Iterable[Path] = (), folders: Iterable[Path] = ()) -> None:
+  """Raises InputError where one that is to be written is there as something of the other kind."""
+  for path in files:
+    if path.is_dir():
+      raise InputError(f"{path} is to be a file, but there is a folder; give another --output.")
+  for path in folders:
+    if path.exists() and not path.is_dir():
+      raise InputError(f"{path} is to be a folder, but there is a file; give another --output.")
 
 
 def check_free(folder: Path, needed: int, why: str) -> None:
