@@ -292,6 +292,8 @@ def read_config(workdir: Path) -> dict:
       f"{workdir} is not a training's workdir: it has no config.json; give the folder that "
       "python -m launch.train wrote with --workdir."
     )
+  if "task" not in read_noted(path):  # diffusers' folders have a config.json too
+    raise InputError(f"{workdir} is not a workdir of this project; give a file of weights in it.")
   return read_noted(path, "task", "seed", "model", "optimizer")
 
 
