@@ -23,7 +23,7 @@ import launch.quickstart
 from configs import base, quickstart
 from launch import restore, tasks
 from launch.encode import encode
-from launch.engine import configuration, console, loop
+from launch.engine import configuration, console, loop, ownership
 from launch.evaluation.sample_files import read_samples
 from launch.prepare import prepare
 from launch.sample import sample_set
@@ -399,12 +399,33 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
       *("--config.data.held_out=0.0", "--config.num_steps=20", "--config.evaluate_every_steps=0"),
     ],
   }
+  lines |= _owned(root, pipeline)
   libraries = "jax,flax.nnx,grain,optax,orbax.checkpoint"
   ended = dict(zip(lines, forked(lines.values(), libraries), strict=True))
   assert not (root / "new").exists()
   assert not (root / "new.npz").exists()
   assert not (root / "begun").exists()
+  assert [path.name for path in (root / "owned").iterdir()] == [".owner"]
   return ended, picture
+
+
+def _owned(root, pipeline):
+  """Commands whose output is another process's, which is this one."""
+  noted = {"machine": ownership._machine(), "process": (pid := os.getpid())}
+  note = json.dumps(noted | {"began": ownership._began(pid)})
+  (root / "owned").mkdir()
+  for path in ("owned/.owner", ".owned.owner", ".owned.npz.owner"):
+    (root / path).write_text(note)
+  output = f"--output={root / 'owned'}"
+  return {
+    "train": ["launch.train", TINY, f"--workdir={root / 'owned'}"],
+    "quickstart": ["launch.quickstart", f"--workdir={root / 'owned'}"],
+    "prepare": ["launch.prepare", "--source=embedded:emoji", output],
+    "encode": ["launch.encode", f"--workdir={pipeline / 'tokenizer'}", output],
+    "sample": ["launch.sample", f"--workdir={pipeline / 'diffusion'}", f"{output}.npz"],
+    "evaluate": ["launch.evaluate", "frontier", "--point=a:b:c", output],
+    "convert": ["launch.convert", str(pipeline / "tokenizer"), str(root / "owned.npz")],
+  }
 
 
 @pytest.mark.parametrize(
@@ -422,6 +443,10 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     ("two samplers", "--published and --method exclude each other"),
     ("no folder", "Not a directory"),
     ("unreadable picture", "The picture {picture} cannot be read"),
+    *(
+      (name, "is being written by `None`, process {process} on")
+      for name in ("train", "quickstart", "prepare", "encode", "sample", "evaluate", "convert")
+    ),
   ],
 )
 def test_a_wrong_command_line_ends_with_one_line(outcomes, name, told):
@@ -429,7 +454,7 @@ def test_a_wrong_command_line_ends_with_one_line(outcomes, name, told):
   done = ended[name]
   assert done.returncode == 2, done.stderr
   assert done.stderr.startswith("error: ")
-  assert told.format(picture=picture) in done.stderr
+  assert told.format(picture=picture, process=os.getpid()) in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
 
 
