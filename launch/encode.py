@@ -34,6 +34,7 @@ from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import check_free, is_url, place, read_note, remove_partial, write_json
+from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import changes, images, selection, sources
 from vavae_jax.training import latent_shape
 
@@ -323,9 +324,13 @@ if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_integer("batch_size", 64, "Pictures at once in each process.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.", lower_bound=0)
+  flags.DEFINE_integer(
+    "seed", 0, "Seed of the posterior's noise.", lower_bound=0, upper_bound=LAST_SEED
+  )
   flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the latents; bfloat16 halves their size.")
   flags.DEFINE_bool("moments", False, "Store posteriors; each epoch of training draws from them.")
-  flags.DEFINE_integer("max_corrupt", 0, "How many unreadable pictures to leave out.")
+  flags.DEFINE_integer(
+    "max_corrupt", 0, "How many unreadable pictures to leave out.", lower_bound=0
+  )
   flags.DEFINE_integer("threads", 4, "Threads that decode pictures.", lower_bound=1)
   console.run_command(main)

@@ -48,6 +48,7 @@ from lightningdit_jax import checks, transport
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, check_outputs, place
+from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
@@ -289,7 +290,9 @@ def _grid_flags() -> None:
 def _generation_flags() -> None:
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
   flags.DEFINE_string("workdir", "", "Workdir of a diffusion model that draws the samples.")
-  flags.DEFINE_integer("bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.")
+  flags.DEFINE_integer(
+    "bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.", lower_bound=0
+  )
   flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")
 
 
@@ -304,7 +307,9 @@ def _reconstruction_flags() -> None:
   flags.DEFINE_integer("image_size", 0, "Side of the pictures; 0: as in training.")
   flags.DEFINE_integer("limit", 0, "Number of pictures, by a seeded choice; 0: all.", lower_bound=0)
   flags.DEFINE_enum("posterior", "sample", reconstruction.POSTERIORS, "sample: the reference's.")
-  flags.DEFINE_integer("seed", 0, "Seed of the posterior's noise.")
+  flags.DEFINE_integer(
+    "seed", 0, "Seed of the posterior's noise.", lower_bound=0, upper_bound=LAST_SEED
+  )
   flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; by default the training's file.")
   flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, if they are in another file.")
 
@@ -313,7 +318,7 @@ def _latents_flags() -> None:
   flags.DEFINE_string("latents", None, "A latent store.", required=True)
   flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
   flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=space.LEAST)
-  flags.DEFINE_integer("seed", 0, "Seed of the first run.")
+  flags.DEFINE_integer("seed", 0, "Seed of the first run.", lower_bound=0, upper_bound=LAST_SEED)
   flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Path for signal to noise.")
 
 

@@ -131,6 +131,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("source", None, "The pictures, such as zip:FILE.", required=True)
   flags.DEFINE_string("output", None, "The folder to write.", required=True)
   flags.DEFINE_integer("shard_size", 2_000, "Pictures a file.", lower_bound=1)
-  flags.DEFINE_integer("max_corrupt", 0, "How many unreadable pictures to leave out.")
+  flags.DEFINE_integer(
+    "max_corrupt", 0, "How many unreadable pictures to leave out.", lower_bound=0
+  )
   flags.DEFINE_integer("threads", 4, "Threads that read and decode.", lower_bound=1)
   console.run_command(main)

@@ -34,6 +34,7 @@ from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import check_free, check_outputs, place, read_note, write_json
+from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
@@ -203,10 +204,12 @@ def define_flags(num_samples: int, least: int) -> None:
   """Defines the flags of the samples of a model, one for each of `config.sample` among them."""
   flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
-  flags.DEFINE_integer("num_samples", num_samples, "Number of samples.", lower_bound=least)
+  flags.DEFINE_integer(
+    "num_samples", num_samples, "Number of samples.", lower_bound=least, upper_bound=10**8
+  )
   text = "balanced, uniform (as the paper's), or labels such as 3,7,7, repeated."
   flags.DEFINE_string("labels", "balanced", text)
-  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.")
+  flags.DEFINE_integer("seed", 0, "Seed of noise and labels.", lower_bound=0, upper_bound=LAST_SEED)
   for name, key in checks.SAMPLE.items():
     kind = {int: "integer", float: "float", str: "string"}[type(key.default)]
     getattr(flags, f"DEFINE_{kind}")(name, None, f"{key.text} {key.needed().capitalize()}.")

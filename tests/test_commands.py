@@ -485,3 +485,11 @@ def test_help_of_every_command_says_what_it_does_without_slow_imports(forked):
     assert "Traceback" not in done.stderr
     assert "launch.engine.console" in done.modules
     assert not SLOW & done.modules, name
+
+
+@pytest.mark.parametrize("flag", ["--seed=-1", f"--seed={10**20}", f"--num_samples={10**14}"])
+def test_a_number_that_is_not_possible_is_refused_by_its_flag(flag, environment):
+  words = [sys.executable, "-m", "launch.sample", "--workdir=a", "--output=a.npz", flag]
+  done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+  assert flag.partition("=")[0] in done.stderr

@@ -14,6 +14,7 @@ from vavae_jax.common.errors import InputError
 
 COUNT, MAYBE = "[1, 2e9]", "[0, 2e9]"  # steps are int32
 DTYPES = ("float32", "bfloat16")  # of matrix products
+LAST_SEED = 2**32 - 1
 LONGEST_LIST, LONGEST_TEXT = 64, 4096
 LARGEST_FLOAT = 3e38  # of float32, in which everything is computed
 NAMES = {int: "integer", float: "number", str: "text"}
