@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from launch.engine import mesh
 from launch.engine.checkpoint import Checkpoints, read_config, restore_item, survey
 from tests import toy_task
 from tests.survive import DAMAGES, flip_a_bit, largest_file
+from vavae_jax.common import optimizer
 from vavae_jax.common.errors import InputError
 
 SETTINGS = toy_task.config()
@@ -48,6 +51,14 @@ def test_restored_state_is_the_saved_one(tmp_path, ema):
   save(tmp_path, state)
   restored, _ = Checkpoints(tmp_path).restore(1, like(state))
   assert set(restored.ema) == ({"0.8"} if ema else set())
+  assert_same(restored, state)
+
+
+def test_a_clipped_trainings_checkpoint_of_earlier_versions_is_read(tmp_path):
+  params = {"w": jnp.ones((3, 5))}
+  state = optimizer.State(jnp.int32(1), params, {}, optax.adamw(1e-3).init(params))
+  save(tmp_path, dataclasses.replace(state, optimizer=(optax.EmptyState(), state.optimizer)))
+  restored, _ = Checkpoints(tmp_path).restore(1, like(state))
   assert_same(restored, state)
 
 

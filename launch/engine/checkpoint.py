@@ -171,9 +171,7 @@ class Checkpoints:
 
     The argument `state` has `jax.ShapeDtypeStruct` with shardings.
     """
-    items = {name: _orbax().args.StandardRestore(tree) for name, tree in _items(state).items()}
-    items["log"] = _orbax().args.JsonRestore()
-    restored = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
+    restored = self._restored(step, _items(state))
     ema = {name: restored[f"ema_{name}"] for name in state.ema}
     state = dataclasses.replace(restored["training"], params=restored["params"], ema=ema)
     if int(state.step) != step:
@@ -183,6 +181,22 @@ class Checkpoints:
       )
     check_finite(state, f"The checkpoint {self.folder / str(step)}")
     return state, restored["log"]
+
+  def _restored(self, step: int, trees: dict[str, Any]) -> Any:
+    items = {name: _orbax().args.StandardRestore(tree) for name, tree in trees.items()}
+    items["log"] = _orbax().args.JsonRestore()
+    try:
+      return self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
+    except ValueError as error:
+      new = trees["training"]
+      if "tree structures do not match" not in str(error) or not hasattr(new, "optimizer"):
+        raise
+    # Until 2026-11-26 clipping was the first of two parts of the optimizer's state.
+    chained = dataclasses.replace(new, optimizer=((), new.optimizer))
+    items["training"] = _orbax().args.StandardRestore(chained)
+    found = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
+    training = dataclasses.replace(found["training"], optimizer=found["training"].optimizer[1])
+    return {**dict(found.items()), "training": training}
 
   def close(self) -> None:
     """Waits for the save under way."""
