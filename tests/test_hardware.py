@@ -40,7 +40,9 @@ def test_the_fused_kernel_has_to_be_worth_it(monkeypatch, tmp_path, seconds, cho
 def test_a_training_that_goes_on_keeps_its_kernel(monkeypatch, tmp_path):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(attention, "_seconds", None)  # nothing is measured
-  (tmp_path / "config.json").write_text('{"model": {"attention": "cudnn"}}')
+  (tmp_path / "config.json").write_text(
+    '{"task": "diffusion", "seed": 0, "model": {"attention": "cudnn"}, "optimizer": {}}'
+  )
   assert attention.choose(config(), tmp_path) == "cudnn"
 
 

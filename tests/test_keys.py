@@ -175,3 +175,14 @@ def main(latents: str) -> None:
 
 if __name__ == "__main__":
   main(sys.argv[1])
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"stages.epochs": (1.0, -1.0)}, {"stages.vf_weight": (0.5, "a", None)}, {"batch_size": 0}],
+)
+def test_each_stage_is_held_against_the_table(change):
+  config = base.tokenizer()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(InputError, match=rf"config\.{next(iter(change))} is .*; give a"):
+    tasks.frozen(config)

@@ -239,9 +239,6 @@ def test_phases_cross_the_stages():
   ("changes", "message"),
   [
     ({"stages.vf_weight": (0.5,)}, "has 3 stages, but config.stages.vf_weight has 1 values"),
-    ({"stages.epochs": (1.0, -1.0, 1.0)}, "stages.epochs is"),
-    ({"stages.vf_weight": (0.5, "a", None)}, "stages.vf_weight is"),
-    ({"batch_size": 0}, "batch_size is 0"),
     ({"stages.epochs": (0.0, 0.0, 0.0)}, "num_steps is 0"),
   ],
 )
