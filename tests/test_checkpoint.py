@@ -17,7 +17,7 @@ from launch.engine import mesh
 from launch.engine.checkpoint import Checkpoints, read_config, restore_item, survey
 from tests import toy_task
 from tests.survive import DAMAGES, flip_a_bit, largest_file
-from vavae_jax.common import optimizer
+from vavae_jax import update
 from vavae_jax.common.errors import InputError
 
 SETTINGS = toy_task.config()
@@ -55,9 +55,12 @@ def test_restored_state_is_the_saved_one(tmp_path, ema):
 
 
 def test_a_clipped_trainings_checkpoint_of_earlier_versions_is_read(tmp_path):
+  """A tokenizer's, which has two optimizers."""
   params = {"w": jnp.ones((3, 5))}
-  state = optimizer.State(jnp.int32(1), params, {}, optax.adamw(1e-3).init(params))
-  save(tmp_path, dataclasses.replace(state, optimizer=(optax.EmptyState(), state.optimizer)))
+  moments = optax.adamw(1e-3).init(params)
+  state = update.State(jnp.int32(1), params, {}, moments, params, {}, moments)
+  chained = (optax.EmptyState(), moments)
+  save(tmp_path, dataclasses.replace(state, optimizer=chained, discriminator_optimizer=chained))
   restored, _ = Checkpoints(tmp_path).restore(1, like(state))
   assert_same(restored, state)
 

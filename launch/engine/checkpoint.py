@@ -188,15 +188,17 @@ class Checkpoints:
     try:
       return self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
     except ValueError as error:
-      new = trees["training"]
-      if "tree structures do not match" not in str(error) or not hasattr(new, "optimizer"):
+      if "tree structures do not match" not in str(error):
         raise
-    # Until 2026-11-26 clipping was the first of two parts of the optimizer's state.
-    chained = dataclasses.replace(new, optimizer=((), new.optimizer))
+    # Until 2026-11-26 clipping was the first of two parts of an optimizer's state.
+    new = trees["training"]
+    optimizers = [x.name for x in dataclasses.fields(new) if x.name.endswith("optimizer")]
+    chained = dataclasses.replace(new, **{name: ((), getattr(new, name)) for name in optimizers})
     items["training"] = _orbax().args.StandardRestore(chained)
     found = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
-    training = dataclasses.replace(found["training"], optimizer=found["training"].optimizer[1])
-    return {**dict(found.items()), "training": training}
+    training = found["training"]
+    own = {name: getattr(training, name)[1] for name in optimizers}
+    return {**dict(found.items()), "training": dataclasses.replace(training, **own)}
 
   def close(self) -> None:
     """Waits for the save under way."""
