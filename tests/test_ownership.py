@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,15 @@ with owned(Path(sys.argv[1])):
 
 # What an owner on another host notes.
 ELSEWHERE = '{"machine": "b", "process": 1, "began": "1", "beat": 0}'
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_output_where_no_file_can_be_made_is_refused(beside):
+  with (
+    pytest.raises(InputError, match=r"/proc/no.* cannot be written"),
+    owned(Path("/proc/no"), beside=beside),
+  ):
+    pytest.fail("nothing is owned")
 
 
 @pytest.fixture

@@ -44,11 +44,16 @@ def owned(output: Path, *, beside: bool = False) -> Iterator[None]:
     beside: the output is a file or several that begin with this name, and no folder.
 
   Raises:
-    InputError: another process is at work there.
+    InputError: another process is at work there, or no file can be made there.
   """
   path = output.with_name(f".{output.name}.owner") if beside else output / ".owner"
   claim = _Claim(path) if jax.process_index() == 0 else None
-  other = claim.make() if claim else None
+  try:
+    other = claim.make() if claim else None
+  except FileNotFoundError as error:  # of a file system that makes none, or a folder that went away
+    raise InputError(
+      f"{output} cannot be written ({error.strerror}: {error.filename}); give another one."
+    ) from error
   if processes.first_says(other is not None):
     raise InputError(
       f"{output} is being written by {_described(other or '')}. Wait for its end or stop it, or "
