@@ -18,6 +18,7 @@ from vavae_jax.convert import (
   discriminator_from_torch,
   discriminator_to_torch,
 )
+from vavae_jax.weights import state_dicts
 
 DIT = ("dit_default", "dit_variant", "dit_qknorm_rms")
 
@@ -138,3 +139,10 @@ def test_a_tokenizer_of_another_kind_is_refused():
     autoencoder_from_torch(mar_weights, **plain)
   with pytest.raises(ValueError, match=r"unknown: decoder\.up\.1\.attn\.0"):
     autoencoder_from_torch(plain_weights, **mar)
+
+
+@pytest.mark.parametrize("average", ["ema", "model_ema", "params_ema", "EMA_0.9999", "a.ema"])
+def test_an_average_is_known_by_a_word_of_its_name(average):
+  found = [state_dicts.Place((where,), "", {}) for where in ("schema", average)]
+  assert state_dicts.choose(found, average=True).where == average
+  assert state_dicts.choose(found, average=False).where == "schema"

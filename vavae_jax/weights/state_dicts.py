@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -191,6 +192,10 @@ def _is_named_tensor(key: Any, value: Any) -> bool:
   return isinstance(key, str) and isinstance(value, np.ndarray)
 
 
+# "ema" as a word of its own, as in model_ema and ema_0.9999, not in schema.
+_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+
+
 def choose(found: Sequence[Place], *, average: bool) -> Place:
   """The place nearest to the file's top, and of several the average, or what is none.
 
@@ -198,7 +203,7 @@ def choose(found: Sequence[Place], *, average: bool) -> Place:
   """
   least = min(place.depth for place in found)
   nearest = [place for place in found if place.depth == least]
-  alike = [place for place in nearest if ("ema" in place.where.lower()) == average] or nearest
+  alike = [place for place in nearest if bool(_AVERAGE.search(place.where)) == average] or nearest
   if len(alike) > 1:
     names = ", ".join(place.where for place in alike[:8])
     raise InputError(
