@@ -533,6 +533,64 @@ def test_a_tar_in_a_tar_ends_where_it_does(tmp_path):
   assert [source.encoded(i)[0] for i in range(len(source))] == [encoded("b.png"), encoded("c.png")]
 
 
+def tars(root, *shards, inside=False):
+  """Tars, or tars in a tar, that each have pictures of these names and contents."""
+  for number, content in enumerate(shards):
+    with tarfile.open(root / f"{number}.tar", "w") as archive:
+      for name, data in content:
+        add(archive, name, data)
+  if not inside:
+    return f"tar:{root}/*.tar"
+  with tarfile.open(root / "all.tar", "w") as archive:
+    for number in range(len(shards)):
+      archive.add(root / f"{number}.tar", f"{number}.tar")
+  return f"tar:{root}/all.tar"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_pictures_of_one_name_in_several_archives_are_told_apart(inside, tmp_path):
+  shards = [[("a.png", encoded(f"{i}a")), ("b.png", encoded(f"{i}b"))] for i in range(3)]
+  before = sources.open_source(tars(tmp_path, *shards, inside=inside))
+  assert len(set(before.keys())) == len(before) == 6
+  (more := tmp_path / "more").mkdir()
+  shards[1][0] = ("a.png", encoded("other", size=(20, 20)))
+  changed = sources.open_source(tars(more, *shards, shards[0], inside=inside))
+  assert set(before.keys()) < set(changed.keys())  # what is added moves no other one
+  sizes = [dict(zip(s.keys(), s.sizes(), strict=True)) for s in (before, changed)]
+  assert [key for key, size in sizes[0].items() if sizes[1][key] != size] == ["1.tar//a.png"]
+
+
+@pytest.mark.parametrize("make", [make_folder, make_zip, make_tar, make_tar_of_tars])
+def test_keys_of_one_archive_are_its_names(make, tmp_path):
+  """As they were when the splits of trainings were drawn from them."""
+  source = sources.open_source(make(tmp_path))
+  assert source.keys() == source.names
+
+
+def test_of_entries_of_one_name_the_last_counts(tmp_path, capsys):
+  entries = [("a/1.png", encoded("old")), ("a/2.png", encoded("x")), ("./a//1.png", encoded("new"))]
+  with (
+    tarfile.open(tmp_path / "x.tar", "w") as tarred,
+    zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped,
+  ):
+    for name, data in entries:
+      add(tarred, name, data)
+      zipped.writestr(name, data)
+  for kind in ("tar", "zip"):
+    source = sources.open_source(f"{kind}:{tmp_path}/x.{kind}")
+    assert [source.encoded(i)[0] for i in range(len(source))] == [encoded("new"), encoded("x")]
+    assert "1 replaced by a later entry of the same name" in capsys.readouterr().err
+
+
+def test_names_that_lead_out_of_an_archive_are_counted_as_that(tmp_path, capsys):
+  names = ("../a/1.png", "a/../../b/1.png", "/a/1.png", "..a/.hidden.png")
+  with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+    for name in names:
+      archive.writestr(name, encoded("x"))
+  assert sources.open_source(f"zip:{tmp_path}/x.zip").names == ["a/1.png"]
+  assert "2 with .. in their path, 1 hidden" in capsys.readouterr().err
+
+
 def odd_names(root):
   folder = root / "set" / os.fsdecode(b"caf\xe9")
   folder.mkdir(parents=True)

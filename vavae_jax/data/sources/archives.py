@@ -1,7 +1,8 @@
 """Pictures in zip and tar archives, read in place: an index of where each begins and ends.
 
-Nothing is unpacked, so that names in an archive never become paths. The index is a few arrays,
-which worker processes get cheaply; files are opened by each process for itself.
+Nothing is unpacked, so that names in an archive never become paths; of entries of one name the last
+counts, as for who unpacks. The index is a few arrays, which worker processes get cheaply; files are
+opened by each process for itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -28,12 +29,14 @@ from vavae_jax.data.sources.listing import EXTENSIONS, Listing, classes_of, is_h
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths of name and extra
 _DEFLATED = 8
 _MAX_SIZE = 2**30  # of one picture's file; an archive may claim anything
+_IN = "//"  # between an archive and what is in it; no name has it
 
 
 class _Member(NamedTuple):
   """A picture: `start` is of its bytes in a tar, of its local header in a zip."""
 
   name: str
+  inner: str  # the tar in the tar, with _IN before that in it, ...; "": it is in the file itself
   file: int
   start: int
   stored: int
@@ -42,10 +45,11 @@ class _Member(NamedTuple):
 
 
 class Archive(Named):
-  """Pictures by their places in one or more files."""
+  """Pictures by their places in one or more files, which were chosen by a name or a pattern."""
 
   def __init__(
     self,
+    chosen: str,
     files: list[Path],
     members: list[_Member],
     class_names: list[str],
@@ -54,9 +58,11 @@ class Archive(Named):
   ):
     order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
     self._files = [str(file) for file in files]
+    self._filled = [_filled_in(chosen, file) for file in files]
     self.names = [members[i].name for i in order]
+    self._inner = [members[i].inner for i in order]
     self.beside = listing.note(self.names)
-    columns = np.array([members[i][1:] for i in order], np.int64)
+    columns = np.array([members[i][2:] for i in order], np.int64)
     self._file, self._start, self._stored, self._size, self._method = columns.T
     self.class_names, self._labels = class_names, labels[order]
 
@@ -82,7 +88,18 @@ class Archive(Named):
     return data, int(self._labels[index])
 
   def name(self, index: int) -> str:
-    return f"{self._files[self._file[index]]}/{self.names[index]}"
+    parts = self._files[self._file[index]], self._inner[index], self.names[index]
+    return "/".join(part.replace(_IN, "/") for part in parts if part)
+
+  def keys(self) -> Sequence[str]:
+    """Names, after those of archives where there may be others: a pattern's files, and tars in a
+    tar whose pictures share names.
+    """
+    if not any(self._filled) and len(set(self.names)) == len(self.names):
+      return self.names
+    archives = (self._filled[file] for file in self._file)
+    parts = zip(archives, self._inner, self.names, strict=True)
+    return [_IN.join(part for part in each if part) for each in parts]
 
   def sizes(self) -> np.ndarray:
     return self._size
@@ -98,10 +115,27 @@ def _open(path: str, process: int) -> int:
   return os.open(path, os.O_RDONLY)
 
 
+def _filled_in(chosen: str, file: Path) -> str:
+  """What a pattern leaves open in the path of one of its files; "" for a file named as it is."""
+  both = zip(file.parts, Path(chosen).parts, strict=True)
+  return "/".join(part for part, given in both if part != given)
+
+
+class _Members(dict[tuple[int, str, str], _Member]):
+  """Pictures by file, inner archive and name."""
+
+  def add(self, member: _Member, listing: Listing) -> None:
+    """Takes one, in the place of an earlier one of its name."""
+    key = member.file, member.inner, member.name
+    if key in self:
+      listing.ignore("replaced by a later entry of the same name")
+    self[key] = member
+
+
 def open_zip(pattern: str) -> Archive:
   """A zip file, or several by a pattern."""
   files = _files(pattern)
-  members: list[_Member] = []
+  members = _Members()
   listing = Listing()
   for number, file in enumerate(files):
     try:
@@ -126,8 +160,8 @@ def open_zip(pattern: str) -> Archive:
           f"{info.filename} of {file} is packed by method {info.compress_type}, which cannot be "
           "read here; store or deflate it."
         )
-      members.append(_Member(name, number, *sizes, info.compress_type))
-  return _labelled(files, members, [member.name for member in members], listing)
+      members.add(_Member(name, "", number, *sizes, info.compress_type), listing)
+  return _labelled(pattern, files, members, [name for *_, name in members], listing)
 
 
 class _Extent(io.RawIOBase):
@@ -159,69 +193,69 @@ def open_tar(pattern: str) -> Archive:
   its folder, or, where it lies in none, the archive: ImageNet has a tar a class, in a tar of tars.
   """
   files = _files(pattern)
-  members: list[_Member] = []
-  labelled: list[str] = []
-  keys: list[tuple[int, str]] = []
-  classes: dict[tuple[int, str], int] = {}
+  members = _Members()
+  classes: dict[tuple[int, str, str], int] = {}
   listing = Listing()
   for number, file in enumerate(files):
     try:
       with file.open("rb") as opened:
         whole = _Extent(opened.fileno(), 0, file.stat().st_size)
-        for stem, name, start, size, label in _tar_members(whole, file.stem, listing):
-          key = number, f"{stem}/{_key(name)}"
-          if label is not None:
-            classes[key] = label
-            continue
-          keys.append(key)
-          members.append(_Member(name, number, start, size, size, -1))
-          labelled.append(name if "/" in name else f"{stem}/{name}")
+        for member, label in _tar_members(whole, number, "", listing):
+          if label is None:
+            members.add(member, listing)
+          else:
+            classes[_record(member)] = label
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
       raise InputError(
         f"{file} is damaged or not a plain tar file ({error}); decompress it first, if it "
         "is compressed."
       ) from error
-  if not classes:
-    return _labelled(files, members, labelled, listing)
-  ((_, record), pictures), *_ = Counter(keys).most_common(1)
+  if not classes or not members:
+    labelled = [
+      name if "/" in name else f"{Path(inner or files[number]).stem}/{name}"
+      for number, inner, name in members
+    ]
+    return _labelled(pattern, files, members, labelled, listing)
+  records = [_record(member) for member in members.values()]
+  ((*_, record), pictures), *_ = Counter(records).most_common(1)
   if pictures > 1:
     raise InputError(f"{pattern}: the record {record} has several pictures; which one is meant?")
-  if lacking := [key for key in keys if key not in classes]:
-    raise InputError(f"{pattern}: {lacking[0][1]} has no .cls file, and others have.")
-  labels = np.array([classes[key] for key in keys], np.int32)
+  if lacking := [record for record in records if record not in classes]:
+    raise InputError(f"{pattern}: {lacking[0][-1]} has no .cls file, and others have.")
+  labels = np.array([classes[record] for record in records], np.int32)
   names = [str(i) for i in range(int(labels.max()) + 1)]
-  return Archive(files, members, names, labels, listing)
+  return Archive(pattern, files, list(members.values()), names, labels, listing)
 
 
-def _key(name: str) -> str:
+def _record(member: _Member) -> tuple[int, str, str]:
   """What a WebDataset record's files share: the name until the first dot of its last part."""
-  folder, slash, last = name.rpartition("/")
-  return folder + slash + last.partition(".")[0]
+  folder, slash, last = member.name.rpartition("/")
+  return member.file, member.inner, folder + slash + last.partition(".")[0]
 
 
 def _tar_members(
-  extent: _Extent, stem: str, listing: Listing
-) -> Iterator[tuple[str, str, int, int, int | None]]:
-  """(archive's stem, name, place in the whole file, size, None) of pictures, also in tars in it;
-  of a .cls file its number instead of None.
-  """
+  extent: _Extent, file: int, inner: str, listing: Listing
+) -> Iterator[tuple[_Member, int | None]]:
+  """(picture, None) of those in a tar and in tars in it; (.cls file, its number)."""
   with tarfile.open(fileobj=cast(IO[bytes], extent), mode="r:") as archive:
     while (info := archive.next()) is not None:
       archive.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
       name = _clean(info.name)
       if info.size < 0 or (info.isreg() and info.offset_data + info.size > extent.size):
         raise ValueError(f"{name} reaches beyond its archive")
+      start = extent.begin + info.offset_data
+      member = _Member(name, inner, file, start, info.size, info.size, -1)
       if info.isdir():
         listing.folder(name)
       elif not info.isreg() or info.issparse():
         listing.ignore("links and other things that are no plain files")
       elif name.endswith(".tar") and info.size and not is_hidden(name):
-        inner = _Extent(extent.file, extent.begin + info.offset_data, info.size)
-        yield from _tar_members(inner, Path(name).stem, listing)
+        part = _Extent(extent.file, start, info.size)
+        yield from _tar_members(part, file, f"{inner}{_IN if inner else ''}{name}", listing)
       elif name.endswith(".cls") and not is_hidden(name):
-        yield stem, name, 0, 0, _class_number(extent, info, name)
+        yield member, _class_number(extent, info, name)
       elif listing.takes(name):
-        yield stem, name, extent.begin + info.offset_data, info.size, None
+        yield member, None
 
 
 def _class_number(extent: _Extent, info: tarfile.TarInfo, name: str) -> int:
@@ -238,7 +272,7 @@ def _clean(name: str) -> str:
 
 
 def _labelled(
-  files: list[Path], members: list[_Member], names: list[str], listing: Listing
+  pattern: str, files: list[Path], members: _Members, names: list[str], listing: Listing
 ) -> Archive:
   where = ", ".join(map(str, files[:3]))
   if not members:
@@ -247,7 +281,7 @@ def _labelled(
       f"{where}: no pictures are in it; needed are files ending in {', '.join(EXTENSIONS)}."
       f"{f' It has {note}.' if note else ''}"
     )
-  return Archive(files, members, *classes_of(names, where), listing)
+  return Archive(pattern, files, list(members.values()), *classes_of(names, where), listing)
 
 
 def _files(named: str) -> list[Path]:

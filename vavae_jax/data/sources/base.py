@@ -96,7 +96,7 @@ class Named(Source):
   def listing(self) -> str:
     sizes = self.sizes().tolist()
     return listing_of(
-      f"{name}\0{size}" if size else name for name, size in zip(self.names, sizes, strict=True)
+      f"{key}\0{size}" if size else key for key, size in zip(self.keys(), sizes, strict=True)
     )
 
 

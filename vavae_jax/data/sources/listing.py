@@ -1,7 +1,7 @@
 """Which names in a folder or an archive are pictures, and of which class: one rule for all kinds.
 
-Hidden are names that begin with a dot, and what systems put beside pictures. A class is the first
-folder that not all pictures share.
+Hidden are names that begin with a dot, and what systems put beside pictures; an archive's name with
+".." may lead out of it. A class is the first folder that not all pictures share.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Listing:
 
   def takes(self, name: str) -> bool:
     """Whether a file's name is a picture's."""
-    if is_hidden(name):
+    if ".." in name.split("/"):
+      self.ignore("with .. in their path")
+    elif is_hidden(name):
       self.ignore("hidden")
     elif not name.lower().endswith(EXTENSIONS):
       _, dot, ending = name.rpartition("/")[2].rpartition(".")
