@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -39,6 +40,7 @@ def prepare(
     InputError: too many unreadable pictures, or the folder was begun with another source.
   """
   pictures = sources.open_source(source)
+  keys = pictures.keys()
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}
   claim_folder(output, BEGUN, begun)
   remove_partial(output)  # left by a run that was killed
@@ -46,6 +48,7 @@ def prepare(
   check_free(output, int(pictures.sizes().sum()) - done, "for the pictures; give another --output")
   count = -(-len(pictures) // shard_size)
   counts: dict[str, int] = {}
+  known: dict[str, dict[str, Any]] = {"names": {}, "sha256": {}}
   skipped: list[str] = []
   with console.Bar("prepare", len(pictures)) as bar:
     for number in range(count):
@@ -53,13 +56,17 @@ def prepare(
       noted = output / f"{name}.json"
       chosen = range(number * shard_size, min((number + 1) * shard_size, len(pictures)))
       if not noted.is_file():
-        left_out: list[str] = []
+        left_out: dict[int, str] = {}
         found = _read(pictures, chosen, threads, left_out, max_corrupt - len(skipped), bar)
-        write_records(output / name, found)
-        write_json(noted, {"records": len(chosen) - len(left_out), "skipped": left_out})
+        sha256 = write_records(output / name, found)
+        kept = [keys[index] for index in chosen if index not in left_out]
+        about = {"records": len(kept), "skipped": list(left_out.values()), "sha256": sha256}
+        write_json(noted, about | ({"names": kept} if pictures.has_names else {}))
       note = read_note(noted, "records", "skipped")
       counts[name] = note["records"]
       skipped += note["skipped"]
+      for what in known.keys() & note.keys():
+        known[what][name] = note[what]
       bar.update(chosen.stop)
   description = {
     "class_names": list(pictures.class_names),
@@ -67,6 +74,8 @@ def prepare(
     "skipped": skipped,
     "source": source,
   }
+  # Earlier versions noted neither.
+  description |= {what: each for what, each in known.items() if len(each) == count}
   write_json(output / DESCRIPTION, description)
   return Records(str(output))
 
@@ -75,11 +84,11 @@ def _read(
   pictures: sources.Source,
   chosen: range,
   threads: int,
-  left_out: list[str],
+  left_out: dict[int, str],
   allowed: int,
   bar: console.Bar,
 ) -> Iterator[tuple[bytes, int]]:
-  """Files and labels of the readable pictures; messages about the others go to `left_out`."""
+  """Files and labels of the readable pictures; `left_out` gets messages about the others."""
 
   def one(index: int) -> tuple[bytes, int] | str:
     try:
@@ -92,15 +101,16 @@ def _read(
   with ThreadPoolExecutor(threads) as pool:
     # In portions, since all files of a shard would fill the memory.
     for begin in range(chosen.start, chosen.stop, 16 * threads):
-      for found in pool.map(one, range(begin, min(begin + 16 * threads, chosen.stop))):
+      portion = range(begin, min(begin + 16 * threads, chosen.stop))
+      for index, found in zip(portion, pool.map(one, portion), strict=True):
         if not isinstance(found, str):
           yield found
           continue
-        left_out.append(found)
+        left_out[index] = found
         console.say(f"left out: {found}")
         if len(left_out) > allowed:
           raise InputError(f"More pictures than --max_corrupt allows cannot be read; last: {found}")
-      bar.update(min(begin + 16 * threads, chosen.stop))
+      bar.update(portion.stop)
 
 
 def main() -> None:

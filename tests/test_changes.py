@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
@@ -126,6 +129,20 @@ def test_pictures_that_move_by_position_are_counted(folder, tmp_path):
     InputError, match=r"1 added, \d+ moved from the held-out ones to training, \d+ moved from tr"
   ):
     begin(folder, tmp_path / "run")
+
+
+def test_of_records_without_names_it_is_said_that_they_may_have_moved(tmp_path):
+  picture = io.BytesIO()
+  Image.new("RGB", (4, 4)).save(picture, "BMP")
+  for count in (5, 6):
+    rows = [{"image": picture.getvalue()}] * count
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    selection.opened.cache_clear()
+    given = data(f"hf:{tmp_path}", held_out=0.0)
+    if count == 5:
+      (tmp_path / changes.NOTE).write_text(json.dumps(changes.check(tmp_path, given)))
+  with pytest.raises(InputError, match=r"1 added, and others may have moved .* by their positions"):
+    changes.check(tmp_path, given)
 
 
 def test_evaluations_and_encodings_refuse_other_pictures(folder, tmp_path):

@@ -819,6 +819,28 @@ def test_preparing_goes_on_where_it_was_and_leaves_out_what_is_bad(tmp_path, mon
     prepare(spec, tmp_path / "out", shard_size=3)
 
 
+def test_prepared_pictures_keep_their_names(tmp_path):
+  """So that a set prepared anew from changed pictures has the same ones held out."""
+  spec = make_folder(tmp_path)
+  (tmp_path / "set" / "dog" / "1.jpeg").write_bytes(b"no picture")
+  found = prepare(spec, tmp_path / "out", shard_size=3, max_corrupt=1)
+  assert found.has_names
+  assert found.keys() == sorted({*FILES} - {"dog/1.jpeg"})
+  assert "(dog/3.bmp)" in found.name(6)
+  part = sources.open_source(f"arrayrecord:{tmp_path}/out/*-00001-*")
+  assert part.keys() == found.keys()[3:5]
+  assert part.identity() != found.identity()
+  (tmp_path / "set" / "cat" / "0.png").write_bytes(encoded("another"))
+  other = prepare(spec, tmp_path / "other", shard_size=3, max_corrupt=1)
+  assert other.keys() == found.keys()
+  assert other.listing() != found.listing()
+  os.replace(tmp_path / "other" / "preparing.json", tmp_path / "out" / "preparing.json")
+  note = tmp_path / "out" / "pictures-00000-of-00003.array_record.json"
+  note.write_text(json.dumps({"records": 3, "skipped": []}))  # of an earlier version
+  found = prepare(spec, tmp_path / "out", shard_size=3, max_corrupt=1)
+  assert list(found.keys()) == [str(i) for i in range(7)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_by_threads_and_by_worker_processes(workers, tmp_path):
   source = sources.open_source(make_zip(tmp_path))

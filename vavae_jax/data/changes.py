@@ -38,19 +38,18 @@ def check(workdir: Path, data: FrozenConfigDict) -> dict[str, Any]:
   notes = {}
   for name, spec in specs.items():
     source, before = selection.opened(spec), noted.get(name) or {}
-    listing = source.listing()
-    if before.get("spec") == spec and before.get("listing") == listing:
+    same = {"spec": spec, "listing": source.listing(), "pictures": len(source)}
+    if same.items() <= before.items():
       notes[name] = before
       continue
     held_out = selection.split(source, data)[1] if name == "source" else np.zeros(0, np.int64)
     notes[name] = {
-      "spec": spec,
-      "pictures": len(source),
+      **same,
       "held_out": len(held_out),
       # An epoch stays as long as it was, so that stages of so many epochs end where they did.
       "epoch": before.get("epoch", len(source) - len(held_out)),
-      "listing": listing,
       "each": _pack(source, held_out),
+      "named": source.has_names,
     }
     if before.get("spec") == spec:
       _report(f"{spec} has other pictures than {path} notes", before, notes[name], data)
@@ -95,4 +94,10 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "moved from training to the held-out ones": was < becomes,
   }
   found = [f"{np.count_nonzero(x):,} {what}" for what, x in counts.items() if x.any()]
-  return ", ".join(found) or "the same names, but in another order or with other contents"
+  found = found or ["the same names, but in another order or with other contents"]
+  if not now["named"]:
+    found.append(
+      "and others may have moved between training and the held-out ones: records without names are "
+      "told apart by their positions"
+    )
+  return ", ".join(found)

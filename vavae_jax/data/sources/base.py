@@ -33,6 +33,8 @@ class Source(abc.ABC):
   class_names: list[str]
   # What was found beside the pictures, or guessed about them, for people.
   beside = ""
+  # Whether `keys` are names, which stay with their records, and no positions.
+  has_names = False
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
@@ -86,6 +88,7 @@ class Named(Source):
   """A source that has a name for each record."""
 
   names: list[str]
+  has_names = True
 
   def __len__(self) -> int:
     return len(self.names)

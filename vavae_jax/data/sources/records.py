@@ -1,7 +1,7 @@
 """Encoded pictures in ArrayRecord files, as `launch.prepare` writes them.
 
 A record is the label, four bytes of a little-endian integer, and the picture's file as it was.
-Beside the files `dataset.json` has class names and counts.
+Beside the files `dataset.json` has class names, counts, checksums, and the names that pictures had.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ class Records(Source):
       self._description: dict[str, Any] = json.loads(path.read_text())
       self.class_names: list[str] = list(self._description["class_names"])
       shards = {str(name): int(count) for name, count in self._description["shards"].items()}
+      # Sets of earlier versions, and those whose source has none, have no names.
+      self.has_names = "names" in self._description
+      names = {name: list(map(str, x)) for name, x in self._description.get("names", {}).items()}
+      if self.has_names and shards != {name: len(x) for name, x in names.items()}:
+        raise ValueError("as many names as pictures are needed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise InputError(f"{path} is damaged ({error}); prepare the data again.") from error
     shards = {name: count for name, count in shards.items() if fnmatch.fnmatch(name, chosen)}
@@ -58,6 +63,8 @@ class Records(Source):
       if found != count:
         raise InputError(f"{folder}/{name} has {found} records, not {count}: copy it again.")
     self._shards = list(shards)
+    self._names = [name for shard in shards for name in names.get(shard, ())]
+    self._description["shards"] = shards
     self._starts = np.cumsum([0, *shards.values()])
 
   def __len__(self) -> int:
@@ -76,7 +83,10 @@ class Records(Source):
     return record[_LABEL.size :], checked_label(label, self, index)
 
   def name(self, index: int) -> str:
-    return f"{self._folder}#{index}"
+    return f"{self._folder}#{index}{f' ({self._names[index]})' if self.has_names else ''}"
+
+  def keys(self) -> Sequence[str]:
+    return self._names if self.has_names else super().keys()
 
   def identity(self) -> str:
     return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
@@ -91,10 +101,13 @@ def _reader(path: str, process: int) -> Any:
     raise InputError(f"{path} is damaged or not an ArrayRecord file ({error}).") from error
 
 
-def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> None:
-  """Writes one file of (picture's file, label), whole or not at all."""
+def write_records(path: Path, records: Iterable[tuple[bytes, int]]) -> str:
+  """Writes one file of (picture's file, label), whole or not at all; returns their checksum."""
+  digest = hashlib.sha256()
   with atomic_path(path) as temporary, as_oserror(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for data, label in records:
       writer.write(_LABEL.pack(label) + data)
+      digest.update(struct.pack("<iq", label, len(data)) + data)
     writer.close()
+  return digest.hexdigest()

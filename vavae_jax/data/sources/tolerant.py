@@ -22,7 +22,7 @@ class Tolerant(Source):
   def __init__(self, source: Source, limit: int, among: np.ndarray | None = None):
     self._source, self._limit = source, limit
     self._among = np.arange(len(source)) if among is None else among
-    self.class_names = source.class_names
+    self.class_names, self.has_names = source.class_names, source.has_names
     self.bad: dict[int, str] = {}
 
   def __len__(self) -> int:
