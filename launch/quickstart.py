@@ -10,6 +10,7 @@ was. configs/quickstart.py holds every setting; each can be set with --config.PA
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -58,12 +59,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   timings, numbers = workdir / TIMINGS, itertools.count(1)
   seconds = read_note(timings) if timings.is_file() else {}
 
-  def stage(name: str, work: Callable[[], Any]) -> Any:
+  def stage(
+    name: str,
+    work: Callable[[], Any],
+    owning: contextlib.AbstractContextManager[None] | None = None,
+  ) -> Any:
     """Runs a stage and writes down its time, also when it is interrupted."""
-    console.say(f"\n[{next(numbers)}/6] {name}")
+    console.say("")
+    console.say(f"[{next(numbers)}/6] {name}")
     began = time.monotonic()
     try:
-      return work()
+      with owning or contextlib.nullcontext():
+        return work()
     finally:
       seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
       write_json(timings, seconds)
@@ -71,13 +78,16 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   stage("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
   tokenizer = restore.load(workdir / "tokenizer", "tokenizer")
   store = stage(
-    "Latents", lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict())
+    "Latents",
+    lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict()),
+    owned(workdir / "latents"),
   )
   stage("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
   diffusion = restore.load(workdir / "diffusion", "diffusion")
   stage(
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
+    owned(workdir / "samples", beside=True),
   )
   network = load_network(EFFICIENTNET)
   results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
@@ -138,17 +148,19 @@ def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:
 def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> dict[str, float]:
   held_out = own_pictures(tokenizer, held_out=True)
   output = Output(workdir / "reconstruction", "reconstruction")
-  rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
+  with owned(workdir / "reconstruction", beside=True):
+    rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
   training = own_pictures(tokenizer, held_out=False)
   reference = reference_of(training, network, keep=True)
-  generated = generation.evaluate(
-    Npz(workdir / "samples.npz"),
-    reference,
-    network,
-    Output(workdir / "generation", "generation"),
-    options=Options(),
-    workdir=workdir / "diffusion",
-  )
+  with owned(workdir / "generation", beside=True):
+    generated = generation.evaluate(
+      Npz(workdir / "samples.npz"),
+      reference,
+      network,
+      Output(workdir / "generation", "generation"),
+      options=Options(),
+      workdir=workdir / "diffusion",
+    )
   real = statistics_of(held_out, network, "held out").moments["pool"]
   return {
     **rebuilt,

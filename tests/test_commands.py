@@ -414,7 +414,7 @@ def _owned(root, pipeline):
   noted = {"machine": ownership._machine(), "process": (pid := os.getpid())}
   note = json.dumps(noted | {"began": ownership._began(pid)})
   (root / "owned").mkdir()
-  for path in ("owned/.owner", ".owned.owner", ".owned.npz.owner"):
+  for path in ("owned/.owner", ".owned.owner"):
     (root / path).write_text(note)
   output = f"--output={root / 'owned'}"
   return {

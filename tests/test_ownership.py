@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from tests.conftest import ROOT
 from tests.fake_gcs import FakeGcs
 from tests.survive import Toy, ended
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place
+from vavae_jax.common.files import atomic_file, place
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from launch.engine.ownership import owned
-with owned(Path(sys.argv[1])):
+from launch.engine import ownership
+ownership.BEAT_SECONDS = 0.2
+with ownership.owned(Path(sys.argv[1])):
   print("mine", flush=True)
   time.sleep(60)
 """
@@ -47,7 +49,8 @@ def test_an_output_where_no_file_can_be_made_is_refused(beside):
 def owner(tmp_path, environment):
   """Another process, which owns the folder."""
   words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
-  process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  pipe = subprocess.PIPE
+  process = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
   assert process.stdout.readline() == "mine\n"
   yield process
   process.kill()
@@ -122,12 +125,67 @@ def test_one_that_another_host_took_over_from_ends(tmp_path, environment, owner)
   assert owner.wait(timeout=30) == 2
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_one_whose_folder_is_deleted_or_replaced_ends_with_one_line(tmp_path, owner, replaced):
+  shutil.rmtree(tmp_path / "out")
+  if replaced:
+    (tmp_path / "out").mkdir()
+  _, told = owner.communicate(timeout=30)
+  assert (owner.returncode, told.count("\n")) == (2, 1), told
+  assert f"error: {tmp_path / 'out'} was deleted or replaced" in told
+  assert not list((tmp_path / "out").glob("*"))
+
+
+def test_what_was_deleted_at_the_end_is_told_instead_of_what_came_of_it(tmp_path):
+  out = tmp_path / "out"
+  with pytest.raises(InputError, match="out was deleted or replaced"), owned(out):
+    shutil.rmtree(out)
+  with pytest.raises(InputError, match="out was deleted or replaced"), owned(out):
+    (out.rename(tmp_path / "elsewhere") / out / "note").write_text("fails")
+
+
+def test_an_owners_file_that_was_deleted_alone_is_written_again(tmp_path, owner):
+  (path := tmp_path / "out" / ".owner").unlink()
+  while not path.exists():
+    time.sleep(0.01)
+  time.sleep(0.3)
+  assert owner.poll() is None
+
+
+def test_no_beat_needs_room_on_a_disk(tmp_path):
+  (path := tmp_path / ".owner").touch()
+  claim = ownership._Claim(path)
+  sizes = set()
+  for beat in (0, 9, 10, 10**9):
+    claim._write(beat)
+    sizes.add(path.stat().st_size)
+  assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("other")])
+def test_an_owners_file_that_is_no_file_is_named(tmp_path, make):
+  make(tmp_path / ".owner")
+  with pytest.raises(InputError, match=r"\.owner is to name the owner and is no"), owned(tmp_path):
+    pass
+  assert [path.name for path in tmp_path.iterdir()] == [".owner"]
+
+
 def test_the_output_of_a_file_is_owned_beside_it(tmp_path):
   with owned(tmp_path / "a.npz", beside=True):
-    assert [path.name for path in tmp_path.iterdir()] == [".a.npz.owner"]
+    assert [path.name for path in tmp_path.iterdir()] == [".a.owner"]
     with owned(tmp_path / "b.npz", beside=True):
       pass
+    # Samples and an evaluation of one name both write a.json.
+    with pytest.raises(InputError, match="is being"), owned(tmp_path / "a", beside=True):
+      pass
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u4e00" * 85, "x" * 251 + ".npz"])
+def test_the_longest_names_have_an_owner(tmp_path, name):
+  with owned(tmp_path / name, beside=True), atomic_file(tmp_path / name) as file:
+    file.write(b"whole")
+  assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_second_training_touches_nothing_of_the_first(tmp_path, environment):

@@ -27,6 +27,7 @@ from vavae_jax.common.files import (
   Place,
   as_oserror,
   check_free,
+  hidden,
   is_url,
   write_json,
 )
@@ -288,7 +289,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   workdir.parent.mkdir(parents=True, exist_ok=True)
   size = sum(x.nbytes for x in jax.tree.leaves(params))
   check_free(workdir.parent, size, "for the weights; free some space, or choose another folder")
-  partial = workdir.with_name(f".{workdir.name}.partial")
+  partial = hidden(workdir, "partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
     write_json(partial / "config.json", config)

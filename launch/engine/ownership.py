@@ -3,7 +3,7 @@
 A hidden file in the output's folder, or beside a file, names the owner's host, process and when it
 began. On the same host the system knows whether that process lives, so that one that was killed is
 followed at once. On another host, where the output is on a shared disk or in a bucket, it counts as
-long as it beats: each beat changes the file.
+long as it beats: each beat changes the file. An owner whose output was deleted or taken ends.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import threading
 import time
@@ -25,8 +26,8 @@ from typing import Any
 import jax
 
 from launch.engine import console, processes
-from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url
+from vavae_jax.common.errors import InputError, printable
+from vavae_jax.common.files import hidden, is_url, place
 
 BEAT_SECONDS = 5.0
 # An owner on another host that does not beat for so long is dead.
@@ -39,15 +40,18 @@ _SETTLED_SECONDS = 1.0
 def owned(output: Path, *, beside: bool = False) -> Iterator[None]:
   """Nobody else that asks writes the output inside the block; of several processes the first asks.
 
+  The process ends with one line when it is seen that the output was deleted, replaced or taken.
+
   Args:
     output: a folder, made if there is none.
-    beside: the output is a file or several that begin with this name, and no folder.
+    beside: the output is a file or several that begin with this name, and no folder; samples.npz
+      and an evaluation called samples are one output, for both write samples.json.
 
   Raises:
     InputError: another process is at work there, or no file can be made there.
   """
-  path = output.with_name(f".{output.name}.owner") if beside else output / ".owner"
-  claim = _Claim(path) if jax.process_index() == 0 else None
+  path = hidden(output.with_name(output.name.removesuffix(".npz")), "owner")
+  claim = _Claim(path if beside else output / ".owner") if jax.process_index() == 0 else None
   try:
     other = claim.make() if claim else None
   except FileNotFoundError as error:  # of a file system that makes none, or a folder that went away
@@ -59,11 +63,17 @@ def owned(output: Path, *, beside: bool = False) -> Iterator[None]:
       f"{output} is being written by {_described(other or '')}. Wait for its end or stop it, or "
       "give another folder or name."
     )
+  failed: OSError | None = None
   try:
     yield
+  except OSError as raised:
+    failed = raised  # perhaps only since the folder is gone
   finally:
-    if claim:
-      claim.release()
+    lost = claim.release() if claim else ""
+  if lost:
+    raise InputError(lost) from failed
+  if failed:
+    raise failed
 
 
 class _Claim:
@@ -83,8 +93,11 @@ class _Claim:
 
   def make(self) -> str | None:
     """Claims the output; what the owner noted where there is another."""
-    self._made_folder = not self._path.parent.exists()
-    self._path.parent.mkdir(parents=True, exist_ok=True)
+    folder = self._path.parent
+    self._made_folder = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_url(folder) and os.path.lexists(self._path) and not _is_file(self._path):
+      raise InputError(f"{self._path} is to name the owner and is no file; delete it.")
     with _locked(self._path):
       there = _read(self._path)
     if _lives(self._path, there):
@@ -97,55 +110,96 @@ class _Claim:
       time.sleep(_SETTLED_SECONDS)
       if (now := _read(self._path)) != self._text:
         return now
+    else:
+      self._folder = os.open(folder, os.O_RDONLY)  # as long as it is open no other gets its number
     self._beating.start()
     return None
 
   def _write(self, beat: int) -> None:
-    self._text = json.dumps({**self._about, "beat": beat})
-    self._path.write_text(self._text)
+    text = json.dumps({**self._about, "beat": beat})
+    self._text = text.ljust(len(text) + 20 - len(str(beat)))
+    # In place and of one length: on a full disk a file that is cut could not be filled again.
+    with self._path.open("w" if is_url(self._path) else "r+") as file:
+      file.write(self._text)
+      if not is_url(self._path):
+        file.truncate()
+    self._beaten = time.monotonic()
 
   def _beat(self) -> None:
     beat = 0
     while not self._ended.wait(BEAT_SECONDS):
       beat += 1
       try:
-        with _locked(self._path):
-          there = _read(self._path)
-          if there in ("", self._text):
+        if not self._lost():
+          with _locked(self._path):
             self._write(beat)
-            continue
+          continue
+        time.sleep(BEAT_SECONDS / 5)
+        lost = self._lost()  # again, in case that a disk is not yet what it will be
       except OSError:  # a network that comes back, or goes for good
         continue
-      # This process slept for so long that another one took over, and must touch nothing more.
-      print(f"error: {self._path.parent} was taken over by {_described(there)}", file=sys.stderr)
-      os._exit(2)
+      if lost and _ending.acquire(blocking=False):
+        print(printable(f"error: {lost}"), file=sys.stderr, flush=True)
+        os._exit(2)  # nothing more is to be touched
 
-  def release(self) -> None:
-    """Lets others own the output."""
+  def _lost(self) -> str:
+    """Why the output is this process's no more; "" while it is. OSError if that cannot be seen."""
+    folder = self._path.parent
+    gone = f"{folder} was deleted or replaced while this process wrote there; what it wrote is lost"
+    there = _read(self._path)
+    if is_url(folder):
+      if not there and not any(place(str(folder)).iterdir()):
+        return gone
+    else:
+      try:
+        if not os.path.samestat(os.fstat(self._folder), folder.stat()):
+          return gone
+      except FileNotFoundError:
+        return gone
+    slept = time.monotonic() - self._beaten > SILENT_SECONDS
+    if there != self._text and (_parsed(there) or (slept and not there)):
+      # It slept for so long that another one took over, and perhaps has ended.
+      return f"{folder} was taken over by {_described(there)}"
+    return ""
+
+  def release(self) -> str:
+    """Lets others own the output; why it was this process's no more, or ""."""
     self._ended.set()
     self._beating.join()
+    lost = ""
     with contextlib.suppress(OSError):
-      with _locked(self._path, make=False):
-        if _read(self._path) == self._text:
+      if not (lost := self._lost()):
+        with _locked(self._path):
           self._path.unlink()
-      if self._made_folder and not is_url(self._path):
-        self._path.parent.rmdir()  # where nothing was written, as after a mistake in the settings
+        if self._made_folder and not is_url(self._path):
+          self._path.parent.rmdir()  # where nothing was written, as after a mistake in the settings
+    if not is_url(self._path):
+      os.close(self._folder)
+    return lost
+
+
+_ending = threading.Lock()  # held by the one that ends the process
 
 
 @contextlib.contextmanager
-def _locked(path: Path, make: bool = True) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
   """Nobody else on disks that have locks reads or writes the file inside the block."""
   if is_url(path):
     yield
     return
   while True:
-    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(descriptor) as file:
       with contextlib.suppress(OSError):  # a file system without locks: whoever writes last owns
         fcntl.flock(file, fcntl.LOCK_EX)
       if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
         yield
         return
+
+
+def _is_file(path: Path) -> bool:
+  """Whether it is a file and neither a link to one nor a pipe, which would be waited for."""
+  return stat.S_ISREG(path.lstat().st_mode)
 
 
 def _read(path: Path) -> str:

@@ -30,6 +30,8 @@ from vavae_jax.common.errors import InputError
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # What `atomic_path` calls the folder of a file that is being written.
 _PARTIAL = re.compile(r"\.(.*)\.\d+\.partial", re.DOTALL)
+# Bytes of a name to which a dozen more can be added: systems take 255, encrypted disks fewer.
+_LONG_NAME = 120
 # What a person can do about what the system says of a file; of other errors we may be the cause.
 ADVICE = {
   errno.ENOSPC: "free some space",
@@ -45,6 +47,7 @@ ADVICE = {
   errno.ENOTDIR: "choose another place: a file is where a folder is needed",
   errno.EISDIR: "choose another place: a folder is where a file is needed",
   errno.EEXIST: "choose another place",
+  errno.ENOTEMPTY: "choose another place, or empty this one",
   errno.ENAMETOOLONG: "choose a shorter name",
   errno.ELOOP: "choose a place without links that lead to themselves",
 }
@@ -139,6 +142,19 @@ def place(text: str) -> Path:
   return cast(Path, Place(text))
 
 
+def hidden(path: Path, ending: str) -> Path:
+  """A hidden name beside a path, .NAME.ENDING; of a long NAME its beginning and a hash."""
+  return path.with_name(f".{_short(path.name)}.{ending}")
+
+
+def _short(name: str) -> str:
+  data = os.fsencode(name)
+  if len(data) <= _LONG_NAME:
+    return name
+  digest = hashlib.sha256(data).hexdigest()[:16]
+  return f"{data[: _LONG_NAME - 17].decode(errors='ignore')}-{digest}"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
   """A temporary name for a file that takes its own when the block has ended without an error.
@@ -148,7 +164,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # In a folder, since libraries put files of their own beside the one they write.
-  folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  folder = hidden(path, f"{os.getpid()}.partial")
   folder.mkdir(exist_ok=True)
   temporary = folder / path.name
   try:
@@ -168,7 +184,7 @@ def remove_partial(folder: Path, name: str = "") -> None:
   """
   for left in Path(folder).iterdir():
     found = _PARTIAL.fullmatch(left.name)
-    if found and name in ("", found[1]):
+    if found and _short(name) in ("", found[1]):
       shutil.rmtree(left)
 
 
