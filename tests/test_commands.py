@@ -432,7 +432,7 @@ def _owned(root, pipeline):
   ("name", "told"),
   [
     ("no such key", "config.model.chh is not a configuration key; did you mean config.model.ch?"),
-    ("no such group", "no such configuration key: --config.tokenizer.modell.ch"),
+    ("no such group", "config.tokenizer.modell.ch is not a configuration key; did you mean"),
     ("no such file", "configs/nothing.py"),
     ("no such argument", "'nonsense' is none of"),
     ("no such flag", "Unknown command line flag 'nonsense'"),

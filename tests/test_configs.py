@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from configs import (
 )
 from configs.lab import dilemma
 from launch.engine import loop
-from launch.engine.configuration import flat, resolve
+from launch.engine.configuration import _File, flat, resolve
 from lightningdit_jax import checks, training
 from lightningdit_jax.model import PRESETS, Options
 from vavae_jax import autoencoder, stages
@@ -175,3 +176,34 @@ def test_a_missing_key_is_named():
   del config.optimizer.b2
   with pytest.raises(InputError, match=r"optimizer\.b2"):
     resolve(config, base.KEYS["tokenizer"])
+
+
+@pytest.mark.parametrize(
+  ("program", "told"),
+  [
+    ("def get_config():\n  return 1 / 0", r"^ZeroDivisionError: division by zero \(line 2\)$"),
+    ("def get_config():\n  raise ValueError('one\\ntwo')", "^one two$"),
+    ("def get_config(:", "^SyntaxError: "),
+    ("def get_config():\n  return {}", "returns dict; let it return a ConfigDict"),
+    ("import nothing_of_this_name", r"^ModuleNotFoundError: .* \(line 1\)$"),
+    ("", "has no attribute 'get_config'"),
+  ],
+)
+def test_a_file_that_gives_no_configuration_is_refused_in_one_line(program, told, tmp_path):
+  (tmp_path / "file.py").write_text(program)
+  with pytest.raises(InputError, match=told):
+    _File().parse(str(tmp_path / "file.py"))
+
+
+@pytest.mark.parametrize("name", ["modle.depth", "model.depth.x", "model.", "", "optimizer.b1[0]"])
+def test_a_word_that_names_no_key_is_refused_alone(name, monkeypatch):
+  monkeypatch.setattr("sys.argv", ["", "--config.seed=1", f"--config.{name}=1"])
+  with pytest.raises(InputError, match=rf"^config\.{re.escape(name)} is not a configuration key"):
+    _File().parse("configs/quickstart.py:diffusion")
+
+
+def test_a_message_shows_the_ends_of_a_very_long_value():
+  message = str(InputError(f"config.seed is {'x' * 10**6}; give an integer."))
+  assert len(message) < 5_000
+  assert message.startswith("config.seed is x")
+  assert message.endswith("x; give an integer.")

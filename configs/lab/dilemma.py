@@ -25,6 +25,7 @@ Arguments, joined by commas:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -59,7 +60,7 @@ LONGER = 4  # times the steps of a diffusion model
 def get_config(argument: str = "cifar") -> ConfigDict:
   """The configuration of one part or of the whole experiment."""
   words = argument.split(",")
-  widths = [word for word in words if word[:1] == "d" and word[1:].isdigit()]
+  widths = [word for word in words if re.fullmatch("d[0-9]{1,6}", word)]
   groups: tuple[Collection[str], ...] = (SIZES, PARTS, VARIANTS, widths, (LONG,))
   if unknown := [word for word in words if not any(word in group for group in groups)]:
     choices = ", ".join([*SIZES, *PARTS, "dN", *VARIANTS, LONG])

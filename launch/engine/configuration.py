@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib.machinery
+import importlib.util
 import json
+import re
+import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +69,51 @@ def define_flag(text: str) -> None:
   config_flags.DEFINE_config_file(
     "config", None, text, lock_config=False, accept_new_attributes=True
   )
+  flags.FLAGS["config"].parser = _File()
   flags.declare_key_flag("config")  # else --help leaves it out
+
+
+class _File(flags.ArgumentParser):
+  """Reads --config=FILE or FILE:ARGUMENT; InputError, in one line, for whatever is wrong there."""
+
+  def parse(self, argument: str) -> ml_collections.ConfigDict:
+    """The configuration that the file's `get_config` returns."""
+    file, *argument_of_file = argument.split(":", 1)
+    try:
+      loader = importlib.machinery.SourceFileLoader("config_file", file)
+      spec = importlib.util.spec_from_loader(loader.name, loader)
+      module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+      loader.exec_module(module)
+      config = module.get_config(*argument_of_file)
+    except Exception as error:  # the file is anybody's program
+      plain = isinstance(error, ValueError | OSError) and str(error)
+      text = plain or f"{type(error).__name__}: {error}".removesuffix(": ")
+      lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+      where = f" (line {lines[-1]})" if lines and not plain else ""
+      raise InputError(" ".join(text.split()) + where) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+      raise InputError(
+        f"get_config of {file} returns {type(config).__name__}; let it return a ConfigDict of "
+        "ml_collections."
+      )
+    config = ml_collections.ConfigDict(config)  # which can be changed
+    _check_names(config)
+    return config
+
+
+def _check_names(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError where a --config.SECTION.KEY is no name, or the section is not there."""
+  known = [name for name, _ in flat(config.to_dict())]
+  given = (re.match(r"--?(?:no)?config\.([^=]*)", word) for word in sys.argv[1:])
+  for name in (found[1] for found in given if found):
+    *sections, last = name.split(".")
+    node: Any = config
+    for section in sections:
+      node = node.get(section) if isinstance(node, ml_collections.ConfigDict) else None
+    if not (isinstance(node, ml_collections.ConfigDict) and last.isidentifier()):
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f"did you mean config.{near[0]}?" if near else f"there are: {', '.join(config)}"
+      raise InputError(f"config.{name} is not a configuration key; {hint}")
 
 
 def resolve(config: ml_collections.ConfigDict, schema: Mapping[str, Any]) -> Any:

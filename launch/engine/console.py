@@ -213,20 +213,11 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
     for flag in (flags.FLAGS[name] for name in flags.FLAGS):
       if flag.present and flag.value == "" != flag.default:
         raise flags.IllegalFlagValueError(f"--{flag.name} is empty")
-    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.keys()  # a missing file raises only when it is used
     return words
-  except (flags.Error, OSError) as error:
-    # ml_collections gives the whole traceback of a configuration file; its last line is enough.
-    message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
-  except (LookupError, TypeError) as error:
-    if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
-      raise  # a mistake in the file itself, whose traceback helps
-    keys = [word.split("=")[0] for word in argv if word.lstrip("-").startswith("config.")]
-    message = (
-      f"no such configuration key: {', '.join(keys)} ({' '.join(str(error.args[0]).split())})"
-    )
-  print(printable(f"error: {message}; see {f'{name} --help'.strip()}"), file=sys.stderr)
+  except (flags.Error, TypeError) as error:
+    message = InputError(" ".join(str(error).split()))
+  page = "docs/configuration.md" if "--config." in str(message) else f"{name} --help".strip()
+  print(f"error: {message}; see {page}", file=sys.stderr)
   sys.exit(2)
 
 
