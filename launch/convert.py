@@ -52,7 +52,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
-from vavae_jax.weights.torch_files import StandIn
+from vavae_jax.weights.torch_pickles import StandIn
 from vavae_jax.weights.torch_weights import StateDict
 from vavae_jax.weights.torch_writer import write_torch_file
 

@@ -34,7 +34,7 @@ from vavae_jax.convert import autoencoder_from_diffusers
 from vavae_jax.teachers import recognise
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
-from vavae_jax.weights.torch_files import StandIn
+from vavae_jax.weights.torch_pickles import StandIn
 from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
@@ -510,7 +510,7 @@ def test_numbers_that_are_no_weights_are_listed():
   tensors = stored("lightningdit_bare_state_dict", "")
   for dtype in (np.int8, np.complex64):
     changed = tensors | {"final_layer.linear.bias": np.zeros(8, dtype)}
-    with pytest.raises(InputError, match=r"not of floating-point numbers: final_layer\.linear"):
+    with pytest.raises(InputError, match=r"numbers of 16 bits or more: final_layer\.linear"):
       weights.recognise(changed)
 
 

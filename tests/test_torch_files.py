@@ -6,6 +6,7 @@ import argparse
 import copy
 import datetime
 import pickle
+import re
 import tracemalloc
 import zipfile
 from collections import OrderedDict, defaultdict, deque
@@ -17,7 +18,9 @@ import pytest
 
 from tests import cases
 from vavae_jax.common.errors import InputError
-from vavae_jax.weights.torch_files import StandIn, read_torch_file
+from vavae_jax.weights.state_dicts import read_state_dict
+from vavae_jax.weights.torch_files import read_torch_file
+from vavae_jax.weights.torch_pickles import StandIn
 from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
@@ -158,12 +161,28 @@ def test_storage_must_have_the_announced_size(tmp_path, count):
     read_torch_file(write(tmp_path / "bad.pt", content, SIX))
 
 
-@pytest.mark.parametrize("name", ["builtins eval", "subprocess Popen", "os.path join"])
-def test_what_starts_programs_is_refused(tmp_path, name):
+def named(name: str) -> bytes:
+  """The opcodes of a dictionary that holds what a name stands for."""
   module, attribute = name.split()
-  opcodes = f"}}X\x01\0\0\0ac{module}\n{attribute}\ns".encode()
-  with pytest.raises(InputError, match=f"asks for {module}.{attribute}"):
-    read_torch_file(write(tmp_path / "bad.pt", opcodes))
+  return f"}}X\x01\0\0\0ac{module}\n{attribute}\ns".encode()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["builtins eval", "subprocess Popen", "posix system", "os execvp", "torch hub.os.system"],
+)
+def test_what_only_an_attack_asks_for_is_refused(tmp_path, name):
+  with pytest.raises(InputError, match=f"asks for {name.replace(' ', '.')}"):
+    read_torch_file(write(tmp_path / "bad.pt", named(name)))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["os PathLike", "posix stat_result", "os.path join", "sys flags", "builtins getattr", "x evals"],
+)
+def test_what_does_no_harm_is_inert_whatever_its_module(tmp_path, name):
+  content = read_torch_file(write(tmp_path / "file.pt", named(name)))
+  assert repr(content["a"]) == name.replace(" ", ".")
 
 
 @pytest.mark.parametrize(
@@ -227,8 +246,91 @@ def test_a_stand_in_has_its_name_and_a_dictionary_s_entries(tmp_path):
 
 def test_a_tensor_of_a_dtype_that_numpy_lacks_stands_aside(tmp_path):
   program = b"}" + fragment("q") + tensor(6, 0, (6,), (1,)).replace(b"Float", b"QInt8") + b"s"
-  content = read_torch_file(write(tmp_path / "file.pt", program, SIX))
+  content = read_torch_file(write(tmp_path / "file.pt", program, SIX[:6]))
   assert repr(content["q"]) == "torch.QInt8Storage"
+
+
+def later_tensor(dtype: str) -> bytes:
+  """The opcodes of two elements of a dtype that has no storage of its own, in 24 bytes."""
+  program = tensor(24, 1, (2,), (1,)).replace(b"_v2", b"_v3")
+  program = program.replace(b"torch\nFloat", b"torch.storage\nUntyped")
+  return program.removesuffix(b"tR") + b"ctorch\n" + dtype.encode() + b"\ntR"
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"])
+def test_tensors_of_later_dtypes_have_their_numbers(dtype, tmp_path):
+  expected = np.arange(24 // np.dtype(dtype).itemsize).astype(dtype)
+  path = write(
+    tmp_path / "file.pt", b"}" + fragment("x") + later_tensor(dtype) + b"s", expected.tobytes()
+  )
+  np.testing.assert_array_equal(read_torch_file(path)["x"], expected[1:3], strict=True)
+
+
+@pytest.mark.parametrize(
+  ("opcodes", "kind"),
+  [
+    (later_tensor("complex32"), "torch.complex32"),
+    (b"ctorch._utils\n_rebuild_sparse_tensor\n)R", "torch._utils._rebuild_sparse_tensor"),
+    (
+      b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_wrapper_subclass\n"
+      b"ctorch.distributed.tensor\nDTensor\n)}tR",
+      "torch.distributed.tensor.DTensor",
+    ),
+    # A conjugate view, whose numbers are not those that are stored.
+    (
+      tensor(6, 0, (6,), (1,)).removesuffix(b"tR") + fragment({"conj": True}) + b"tR",
+      "torch.Tensor with ['conj']",
+    ),
+  ],
+)
+def test_tensors_that_are_no_arrays_are_named_where_weights_are_wanted(opcodes, kind, tmp_path):
+  path = write(tmp_path / "file.pt", b"(" + fragment("x") + opcodes + b"d", SIX)
+  assert repr(read_torch_file(path)["x"]) == kind
+  with pytest.raises(InputError, match=re.escape(f"these are none: x ({kind})")):
+    read_state_dict(path)
+
+
+def legacy(path, opcodes: bytes, keys: list[str], storages: bytes):
+  """A file in the older layout."""
+  head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+  parts = [pickle.dumps(part, 2) for part in head]
+  path.write_bytes(b"".join([*parts, opcodes, b".", pickle.dumps(keys, 2), storages]))
+  return path
+
+
+def test_the_older_layout_has_quantized_storages_and_modules_beside_weights(tmp_path):
+  first = tensor(6, 0, (6,), (1,)).replace(b"Float", b"QInt8").replace(fragment("0"), fragment("a"))
+  module = b"(" + fragment("module") + b"cmine\nNet\n" + fragment("net.py") + fragment("") + b"tQ"
+  items = [fragment("q"), first, fragment("w"), tensor(6, 0, (6,), (1,)), fragment("m"), module]
+  storages = [(6).to_bytes(8, "little") + data for data in (SIX, bytes(6))]
+  path = legacy(tmp_path / "x.pt", b"(" + b"".join(items) + b"d", ["0", "a"], b"".join(storages))
+  content = read_torch_file(path)
+  np.testing.assert_array_equal(content["w"], np.arange(6))
+  assert [repr(content[name]) for name in "qm"] == ["torch.QInt8Storage", "mine.Net"]
+
+
+def test_a_storage_that_is_not_known_is_named_in_the_older_layout(tmp_path):
+  opcodes = b"(" + fragment("w") + tensor(6, 0, (6,), (1,)).replace(b"Float", b"Foo") + b"d"
+  with pytest.raises(InputError, match=r"older layout has torch\.FooStorage"):
+    read_torch_file(legacy(tmp_path / "x.pt", opcodes, ["0"], (6).to_bytes(8, "little") + SIX))
+
+
+def test_a_file_saved_without_sums_is_read(tmp_path):
+  path = write(tmp_path / "x.pt", b"(" + fragment("w") + tensor(6, 0, (6,), (1,)) + b"d", SIX)
+  with zipfile.ZipFile(path) as archive:
+    sums = [info.CRC.to_bytes(4, "little") for info in archive.infolist()]
+  whole = path.read_bytes()
+  for crc in sums:
+    whole = whole.replace(crc, bytes(4))
+  path.write_bytes(whole)
+  np.testing.assert_array_equal(read_torch_file(path)["w"], np.arange(6))
+
+
+@pytest.mark.parametrize("opcodes", ["(K\x01{}l", "(K\x01{}t", "}}X\x01\0\0\0mK\x01{}\x86s"])
+def test_weights_are_found_in_lists(opcodes, tmp_path):
+  weights = (b"(" + fragment("w") + tensor(6, 0, (6,), (1,)) + b"d").decode("latin1")
+  path = write(tmp_path / "x.pt", opcodes.format(weights).encode("latin1"), SIX)
+  np.testing.assert_array_equal(read_state_dict(path)["w"], np.arange(6))
 
 
 def test_entries_that_overlap_are_refused(tmp_path):
@@ -267,10 +369,8 @@ def test_compressed_archive_is_refused(tmp_path):
 
 
 def test_legacy_file_cannot_announce_more_than_it_has(tmp_path):
-  head = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-  content = b"(" + fragment("w") + tensor(10**6, 0, (2,), (1,)) + b"d."
-  path = tmp_path / "short.pt"
-  path.write_bytes(b"".join(pickle.dumps(part, 2) for part in head) + content)
+  content = b"(" + fragment("w") + tensor(10**6, 0, (2,), (1,)) + b"d"
+  path = legacy(tmp_path / "short.pt", content, [], b"")
   with pytest.raises(InputError, match="shorter than the tensors that it announces"):
     read_torch_file(path)
 
@@ -331,7 +431,7 @@ def test_the_same_tensors_make_the_same_bytes_at_aligned_places(tmp_path):
 
 
 def test_what_pytorch_has_no_dtype_for_is_refused_and_leaves_nothing(tmp_path):
-  with pytest.raises(InputError, match="no tensor of dtype uint32"):
+  with pytest.raises(InputError, match="dtype uint32 are not written"):
     write_torch_file(tmp_path / "file.pt", {"x": np.zeros(2, np.uint32)})
   assert not list(tmp_path.iterdir())
 

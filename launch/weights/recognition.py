@@ -91,7 +91,8 @@ def _find(content: Mapping[str, Any], part: str) -> tuple[str, Place]:
   if part:
     return found[part]
   if not found:
-    names = sorted(name for place in everywhere for name in place.all)
+    odd = (f"{name} ({kind})" for place in everywhere for name, kind in place.odd.items())
+    names = sorted([*(name for place in everywhere for name in place.all), *odd])
     raise InputError(
       f"No model is known by these tensors: {', '.join(names[:6]) or 'no tensor'}. Known are: "
       f"{', '.join(_KINDS)}. --inspect lists what a file holds."

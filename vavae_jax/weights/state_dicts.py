@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.weights.torch_files import StandIn, read_torch_file
+from vavae_jax.weights.torch_files import read_torch_file
+from vavae_jax.weights.torch_pickles import OddTensor, StandIn
 from vavae_jax.weights.torch_weights import StateDict, without_wrappers
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -38,11 +40,13 @@ class Place(NamedTuple):
     path: keys of dictionaries.
     prefix: what the names begin with.
     all: tensors of that dictionary, without what wrappers put into names, with the prefix.
+    odd: likewise, kinds of those that are no arrays.
   """
 
   path: tuple[str, ...]
   prefix: str
   all: dict[str, np.ndarray]
+  odd: Mapping[str, str] = MappingProxyType({})
 
   @property
   def where(self) -> str:
@@ -56,15 +60,20 @@ class Place(NamedTuple):
 
   @property
   def tensors(self) -> dict[str, np.ndarray]:
-    """Name without the prefix -> array."""
+    """Name without the prefix -> array; InputError if some are none."""
     begins, length = self.prefix, len(self.prefix)
+    if odd := [f"{x} ({kind})" for x, kind in self.odd.items() if x.startswith(begins)]:
+      raise InputError(
+        f"Weights must be dense tensors of numbers, and these are none: {', '.join(odd[:8])}. Save "
+        "them as such: by dequantize(), to_dense(), full_tensor() or their like."
+      )
     return {name[length:]: x for name, x in self.all.items() if name.startswith(begins)}
 
   def aside(self, content: Mapping[Any, Any]) -> Counter[str]:
     """Other contents of the file -> how many tensors or values."""
     there = content
     for key in self.path:
-      there = there[key]
+      there = _entries(there)[key]
     others = [
       *((k, v) for k, v in content.items() if self.path and k != self.path[0]),
       *((k, v) for k, v in there.items() if not _is_named_tensor(k, v)),
@@ -165,10 +174,11 @@ def weights_in(content: Mapping[Any, Any], marks: Collection[str] = ()) -> State
 def dictionaries(content: Mapping[Any, Any]) -> list[Place]:
   """A file's dictionaries that have tensors, the outermost first."""
   found = []
-  for path, there in _walk(content, (), set()):
+  for path, there in _walk(content, (), {id(content)}):
     named = {key: value for key, value in there.items() if _is_named_tensor(key, value)}
-    if named:
-      found.append(Place(path, "", without_wrappers(named)))
+    odd = {k: repr(v) for k, v in there.items() if isinstance(v, OddTensor) and isinstance(k, str)}
+    if named or odd:
+      found.append(Place(path, "", without_wrappers(named), without_wrappers(odd)))
   return found
 
 
@@ -216,10 +226,20 @@ def choose(found: Sequence[Place], *, average: bool) -> Place:
 def _walk(
   content: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-  """A dictionary and those in it, with their keys; each once, so that none may hold itself."""
-  seen.add(id(content))
+  """A dictionary and those in it, with their keys, also in lists; each once, so that none may hold
+  itself.
+  """
   yield path, content
   for key, value in content.items():
-    inside = isinstance(value, Mapping) and id(value) not in seen and len(path) < _MAX_DEPTH
-    if inside and isinstance(key, str):
-      yield from _walk(value, (*path, key), seen)
+    inside = isinstance(value, Mapping) or type(value) in (list, tuple)
+    if inside and isinstance(key, str) and id(value) not in seen and len(path) < _MAX_DEPTH:
+      seen.add(id(value))
+      held = _entries(value)
+      if value is not held:  # a list; the tensors in it have no names
+        held = {k: v for k, v in held.items() if not isinstance(v, np.ndarray | OddTensor)}
+      yield from _walk(held, (*path, key), seen)
+
+
+def _entries(value: Any) -> Mapping[Any, Any]:
+  """A dictionary, or a list as one with its places for keys."""
+  return value if isinstance(value, Mapping) else {str(i): x for i, x in enumerate(value)}

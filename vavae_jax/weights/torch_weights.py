@@ -144,7 +144,9 @@ def _check(
       for name in shapes
       if name in found and name not in present
     ],
-    "not of floating-point numbers": [n for n in present if n not in real],
+    "not of floating-point numbers of 16 bits or more": [
+      f"{name} ({np.asarray(state_dict[name]).dtype})" for name in present if name not in real
+    ],
     "not finite": [n for n in real if not np.isfinite(_float32(state_dict[n])).all()],
     # As loose as bfloat16, in which some files are stored; another grid is off by far more.
     "of another value than the architecture fixes": [

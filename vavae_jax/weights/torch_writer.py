@@ -19,7 +19,7 @@ import numpy as np
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file
-from vavae_jax.weights.torch_files import DTYPES
+from vavae_jax.weights.torch_pickles import DTYPES
 
 _STORAGES = {dtype: name for name, dtype in DTYPES.items()}
 _FOLDER = "archive"
@@ -31,7 +31,7 @@ _LOCAL_HEADER = 30  # bytes of a zip entry's, before its name
 def write_torch_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
   """Writes a state dict, or a dictionary of them, whole or not at all; replaces an older file.
 
-  InputError if PyTorch has no tensors of an array's dtype.
+  InputError for an array of a dtype that has no storage of its own in PyTorch.
   """
   arrays: list[np.ndarray] = []
   program = b"".join([pickle.PROTO, b"\x02", *_mapping(content, arrays), pickle.STOP])
@@ -56,9 +56,8 @@ def _tensor(value: Any, arrays: list[np.ndarray]) -> Iterator[bytes]:
   """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)."""
   array = np.asarray(value)
   if array.dtype not in _STORAGES:
-    raise InputError(
-      f"PyTorch has no tensor of dtype {array.dtype}; give one of {', '.join(map(str, _STORAGES))}."
-    )
+    known = ", ".join(map(str, _STORAGES))
+    raise InputError(f"Tensors of dtype {array.dtype} are not written; give one of {known}.")
   strides = np.cumprod([1, *array.shape[:0:-1]])[::-1] if array.ndim else ()
   yield from (_global("torch._utils", "_rebuild_tensor_v2"), pickle.MARK)
   yield from (pickle.MARK, _text("storage"), _global("torch", _STORAGES[array.dtype]))
