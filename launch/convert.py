@@ -60,7 +60,7 @@ _MOST_ROWS = 10_000  # that --inspect lists
 FORMS = ("folder", "safetensors", "pt")
 _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt")}
 # The task of a model's workdir.
-_TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer", recognition.SD_VAE: "tokenizer"}
+_TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer"}
 # Options that the reference's autoencoder lacks, with the values it is built by.
 _ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
 

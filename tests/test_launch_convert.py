@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,10 +28,11 @@ from lightningdit_jax.store.latents import LatentStore
 from tests import cases
 from tests.reference import procedural
 from tests.survive import flip_a_bit, largest_file
+from vavae_jax import warm_start
 from vavae_jax.autoencoder import PRESETS, Autoencoder
 from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.convert import autoencoder_from_diffusers
+from vavae_jax.convert import autoencoder_names
 from vavae_jax.teachers import recognise
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
@@ -223,8 +225,19 @@ def test_an_sd_vae_of_diffusers_is_read(tmp_path):
   }
   save_file(to_diffusers(tensors, levels=3), tmp_path / "vae.safetensors")
   done = convert(str(tmp_path / "vae.safetensors"), tmp_path / "back.safetensors")
-  assert done.weights.what == f"{weights.SD_VAE} f4d8"
+  assert done.weights.what == "tokenizer f4d8"
   assert_same(tensors, load_file(tmp_path / "back.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "module.first_stage_model."])
+def test_a_training_begins_with_an_sd_vae_of_diffusers(prefix, tmp_path):
+  tensors = weights.recognise(read_content(FORMATS / "vavae_lightning.ckpt"))
+  theirs = {f"{prefix}{x}": v for x, v in to_diffusers(tensors.tensors, levels=3).items()}
+  save_file(theirs, tmp_path / "vae.safetensors")
+  given = read_state_dict(tmp_path / "vae.safetensors", warm_start.MARKS)
+  taken = warm_start.from_state_dict(given, tensors.arguments)["autoencoder"]
+  expected = nnx.to_pure_dict(nnx.state(tensors.module))
+  jax.tree.map(np.testing.assert_array_equal, taken, expected)
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, "mar_like"])
@@ -238,11 +251,11 @@ def test_every_preset_by_the_names_of_diffusers_has_its_own(preset):
   levels = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.up."))
   there = to_diffusers(names, levels)
   assert not any(".attn" in name for name in there)
-  back = autoencoder_from_diffusers(there)
+  back = autoencoder_names(there)
   assert {name: x.shape for name, x in back.items()} == {n: x.shape for n, x in names.items()}
   old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
   older = {re.sub("|".join(old), lambda m: old[m[0]], name): x for name, x in there.items()}
-  assert autoencoder_from_diffusers(older).keys() == names.keys()
+  assert autoencoder_names(older).keys() == names.keys()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from vavae_jax.teachers import teacher_from_torch as teacher_from_torch
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.torch_weights import StateDict
 
-# A tensor by which an AutoencoderKL is found in a file.
-MARKS = ("encoder.down.0.block.0.conv1.weight",)
+# Tensors by which an AutoencoderKL is found in a file: latent diffusion's and diffusers' name.
+MARKS = ("encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")
 # What a tokenizer's training checkpoint holds beside the tokenizer: LPIPS and the discriminator,
 # the teacher, the projection onto the teacher's features, and latent diffusion's average.
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
@@ -31,20 +31,21 @@ COUNTER = "num_batches_tracked"
 def autoencoder_from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> Autoencoder:
   """The tokenizer with the weights of an AutoencoderKL, float32; `**kwargs` are `Autoencoder`'s.
 
-  What only training uses, `TRAINING_ONLY`, is left aside. InputError lists unknown, missing,
-  misshapen or non-finite tensors.
+  Names are latent diffusion's or diffusers'. What only training uses, `TRAINING_ONLY`, is left
+  aside. InputError lists unknown, missing, misshapen or non-finite tensors.
   """
-  own = {name: v for name, v in state_dict.items() if not name.startswith(TRAINING_ONLY)}
+  given = autoencoder_names(state_dict)
+  own = {name: value for name, value in given.items() if not name.startswith(TRAINING_ONLY)}
   return torch_weights.load(functional.abstract(lambda rngs: Autoencoder(**kwargs, rngs=rngs)), own)
 
 
 def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """`Autoencoder`'s arguments, by the names and shapes of latent diffusion's tensors.
+  """`Autoencoder`'s arguments, by names, either's, and shapes of an AutoencoderKL's tensors.
 
   Attention is placed for a nominal resolution of 256. InputError if a tensor is missing that every
   AutoencoderKL has.
   """
-  shapes = {name: np.shape(value) for name, value in state_dict.items()}
+  shapes = {name: np.shape(value) for name, value in autoencoder_names(state_dict).items()}
 
   def count(prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
@@ -75,11 +76,9 @@ def autoencoder_arguments(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     ) from error
 
 
-def autoencoder_from_diffusers(state_dict: Mapping[str, Any]) -> StateDict:
-  """An AutoencoderKL's tensors by diffusers' names, such as the SD-VAE's -> by latent diffusion's.
-
-  Attention's matrices become 1x1 convolutions. Names that diffusers does not have stay as they are,
-  for the strict loader to list.
+def autoencoder_names(state_dict: Mapping[str, Any]) -> StateDict:
+  """An AutoencoderKL's tensors by latent diffusion's names, also of those by diffusers', such as
+  the SD-VAE's, whose matrices of attention become 1x1 convolutions. Other names stay as they are.
   """
   levels = 1 + max(
     (int(name.split(".")[2]) for name in state_dict if name.startswith("decoder.up_blocks.")),

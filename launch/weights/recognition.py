@@ -121,6 +121,7 @@ def _read_lightningdit(tensors: StateDict) -> Weights:
 
 
 def _read_autoencoder(tensors: StateDict) -> Weights:
+  tensors = vae.autoencoder_names(tensors)
   arguments = vae.autoencoder_arguments(tensors)
   module = vae.autoencoder_from_torch(tensors, **arguments)
   own, aside = _split(tensors, vae.TRAINING_ONLY)
@@ -156,7 +157,6 @@ def _split(tensors: StateDict, others: str | tuple[str, ...]) -> tuple[StateDict
 # Names of which a model has one, or what tells its tensors.
 Marks = tuple[str, ...] | Callable[[StateDict], bool]
 STATISTICS = "latent statistics"
-SD_VAE = "tokenizer (diffusers)"
 LPIPS = "LPIPS"
 TEACHER = "teacher"
 _STATISTICS_NAMES = [set(names) for names in latents.STATISTICS_NAMES]
@@ -165,10 +165,6 @@ _KINDS: dict[str, tuple[Marks, Callable[[StateDict], Weights]]] = {
   STATISTICS: (lambda tensors: set(tensors) in _STATISTICS_NAMES, _read_statistics),
   "LightningDiT": (dit.MARKS, _read_lightningdit),
   "tokenizer": (vae.MARKS, _read_autoencoder),
-  SD_VAE: (
-    ("encoder.down_blocks.0.resnets.0.conv1.weight",),
-    lambda tensors: _read_autoencoder(vae.autoencoder_from_diffusers(tensors)),
-  ),
   LPIPS: (("features.0.weight", "lin0.model.1.weight", "net.slice1.0.weight"), _read_lpips),
   "FID's Inception": (
     ("Mixed_7c.branch_pool.conv.weight",),

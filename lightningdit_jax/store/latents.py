@@ -31,7 +31,8 @@ MANIFEST = "manifest.json"
 STATISTICS = "latents_stats.safetensors"
 PUBLISHED_STATISTICS = "latents_stats.pt"
 _STATISTICS_FILES = (STATISTICS, PUBLISHED_STATISTICS)
-# REPA-E's files: latents are normalised as (latent - latents_bias) * latents_scale.
+# REPA-E's files, mean and 1 / deviation: (latent - latents_bias) * latents_scale. Its sources have
+# the same names for latent * scale + bias too, with a bias of 0, but write no file of these.
 _FACTOR = ("latents_bias", "latents_scale")
 # What mean and deviation are called: by the reference and here, there, and in diffusers' settings.
 STATISTICS_NAMES = (("mean", "std"), _FACTOR, ("latents_mean", "latents_std"))
