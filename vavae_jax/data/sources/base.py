@@ -6,8 +6,6 @@ import abc
 import hashlib
 import io
 import os
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,12 +13,12 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.data.sources import deep
 from vavae_jax.data.sources.metadata import upright, without_metadata
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # Of the longer side to the shorter: a few bytes may claim a line of which a crop fills all memory.
 _MAX_ASPECT = 50
-_BITS_PER_SAMPLE = 258  # TIFF's
 
 
 class Unreadable(InputError):
@@ -118,7 +116,8 @@ def decode(data: bytes, name: str) -> Image.Image:
       return upright(_as_rgb(picture, data, name), orientation)
   except UnidentifiedImageError as error:
     raise Unreadable(
-      f"The picture {name} is of no format that is known by its bytes; remove or replace it."
+      f"The picture {name} is of no format that can be read ({', '.join(_FORMATS)}), or of a rare "
+      "kind of one; convert or remove it."
     ) from error
   except Exception as error:  # decoders raise whatever a damaged file leads them to
     raise Unreadable(
@@ -128,13 +127,9 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 def _as_rgb(opened: ImageFile.ImageFile, data: bytes, name: str) -> Image.Image:
   """RGB of an opened picture, which keeps its format and its `info`."""
-  picture: Image.Image = opened
-  if opened.mode.startswith("I"):  # 16 bits, grey; convert() would cut them off at 255
-    picture = _grey_of_16_bits(opened, name)
-  elif ";16" in str(opened.tile):  # of which the decoder keeps the upper 8
-    picture = _colours_of_16_bits(opened, data, name)
-  elif opened.mode == "F":
+  if opened.mode == "F":
     raise ValueError("its pixels are floats without a known white; save it with 8 bits")
+  picture = deep.of_8_bits(opened, data, name) if deep.has_16_bits(opened) else opened
   picture.load()
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
@@ -143,66 +138,6 @@ def _as_rgb(opened: ImageFile.ImageFile, data: bytes, name: str) -> Image.Image:
   rgb = picture.convert("RGB")
   rgb.format, rgb.info = opened.format, opened.info
   return rgb
-
-
-def _grey_of_16_bits(picture: Image.Image, name: str) -> Image.Image:
-  levels = np.array(picture, np.int64)
-  if levels.min() < 0 or levels.max() > 65_535:
-    raise ValueError(f"its grey levels go from {levels.min()} to {levels.max()}")
-  shift = _shift(picture, int(levels.max()), name)
-  clear = picture.info.get("transparency")
-  grey = levels >> shift
-  if isinstance(clear, int):
-    grey[levels == clear] = 255
-  return Image.fromarray(grey.astype(np.uint8))
-
-
-def _colours_of_16_bits(picture: ImageFile.ImageFile, data: bytes, name: str) -> Image.Image:
-  """The picture itself, or one of the lower bits where no more are used."""
-  upper = np.array(picture)
-  colours = upper[..., :3]
-  if colours.max() >= 16 or picture.format not in ("PNG", "TIFF"):
-    return picture
-  # By the other order of bytes the decoder keeps the lower 8.
-  with Image.open(io.BytesIO(data), formats=_FORMATS) as other:
-    order = {"B": "L", "L": "B"}
-    swapped = re.sub(r";16([BL])", lambda m: f";16{order[m[1]]}", str(other.tile[0].args))
-    if not isinstance(other.tile[0].args, str) or swapped == other.tile[0].args:
-      return picture
-    other.tile = [tile._replace(args=swapped) for tile in other.tile]
-    lower = np.array(other)[..., :3]
-  levels = colours.astype(np.int64) << 8 | lower
-  shift = _shift(picture, int(levels.max()), name)
-  upper[..., :3] = levels >> shift
-  return Image.fromarray(upper)
-
-
-def _shift(picture: Image.Image, largest: int, name: str) -> int:
-  """How many bits of 16 to drop, by those that the file declares, or by its largest level.
-
-  Some programs put 8 or 12 bits into 16 as they are, and nothing says so.
-  """
-  declared = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-  if 8 <= declared < 16 and largest < 1 << declared:
-    return int(declared) - 8
-  bits = next(bits for bits in (8, 12, 16) if largest < 1 << bits)
-  if bits < 16 and largest:
-    _say_guess(bits, name)
-  return bits - 8
-
-
-def _say_guess(bits: int, name: str) -> None:
-  """Says it of the first picture of that many bits in a process."""
-  if bits in _guessed:
-    return
-  _guessed.add(bits)
-  print(
-    f"note: {name} has 16 bits a sample and uses {bits}; it and others like it are scaled by these",
-    file=sys.stderr,
-  )
-
-
-_guessed: set[int] = set()
 
 
 def listing_of(names: Iterable[str]) -> str:
