@@ -27,6 +27,7 @@ from launch.attention import choose
 from launch.engine import configuration, console, loop, mesh
 from launch.engine.checkpoint import read_config
 from launch.engine.log import NotFinite
+from launch.engine.ownership import owned
 from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.pictures import Array, own_pictures
 from launch.evaluation.reference import gaussian_of, statistics_of
@@ -34,7 +35,7 @@ from launch.evaluation.sample_files import contact_sheet
 from launch.sample import make_sampler
 from lightningdit_jax.model import ONLY_OURS
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place
+from vavae_jax.common.files import place, remove_partial
 from vavae_jax.common.optimizer import averaged
 from vavae_jax.data import changes, feature_cache, selection
 from vavae_jax.frozen import uses_teacher
@@ -94,9 +95,12 @@ def _cache_features(config: FrozenConfigDict) -> None:
   if jax.process_count() > 1:
     return  # they open a cache that another run made, and report where there is none
   vavae_jax.training.check(config)
-  source, indices = selection.training_pictures(config)
-  with console.Bar("teacher's features", len(indices), 0) as bar:
-    path = feature_cache.build(config, source, indices, bar.update)
+  pictures = selection.training_pictures(config)
+  path = feature_cache.place_of(config, *pictures)
+  if not path.is_file():
+    with owned(path, beside=True), console.Bar("teacher's features", len(pictures[1]), 0) as bar:
+      remove_partial(path.parent, path.name)  # left by a run that was killed
+      feature_cache.build(config, *pictures, bar.update)
   console.say(f"the teacher's features are in {path}")
 
 

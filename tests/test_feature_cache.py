@@ -12,6 +12,9 @@ import pytest
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
+import vavae_jax.training
+from launch import train
+from launch.engine.ownership import owned
 from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import frozen, training
 from vavae_jax.common.errors import InputError
@@ -56,6 +59,20 @@ def test_changed_pictures_have_other_features(cached):
   before = feature_cache.build(config, source, indices, lambda done: None)
   os.utime(source.name(0), ns=(1, 1))
   assert feature_cache.build(config, source, indices, lambda done: None) != before
+
+
+def test_one_training_at_a_time_makes_them(cached, monkeypatch):
+  config, _ = cached
+  monkeypatch.setattr(vavae_jax.training, "check", lambda config: None)
+  path = feature_cache.place_of(config, *selection.training_pictures(config))
+  with owned(path, beside=True), pytest.raises(InputError, match="is being written by"):
+    train._cache_features(config)
+  (left := path.with_name(f".{path.name}.1.partial")).mkdir(parents=True)
+  train._cache_features(config)
+  assert path.is_file()
+  assert not left.exists()
+  with owned(path, beside=True):
+    train._cache_features(config)  # they are there
 
 
 def test_a_build_that_fails_leaves_nothing(cached, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 
 import fsspec
@@ -96,6 +97,17 @@ def test_another_file_at_the_same_place_is_copied_anew(tmp_path):
   os.utime(path, ns=(1, 1))
   assert fetching.local_folder(str(path), str(tmp_path / "cache")) == folder
   assert not (folder / "left_over").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 10**5])
+def test_a_damaged_note_of_a_copy_is_told_with_what_to_do(content, tmp_path):
+  path = split_into(tmp_path / "splits", tar())
+  folder = fetching.local_folder(path, str(tmp_path / "cache"))
+  (folder / "copied.json").write_text(content)
+  with pytest.raises(InputError, match=r"copied\.json is damaged .*delete the folder .*anew\.$"):
+    fetching.local_folder(path, str(tmp_path / "cache"))
+  shutil.rmtree(folder)
+  assert_published(fetching.local_folder(path, str(tmp_path / "cache")))
 
 
 def test_an_encoding_that_was_killed_is_no_split_tar(tmp_path):

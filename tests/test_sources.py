@@ -421,6 +421,21 @@ def test_links_and_devices_among_the_pictures_are_unreadable_or_left_out(tmp_pat
   assert len(tolerant.bad) == 4
 
 
+def test_a_folder_that_cannot_be_listed_refuses_the_whole(tmp_path, monkeypatch):
+  """Without a class's folder, those behind it would have other numbers."""
+  spec, scandir = make_folder(tmp_path), os.scandir
+  (tmp_path / "set" / "lost+found").mkdir()
+
+  def denied(path):
+    if str(path).rstrip("/").endswith(("cat", "lost+found")):
+      raise PermissionError(13, "Permission denied", path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", denied)
+  with pytest.raises(InputError, match=r"set/cat/ cannot be listed .*denied.* move it away"):
+    sources.open_source(spec)
+
+
 def parquet_of(root, **columns):
   rows = [{"image": {"bytes": encoded(str(i)), "path": ""}} for i in range(3)]
   rows = [row | {k: v[i] for k, v in columns.items()} for i, row in enumerate(rows)]

@@ -12,7 +12,6 @@ import functools
 import gzip
 import hashlib
 import io
-import json
 import re
 import shutil
 import tarfile
@@ -27,7 +26,7 @@ import fsspec
 from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, check_free, is_url, write_json
+from vavae_jax.common.files import atomic_path, check_free, is_url, read_note, write_json
 
 # (path, bytes copied, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -97,7 +96,8 @@ def _entries(path: str) -> dict[str, list[Any]]:
 def _is_copy_of(folder: Path, entries: dict[str, list[Any]]) -> bool:
   """Whether a copy of these files is complete; a copy of other files is deleted."""
   begun = folder / _BEGUN
-  if folder.is_dir() and (not begun.is_file() or json.loads(begun.read_text()) != entries):
+  advice = f"delete the folder {folder}, and all is copied anew"
+  if folder.is_dir() and (not begun.is_file() or read_note(begun, advice=advice) != entries):
     shutil.rmtree(folder)
   return (folder / _COMPLETE).is_file()
 

@@ -274,7 +274,9 @@ def write_json(path: Path, value: Any) -> None:
     file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_note(path: Path, *needed: str) -> dict[str, Any]:
+def read_note(
+  path: Path, *needed: str, advice: str = "bring back the file as it was"
+) -> dict[str, Any]:
   """A JSON object that `write_json` wrote, with the names `needed`; InputError if it is damaged."""
   try:
     note = json.loads(path.read_text())
@@ -283,5 +285,5 @@ def read_note(path: Path, *needed: str) -> dict[str, Any]:
     if lacking := [name for name in needed if name not in note]:
       raise ValueError(f"without {', '.join(lacking)}")
   except (ValueError, RecursionError) as error:
-    raise InputError(f"{path} is damaged ({error}); bring back the file as it was.") from error
+    raise InputError(f"{path} is damaged ({error}); {advice}.") from error
   return note

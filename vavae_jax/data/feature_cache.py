@@ -49,7 +49,7 @@ def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.nda
   """The features of a configuration; InputError if `build` has not made them of these pictures and
   weights.
   """
-  path = _path(config, source, indices)
+  path = place_of(config, source, indices)
   if not path.is_file():
     raise InputError(
       f"There are no features of these pictures and weights in {path}; start launch.train on one "
@@ -68,16 +68,13 @@ def build(
   """Makes the features of a configuration unless they exist already; returns their file.
 
   They lie in the order of `indices`; `progress` is called with the number of pictures done.
-  InputError if the folder cannot be written, the disk is too small, or a feature is beyond float16.
+  No other process may be making them. InputError if the disk is too small, or a feature is beyond
+  float16.
   """
   origin = _origin(config, source, indices)
-  path = _path(config, source, indices)
+  path = place_of(config, source, indices)
   if path.is_file():
     return path
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"config.teacher.cache cannot be written: {error}.") from error
   weights = jax.device_put(frozen.load(config))
   run = jax.jit(lambda weights, image: frozen.merge(config, weights)["teacher"](image))
   size = config.data.image_size
@@ -111,7 +108,8 @@ def build(
   return path
 
 
-def _path(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
+def place_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
+  """The file of a configuration's features, whether there is one or not."""
   origin = json.dumps(_origin(config, source, indices), sort_keys=True)
   digest = hashlib.sha256(origin.encode()).hexdigest()
   return Path(config.teacher.cache) / f"{config.teacher.name}-{digest[:16]}.npy"

@@ -107,5 +107,8 @@ def _pictures_under(root: str, listing: Listing) -> list[str]:
           elif listing.takes(name):
             found.append(name)
     except OSError as error:
-      raise InputError(f"The folder {root}/{inside} cannot be listed ({error}).") from error
+      raise InputError(
+        f"The folder {root}/{inside} cannot be listed ({error}). Change its permissions or move it "
+        "away: without it pictures would be missing, and perhaps a class."
+      ) from error
   return found

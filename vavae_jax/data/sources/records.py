@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import as_oserror, atomic_path
+from vavae_jax.common.files import as_oserror, atomic_path, read_note
 from vavae_jax.data.sources.base import Source, Unreadable, checked_label
 
 DESCRIPTION = "dataset.json"
@@ -42,8 +42,9 @@ class Records(Source):
       raise InputError(
         f"{folder} has no {DESCRIPTION}: give a folder that python -m launch.prepare has finished."
       )
+    advice = "prepare the data again"
+    self._description = read_note(path, "class_names", "shards", advice=advice)
     try:
-      self._description: dict[str, Any] = json.loads(path.read_text())
       self.class_names: list[str] = list(self._description["class_names"])
       shards = {str(name): int(count) for name, count in self._description["shards"].items()}
       # Sets of earlier versions, and those whose source has none, have no names.
@@ -51,8 +52,8 @@ class Records(Source):
       names = {name: list(map(str, x)) for name, x in self._description.get("names", {}).items()}
       if self.has_names and shards != {name: len(x) for name, x in names.items()}:
         raise ValueError("as many names as pictures are needed")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise InputError(f"{path} is damaged ({error}); prepare the data again.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+      raise InputError(f"{path} is damaged ({error}); {advice}.") from error
     shards = {name: count for name, count in shards.items() if fnmatch.fnmatch(name, chosen)}
     if not shards:
       raise InputError(f"{folder} has no records in files called {chosen}.")
