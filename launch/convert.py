@@ -49,7 +49,7 @@ from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, place, sha256_of, write_safetensors
+from vavae_jax.common.files import is_url, local_place, place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.weights.torch_pickles import StandIn
@@ -277,8 +277,9 @@ def main(*words: str) -> None:
     return
   if FLAGS.inspect or len(words) != 2:
     raise InputError("Give SOURCE and DEST, or SOURCE and --inspect; see --help.")
-  with owned(Path(words[1]), beside=True):
-    done = convert(words[0], Path(words[1]), **given)
+  dest = local_place(words[1])
+  with owned(dest, beside=True):
+    done = convert(words[0], dest, **given)
   _say_aside(done.weights.aside)
   architecture = ", ".join(f"{name} {value}" for name, value in done.weights.arguments.items())
   rows = [

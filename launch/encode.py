@@ -33,7 +33,15 @@ from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import check_free, is_url, place, read_note, remove_partial, write_json
+from vavae_jax.common.files import (
+  check_free,
+  is_url,
+  local_place,
+  place,
+  read_note,
+  remove_partial,
+  write_json,
+)
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import changes, images, selection, sources
 from vavae_jax.training import latent_shape
@@ -208,7 +216,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
   path = output / BEGUN
   if jax.process_index() == 0:
     if path.is_file():
-      _check_same(output, read_note(path), manifest)
+      _check_same(output, read_note(path, tokenizer=dict), manifest)
     elif any(output.glob("*.safetensors")):
       raise InputError(
         f"{output} holds latents that launch.encode did not write; give another one."
@@ -220,7 +228,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
       f"Process {jax.process_index()} does not see {path}, which the first one wrote: put --output "
       "on a disk that all processes share."
     )
-  _check_same(output, read_note(path), manifest)
+  _check_same(output, read_note(path, tokenizer=dict), manifest)
 
 
 def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -294,8 +302,8 @@ def main() -> None:
   names += ("moments", "max_corrupt", "threads")
   settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
-  with owned(Path(FLAGS.output)):
-    store = encode(tokenizer, Path(FLAGS.output), **settings)
+  with owned(local_place(FLAGS.output)):
+    store = encode(tokenizer, local_place(FLAGS.output), **settings)
   height, width, channels = store.shape
   drift = np.abs(store.mean - store.manifest["exact_mean"]) / store.std
   console.table(

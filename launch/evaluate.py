@@ -14,7 +14,6 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,7 +46,7 @@ from launch.sample import given_settings
 from lightningdit_jax import checks, transport
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, place
+from vavae_jax.common.files import atomic_file, check_outputs, local_place, place
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
@@ -109,7 +108,7 @@ def _generation() -> None:
     for name in sorted({"step", "ema", "num_samples", "labels", "seed", *checks.SAMPLE}):
       if FLAGS[name].present:
         raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
-  output, network = Output(Path(FLAGS.output), "generation"), _network()
+  output, network = Output(local_place(FLAGS.output), "generation"), _network()
   if FLAGS.samples:
     drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   else:
@@ -132,7 +131,7 @@ def _reconstruction() -> None:
     python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
       --output=RUNS/reconstruction
   """
-  output = Output(Path(FLAGS.output), "reconstruction")
+  output = Output(local_place(FLAGS.output), "reconstruction")
   tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
@@ -170,7 +169,7 @@ def _latents() -> None:
 
   Figures are those of the paper's table 6, by t-SNE.
   """
-  output, store = Output(Path(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
+  output, store = Output(local_place(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
@@ -186,7 +185,7 @@ def _sweep() -> None:
   """
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
-  output, network, draw = Output(Path(FLAGS.output), "sweep"), _network(), _drawer()
+  output, network, draw = Output(local_place(FLAGS.output), "sweep"), _network(), _drawer()
   diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
   averages = (0.0, *diffusion.config.optimizer.ema_decays)
   steps = steps_of(place(FLAGS.workdir))
@@ -217,7 +216,7 @@ def _solvers() -> None:
     diffusion,
     given_settings(diffusion),
     sweep.parse_grid(FLAGS.grid, configs.base.sample().to_dict()),
-    Output(Path(FLAGS.output), "solvers"),
+    Output(local_place(FLAGS.output), "solvers"),
     count=FLAGS.num_samples,
     labels=FLAGS.labels,
     seed=FLAGS.seed,
@@ -229,7 +228,7 @@ def _frontier() -> None:
 
   python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
   """
-  frontier(FLAGS.point, Output(Path(FLAGS.output), "frontier"), FLAGS.x, FLAGS.y)
+  frontier(FLAGS.point, Output(local_place(FLAGS.output), "frontier"), FLAGS.x, FLAGS.y)
 
 
 def _statistics() -> None:
@@ -237,7 +236,7 @@ def _statistics() -> None:
 
   python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
   """
-  path = Path(FLAGS.output)
+  path = local_place(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
   progress = path.with_suffix(".progress")
@@ -350,7 +349,7 @@ def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...])
       define()
 
   def owning() -> None:
-    with owned(Path(FLAGS.output), beside=True):
+    with owned(local_place(FLAGS.output), beside=True):
       run()
 
   return Subcommand(inspect.getdoc(run) or "", owning, define_flags)

@@ -21,7 +21,7 @@ from launch.engine import console
 from launch.engine.configuration import claim_folder
 from launch.engine.ownership import owned
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import check_free, read_note, remove_partial, write_json
+from vavae_jax.common.files import check_free, local_place, read_note, remove_partial, write_json
 from vavae_jax.data import sources
 from vavae_jax.data.sources.base import decode
 from vavae_jax.data.sources.records import DESCRIPTION, Records, write_records
@@ -62,7 +62,7 @@ def prepare(
         kept = [keys[index] for index in chosen if index not in left_out]
         about = {"records": len(kept), "skipped": list(left_out.values()), "sha256": sha256}
         write_json(noted, about | ({"names": kept} if pictures.has_names else {}))
-      note = read_note(noted, "records", "skipped")
+      note = read_note(noted, records=int, skipped=list)
       counts[name] = note["records"]
       skipped += note["skipped"]
       for what in known.keys() & note.keys():
@@ -114,7 +114,7 @@ def _read(
 
 
 def main() -> None:
-  folder = Path(FLAGS.output)
+  folder = local_place(FLAGS.output)
   with owned(folder):
     found = prepare(
       FLAGS.source,
@@ -124,7 +124,7 @@ def main() -> None:
       threads=FLAGS.threads,
     )
   size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
-  left_out = len(read_note(folder / DESCRIPTION, "skipped")["skipped"])
+  left_out = len(read_note(folder / DESCRIPTION, skipped=list)["skipped"])
   rows = [
     ("pictures", f"{len(found):,}"),
     ("left out", str(left_out)),

@@ -37,7 +37,7 @@ from launch.evaluation.sample_files import Npz
 from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, write_json
+from vavae_jax.common.files import local_place, read_note, write_json
 from vavae_jax.data import selection
 
 CONFIG = f"{quickstart.__file__}:pipeline"
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   resolved = FrozenConfigDict(config)
   workdir.mkdir(parents=True, exist_ok=True)
   timings, numbers = workdir / TIMINGS, itertools.count(1)
-  seconds = read_note(timings) if timings.is_file() else {}
+  seconds = _seconds(timings) if timings.is_file() else {}
 
   def stage(
     name: str,
@@ -96,6 +96,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
     lambda: overview.write(resolved, workdir, tokenizer, store, results, network, seconds),
   )
   return results
+
+
+def _seconds(timings: Path) -> dict[str, float]:
+  """Those of each stage that ran before."""
+  numbers: dict[str, Any] = dict.fromkeys(read_note(timings), int | float)
+  return read_note(timings, **numbers)
 
 
 def _check(config: FrozenConfigDict) -> None:
@@ -170,10 +176,10 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 
 
 def main() -> None:
-  workdir = Path(FLAGS.workdir)
+  workdir = local_place(FLAGS.workdir)
   with owned(workdir):
     results = run(FLAGS.config, workdir)
-  seconds = read_note(workdir / TIMINGS)
+  seconds = _seconds(workdir / TIMINGS)
   console.table(
     "Quickstart",
     ("what", "value"),

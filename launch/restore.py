@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 import lightningdit_jax.warm_start
 import vavae_jax.training
@@ -24,7 +24,7 @@ import vavae_jax.warm_start
 from launch import tasks
 from launch.engine import console, mesh
 from launch.engine.batches import in_batches
-from launch.engine.checkpoint import read_config, restore_item
+from launch.engine.checkpoint import restore_item
 from lightningdit_jax.store import fetching
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.autoencoder import Autoencoder
@@ -78,11 +78,17 @@ def load(
   Raises:
     InputError: not a workdir, of another task, or without a checkpoint or such an average.
   """
-  config = FrozenConfigDict(ConfigDict(read_config(workdir)))
+  config = tasks.noted(workdir)
   if config.task != task_name:
     raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
   init = functools.partial(tasks.TASKS[task_name].init_state, config)
-  state = jax.eval_shape(init, jax.random.key(0))
+  try:
+    state = jax.eval_shape(init, jax.random.key(0))
+  except (AttributeError, KeyError, TypeError) as error:
+    raise InputError(
+      f"{workdir}: its config.json does not describe a model of this version ({error}); bring back "
+      "the file as it was."
+    ) from error
   decays = config.optimizer.ema_decays
   if ema is None:
     ema = decays[0] if decays else 0.0
@@ -125,10 +131,11 @@ def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Traine
       f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
     )
   tokenizer = load(place(str(workdir)), "tokenizer", noted.get("step"))
-  if noted and noted["sha256"] != tokenizer.sha256:
+  if noted and noted.get("sha256") != tokenizer.sha256:
+    theirs = str(noted.get("sha256"))
     raise InputError(
       f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "
-      f"{tokenizer.sha256[:12]} and {noted['sha256'][:12]}): samples would decode to noise. Give "
+      f"{tokenizer.sha256[:12]} and {theirs[:12]}): samples would decode to noise. Give "
       "--tokenizer=WORKDIR of the right one, or encode and train again."
     )
   return tokenizer

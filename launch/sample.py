@@ -33,7 +33,14 @@ from launch.evaluation.sample_files import part_path, write_npz, write_part, wri
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import check_free, check_outputs, place, read_note, write_json
+from vavae_jax.common.files import (
+  check_free,
+  check_outputs,
+  local_place,
+  place,
+  read_note,
+  write_json,
+)
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data.images import to_uint8
 
@@ -234,7 +241,7 @@ def main() -> None:
     if "published" not in diffusion.config:
       raise InputError(f"--published: {FLAGS.workdir} is older than this flag and names no labels.")
     drawn = diffusion.config.published.to_dict()
-  output = Path(FLAGS.output)
+  output = local_place(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
   with owned(output, beside=True):

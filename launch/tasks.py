@@ -5,6 +5,8 @@ Not in `launch/engine`, which imports no model. `engine.loop.Task` says what a m
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -14,8 +16,10 @@ import lightningdit_jax.training
 import vavae_jax.classification
 import vavae_jax.training
 from launch.engine import configuration
+from launch.engine.checkpoint import read_config
 from vavae_jax import stages
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.keys import check
 from vavae_jax.data import selection
 
 TASKS: dict[str, Any] = {
@@ -40,6 +44,37 @@ def frozen(config: ConfigDict) -> FrozenConfigDict:
   """
   of(config)
   return configuration.resolve(config, configs.base.KEYS[config.task])
+
+
+def noted(workdir: Path) -> FrozenConfigDict:
+  """The configuration that a training's workdir notes; one of an earlier version has fewer keys.
+
+  Raises:
+    InputError: it is no such workdir, or a value is not possible, so that it was damaged.
+  """
+  config = ConfigDict(read_config(workdir))
+  of(config)
+  path, known = workdir / configuration.NAME, configs.base.KEYS[config.task]
+  if wrong := sorted(_misplaced(config, known)):
+    raise InputError(
+      f"{path} is damaged: a section is no section, or a value is one ({', '.join(wrong)}); bring "
+      "back the file as it was."
+    )
+  keys, given = (dict(configuration.flat(tree)) for tree in (known, config.to_dict()))
+  check(keys, {name: given[name] for name in given.keys() & keys.keys()}, f"{path}: config.")
+  return FrozenConfigDict(config)
+
+
+def _misplaced(
+  given: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+  """Names of sections that are no sections, and of values that are some."""
+  for name in given.keys() & known.keys():
+    deeper = [isinstance(tree[name], Mapping | ConfigDict) for tree in (given, known)]
+    if deeper[0] != deeper[1]:
+      yield prefix + name
+    elif all(deeper):
+      yield from _misplaced(given[name], known[name], f"{prefix}{name}.")
 
 
 def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDict:

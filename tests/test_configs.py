@@ -22,6 +22,7 @@ from configs import (
   vavae_f16d32,
 )
 from configs.lab import dilemma
+from launch import tasks
 from launch.engine import loop
 from launch.engine.configuration import _File, flat, resolve
 from lightningdit_jax import checks, training
@@ -31,6 +32,7 @@ from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
 from vavae_jax.autoencoder import downsampling
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
 from vavae_jax.discriminator import PatchDiscriminator
 from vavae_jax.teachers.enlarged import Enlarged
 from vavae_jax.update import build_autoencoder
@@ -207,3 +209,29 @@ def test_a_message_shows_the_ends_of_a_very_long_value():
   assert len(message) < 5_000
   assert message.startswith("config.seed is x")
   assert message.endswith("x; give an integer.")
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("optimizer.ema_decays", "x"),
+    ("model", {"ch": "wide"}),
+    ("loss", "x"),
+    ("optimizer.b1", {"x": 1}),
+    ("data", []),
+  ],
+)
+def test_a_value_of_a_workdirs_note_that_is_not_possible_is_named(tmp_path, key, value):
+  config = quickstart.tokenizer(tiny=True).to_dict()
+  section, _, name = key.partition(".")
+  config[section] = config[section] | {name: value} if name else value
+  write_json(tmp_path / "config.json", config)
+  with pytest.raises(InputError, match=rf"config\.json.*{key}"):
+    tasks.noted(tmp_path)
+
+
+def test_an_earlier_versions_note_may_lack_keys_and_have_others(tmp_path):
+  config = quickstart.tokenizer(tiny=True).to_dict() | {"old": 1}
+  del config["report_waits_after"], config["data"]["split"]
+  write_json(tmp_path / "config.json", config)
+  assert tasks.noted(tmp_path).data.split == "position"

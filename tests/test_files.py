@@ -16,12 +16,15 @@ import pytest
 
 from launch.engine import console
 from launch.evaluation.sample_files import write_part
-from vavae_jax.common.errors import InputError
+from vavae_jax.common.addresses import local_file
+from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import (
   ADVICE,
   allow_open_files,
   as_oserror,
   atomic_file,
+  local_place,
+  place,
   read_note,
   remove_partial,
   write_json,
@@ -149,13 +152,37 @@ def test_the_home_folder_is_known_behind_a_flag(monkeypatch, word, wanted):
   assert console._at_home(word) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "[1", "[]", "{}", '{"a": 1', "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize(
+  "text",
+  ["", "[1", "[]", "{}", '{"a": 1', '{"a": "1"}', '{"a": NaN}', "[" * 100_000, "\udcff"],
+)
 def test_a_damaged_note_is_named(tmp_path, text):
   path = tmp_path / "note.json"
   path.write_text(text, errors="surrogateescape")
   with pytest.raises(InputError, match=r"note\.json is damaged"):
-    read_note(path, "a")
+    read_note(path, a=int)
 
 
-def test_a_message_has_no_control_characters():
-  assert str(InputError("a\x1b[31mb\udcff\nc")) == "a\ufffd[31mb\ufffd\nc"
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_note_that_an_editor_saved_is_read(tmp_path, encoding):
+  (path := tmp_path / "note.json").write_bytes('{\r\n "a": 1\r\n}'.encode(encoding))
+  assert read_note(path, a=int, b=int | None) == {"a": 1}
+
+
+def test_a_message_is_one_line_without_control_characters():
+  assert str(InputError("a\x1b[31mb\udcff\nc\u202e")) == r"a\x1b[31mb\xff\nc\u202e"
+
+
+@pytest.mark.parametrize("word", ["a b", "a\n\udcffb'\\1\u4e00", "--x", "$'"])
+def test_a_command_line_that_is_shown_can_be_given_to_a_shell(word):
+  shown = printable(console._quoted(word))
+  done = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True)
+  assert done.stdout == os.fsencode(word)
+
+
+def test_a_path_begins_at_home_where_it_says_so(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert place("~/runs") == local_file("~/runs") == local_place("~/runs") == Path("/home/me/runs")
+  assert place("runs/~") == Path("runs/~")
+  with pytest.raises(InputError, match="only a training writes to a bucket"):
+    local_place("gs://bucket/runs")

@@ -295,11 +295,19 @@ def test_workdir_of_another_configuration_is_refused_by_the_key(tmp_path):
   )
 
 
-@pytest.mark.parametrize("line", [b"5", b"{}", b'{"step": "x"}', b"\xff"])
+@pytest.mark.parametrize(
+  "line", [b"5", b"{}", b'{"step": "x"}', b'{"step": 2, "loss": "x"}', b"\xff"]
+)
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
   (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
   with pytest.raises(InputError, match=r"metrics\.jsonl, line 2, is damaged"):
     read_metrics(tmp_path)
+
+
+def test_metrics_that_an_editor_saved_are_read(tmp_path):
+  lines = b'\xef\xbb\xbf{"step": 1, "loss": 2}\r\n{"step": 2, "loss": NaN}\r\n'
+  (tmp_path / "metrics.jsonl").write_bytes(lines)
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]
 
 
 def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ def read_config(workdir: Path) -> dict:
     )
   if "task" not in read_noted(path):  # diffusers' folders have a config.json too
     raise InputError(f"{workdir} is not a workdir of this project; give a file of weights in it.")
-  return read_noted(path, "task", "seed", "model", "optimizer")
+  return read_noted(path, task=str, seed=int, model=dict, optimizer=dict)
 
 
 class Found(NamedTuple):

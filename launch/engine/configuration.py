@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from vavae_jax.common import keys
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, write_json
+from vavae_jax.common.files import atomic_file, read_note, write_json
 from vavae_jax.common.keys import Key
 
 # A flag that is defined here belongs to the command that asks for it.
@@ -170,9 +170,9 @@ def check_workdir(
   return changes
 
 
-def read_noted(path: Path, *needed: str) -> dict[str, Any]:
-  """A training's config.json with the sections `needed`; InputError if it is damaged."""
-  note = read_note(path, *needed)
+def read_noted(path: Path, **kinds: Any) -> dict[str, Any]:
+  """A training's config.json with the values `kinds`, as of `read_note`."""
+  note = read_note(path, **dict.fromkeys(LATER, dict | None) | kinds)
   return note | {name: keys | note[name] for name, keys in LATER.items() if name in note}
 
 
@@ -221,10 +221,13 @@ def claim_workdir(
 def note_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
   """Writes down in a workdir what changes in its configuration, as `check_workdir` gives it."""
   if changes and jax.process_index() == 0:
-    with (workdir / CHANGES).open("a") as file:
+    path = workdir / CHANGES
+    before = path.read_bytes() if path.exists() else b""  # nothing can be appended in a bucket
+    with atomic_file(path) as file:
+      file.write(before)
       for key, (old, new) in changes.items():
         line = {"step": step, "key": f"config.{key}", "old": old, "new": new}
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from launch.engine import hardware, processes, tracing, watchdog
 from launch.engine.circumstances import own_program
 from launch.engine.configuration import flat
 from vavae_jax.common.errors import InputError, printable
-from vavae_jax.common.files import ADVICE, allow_open_files
+from vavae_jax.common.files import ADVICE, allow_open_files, at_home
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
@@ -199,7 +199,16 @@ def _interrupt(number: int, _frame: object) -> None:
 def resume_command() -> str:
   """The command line that started this process, usable from any folder."""
   words = [sys.executable, *own_program(), *sys.argv[1:]]
-  return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+  return f"cd {_quoted(os.getcwd())} && {' '.join(map(_quoted, words))}"
+
+
+def _quoted(word: str) -> str:
+  """A word for a shell's command line; of other characters than printable ones by their bytes."""
+  if word.isprintable():
+    return shlex.quote(word)
+  plain = {c: c for c in word if c.isprintable() and c not in "\\'"}
+  escaped = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in {*word}}
+  return f"$'{''.join((escaped | plain)[c] for c in word)}'"
 
 
 def _say_stopped() -> None:
@@ -248,9 +257,7 @@ def _explained(error: BaseException) -> int | None:
 def _at_home(word: str) -> str:
   """--flag=~/path with the home folder, which shells put in only at the beginning of a word."""
   flag, _, value = word.partition("=")
-  if not flag.startswith("-") or value.partition("/")[0] != "~":
-    return word
-  return f"{flag}={os.path.expanduser(value)}"
+  return f"{flag}={at_home(value)}" if flag.startswith("-") and value else word
 
 
 def run_command(

@@ -40,12 +40,12 @@ def seal(folder: Place, step: int) -> None:
 def damage(folder: Place, item: str = "") -> str:
   """Reads a checkpoint, or one item of it, and says how it is damaged; "" where it is sound."""
   try:
-    noted = json.loads((folder / MANIFEST).read_text())
+    noted = json.loads((folder / MANIFEST).read_bytes())
     wanted = {name: (note["size"], note["crc32"]) for name, note in noted["files"].items()}
     step = noted.get("step", folder.name)  # early manifests have none
   except (FileNotFoundError, NotADirectoryError):
     return f"it has no {MANIFEST}, so it was never whole"
-  except (ValueError, LookupError, TypeError, AttributeError):
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     return f"{MANIFEST} cannot be read"
   if str(step) != folder.name:
     return f"it is a copy of the checkpoint of step {step}"

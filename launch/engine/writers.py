@@ -8,6 +8,7 @@ where nothing can be appended, the file is written anew every half minute and at
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, is_url
 
 SECONDS_BETWEEN_WRITES = 30.0
+# What a line raises that is no JSON, or not numbers by name.
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Writer:
@@ -77,15 +80,17 @@ def read_metrics(workdir: Path) -> list[dict]:
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
-  text = path.read_bytes().decode(errors="replace")
+  text = path.read_bytes().decode("utf-8-sig", errors="replace")  # editors write a mark
   lines = []
   for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
     try:
-      lines.append(json.loads(line))
-      if not isinstance(lines[-1]["step"], int):
+      values = json.loads(line)
+      if not isinstance(values["step"], int):
         raise ValueError("its step is no number")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+      numbers = {name: x if x is None or math.isfinite(x) else None for name, x in values.items()}
+    except _DAMAGES as error:
       raise InputError(f"{path}, line {number}, is damaged ({error}); delete the line.") from error
+    lines.append(numbers)
   return lines
 
 

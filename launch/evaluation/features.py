@@ -18,7 +18,7 @@ from vavae_jax import classification
 from vavae_jax.common import functional
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place, sha256_of
+from vavae_jax.common.files import at_home, place, sha256_of
 from vavae_jax.data import images
 from vavae_jax.metrics import inception
 from vavae_jax.teachers import NAMES, load_teacher
@@ -133,7 +133,7 @@ def _classifier(path: str) -> Network:
 def _inception(protocol: str, path: str) -> Network:
   if path and not local_file(path).is_file():
     raise InputError(f"There is no file {path}; --weights is the path of {INCEPTION_FILE}.")
-  files = [local_file(path)] if path else [Path(name).expanduser() for name in _CACHES]
+  files = [local_file(path)] if path else [Path(at_home(name)) for name in _CACHES]
   file = next((file for file in files if file.is_file()), None)
   if file is None:
     raise InputError(

@@ -11,6 +11,7 @@ from launch.evaluation.output import Output, Point
 from launch.report import plots
 from launch.report.html import Section, picture_file
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place, read_note
 
 
 def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point]:
@@ -31,7 +32,7 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
     point: Point = {"name": name}
     kinds = {"reconstruction": ("x", x), "generation": ("y", y)}
     for path, (kind, (axis, figure)) in zip(paths, kinds.items(), strict=True):
-      noted = _read(Path(path), kind)
+      noted = _read(place(path), kind)
       if figure not in noted["figures"]:
         raise InputError(
           f"{path} has no {figure}; give --{axis}={' or '.join(noted['figures'])}, which it has."
@@ -63,10 +64,10 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
-  try:
-    noted = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path} cannot be read ({error}).") from error
-  if not isinstance(noted, dict) or noted.get("evaluation") != kind:
+  if not path.is_file():
+    raise InputError(f"{path} does not exist; give what python -m launch.evaluate {kind} wrote.")
+  if read_note(path).get("evaluation") != kind:
     raise InputError(f"{path} is not what python -m launch.evaluate {kind} writes.")
-  return noted
+  protocol = ("network", "samples", "reference") if kind == "generation" else ()
+  needed: dict[str, Any] = dict.fromkeys(("figures", *protocol), dict)
+  return read_note(path, **needed)

@@ -21,6 +21,7 @@ from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
 from launch.sample import labels_for, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import at_home
 from vavae_jax.data import changes, images, selection, sources
 
 STATISTICS = ("mu", "sigma")
@@ -229,7 +230,7 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
   `image_size` the side of ADM's centre crop, of folders and sources, 0: as they are; `tokenizer`
   the workdir of the latents' tokenizer, "": as the latents say.
   """
-  path = Path(spec).expanduser()
+  path = Path(at_home(spec))
   if path.is_dir() and shard_files(path):
     store = LatentStore(path)
     pictures: PictureSet = Decoded(store, restore.tokenizer_of_latents(store, tokenizer))
@@ -252,7 +253,7 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
   If the file has them, also "mu_s", "sigma_s" of sFID's features, and "about", a JSON text that
   `launch.evaluate statistics` wrote; {} for any other file.
   """
-  path = Path(spec).expanduser()
+  path = Path(at_home(spec))
   if path.suffix != ".npz" or not path.is_file():
     return {}
   try:
@@ -266,5 +267,5 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
 
 def has_pictures(spec: str) -> bool:
   """Whether an npz has pictures beside or instead of statistics."""
-  with zipfile.ZipFile(Path(spec).expanduser()) as archive:
+  with zipfile.ZipFile(Path(at_home(spec))) as archive:
     return FIRST in archive.namelist()

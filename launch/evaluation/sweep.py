@@ -125,7 +125,7 @@ def _measured(
       for part in output.progress.glob(f"point_{name}-*.safetensors"):
         part.unlink()
     processes.wait_for_all(f"point {name}")
-  return read_note(path, "figures", "warnings")
+  return read_note(path, figures=dict, warnings=list)
 
 
 def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: Path) -> None:

@@ -26,7 +26,7 @@ import fsspec
 from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, check_free, is_url, read_note, write_json
+from vavae_jax.common.files import at_home, atomic_path, check_free, is_url, read_note, write_json
 
 # (path, bytes copied, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -51,7 +51,7 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
   `DEFAULT_CACHE`. InputError if it cannot be reached, does not fit on the disk, or is no such
   archive.
   """
-  path = url_of_data(path)
+  path = url_of_data(at_home(path))
   if not is_url(path) and not _is_archive(path):
     folder = Path(path)
     if not folder.is_dir() or _has_shards(folder) or not _parts(sorted(map(str, folder.iterdir()))):
@@ -59,7 +59,7 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
     path = str(folder.resolve())
   elif not is_url(path):
     path = str(Path(path).resolve())
-  home = Path(cache or DEFAULT_CACHE).expanduser()
+  home = Path(at_home(cache or DEFAULT_CACHE))
   folder = home / hashlib.sha256(path.encode()).hexdigest()[:16]
   with _locked(home / f"{folder.name}.lock"):
     try:

@@ -76,7 +76,9 @@ class LatentStore:
     listed = self.manifest.get("shards", {})
     for shard in opened if listed else ():
       noted = listed.get(shard.path.name)
-      sha256 = noted["sha256"] if isinstance(noted, dict) else None  # older ones have counts alone
+      sha256 = (
+        noted.get("sha256") if isinstance(noted, dict) else None
+      )  # older ones have counts alone
       if sha256 != (shard.note.sha256 if shard.note else None):
         raise InputError(
           f"{shard.path} is not the shard that {MANIFEST} names: it is of another store. Copy the "
@@ -165,7 +167,9 @@ class LatentStore:
   def manifest(self) -> dict[str, Any]:
     """What `launch.encode` noted; empty for a published store."""
     path = self.path / MANIFEST
-    return read_note(path) if path.is_file() else {}
+    kinds = {"tokenizer": dict, "shards": dict, "skipped": list, "class_names": list}
+    may_lack: dict[str, Any] = {name: kind | None for name, kind in kinds.items()}
+    return read_note(path, **may_lack) if path.is_file() else {}
 
   def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS

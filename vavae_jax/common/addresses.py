@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import at_home
 
 HUB = "hf:"
 
@@ -24,7 +25,7 @@ def local_file(name: str | os.PathLike[str]) -> Path:
   A file of the hub is downloaded once into the hub's cache. A path need not exist. InputError if
   the hub cannot be reached or lacks the file.
   """
-  name = os.fspath(name)
+  name = at_home(os.fspath(name))
   if not name.startswith(HUB) or Path(name).exists():
     return Path(name)
   owner, _, rest = name.removeprefix(HUB).partition("/")

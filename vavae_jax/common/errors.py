@@ -17,5 +17,13 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-  """The text without control characters; names in files come from strangers."""
-  return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+  r"""The text in one line, with control characters and bytes that are none as in "a\nb\xff"; names
+  come from strangers and from other systems.
+  """
+  return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+  if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8, as Python has it
+    return f"\\x{ord(character) - 0xDC00:02x}"
+  return ascii(character)[1:-1]

@@ -126,6 +126,25 @@ def _named(folder: Path, name: str) -> list[Path]:
   return [folder / each for each in names if not each.startswith(".")]
 
 
+def at_home(text: str) -> str:
+  """A path that a person wrote, with the home folder for ~ at its beginning.
+
+  Shells put it in only at the beginning of a word, and not into configuration files.
+  """
+  if text.partition("/")[0] != "~":
+    return text
+  if (found := os.path.expanduser(text)) == text:
+    raise InputError(f"{text}: no home folder is known; set HOME, or give the whole path.")
+  return found
+
+
+def local_place(text: str) -> Path:
+  """The path of an output that a person named; InputError for a bucket, into which it cannot go."""
+  if is_url(text):
+    raise InputError(f"{text}: only a training writes to a bucket; give a path of this machine.")
+  return Path(at_home(text))
+
+
 def place(text: str) -> Path:
   """The folder that a person named: a path of this machine, or gs://..., s3://..., az://... .
 
@@ -133,7 +152,7 @@ def place(text: str) -> Path:
   another kind, or one whose package is not installed.
   """
   if not is_url(text):
-    return Path(text)
+    return Path(at_home(text))
   scheme = text.split("://")[0]
   if scheme not in BUCKETS:
     raise InputError(f"{text}: {scheme}:// is not one of {', '.join(BUCKETS)}.")
@@ -275,15 +294,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_note(
-  path: Path, *needed: str, advice: str = "bring back the file as it was"
+  path: Path, *, advice: str = "bring back the file as it was", **kinds: Any
 ) -> dict[str, Any]:
-  """A JSON object that `write_json` wrote, with the names `needed`; InputError if it is damaged."""
+  """A JSON object that `write_json` wrote and perhaps an editor saved; InputError if it is damaged.
+
+  `kinds` has the types of values that it needs, such as `dict`; of others that it may lack, such as
+  `dict | None`. `advice` says what to do about damage.
+  """
   try:
-    note = json.loads(path.read_text())
+    note = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     if not isinstance(note, dict):
       raise ValueError("not a JSON object")
-    if lacking := [name for name in needed if name not in note]:
-      raise ValueError(f"without {', '.join(lacking)}")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(note.get(name), kind)]:
+      raise ValueError(f"{', '.join(wrong)}: missing, or of another kind")
   except (ValueError, RecursionError) as error:
     raise InputError(f"{path} is damaged ({error}); {advice}.") from error
-  return note
+  return {name: x for name, x in note.items() if x is not None or name not in kinds}
+
+
+def _refuse_constant(name: str) -> Any:
+  raise ValueError(f"{name} is no number of JSON")

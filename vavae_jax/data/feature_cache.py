@@ -23,8 +23,9 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax import frozen
 from vavae_jax.autoencoder import downsampling
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_path, check_free, sha256_of, write_json
+from vavae_jax.common.files import at_home, atomic_path, check_free, sha256_of, write_json
 from vavae_jax.data import images, sources
 
 
@@ -112,7 +113,7 @@ def place_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarr
   """The file of a configuration's features, whether there is one or not."""
   origin = json.dumps(_origin(config, source, indices), sort_keys=True)
   digest = hashlib.sha256(origin.encode()).hexdigest()
-  return Path(config.teacher.cache) / f"{config.teacher.name}-{digest[:16]}.npy"
+  return Path(at_home(config.teacher.cache)) / f"{config.teacher.name}-{digest[:16]}.npy"
 
 
 def _origin(
@@ -122,7 +123,7 @@ def _origin(
   teacher = {key: config.teacher[key] for key in ("name", "dtype", "normalize", "scale")}
   weights = config.teacher.weights
   return teacher | {
-    "weights_sha256": _sha256(Path(weights)) if weights else "",
+    "weights_sha256": _sha256(local_file(weights)) if weights else "",
     "pictures": source.identity(),
     "indices_sha256": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
     "image_size": config.data.image_size,

@@ -91,7 +91,7 @@ def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
 
   The JSON file `output` is written after each; the plans that it has already are kept.
   """
-  rows = read_note(output, "rows")["rows"] if output.is_file() else []
+  rows = read_note(output, rows=list)["rows"] if output.is_file() else []
   done = {(row["config"], row["what"], row["topology"]) for row in rows}
   wanted = [
     (spec, what, f"{chip}:{sides}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vavae_jax.common.errors import InputError, printable
+from vavae_jax.common.files import at_home
 from vavae_jax.data.sources.archives import open_tar, open_zip
 from vavae_jax.data.sources.base import Source, Unreadable
 from vavae_jax.data.sources.datasets import HuggingFace, TensorFlowDatasets
@@ -47,7 +48,7 @@ def open_source(spec: str) -> Source:
   if kind not in _KINDS or not rest:
     known = ", ".join(form for _, form in _KINDS.values())
     raise InputError(f"The image source is {spec!r}; choose one of {known}.")
-  source = _KINDS[kind][0](str(Path(rest).expanduser()) if rest.startswith("~") else rest)
+  source = _KINDS[kind][0](at_home(rest))
   if source.beside and spec not in _noted:
     _noted.add(spec)
     print(printable(f"note: beside the pictures of {spec}: {source.beside}"), file=sys.stderr)

@@ -43,7 +43,9 @@ class Records(Source):
         f"{folder} has no {DESCRIPTION}: give a folder that python -m launch.prepare has finished."
       )
     advice = "prepare the data again"
-    self._description = read_note(path, "class_names", "shards", advice=advice)
+    self._description = read_note(
+      path, advice=advice, class_names=list, shards=dict, names=dict | None
+    )
     try:
       self.class_names: list[str] = list(self._description["class_names"])
       shards = {str(name): int(count) for name, count in self._description["shards"].items()}
