@@ -50,6 +50,10 @@ def test_two_processes_train_as_one(training, two_processes, command, tmp_path):
       {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
       r"JAX_PROCESS_ID '2' is not in 0\.\.",
     ),
+    (
+      {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "\u00b2"},
+      r"JAX_PROCESS_ID '\u00b2' is not in 0\.\.",
+    ),
   ],
 )
 def test_half_a_job_is_refused(variables, message, monkeypatch):
@@ -65,13 +69,13 @@ def address():
     return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def meet(address, settings, late=0.0):
+def meet(address, settings, late=0.0, indices=(0, 1, 2), counts=(3, 3, 3)):
   """What each process ends with, "" or its error; the last one comes late."""
 
-  def one(index):
-    time.sleep(late if index == len(settings) - 1 else 0.0)
+  def one(i):
+    time.sleep(late if i == len(settings) - 1 else 0.0)
     try:
-      rendezvous.meet(address, len(settings), index, settings[index])
+      rendezvous.meet(address, counts[i], indices[i], settings[i])
     except InputError as error:
       return str(error)
     return ""
@@ -95,6 +99,40 @@ def test_other_settings_end_all_processes_by_name(address):
     "The processes of a job need the same settings, but config.seed is 1 in process 0 and 2 in "
     "process 2."
   }
+
+
+@pytest.mark.parametrize(
+  ("given", "told"),
+  [
+    ({"indices": (0, 1, 1)}, "Two processes have JAX_PROCESS_ID 1."),
+    ({"counts": (4, 4, 2)}, "JAX_NUM_PROCESSES is 4 in process 0 and 2 in process 2."),
+  ],
+)
+def test_another_count_or_index_ends_all_processes(given, told, address, monkeypatch):
+  monkeypatch.setattr(rendezvous, "SECONDS_FOR_OTHERS", 0.2)
+  ended = meet(address, [{}] * 3, late=0.3, **given)
+  assert all(line.endswith(told) for line in ended)
+
+
+@pytest.mark.parametrize(
+  "line", [b"GET / HTTP/1.0\r\n\r\n", b'{"index": 1, "who": "", "settings": null}\n', b"[" * 10**5]
+)
+def test_another_program_at_the_address_disturbs_nobody(line, address):
+  with ThreadPoolExecutor() as pool:
+    first = pool.submit(rendezvous.meet, address, 2, 0, {})
+    time.sleep(0.2)
+    with socket.create_connection(rendezvous.place_of(address)) as stranger:
+      stranger.sendall(line)
+    rendezvous.meet(address, 2, 1, {})
+    first.result()
+
+
+@pytest.mark.parametrize(
+  "address", ["host", ":1234", "::1:1234", "host:0", "host:65536", "host:\u00b2", "0.0.0.0"]
+)
+def test_what_is_no_address_is_refused(address):
+  with pytest.raises(InputError, match="give HOST:PORT, or"):
+    rendezvous.meet(address, 2, 1, {})
 
 
 def test_nobody_waits_for_ever(address, monkeypatch):

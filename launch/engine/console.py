@@ -231,11 +231,11 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
 
 
 def _settings() -> dict[str, Any]:
-  """What all processes of a job must have in common: the configuration, else the command line."""
+  """What all processes of a job must have in common: configuration and command line."""
   config = flags.FLAGS.config if "config" in flags.FLAGS else None
-  if config is None:
-    return {"the command line": sys.argv[1:]}
-  return json.loads(json.dumps({f"config.{k}": v for k, v in flat(config.to_dict())}, default=str))
+  keys = {f"config.{k}": v for k, v in flat(config.to_dict())} if config else {}
+  words = (word.partition("=") for word in sys.argv[1:] if not word.startswith("--config."))
+  return json.loads(json.dumps({**keys, **{k: v for k, _, v in words}}, default=str))
 
 
 def _explained(error: BaseException) -> int | None:

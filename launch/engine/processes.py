@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -44,12 +45,12 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
       f"{', '.join(given)} is set, but {', '.join(missing)} is not; set all or none."
     )
   address, count, index = (given[name] for name in _VARIABLES)
-  if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
+  numbers = all(re.fullmatch("[0-9]{1,6}", text) for text in (count, index))
+  if not numbers or int(index) >= int(count):
     raise InputError(f"JAX_PROCESS_ID {index!r} is not in 0..JAX_NUM_PROCESSES - 1 ({count!r}).")
-  if not address.rpartition(":")[2].isdigit():
-    raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; give HOST:PORT.")
   # Else jax would listen on all addresses of the machine.
   listened = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+  rendezvous.place_of(address)
   rendezvous.meet(address if int(index) else listened, int(count), int(index), settings or {})
   jax.distributed.initialize(
     address,
