@@ -28,6 +28,9 @@ TASKS: dict[str, Any] = {
   "classifier": vavae_jax.classification,
 }
 
+# What launch.train adds where config.evaluate_samples draws some.
+SAMPLES_FIGURE = "samples/fd_efficientnet"
+
 
 def of(config: ConfigDict) -> Any:
   """The module of `config.task`; InputError where there is none of that name."""
@@ -43,7 +46,26 @@ def frozen(config: ConfigDict) -> FrozenConfigDict:
     InputError: unknown task or key, a missing key, or a value that is not possible.
   """
   of(config)
-  return configuration.resolve(config, configs.base.KEYS[config.task])
+  resolved = configuration.resolve(config, configs.base.KEYS[config.task])
+  _check_best(resolved)
+  return resolved
+
+
+def _check_best(config: FrozenConfigDict) -> None:
+  """Raises InputError where `config.keep_best` is a figure that no evaluation here gives.
+
+  Losses of training, whose names have no slash, are known to their steps alone.
+  """
+  name = config.keep_best.removeprefix("-")
+  known = []
+  if config.evaluate_every_steps:
+    known = TASKS[config.task].figures(config)
+    known += [SAMPLES_FIGURE] if config.get("evaluate_samples") else []
+  if "/" in name and name not in known:
+    raise InputError(
+      f"config.keep_best is {config.keep_best!r}, which no evaluation of this training gives; "
+      f"there are: {', '.join(known) or 'none'}."
+    )
 
 
 def noted(workdir: Path) -> FrozenConfigDict:

@@ -168,6 +168,22 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   return {"validation": (config.evaluate_every_steps, validation(config))}
 
 
+def figures(config: FrozenConfigDict) -> list[str]:
+  """The names of all numbers that `evaluators` give."""
+  if not config.latents.valid_path:
+    return []
+  directed = transport.PREDICTIONS[config.transport.prediction].has_direction
+  places = ["", *(f"_t{t:.2f}" for t in _validation_times(config))]
+  return [f"validation/{x}{at}" for x in ("mse", "cosine")[: 1 + directed] for at in places]
+
+
+def _validation_times(config: FrozenConfigDict) -> np.ndarray:
+  low, high = transport.interval(
+    config.transport.path_type, config.transport.prediction, config.transport.train_eps
+  )
+  return low + (high - low) * (np.arange(VALIDATION_TIMES) + 0.5) / VALIDATION_TIMES
+
+
 def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
   """Losses of the averaged model on fixed latents, with fixed noise, on a fixed grid of times.
 
@@ -181,10 +197,7 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
   )
   count = min(config.latents.valid_samples, len(store))
   size = min(config.batch_size // config.accumulate_steps, count)
-  low, high = transport.interval(
-    config.transport.path_type, config.transport.prediction, config.transport.train_eps
-  )
-  times = low + (high - low) * (np.arange(VALIDATION_TIMES) + 0.5) / VALIDATION_TIMES
+  times = _validation_times(config)
 
   @jax.jit
   def losses_of(

@@ -56,6 +56,7 @@ def test_it_learns_to_tell_classes_apart(pictures):
   assert 0 < max(jax.tree.leaves(moved)) < 1
   (_, evaluate) = classification.evaluators(config)["held_out"]
   found = evaluate(state)
+  assert [f"held_out/{name}" for name in found] == classification.figures(config)
   assert 0 <= found["accuracy"] <= 1
   assert found["pictures"] == len(classification.selection.share(config.data, held_out=True))
 

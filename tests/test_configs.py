@@ -61,6 +61,24 @@ def test_experiments_are_accepted(name):
   resolve(config, base.KEYS[config.task])
 
 
+@pytest.mark.parametrize(
+  ("task", "changes", "known"),
+  [
+    ("tokenizer", {"keep_best": "-reconstruction/lpips"}, "reconstruction/perceptual"),
+    ("tokenizer", {"keep_best": "validation/mse"}, "reconstruction/teacher_cosine"),
+    ("diffusion", {"keep_best": "validation/loss", "evaluate_samples": 9}, "fd_efficientnet"),
+    ("diffusion", {"keep_best": "validation/loss", "latents.valid_path": "x"}, "mse_t0.06"),
+    ("classifier", {"keep_best": "-held_out/psnr"}, "held_out/accuracy"),
+    ("classifier", {"keep_best": "-held_out/accuracy", "evaluate_every_steps": 0}, "none"),
+  ],
+)
+def test_a_best_checkpoint_by_what_nothing_gives_is_refused(task, changes, known):
+  config = getattr(base, task)()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(InputError, match=f"keep_best is '{changes['keep_best']}'.*{known}"):
+    tasks.frozen(config)
+
+
 @pytest.mark.parametrize("row", ablation.ROWS)
 def test_rows_of_the_ablation_can_be_trained(row):
   config = resolve(ablation.get_config(row), base.KEYS["diffusion"])

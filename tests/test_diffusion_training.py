@@ -198,6 +198,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
   evaluate = training.evaluators(config)["validation"][1]
   told = evaluate(state)
   assert told == evaluate(state)
+  assert {f"validation/{name}" for name in told} == {*training.figures(config)}
   times = [key for key in told if key.startswith("mse_t")]
   assert len(times) == training.VALIDATION_TIMES
   assert told["mse"] == pytest.approx(np.mean([told[key] for key in times]))

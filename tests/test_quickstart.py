@@ -14,6 +14,7 @@ from launch import restore
 from launch.engine.writers import read_metrics
 from lightningdit_jax.store.latents import LatentStore
 from tests.conftest import ROOT, repeatable_metrics
+from vavae_jax import training
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note
 
@@ -45,6 +46,12 @@ def test_pipeline_leaves_what_it_promises(pipeline):
   assert "http://" not in page.replace("http://www.w3.org", "")
   assert list((pipeline / "latents").glob("*shard003.safetensors"))
   assert not (pipeline / "samples.parts").exists()
+
+
+def test_the_figures_of_a_tokenizer_are_those_that_it_announces(pipeline):
+  config = restore.load(pipeline / "tokenizer", "tokenizer").config
+  written = {name for line in read_metrics(pipeline / "tokenizer") for name in line if "/" in name}
+  assert written - {"reconstruction/took_seconds"} == {*training.figures(config)}
 
 
 def test_second_start_of_a_finished_run_computes_nothing_again(command, quickstart, pipeline):

@@ -111,3 +111,9 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     return {"accuracy": found / len(labels), "pictures": len(labels)}
 
   return {"held_out": (config.evaluate_every_steps, evaluate)}
+
+
+def figures(config: FrozenConfigDict) -> list[str]:
+  """The names of all numbers that `evaluators` give."""
+  del config
+  return ["held_out/accuracy", "held_out/pictures"]

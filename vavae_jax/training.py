@@ -188,3 +188,11 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     return {name: float(x) for name, x in figures.items()} | {"pictures": np.concatenate(rows)}
 
   return {"reconstruction": (config.evaluate_every_steps, evaluate)}
+
+
+def figures(config: FrozenConfigDict) -> list[str]:
+  """The names of all numbers that `evaluators` give."""
+  names = ["l1", "psnr", "ssim"]
+  names += ["perceptual"] if config.loss.perceptual_weight else []
+  names += ["teacher_cosine"] if frozen.uses_teacher(config) else []
+  return [f"reconstruction/{name}" for name in names]

@@ -63,7 +63,8 @@ def best_step(workdir: Path, metric: str, steps: list[int]) -> int | None:
   values = {step: sign * value for step, value in curve(lines, name) if step in steps}
   written = {key for line in lines for key in line}
   known = sorted(key for key in written - {"step"} if not key.endswith(f"/{_TOOK}"))
-  if len(known) < len(written) - 1 and name not in known:  # something was evaluated
+  evaluated = len(known) < len(written) - 1
+  if name not in known and (evaluated or ("/" not in name and known)):
     console.say(
       f"warning: config.keep_best is {metric!r}, but no such metric was written; there are: "
       f"{', '.join(known)}"
