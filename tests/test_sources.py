@@ -348,6 +348,71 @@ def test_keys_of_one_archive_are_its_names(make, tmp_path):
   assert source.keys() == source.names
 
 
+def test_links_in_archives_are_pictures_only_where_they_name_one(tmp_path, capsys):
+  with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+    add(archive, "a/1.png", encoded("x"))
+    for name, kind, target in (
+      ("b/2.png", tarfile.LNKTYPE, "./a/1.png"),
+      ("b/3.png", tarfile.LNKTYPE, "absent.png"),
+      ("b/4.png", tarfile.SYMTYPE, "../a/1.png"),
+    ):
+      link = tarfile.TarInfo(name)
+      link.type, link.linkname = kind, target
+      archive.addfile(link)
+    sparse = tarfile.TarInfo("b/5.png")
+    sparse.pax_headers = {"GNU.sparse.map": "0,5", "GNU.sparse.size": str(10**6)}
+    sparse.size = 5
+    archive.addfile(sparse, io.BytesIO(b"start"))
+  source = sources.open_source(f"tar:{tmp_path}/x.tar")
+  assert source.names == ["a/1.png", "b/2.png"]
+  assert source.encoded(0) == (encoded("x"), 0)
+  assert source.encoded(1) == (encoded("x"), 1)
+  assert "3 links and other things" in capsys.readouterr().err
+  with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+    archive.writestr("a/1.png", encoded("x"))
+    (link := zipfile.ZipInfo("a/2.png")).external_attr = 0o120777 << 16
+    archive.writestr(link, "1.png")
+  assert sources.open_source(f"zip:{tmp_path}/x.zip").names == ["a/1.png"]
+  assert "1 links and other things" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["joined", "damaged", "cut"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tar_that_goes_on_behind_its_end_is_no_shorter_one(how, inside, tmp_path):
+  """A header that cannot be read ends it for tarfile, and what is behind would be missing."""
+  content = io.BytesIO()
+  with tarfile.open(fileobj=content, mode="w") as archive:
+    add(archive, "a/1.png", encoded("x"))
+    place = archive.offset
+    add(archive, "b/1.png", encoded("y"))
+  data = bytearray(content.getvalue())
+  if how == "joined":
+    data = data * 2
+  elif how == "damaged":
+    data[place + 3] ^= 1
+  else:
+    del data[place + 100 :]
+  with tarfile.open(tmp_path / "x.tar", "w") as archive:
+    add(archive, "x.tar", bytes(data))
+  if not inside:
+    (tmp_path / "x.tar").write_bytes(data)
+  with pytest.raises(InputError, match=r"from byte \d+ on it is damaged, or another one follows"):
+    sources.open_source(f"tar:{tmp_path}/x.tar")
+
+
+def test_classes_that_look_alike_are_told(tmp_path, capsys):
+  for name in (
+    "caf\N{LATIN SMALL LETTER E WITH ACUTE}",
+    "cafe\N{COMBINING ACUTE ACCENT}",
+    "Dog",
+    "cat",
+  ):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "1.png").write_bytes(encoded("x"))
+  sources.open_source(f"folder:{tmp_path}")
+  assert "2 classes that differ by case or by Unicode's form alone" in capsys.readouterr().err
+
+
 def test_of_entries_of_one_name_the_last_counts(tmp_path, capsys):
   entries = [("a/1.png", encoded("old")), ("a/2.png", encoded("x")), ("./a//1.png", encoded("new"))]
   with (
@@ -450,6 +515,7 @@ def parquet_of(root, **columns):
     ({"cls": [1, 0, 2]}, ["0", "1", "2"], [1, 0, 2], "taken are image and cls"),
     ({"fine_label": [1, 0, 1]}, ["0", "1"], [1, 0, 1], "taken are image and fine_label"),
     ({"label_name": ["b", "a", "b"]}, ["a", "b"], [1, 0, 1], "taken are image and label_name"),
+    ({"label": ["b", "a", "b"]}, ["a", "b"], [1, 0, 1], ""),
     ({"text": ["b", "a", "b"]}, ["all"], [0, 0, 0], "text; taken are image and one class"),
     ({"label": [0, 1, 0], "label_name": ["b", "a", "b"]}, ["0", "1"], [0, 1, 0], "label_name; tak"),
   ],
@@ -528,6 +594,37 @@ def no_labels(root):
   return ""
 
 
+def labels_of_parquet(*labels):
+  def make(root):
+    return parquet_of(root, label=labels)
+
+  return make
+
+
+def no_rows(root):
+  pq.write_table(pa.table({"image": pa.array([], pa.binary())}), root / "x.parquet")
+  return f"hf:{root}"
+
+
+def numbers_and_names(root):
+  for i, label in enumerate((1, "cat")):
+    pq.write_table(pa.table({"image": [b"x"], "label": [label]}), root / f"{i}.parquet")
+  return f"hf:{root}"
+
+
+def named_class(root):
+  with tarfile.open(root / "x.tar", "w") as archive:
+    add(archive, "0.png", encoded("x"))
+    add(archive, "0.cls", b"cat")
+  return f"tar:{root}/x.tar"
+
+
+def only_classes(root):
+  with tarfile.open(root / "x.tar", "w") as archive:
+    add(archive, "0.cls", b"1")
+  return f"tar:{root}/x.tar"
+
+
 def lost_shard(root):
   spec = make_records(root)
   next((root / "records").glob("*.array_record")).unlink()
@@ -564,6 +661,13 @@ def test_a_folder_may_be_deeper_than_calls(tmp_path):
     (no_columns, r"has the columns text; needed are image and label"),
     (lambda root: f"hf:{root}", "has no parquet files"),
     (lost_shard, "was not copied whole"),
+    (labels_of_parquet([1], [2], [3]), r"has the label \[1\]; needed are numbers or names"),
+    (labels_of_parquet(1.0, 2.0, 3.0), r"has the label 1\.0; needed are"),
+    (no_rows, "has no rows"),
+    (numbers_and_names, "numbers and names as labels"),
+    (named_class, r"x\.tar: 0\.cls holds b'cat'; needed is the number of a class"),
+    (only_classes, "no pictures are in it"),
+    (lambda root: f"folder:{make_zip(root)[4:]}", "is no folder"),
     (two_pictures_a_record, "has several pictures"),
     (two_splits, "has the splits test, train"),
     (no_labels, "has the label -1"),

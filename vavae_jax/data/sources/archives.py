@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -30,6 +31,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: magic, lengths o
 _DEFLATED = 8
 _MAX_SIZE = 2**30  # of one picture's file; an archive may claim anything
 _IN = "//"  # between an archive and what is in it; no name has it
+_LINKS = "links and other things that are no plain files"
 
 
 class _Member(NamedTuple):
@@ -51,18 +53,18 @@ class Archive(Named):
     self,
     chosen: str,
     files: list[Path],
-    members: list[_Member],
+    members: _Members,
     class_names: list[str],
     labels: np.ndarray,
-    listing: Listing,
   ):
-    order = sorted(range(len(members)), key=lambda i: (members[i].name, members[i].file))
+    found = list(members.values())
+    order = sorted(range(len(found)), key=lambda i: (found[i].name, found[i].file))
     self._files = [str(file) for file in files]
     self._filled = [_filled_in(chosen, file) for file in files]
-    self.names = [members[i].name for i in order]
-    self._inner = [members[i].inner for i in order]
-    self.beside = listing.note(self.names)
-    columns = np.array([members[i][2:] for i in order], np.int64)
+    self.names = [found[i].name for i in order]
+    self._inner = [found[i].inner for i in order]
+    self.beside = members.listing.note(self.names, class_names)
+    columns = np.array([found[i][2:] for i in order], np.int64)
     self._file, self._start, self._stored, self._size, self._method = columns.T
     self.class_names, self._labels = class_names, labels[order]
 
@@ -124,11 +126,15 @@ def _filled_in(chosen: str, file: Path) -> str:
 class _Members(dict[tuple[int, str, str], _Member]):
   """Pictures by file, inner archive and name."""
 
-  def add(self, member: _Member, listing: Listing) -> None:
+  def __init__(self) -> None:
+    super().__init__()
+    self.listing = Listing()
+
+  def add(self, member: _Member) -> None:
     """Takes one, in the place of an earlier one of its name."""
     key = member.file, member.inner, member.name
     if key in self:
-      listing.ignore("replaced by a later entry of the same name")
+      self.listing.ignore("replaced by a later entry of the same name")
     self[key] = member
 
 
@@ -136,7 +142,7 @@ def open_zip(pattern: str) -> Archive:
   """A zip file, or several by a pattern."""
   files = _files(pattern)
   members = _Members()
-  listing = Listing()
+  listing = members.listing
   for number, file in enumerate(files):
     try:
       with zipfile.ZipFile(file) as archive:
@@ -147,6 +153,9 @@ def open_zip(pattern: str) -> Archive:
       name = _clean(info.filename.replace("\\", "/"))  # as some programs of Windows write
       if info.filename.endswith("/"):
         listing.folder(name)
+        continue
+      if stat.S_ISLNK(info.external_attr >> 16):
+        listing.ignore(_LINKS)
         continue
       if not listing.takes(name):
         continue
@@ -160,8 +169,8 @@ def open_zip(pattern: str) -> Archive:
           f"{info.filename} of {file} is packed by method {info.compress_type}, which cannot be "
           "read here; store or deflate it."
         )
-      members.add(_Member(name, "", number, *sizes, info.compress_type), listing)
-  return _labelled(pattern, files, members, [name for *_, name in members], listing)
+      members.add(_Member(name, "", number, *sizes, info.compress_type))
+  return _labelled(pattern, files, members, [name for *_, name in members])
 
 
 class _Extent(io.RawIOBase):
@@ -195,16 +204,17 @@ def open_tar(pattern: str) -> Archive:
   files = _files(pattern)
   members = _Members()
   classes: dict[tuple[int, str, str], int] = {}
-  listing = Listing()
   for number, file in enumerate(files):
     try:
       with file.open("rb") as opened:
         whole = _Extent(opened.fileno(), 0, file.stat().st_size)
-        for member, label in _tar_members(whole, number, "", listing):
+        for member, label in _tar_members(whole, number, "", members):
           if label is None:
-            members.add(member, listing)
+            members.add(member)
           else:
             classes[_record(member)] = label
+    except InputError as error:
+      raise InputError(f"{file}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
       raise InputError(
         f"{file} is damaged or not a plain tar file ({error}); decompress it first, if it "
@@ -215,7 +225,7 @@ def open_tar(pattern: str) -> Archive:
       name if "/" in name else f"{Path(inner or files[number]).stem}/{name}"
       for number, inner, name in members
     ]
-    return _labelled(pattern, files, members, labelled, listing)
+    return _labelled(pattern, files, members, labelled)
   records = [_record(member) for member in members.values()]
   ((*_, record), pictures), *_ = Counter(records).most_common(1)
   if pictures > 1:
@@ -224,7 +234,7 @@ def open_tar(pattern: str) -> Archive:
     raise InputError(f"{pattern}: {lacking[0][-1]} has no .cls file, and others have.")
   labels = np.array([classes[record] for record in records], np.int32)
   names = [str(i) for i in range(int(labels.max()) + 1)]
-  return Archive(pattern, files, list(members.values()), names, labels, listing)
+  return Archive(pattern, files, members, names, labels)
 
 
 def _record(member: _Member) -> tuple[int, str, str]:
@@ -234,35 +244,52 @@ def _record(member: _Member) -> tuple[int, str, str]:
 
 
 def _tar_members(
-  extent: _Extent, file: int, inner: str, listing: Listing
+  extent: _Extent, file: int, inner: str, earlier: _Members
 ) -> Iterator[tuple[_Member, int | None]]:
-  """(picture, None) of those in a tar and in tars in it; (.cls file, its number)."""
+  """(picture, None) of those in a tar and in tars in it; (.cls file, its number).
+
+  A hard link is the `earlier` picture that it names.
+  """
+  listing = earlier.listing
   with tarfile.open(fileobj=cast(IO[bytes], extent), mode="r:") as archive:
     while (info := archive.next()) is not None:
       archive.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
       name = _clean(info.name)
-      if info.size < 0 or (info.isreg() and info.offset_data + info.size > extent.size):
+      plain = info.isreg() and not info.issparse()
+      if info.size < 0 or (plain and info.offset_data + info.size > extent.size):
         raise ValueError(f"{name} reaches beyond its archive")
       start = extent.begin + info.offset_data
       member = _Member(name, inner, file, start, info.size, info.size, -1)
       if info.isdir():
         listing.folder(name)
-      elif not info.isreg() or info.issparse():
-        listing.ignore("links and other things that are no plain files")
+      elif info.islnk() and (linked := earlier.get((file, inner, _clean(info.linkname)))):
+        if listing.takes(name):
+          yield linked._replace(name=name), None
+      elif not plain:
+        listing.ignore(_LINKS)
       elif name.endswith(".tar") and info.size and not is_hidden(name):
         part = _Extent(extent.file, start, info.size)
-        yield from _tar_members(part, file, f"{inner}{_IN if inner else ''}{name}", listing)
+        try:
+          yield from _tar_members(part, file, f"{inner}{_IN if inner else ''}{name}", earlier)
+        except tarfile.TarError as error:
+          raise ValueError(f"{name} in it is no plain tar: {error}") from error
       elif name.endswith(".cls") and not is_hidden(name):
         yield member, _class_number(extent, info, name)
       elif listing.takes(name):
         yield member, None
+    extent.seek(archive.offset)  # where a damaged header ends it for tarfile, too
+    while block := extent.read(2**20):
+      if block.strip(b"\0"):
+        raise ValueError(
+          f"from byte {extent.begin + archive.offset} on it is damaged, or another one follows"
+        )
 
 
 def _class_number(extent: _Extent, info: tarfile.TarInfo, name: str) -> int:
   extent.seek(info.offset_data)
   text = extent.read(min(info.size, 20)).strip()
   if not text.isdigit() or int(text) > 10**6:
-    raise ValueError(f"{name} holds no class's number")
+    raise InputError(f"{name} holds {text!r}; needed is the number of a class, from 0 on.")
   return int(text)
 
 
@@ -271,17 +298,15 @@ def _clean(name: str) -> str:
   return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _labelled(
-  pattern: str, files: list[Path], members: _Members, names: list[str], listing: Listing
-) -> Archive:
+def _labelled(pattern: str, files: list[Path], members: _Members, names: list[str]) -> Archive:
   where = ", ".join(map(str, files[:3]))
   if not members:
-    note = listing.note([])
+    note = members.listing.note([], [])
     raise InputError(
       f"{where}: no pictures are in it; needed are files ending in {', '.join(EXTENSIONS)}."
       f"{f' It has {note}.' if note else ''}"
     )
-  return Archive(pattern, files, list(members.values()), *classes_of(names, where), listing)
+  return Archive(pattern, files, members, *classes_of(names, where))
 
 
 def _files(named: str) -> list[Path]:

@@ -118,6 +118,8 @@ class HuggingFace(Source):
     ]
     self._groups = [(number, group) for number, group, _ in groups]
     self._starts = np.cumsum([0, *(rows for *_, rows in groups)])
+    if not len(self):
+      raise InputError(f"hf:{path} has no rows.")
     self.class_names = self._names_of(schema, labels[:1])
     self._labels = {name: label for label, name in enumerate(self.class_names)}
 
@@ -131,12 +133,22 @@ class HuggingFace(Source):
       names = []  # not every set names its classes
     if names:
       return names
-    found: set[Any] = set()
+    found: dict[type, set[Any]] = {}
     for file, group in self._groups:
-      found.update(_group(self._files[file], group, (label[0],))[label[0]])
-    if found and all(isinstance(name, str) for name in found):
-      return sorted(found)
-    largest = max((x for x in found if isinstance(x, int)), default=0)
+      for value in _group(self._files[file], group, (label[0],))[label[0]]:
+        if not isinstance(value, int | str | None):
+          raise InputError(
+            f"{self._files[file]} has the label {value!r}; needed are numbers or names of classes."
+          )
+        found.setdefault(type(value), set()).add(value)
+    found.pop(type(None), None)  # such rows are refused where they are read
+    if str in found and len(found) > 1:
+      raise InputError(
+        f"{self._files[0]} and those beside it have numbers and names as labels; take either."
+      )
+    if str in found:
+      return sorted(found[str])
+    largest = max((max(values) for values in found.values()), default=0)
     if largest > 10**6:
       raise InputError(f"hf:{self._files[0]} has the label {largest}, too large for a class.")
     return [str(i) for i in range(largest + 1)]
@@ -153,7 +165,7 @@ class HuggingFace(Source):
       raise Unreadable(f"The rows of {self.name(index)} are damaged ({error}).") from error
     row = index - int(self._starts[place])
     image = rows[self._columns[0]][row]
-    data = image["bytes"] if isinstance(image, dict) else image
+    data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes):
       raise Unreadable(f"{self.name(index)} is not a picture's file but {type(data).__name__}.")
     label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
+from vavae_jax.common.errors import printable
+
 # TIFF's: bits of each sample, what they mean, and whether colours are kept apart.
 _BITS_PER_SAMPLE, _MEANING, _PLANES = 258, 262, 284
 _WHITE_IS_ZERO, _APART = 0, 2
@@ -123,10 +125,8 @@ def _say_guess(bits: int, name: str) -> None:
   if bits in _guessed:
     return
   _guessed.add(bits)
-  print(
-    f"note: {name} has 16 bits a sample and uses {bits}; it and others like it are scaled by these",
-    file=sys.stderr,
-  )
+  what = f"note: {name} has 16 bits a sample and uses {bits}"
+  print(printable(f"{what}; it and others like it are scaled by these"), file=sys.stderr)
 
 
 _guessed: set[int] = set()

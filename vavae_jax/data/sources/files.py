@@ -47,18 +47,20 @@ class Folder(Named):
 
   def __init__(self, root: Path):
     if not os.path.isdir(root):
-      raise InputError(f"The data folder {root} does not exist.")
+      what = "is no folder" if os.path.lexists(root) else "does not exist"
+      raise InputError(f"The data folder {root} {what}.")
     self._root = str(root)
     listing = Listing()
     self.names = sorted(_pictures_under(self._root, listing))
-    self.beside = listing.note(self.names)
     if not self.names:
+      note = listing.note([], [])
       raise InputError(
         f"The data folder {root} has no pictures: needed are class folders with files ending in "
         f"{', '.join(EXTENSIONS)}, such as {root}/cat/1.png."
-        f"{f' It has {self.beside}.' if self.beside else ''}"
+        f"{f' It has {note}.' if note else ''}"
       )
     self.class_names, self._labels = classes_of(self.names, self._root)
+    self.beside = listing.note(self.names, self.class_names)
 
   def encoded(self, index: int) -> tuple[bytes, int]:
     try:

@@ -6,6 +6,7 @@ Hidden are names that begin with a dot, and what systems put beside pictures; an
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -53,12 +54,18 @@ class Listing:
     if not is_hidden(name):
       self._folders.add(name)
 
-  def note(self, names: list[str]) -> str:
-    """What is beside pictures of these names, for people; "" if nothing is."""
+  def note(self, names: list[str], class_names: list[str]) -> str:
+    """What is odd about pictures and classes, or beside them, for people; "" if nothing is."""
     parents = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
     counts = [f"{count} {why}" for why, count in self._ignored.most_common(8)]
     if empty := sorted(self._folders - parents):
       counts.append(f"{len(empty)} folders without pictures, such as {empty[0]}")
+    looks = [unicodedata.normalize("NFC", name).casefold() for name in class_names]
+    alike = Counter(looks)
+    if twins := [name for name, look in zip(class_names, looks, strict=True) if alike[look] > 1]:
+      counts.append(
+        f"{len(twins)} classes that differ by case or by Unicode's form alone, such as {twins[0]}"
+      )
     return ", ".join(counts)
 
 
