@@ -379,45 +379,59 @@ def nan_batch(folder: Path, environment: Mapping[str, str], non_finite: str) -> 
   return Outcome(f'a NaN batch, config.non_finite="{non_finite}"', 1, survived, told)
 
 
-def terminated_in_evaluation(folder: Path, environment: Mapping[str, str]) -> Outcome:
-  """SIGTERM while an evaluation runs, which takes 15 s."""
+def terminated_in_evaluation(
+  folder: Path, environment: Mapping[str, str], endless: bool
+) -> Outcome:
+  """SIGTERM while an evaluation runs, which takes 15 s, or does not end and is one call of XLA."""
   settings = f"{Toy.settings},num_steps=10"
-  run = Toy(folder / "run", environment, 3.0, settings, save_every=1000)
+  variables = {**environment, **({"TOY_EVALUATES_FOR_EVER": "1"} if endless else {})}
+  run = Toy(folder / "run", variables, 0.1 if endless else 3.0, settings, save_every=1000)
   (process,) = run.start()
   run.wait_for((run.workdir / "evaluating").exists, [process])
+  time.sleep(0.5)  # until it computes
   began = time.monotonic()
   process.send_signal(signal.SIGTERM)
-  code, _ = ended(process)
+  code, printed = ended(process)
   took = time.monotonic() - began
   (saved,) = (int(path.name) for path in checkpoint_folders(run.workdir))
+  run.environment = environment
   run.finish()
-  told = f"an evaluation of 15 s ended after {took:.1f} s, saved after step {saved}"
+  what = "one computation without an end" if endless else "an evaluation of 15 s"
+  told = f"{what} ended after {took:.1f} s, saved after step {saved}"
   survived = code == 128 + signal.SIGTERM and took < 10 and saved == 5
-  return Outcome("SIGTERM in an evaluation", 1, survived and run.same_as(run.undisturbed()), told)
+  survived = survived and "stopped; resume with" in printed and run.same_as(run.undisturbed())
+  fault = f"SIGTERM in an evaluation{', which XLA computes' if endless else ''}"
+  return Outcome(fault, 1, survived, told)
 
 
 def stalled(folder: Path, environment: Mapping[str, str], number: int, count: int = 1) -> Outcome:
-  """A signal to the last of `count` processes, while a step waits for data that never come."""
-  run = Toy(folder / "run", {**environment, "TOY_STALLS_AT": "5"}, save_every=1000)
+  """A signal to the first of `count` processes, while the last waits for data that never come."""
+  size = toy_task.config().batch_size
+  position = 5 * size + size * (count - 1) // count
+  run = Toy(folder / "run", {**environment, "TOY_STALLS_AT": str(position)}, save_every=1000)
   running = run.start(count)
-  for line in running[0].stdout or ():
+  for line in running[-1].stdout or ():
     if "waiting for random vectors" in line:
       break
   began = time.monotonic()
-  running[-1].send_signal(number)
-  codes = {ended(process)[0] for process in running}
+  running[0].send_signal(number)
+  ends = [ended(process) for process in running]
   took = time.monotonic() - began
   saved = [path.name for path in checkpoint_folders(run.workdir)]
-  undisturbed = Toy(run.workdir, environment, save_every=run.save_every)
-  undisturbed.finish(count)
   told = f"ended after {took:.1f} s, saved after step {', '.join(saved) or 'none'}"
-  # Another process may have begun the step that waits, so that several cannot save.
-  alone = count == 1
-  survived = codes == {128 + number} and took < (10 if alone else 15)
-  survived = survived and saved == (["5"] if alone else [])
-  name = f"{signal.Signals(number).name}{'' if alone else f' to one of {count}'} while data stall"
-  whole = undisturbed.undisturbed(count)
-  return Outcome(name, 1, survived and undisturbed.same_as(whole), told)
+  # Of several processes, seconds pass until the other batch is given up.
+  survived = took < (10 if count == 1 else 15) and {code for code, _ in ends} == {128 + number}
+  undisturbed = Toy(run.workdir, environment, save_every=run.save_every)
+  undisturbed.finish()
+  if count == 1:
+    survived = survived and saved == ["5"] and undisturbed.same_as(undisturbed.undisturbed())
+  else:  # the others had begun steps 6 and 7
+    twice = ends[-1][1].count("its last batch serves again") == 2
+    survived = survived and saved == ["7"] and twice
+    told += ", in two steps of which the one that stalled took its batch of step 5 again"
+  to = "" if count == 1 else f" to one of {count}"
+  name = f"{signal.Signals(number).name}{to} while data stall"
+  return Outcome(name, 1, survived, told)
 
 
 def orphaned(folder: Path, environment: Mapping[str, str]) -> Outcome:
@@ -441,13 +455,14 @@ def scenarios(kills: int, mounted: bool) -> dict[str, Callable[..., Outcome]]:
   found: dict[str, Callable[..., Outcome]] = {
     "killed": functools.partial(killed, kills=kills),
     "terminated": functools.partial(terminated, count=1),
-    "terminated_in_evaluation": terminated_in_evaluation,
+    "terminated_in_evaluation": functools.partial(terminated_in_evaluation, endless=False),
+    "terminated_in_a_computation": functools.partial(terminated_in_evaluation, endless=True),
     "two_terminated": functools.partial(terminated, count=2),
     "one_of_two_killed": one_killed,
     **{kind.replace(" ", "_"): functools.partial(damaged, kind=kind) for kind in DAMAGES},
     "file_limit": functools.partial(disk_full, mounted=False),
     "worker_killed": worker_killed,
-    "two_terminated_while_data_stall": functools.partial(stalled, number=signal.SIGTERM, count=2),
+    "one_of_two_stalls": functools.partial(stalled, number=signal.SIGTERM, count=2),
     "hung_up_while_data_stall": functools.partial(stalled, number=signal.SIGHUP),
     "orphaned": orphaned,
     "nan_skipped": functools.partial(nan_batch, non_finite="skip"),

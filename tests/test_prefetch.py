@@ -40,6 +40,19 @@ def test_what_ends_the_data_is_raised_where_a_step_waits(data, error, message):
       next(batches)
 
 
+def test_the_last_batch_comes_again_where_the_wait_says_so():
+  def late():
+    yield 1
+    time.sleep(0.5)
+    yield 2
+    yield 3
+
+  with Prefetched(late(), lambda x: x, lambda seconds: True, repeating=True) as batches:
+    assert [next(batches) for _ in range(2)] == [1, 1]
+    time.sleep(0.6)
+    assert next(batches) == 2
+
+
 def test_a_wait_can_be_ended_and_so_can_the_block_around_it():
   def stalled():
     yield 1

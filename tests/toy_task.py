@@ -2,7 +2,9 @@
 
   python -m tests.toy_task WORKDIR SECONDS_A_STEP STEPS_BETWEEN_CHECKPOINTS [KEY=VALUE,...]
 
-There is a file WORKDIR/evaluating while it evaluates, which takes five times as long as a step.
+There is a file WORKDIR/evaluating while it evaluates, which takes five times as long as a step, or
+with TOY_EVALUATES_FOR_EVER in the environment does not end, outside of Python. Data of the
+positions in TOY_STALLS_AT never come.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def train_data(
 
 def _load(config: FrozenConfigDict, seconds: float, positions: np.ndarray) -> dict[str, np.ndarray]:
   time.sleep(seconds)
-  if os.environ.get("TOY_STALLS_AT") == str(positions[0] // config.batch_size):
+  if str(positions[0]) in os.environ.get("TOY_STALLS_AT", "").split(","):
     time.sleep(1000)
   places = order.Order(7, config.seed)
   pairs = zip(*places.records(positions), strict=True)
@@ -153,6 +155,11 @@ def evaluators(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
   }
 
 
+@jax.jit
+def _never_ends(x: jax.Array) -> jax.Array:
+  return jax.lax.while_loop(lambda x: x > 0, lambda x: x * 0.5 + 1.0, x)
+
+
 def main(*words: str) -> None:
   """The command."""
   workdir, seconds = place(words[0]), float(words[1])
@@ -166,6 +173,8 @@ def main(*words: str) -> None:
 
     def slowly(state: State) -> dict[str, float]:
       (workdir / "evaluating").touch()
+      if "TOY_EVALUATES_FOR_EVER" in os.environ:
+        _never_ends(1.0).block_until_ready()
       time.sleep(5 * seconds)
       (workdir / "evaluating").unlink(missing_ok=True)  # of several processes one is first
       return evaluate(state)

@@ -130,8 +130,9 @@ class Checkpoints:
       "or lower config.keep_checkpoints",
     )
 
-  def save(self, state: Any, config: dict, log: dict | None = None) -> None:
-    """Starts writing a checkpoint in the background; `close` or the next save waits for it.
+  def save(self, state: Any, config: dict, log: dict | None = None, wait: bool = False) -> None:
+    """Starts writing a checkpoint in the background; `close` or the next save waits for it, or this
+    one does if it shall `wait`.
 
     `state` is a task's; `config` and `log`, the state of the log between two lines, are for JSON.
 
@@ -149,6 +150,8 @@ class Checkpoints:
       items["config"] = _orbax().args.JsonSave(config)
       items["log"] = _orbax().args.JsonSave(log or {})
       self._writer.save(self.folder / str(step), args=_orbax().args.Composite(**items))
+      if wait:
+        self._finish()
 
   def _seal(self) -> None:
     """Runs in the first process when all have written, just before the folder gets its name."""

@@ -39,13 +39,14 @@ flags.disclaim_key_flags()
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
-EXIT_SECONDS = 3.0  # from the last message to the end of an interrupted process
+EXIT_SECONDS = 2.0  # from the last message to the end of an interrupted process
 
 
 class Interrupted(BaseException):
   """A signal ended the work; no `except Exception` of a library catches it.
 
-  It comes to all processes of a job `together` if each can wait for the others.
+  It comes `together` if all processes of a job, or the only one, stop at the same place: they can
+  wait for each other, and save what they did.
   """
 
   def __init__(self, signal_number: int, together: bool = False):
@@ -170,6 +171,12 @@ def say(text: str) -> None:
     console.print(printable(text), markup=False)
 
 
+def say_here(text: str) -> None:
+  """Prints in this process, with its number where there are several."""
+  who = f"process {jax.process_index()}: " if processes.several() else ""
+  console.print(printable(f"{who}{text}"), markup=False)
+
+
 def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
   """Prints a table in the first process."""
   if jax.process_index() == 0:
@@ -211,10 +218,6 @@ def _quoted(word: str) -> str:
   return f"$'{''.join((escaped | plain)[c] for c in word)}'"
 
 
-def _say_stopped() -> None:
-  print(printable(f"stopped; resume with: {resume_command()}"), file=sys.stderr, flush=True)
-
-
 def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   """The command line without its flags; a wrong flag or configuration file ends the process."""
   try:
@@ -249,9 +252,22 @@ def _explained(error: BaseException) -> int | None:
     print(printable(text), file=sys.stderr)
     return 2
   if isinstance(error, KeyboardInterrupt | Interrupted):
-    _say_stopped()
+    print(printable(f"stopped; resume with: {resume_command()}"), file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
   return None
+
+
+def _end(number: int, save: watchdog.Save | None) -> None:
+  """Ends the process, from another thread than the main one."""
+  try:
+    if save:
+      save()
+    raise Interrupted(number)
+  except BaseException as error:
+    code = _explained(error)
+    if code is None:
+      traceback.print_exc()
+    os._exit(code or 1)
 
 
 def _at_home(word: str) -> str:
@@ -296,7 +312,7 @@ def run_command(
       # modules at every 700th object takes a seventh of a start.
       gc.freeze()
       gc.set_threshold(10_000)
-      with watchdog.watching((signal.SIGINT, *endings()), _say_stopped), tracing.traced(say):
+      with watchdog.watching((signal.SIGINT, *endings()), _end), tracing.traced(say):
         main(*argv[1:])
     except SystemExit:
       raise
@@ -313,6 +329,7 @@ def run_command(
         end = threading.Timer(EXIT_SECONDS, os._exit, (code,))
         end.daemon = True
         end.start()
+        jax.distributed.shutdown()  # while all are there; at exit one may wait for such threads
       sys.exit(code or 1)
 
   tracing.define_flags()

@@ -18,7 +18,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import configuration, console, hardware, mesh
+from launch.engine import configuration, console, hardware, mesh, processes
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
 from launch.engine.log import Log, Metrics
@@ -112,53 +112,26 @@ def run(
       "skip" and more than `config.max_skipped_steps` steps in a row were skipped.
     console.Interrupted: a signal came; a checkpoint of the last step was written.
   """
-  with owned(workdir):
-    return _run(
-      task,
-      config,
-      workdir,
-      name,
-      more_evaluators,
-      initial_weights,
-      may_change,
-      notes,
-      with_changes,
-    )
-
-
-def _run(
-  task: Task,
-  config: FrozenConfigDict,
-  workdir: Path,
-  name: str,
-  more_evaluators: dict[str, Evaluator] | None,
-  initial_weights: Callable[[], Adopt | None] | None,
-  may_change: Iterable[str],
-  notes: Mapping[str, Mapping[str, Any]] | None,
-  with_changes: bool,
-) -> Any:
-  """`run`, by the owner of the workdir."""
-  devices = check(config)
-  task.check(config)
-  init = functools.partial(task.init_state, config)
-  key_init, key_steps = jax.random.split(jax.random.key(config.seed))
-  abstract = jax.eval_shape(init, key_init)
-  shardings = mesh.parameter_shardings(abstract, devices)
-  changes = _changes(task, config, workdir, abstract, may_change, with_changes)
-  checkpoints = _checkpoints(config, workdir)
-  start = checkpoints.sound_step() or 0
-  if start < config.num_steps:
-    checkpoints.check_space(abstract)
-  adopt = initial_weights() if initial_weights and not start else None
-  configuration.note_changes(workdir, start, changes)
-  configuration.claim_workdir(workdir, config, notes)
-  data = task.train_data(config, jax.process_index(), jax.process_count(), start)
-  with jax.set_mesh(devices):
-    if start:
-      wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
-      state, noted = checkpoints.restore(start, wanted)
-    else:
-      state, noted = _fresh(init, key_init, shardings, adopt, workdir), {}
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(owned(workdir))
+    devices = check(config)
+    task.check(config)
+    init = functools.partial(task.init_state, config)
+    key_init, key_steps = jax.random.split(jax.random.key(config.seed))
+    abstract = jax.eval_shape(init, key_init)
+    shardings = mesh.parameter_shardings(abstract, devices)
+    changes = _changes(task, config, workdir, abstract, may_change, with_changes)
+    checkpoints = _checkpoints(config, workdir)
+    start = checkpoints.sound_step() or 0
+    if start < config.num_steps:
+      checkpoints.check_space(abstract)
+    adopt = initial_weights() if initial_weights and not start else None
+    configuration.note_changes(workdir, start, changes)
+    configuration.claim_workdir(workdir, config, notes)
+    data = task.train_data(config, jax.process_index(), jax.process_count(), start)
+    stack.enter_context(jax.set_mesh(devices))
+    fresh = functools.partial(_fresh, init, key_init, shardings, adopt, workdir)
+    state, noted = _restored(checkpoints, start, abstract, shardings) if start else (fresh(), {})
     evaluators = {**task.evaluators(config), **(more_evaluators or {})}
     missing = not_recorded(evaluators, workdir, start, config.num_steps) if start else []
     if start >= config.num_steps and not missing:
@@ -168,56 +141,54 @@ def _run(
     frozen = jax.device_put(task.load_frozen(config), mesh.replicated(devices))
     step_fn = Step(task.train_step, config, shardings)
     writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
-    with (
-      Signals(config.report_waits_after, task.data_source(config)) as signals,
-      console.Bar(name, config.num_steps, start) as bar,
-      Prefetched(data, lambda batch: mesh.to_global(batch, devices), signals.waiting) as batches,
-    ):
-      log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
-      with contextlib.closing(writer), contextlib.closing(checkpoints):
-        with signals.at_once():
-          for evaluator in missing:
-            evaluate(evaluators, evaluator, writer, start, state)
-        log.restart()
+    signals = stack.enter_context(Signals(config.report_waits_after, task.data_source(config)))
+    bar = stack.enter_context(console.Bar(name, config.num_steps, start))
+    put = functools.partial(mesh.to_global, mesh=devices)
+    batches = stack.enter_context(Prefetched(data, put, signals.waiting, processes.several()))
+    stack.enter_context(contextlib.closing(writer))
+    stack.enter_context(contextlib.closing(checkpoints))
+    with signals.at_once():
+      for evaluator in missing:
+        evaluate(evaluators, evaluator, writer, start, state)
+    log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
 
-        def save() -> None:
+    def save(wait: bool = False) -> None:
+      log.flush()
+      with log.paused():
+        checkpoints.save(state, config.to_dict(), log.state(), wait)
+
+    with _saving(save):
+      for step in range(start + 1, config.num_steps + 1):
+        with log.waiting():
+          batch = next(batches)
+        signals.go_on(step)
+        phase = task.phase(config, step)
+        compiles = phase not in step_fn.flops
+        state, metrics = step_fn(phase, state, frozen, batch, jax.random.fold_in(key_steps, step))
+        last = step == config.num_steps
+        if step % config.log_every_steps == 0 or last:
+          metrics |= step_fn.norms(state)
+        log.step(step, metrics, step_fn.flops[phase], compiles)
+        signals.done()
+        if step % config.save_every_steps == 0 or last:
+          save()
+        for number, evaluator in enumerate(due(evaluators, step, config.num_steps), 1):
+          signals.go_on(step, number)
           log.flush()
-          with log.paused():
-            checkpoints.save(state, config.to_dict(), log.state())
-
-        for step in range(start + 1, config.num_steps + 1):
-          with _saving(save), log.waiting():
-            batch = next(batches)
-          phase = task.phase(config, step)
-          compiles = phase not in step_fn.flops
-          state, metrics = step_fn(phase, state, frozen, batch, jax.random.fold_in(key_steps, step))
-          last = step == config.num_steps
-          if step % config.log_every_steps == 0 or last:
-            metrics |= step_fn.norms(state)
-          log.step(step, metrics, step_fn.flops[phase], compiles)
-          stop = signals.stop_after(step, last)
-          if step % config.save_every_steps == 0 or last or stop:
-            save()
-          if stop:
-            raise console.Interrupted(stop, together=True)
-          for evaluator in due(evaluators, step, config.num_steps):
-            log.flush()
-            with _saving(save), log.paused(), signals.at_once():
-              evaluate(evaluators, evaluator, writer, step, state)
-      if signals.received:  # while the last checkpoint was being written
-        raise console.Interrupted(signals.received)
+          with log.paused(), signals.at_once(functools.partial(save, wait=True)):
+            evaluate(evaluators, evaluator, writer, step, state)
+  if signals.received:  # after the last place where it could stop
+    raise console.Interrupted(signals.received, together=True)
   return state
 
 
 @contextlib.contextmanager
 def _saving(save: Callable[[], None]) -> Iterator[None]:
-  """A signal that ends the work inside ends the training after a save; of several processes the
-  others would not come to it.
-  """
+  """Saves where a signal stops all processes at the same place."""
   try:
     yield
-  except console.Interrupted:
-    if jax.process_count() == 1:
+  except console.Interrupted as error:
+    if error.together:
       save()
     raise
 
@@ -242,6 +213,14 @@ def _changes(
       "change which arrays there are; leave these as they were, or give a new --workdir."
     )
   return changes
+
+
+def _restored(
+  checkpoints: Checkpoints, step: int, abstract: Any, shardings: Any
+) -> tuple[Any, dict[str, Any]]:
+  """The state of a checkpoint and what the log noted there."""
+  wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
+  return checkpoints.restore(step, wanted)
 
 
 def _fresh(

@@ -18,11 +18,19 @@ class Prefetched:
   """`with Prefetched(data, put, wait) as batches: next(batches)`, which raises the thread's errors.
 
   The data are endless; `put` starts the transfer of a batch to the devices. While none is ready,
-  `wait` is called with the seconds that the step has waited, and may raise.
+  `wait` is called with the seconds that the step has waited, and may raise; True from it gives the
+  last batch again, which only a `repeating` one keeps.
   """
 
-  def __init__(self, data: Iterable[Any], put: Callable[[Any], Any], wait: Callable[[float], None]):
-    self._data, self._put, self._wait = data, put, wait
+  def __init__(
+    self,
+    data: Iterable[Any],
+    put: Callable[[Any], Any],
+    wait: Callable[[float], bool],
+    repeating: bool = False,
+  ):
+    self._data, self._put, self._wait, self._repeating = data, put, wait, repeating
+    self._last: Any = None
     self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
     self._stopped = threading.Event()
     # It may hang in a read that no one can end, and must not keep the process then.
@@ -48,10 +56,13 @@ class Prefetched:
       try:
         batch, error = self._ready.get(timeout=_ASKED_EVERY_SECONDS)
       except queue.Empty:
-        self._wait(time.monotonic() - began)
+        if self._wait(time.monotonic() - began):
+          return self._last
         continue
       if error is not None:
         raise error
+      if self._repeating:
+        self._last = batch
       return batch
 
   def __exit__(self, *_: object) -> None:

@@ -1,19 +1,21 @@
-"""SIGTERM and SIGINT end a training after the step under way, in all its processes after the same.
+"""A signal ends a training before its next step or evaluation, in all processes before the same.
 
-A signal to one process is enough. It asks by the key-value store of JAX's distributed runtime;
-each process answers with the first step after which it can still stop, and goes no further until
-all have answered. They stop after the latest of these, which is one step ahead at most. JAX's own
+A signal to one process is enough. It asks by the key-value store of JAX's distributed runtime; each
+process answers with what it has begun, and begins nothing more until all have answered. They stop
+after the latest of these, which is two steps ahead at most: metrics are read a step late. A process
+whose data do not come takes its last batch again for the steps that others have begun. JAX's own
 preemption service works likewise, but looks for news once a second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,12 +26,14 @@ from launch.engine import console, watchdog
 # Each answer takes a message to the coordinator.
 ANSWERED_WITHIN_MS = 60_000
 _LISTENED_MS = 1_000
-_LAST_BATCH = 8.0  # seconds in which the data of the agreed step may yet come
+_LAST_BATCH = 3.0  # seconds in which the data of a step that others have begun may yet come
 _rounds = itertools.count()
+# A step and how many of the evaluations after it.
+Place = tuple[int, int]
 
 
 class Signals:
-  """`with Signals(60.0, "the data") as signals: ... if number := signals.stop_after(step): ...`.
+  """`with Signals(60.0, "the data") as signals: ... signals.go_on(step)`.
 
   A second signal ends the process at once. Waits of more than `report_after` seconds for the data
   are reported with their `source`.
@@ -40,115 +44,156 @@ class Signals:
 
   def __enter__(self) -> Signals:
     self.received, self._at_once = 0, False  # the number of the signal; 0: none
-    self._since = 0.0
+    self._begun: Place | None = None
+    self._asked_since = 0.0
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, *console.endings())}
-    self._together = _Together() if jax.process_count() > 1 else None
+    self._together = None
+    if (count := jax.process_count()) > 1:
+      store = distributed.global_state.client
+      self._together = Together(store, f"stopping/{next(_rounds)}", jax.process_index(), count)
     return self
 
   def _note(self, number: int, _frame: Any) -> None:
-    if self.received or self._at_once:
-      raise console.Interrupted(number)
-    self.received, self._since = number, time.monotonic()
+    first, self.received = not self.received, self.received or number
+    if self._at_once or not first:
+      raise self._interrupted(together=first)
     console.say("stopping after this step, saving a checkpoint (again to stop at once)")
 
+  def _interrupted(self, together: bool) -> console.Interrupted:
+    return console.Interrupted(self.received or signal.SIGTERM, together)
+
   @contextlib.contextmanager
-  def at_once(self) -> Iterator[None]:
+  def at_once(self, save: Callable[[], None] | None = None) -> Iterator[None]:
     """A signal ends the work inside at once, since it can be repeated; not with several processes,
     which would wait for each other.
+
+    `save` saves what was done before it, for the watchdog.
     """
-    if self.received and not self._together:
-      raise console.Interrupted(self.received)
-    self._at_once = self._together is None
-    try:
+    if self._together:
       yield
+      return
+    if self.received:
+      raise self._interrupted(together=True)
+    self._at_once = True
+    try:
+      with watchdog.unsaved.saved_by(save):
+        yield
     finally:
       self._at_once = False
 
-  def waiting(self, seconds: float) -> None:
+  def waiting(self, seconds: float) -> bool:
     """Called while a step has waited for data so long: reports it; a signal ends the wait.
 
-    Of several processes it does so after some seconds, in all that wait, since others may have
-    begun the step.
+    True where other processes have begun the step and the data still do not come: it takes the
+    batch before again.
     """
-    if self._together and self._together.asked(bool(self.received)) and not self.received:
-      self.received, self._since = signal.SIGTERM, time.monotonic()
-    if self.received and (not self._together or time.monotonic() - self._since > _LAST_BATCH):
-      raise console.Interrupted(self.received)
+    self._report(seconds)
+    if self._together is None:
+      if self.received:
+        raise self._interrupted(together=True)
+      return False
+    if not self._together.asked(bool(self.received)):
+      return False
+    self._asked_since = self._asked_since or time.monotonic()
+    if self._begun and self._together.last <= self._begun:
+      raise self._interrupted(together=True)
+    if time.monotonic() - self._asked_since < _LAST_BATCH:
+      return False
+    if not self._begun:  # this training began here, and others wait in vain
+      raise self._interrupted(together=False)
+    step = self._begun[0] + 1
+    console.say_here(f"no data for step {step}, which others began: its last batch serves again")
+    return True
+
+  def _report(self, seconds: float) -> None:
     if seconds < self._reported:  # of an earlier wait
       self._reported = 0.0
     if seconds > max(self._report_after, 2 * self._reported):
       self._reported = seconds
-      console.say(f"waiting for {self._source} since {seconds:.0f} s")
+      console.say_here(f"waiting for {self._source} since {seconds:.0f} s")
 
-  def stop_after(self, step: int, last: bool) -> int:
-    """The signal that ends the loop after this step, in all processes; else 0.
-
-    All processes ask after every step; the last one ends the loop in any case.
+  def go_on(self, step: int, evaluation: int = 0) -> None:
+    """Called before a step, and before each evaluation after it, which count from 1; raises
+    Interrupted where all processes stop before it.
     """
-    watchdog.unsaved.set()
-    if last:
-      return 0
-    if not self._together:
-      return self.received
-    if self._together.agreed(step, bool(self.received)):
-      return self.received or signal.SIGTERM
-    return 0
+    place = step, evaluation
+    if self._together:
+      stops = self._together.stops_before(place, bool(self.received))
+    else:
+      stops = bool(self.received)
+    if stops:
+      raise self._interrupted(together=True)
+    self._begun = place
+
+  def done(self) -> None:
+    """Called after a step: it is unsaved now."""
+    watchdog.unsaved.there = True
 
   def __exit__(self, *_: object) -> None:
-    watchdog.unsaved.clear()
+    watchdog.unsaved.there = False
     if self._together:
       self._together.close()
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
 
-class _Together:
-  """The agreement of several processes on the step after which they stop."""
+class Together:
+  """The agreement of several processes on the place after which they stop."""
 
-  def __init__(self) -> None:
-    self._store: Any = distributed.global_state.client
-    self._name = f"stopping/{next(_rounds)}"
+  def __init__(self, store: Any, name: str, process: int, count: int):
+    """`store` is JAX's, `name` this agreement's in it."""
+    self._store, self._name, self._process, self._count = store, name, process, count
     self._lock = threading.Lock()
-    self._passed = 0  # the last step after which this process went on
+    self._begun = (0, 0)
     self._asked = self._answered = False
     self._closed = threading.Event()
     self._listener = threading.Thread(target=self._listen, name="stopping", daemon=True)
     self._listener.start()
 
   def _listen(self) -> None:
-    """Answers when a process asks."""
+    """Answers when a process asks; asks where this one has a signal and computes."""
     while not self._closed.is_set():
+      if watchdog.heard.is_set():
+        self._ask()
       try:
         self._store.blocking_key_value_get(f"{self._name}/asked", _LISTENED_MS)
       except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
           return  # the job is ending, which its processes notice by themselves
         continue
-      with self._lock:
-        answer = f"{self._name}/{jax.process_index()}"
-        self._store.key_value_set(answer, str(self._passed + 1))
-        self._answered = True
-      return
+      break
+    with self._lock:  # also when closed, since others may ask later
+      answer = "{} {}".format(*self._begun)
+      self._store.key_value_set(f"{self._name}/{self._process}", answer)
+      self._answered = True
+
+  def _ask(self) -> None:
+    self._asked = True
+    self._store.key_value_set(f"{self._name}/asked", "", allow_overwrite=True)
 
   def asked(self, wanted: bool) -> bool:
     """Whether a process wants to stop; `wanted`: this one does, since it received a signal."""
     if wanted and not self._asked:
-      self._asked = True
-      self._store.key_value_set(f"{self._name}/asked", "", allow_overwrite=True)
+      self._ask()
     return self._asked or self._answered
 
-  def agreed(self, step: int, wanted: bool) -> bool:
-    """Whether all stop after this step; `wanted` as above."""
+  @functools.cached_property
+  def last(self) -> Place:
+    """The place after which all stop, once one has asked."""
+    answers = [
+      self._store.blocking_key_value_get(f"{self._name}/{process}", ANSWERED_WITHIN_MS)
+      for process in range(self._count)
+    ]
+    return max((int(step), int(evaluation)) for step, evaluation in map(str.split, answers))
+
+  def stops_before(self, place: Place, wanted: bool) -> bool:
+    """Whether all do; else it counts as begun. `wanted` as above."""
     self.asked(wanted)
     with self._lock:
       if not (self._asked or self._answered):
-        self._passed = step
+        self._begun = place
         return False
-    answers = [
-      int(self._store.blocking_key_value_get(f"{self._name}/{process}", ANSWERED_WITHIN_MS))
-      for process in range(jax.process_count())
-    ]
-    return step >= max(answers)
+    return place > self.last
 
   def close(self) -> None:
     """Ends the listening thread."""

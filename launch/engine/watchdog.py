@@ -1,8 +1,8 @@
 """A signal ends a process in time, even where Python's handlers cannot run.
 
 They run between two instructions of the main thread; a compilation or a long sampling is one. So a
-thread waits for signals too, and ends the process where the main one does not and has nothing to
-save.
+thread waits for signals too. Where the main one does not end the process, this one does, and saves
+before what is unsaved.
 """
 
 from __future__ import annotations
@@ -13,32 +13,66 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-PATIENCE_SECONDS = 8.0
+Save = Callable[[], None]
+PATIENCE_SECONDS = 7.0
 _CHECKED_SECONDS = 0.2
-# Set while a training has steps that no checkpoint has, which take their time to be saved.
-unsaved = threading.Event()
+heard = threading.Event()  # a signal came, which the main thread may not know yet
+
+
+class _Unsaved:
+  """The steps of a training that no checkpoint has."""
+
+  def __init__(self) -> None:
+    self.there = False
+    self._save: Save | None = None
+    self._lock = threading.Lock()
+
+  @contextlib.contextmanager
+  def saved_by(self, save: Save | None) -> Iterator[None]:
+    """Inside, they can be saved by another thread, for the main one computes something else."""
+    self._save = save
+    try:
+      yield
+    finally:
+      with self._lock:  # for ever where they are being saved: the process ends then
+        self._save = None
+
+  def take(self) -> Save | None:
+    """The save to make, which the main thread no longer makes; None where only that one can."""
+    self._lock.acquire()
+    if self._save is None:
+      self._lock.release()
+    return self._save
+
+
+unsaved = _Unsaved()
 
 
 @contextlib.contextmanager
-def watching(signals: Collection[int], last_words: Callable[[], None]) -> Iterator[None]:
-  """Ends the process with 128 + signal, `PATIENCE_SECONDS` after one that came inside the block, if
-  the block has not ended by then and nothing is `unsaved`; `last_words` is called before.
+def watching(signals: Collection[int], end: Callable[[int, Save | None], None]) -> Iterator[None]:
+  """Calls `end(signal, save)` in a thread, `PATIENCE_SECONDS` after a signal that came inside the
+  block, if the block has not ended by then; `save` first saves what is `unsaved`. The main thread
+  has longer where it alone can save.
   """
   receiver, sender = os.pipe()
   os.set_blocking(sender, False)
   left = threading.Event()
+  heard.clear()
 
   def watch() -> None:
     while number := int.from_bytes(os.read(receiver, 1), "big"):
       if number in signals:
         break
-    if not number or left.wait(PATIENCE_SECONDS):
+    if not number:
       return
-    while unsaved.is_set():
+    heard.set()
+    if left.wait(PATIENCE_SECONDS):
+      return
+    save = None
+    while unsaved.there and not (save := unsaved.take()):
       if left.wait(_CHECKED_SECONDS):
         return
-    last_words()
-    os._exit(128 + number)
+    end(number, save)
 
   thread = threading.Thread(target=watch, name="watchdog", daemon=True)
   before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
