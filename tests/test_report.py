@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.report import html
+from launch.report import html, plots
 from launch.report.charts import Curve, line_chart, scatter, training_section
 from launch.report.html import Figure, Section, number, write_page
 
@@ -104,6 +104,15 @@ def test_hostile_text_stays_text(tmp_path):
   # stage, details, head and cell of the table.
   assert texts.count(HOSTILE) == 14
   assert "steps: 3\nname: " + HOSTILE in texts
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$/d16", "a\n\x1b\udcff"])
+def test_names_in_figures_and_pages_may_have_any_character(tmp_path, name):
+  figure, ((axis,),) = plots.panels(size=(2, 2))
+  plots.frontier(axis, {name: (1.0, 2.0)})
+  plots.save(figure, tmp_path / "frontier.png", dpi=20)
+  write_page(tmp_path / "page.html", name, [])
+  assert (tmp_path / "page.html").read_bytes().decode()
 
 
 def test_pictures_are_exact_and_in_order(tmp_path):

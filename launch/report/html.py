@@ -86,7 +86,7 @@ def write_page(
     arrows=_ARROWS,
   )
   with atomic_file(path) as file:
-    file.write(text.encode())
+    file.write(text.encode(errors="backslashreplace"))  # names need not be UTF-8
 
 
 @functools.cache

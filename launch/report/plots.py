@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vavae_jax.common.errors import printable
 from vavae_jax.common.files import atomic_file
 
 
@@ -42,8 +43,9 @@ def frontier(
   for first, *others in sizes.values():
     for name in (first, *others):
       place = (8, -12) if others and name == first else (8, 8)
-      text = name.replace("/", " ")
-      axis.annotate(text, points[name], xytext=place, textcoords="offset points", fontsize=8)
+      text = printable(name.replace("/", " "))
+      shown = {"xytext": place, "textcoords": "offset points", "fontsize": 8}
+      axis.annotate(text, points[name], parse_math=False, **shown)  # $ is no formula
     for name in others:
       axis.annotate("", points[name], points[first], arrowprops=arrow, zorder=5)
   axis.margins(x=0.15)
