@@ -24,7 +24,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import check_free, local_place, read_note, remove_partial, write_json
 from vavae_jax.data import sources
 from vavae_jax.data.sources.base import decode
-from vavae_jax.data.sources.records import DESCRIPTION, Records, write_records
+from vavae_jax.data.sources.records import DESCRIPTION, Records, check_path, write_records
 
 BEGUN = "preparing.json"
 
@@ -39,6 +39,7 @@ def prepare(
   Raises:
     InputError: too many unreadable pictures, or the folder was begun with another source.
   """
+  check_path(output)
   pictures = sources.open_source(source)
   keys = pictures.keys()
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}

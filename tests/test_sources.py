@@ -719,6 +719,15 @@ def test_preparing_goes_on_where_it_was_and_leaves_out_what_is_bad(tmp_path, mon
     prepare(spec, tmp_path / "out", shard_size=3)
 
 
+def test_a_prepared_set_needs_a_path_in_utf8(tmp_path):
+  folder = tmp_path / "\udcff"
+  with pytest.raises(InputError, match=r"\\xff: ArrayRecord's files need a path in UTF-8"):
+    prepare("embedded:emoji", folder)
+  assert not folder.exists()
+  with pytest.raises(InputError, match="need a path in UTF-8"):
+    sources.open_source(f"arrayrecord:{folder}")
+
+
 def test_prepared_pictures_keep_their_names(tmp_path):
   """So that a set prepared anew from changed pictures has the same ones held out."""
   spec = make_folder(tmp_path)

@@ -37,6 +37,7 @@ class Records(Source):
     if not os.path.lexists(folder) and any(c in os.path.basename(folder) for c in "*?["):
       folder, chosen = os.path.split(folder)
     self._folder = folder
+    check_path(folder)
     path = Path(folder) / DESCRIPTION
     if not os.path.isfile(path):
       raise InputError(
@@ -93,6 +94,12 @@ class Records(Source):
 
   def identity(self) -> str:
     return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
+
+
+def check_path(path: Path | str) -> None:
+  """Raises InputError for one that the library of ArrayRecord does not take."""
+  if (text := str(path)).encode(errors="replace").decode() != text:
+    raise InputError(f"{text}: ArrayRecord's files need a path in UTF-8; give another folder.")
 
 
 @functools.cache
