@@ -63,7 +63,8 @@ def prepare(
         kept = [keys[index] for index in chosen if index not in left_out]
         about = {"records": len(kept), "skipped": list(left_out.values()), "sha256": sha256}
         write_json(noted, about | ({"names": kept} if pictures.has_names else {}))
-      note = read_note(noted, records=int, skipped=list)
+      advice = "delete it, and its pictures are read again"
+      note = read_note(noted, advice=advice, records=int, skipped=list)
       counts[name] = note["records"]
       skipped += note["skipped"]
       for what in known.keys() & note.keys():
@@ -145,5 +146,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer(
     "max_corrupt", 0, "How many unreadable pictures to leave out.", lower_bound=0
   )
-  flags.DEFINE_integer("threads", 4, "Threads that read and decode.", lower_bound=1)
+  flags.DEFINE_integer("threads", 4, "Threads that read and decode.", 1, 1024)
   console.run_command(main)
