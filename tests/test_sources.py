@@ -11,11 +11,13 @@ import pickle
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from launch.prepare import prepare
@@ -217,6 +219,15 @@ def test_a_pattern_takes_some_of_the_records(tmp_path):
   make_records(tmp_path)
   source = sources.open_source(f"arrayrecord:{tmp_path}/records/pictures-00001-*")
   assert len(source) == 3
+
+
+def test_labels_of_tensorflow_datasets_are_classes(monkeypatch):
+  features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": np.float32})
+  info = SimpleNamespace(features=features, full_name="x/1.0.0")
+  builder = SimpleNamespace(info=info, as_data_source=lambda **_: [])
+  monkeypatch.setattr(tfds, "builder", lambda name: builder)
+  with pytest.raises(InputError, match=r"tfds:x has the label .*float32.*; needed is a ClassLabel"):
+    sources.open_source("tfds:x/train")
 
 
 def test_pictures_without_folders_are_of_one_class(tmp_path):

@@ -52,7 +52,10 @@ class TensorFlowDatasets(Source):
         "TFDS_DATA_DIR to the folder it is in."
       ) from error
     self._has_label = "label" in features
-    self.class_names = list(features["label"].names) if self._has_label else [NO_CLASS]
+    class_names = getattr(features["label"], "names", None) if self._has_label else [NO_CLASS]
+    if class_names is None:
+      raise InputError(f"tfds:{name} has the label {features['label']}; needed is a ClassLabel.")
+    self.class_names = list(class_names)
     self._identity = f"{builder.info.full_name} {split} {len(self._records)}"
 
   def __len__(self) -> int:
