@@ -150,7 +150,10 @@ def test_rate_clipping_dtype_and_batch_may_change_and_the_model_may_not(latents,
   config.update(num_steps=3, batch_size=8, dtype="bfloat16")
   config.optimizer.update(clip_norm=1.0, learning_rate=1e-5)
   assert train(config, tmp_path / "run", with_changes=True).step == 3
+  assert train(config, tmp_path / "run").step == 3
   config.model.num_heads = 1
+  with pytest.raises(InputError, match=r"1 now\); .* the configuration it was begun with\.$"):
+    train(config, tmp_path / "run")
   with pytest.raises(InputError, match="num_heads: 2 there, 1 now"):
     train(config, tmp_path / "run", with_changes=True)
 

@@ -159,10 +159,11 @@ def check_workdir(
     for key in sorted(mine.keys() | theirs.keys())
     if mine.get(key) != theirs.get(key) and key not in (*MAY_CHANGE, *may_change)
   }
-  fixed = [key for key in changes if not with_changes or key.split(".")[0] in ("task", "model")]
-  if fixed:
-    listed = "; ".join(f"config.{k}: {changes[k][0]!r} there, {changes[k][1]!r} now" for k in fixed)
-    further = "" if with_changes else ", or --resume_with_changes to go on with this one"
+  fixed = [key for key in changes if key.split(".")[0] in ("task", "model")]
+  if refused := fixed if with_changes else list(changes):
+    pairs = ((name, *changes[name]) for name in refused)
+    listed = "; ".join(f"config.{name}: {there!r} there, {now!r} now" for name, there, now in pairs)
+    further = "" if fixed else ", or --resume_with_changes to go on with this one"
     raise InputError(
       f"{workdir} belongs to another configuration ({listed}); give a new --workdir, or the "
       f"configuration it was begun with{further}."

@@ -18,6 +18,10 @@ from launch.engine.writers import Writer
 from vavae_jax.common.errors import InputError
 
 Metrics = dict[str, Any]
+MILDER = (
+  "--resume_with_changes and a lower config.optimizer.learning_rate or "
+  "config.optimizer.clip_norm=1.0"
+)
 
 
 class NotFinite(InputError, FloatingPointError):
@@ -102,8 +106,7 @@ class Log:
     if self._config.non_finite == "stop" and broken:
       raise NotFinite(
         f"{', '.join(broken)} at step {step}; {self._saved()}. Go on with "
-        'config.non_finite="skip"; or train anew, in another workdir, with a lower '
-        "config.optimizer.learning_rate or with config.optimizer.clip_norm=1.0."
+        f'config.non_finite="skip", or with {MILDER}.'
       )
     if not finite:
       self._count_skipped(step, broken)
@@ -148,8 +151,7 @@ class Log:
     if self._in_a_row > self._config.max_skipped_steps:
       raise NotFinite(
         f"{self._in_a_row} steps in a row were not finite, until step {step}: "
-        f"{', '.join(broken)}; {self._saved()}. Train in another workdir, from that by "
-        "config.init_from or anew, with a lower learning rate or clipping."
+        f"{', '.join(broken)}; {self._saved()}. Go on with {MILDER}."
       )
 
   def _saved(self) -> str:
