@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from launch.evaluation.sample_files import Npz
 from launch.sample import sample_set
 from launch.train import train
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import local_place, read_note, write_json
+from vavae_jax.common.files import check_outputs, local_place, read_note, write_json
 from vavae_jax.data import selection
 
 CONFIG = f"{quickstart.__file__}:pipeline"
@@ -52,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   Returns:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ..., "precision": ..., ...}.
   """
-  _check(configuration.resolve(config, quickstart.KEYS))
+  _check(configuration.resolve(config, quickstart.KEYS), workdir)
   config.diffusion.latents.path = str((workdir / "latents").absolute())
   resolved = FrozenConfigDict(config)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -104,8 +105,13 @@ def _seconds(timings: Path) -> dict[str, float]:
   return read_note(timings, **numbers)
 
 
-def _check(config: FrozenConfigDict) -> None:
+def _check(config: FrozenConfigDict, workdir: Path) -> None:
   """Checks the later stages as far as possible before the first one takes its minutes."""
+  for kind in ("reconstruction", "generation"):
+    Output(workdir / kind, kind)
+  files = ("samples.npz", "samples.json", "samples.png", "report.html")
+  folders = ("tokenizer", "latents", "diffusion", "samples.parts")
+  check_outputs(*([workdir / name for name in names] for names in (files, folders)))
   first, second = tasks.resolve(config.tokenizer), tasks.frozen(config.diffusion)
   loop.check(first)
   vavae_jax.training.check(first)
@@ -114,17 +120,21 @@ def _check(config: FrozenConfigDict) -> None:
   _check_pictures(first, second)
   if second.latents.valid_path:
     lightningdit_jax.checks.check_store(second, restore.open_latents(second.latents.valid_path))
-  for key in ("path", "sha256"):
-    if second.latents[key] != quickstart.diffusion().latents[key]:
+  for key in ("latents.path", "latents.sha256", "tokenizer"):
+    value, usual = map(operator.attrgetter(key), (second, quickstart.diffusion()))
+    if value != usual:
       raise InputError(
-        f"config.diffusion.latents.{key} is {second.latents[key]!r}, but the quickstart trains on "
-        "the latents that it makes in its workdir; leave it out, or run launch.train alone."
+        f"config.diffusion.{key} is {value!r}, but the quickstart trains on the latents of the "
+        "tokenizer in its workdir; leave it out, or run launch.train alone."
       )
-  made = vavae_jax.training.latent_shape(first)
+  for part in (first, second):
+    if not (workdir / part.task / configuration.NAME).exists():  # what was begun goes on as it is
+      restore.check_initial_weights(part)
+  shape = vavae_jax.training.latent_shape(first)
   wanted = (second.model.input_size, second.model.input_size, second.model.in_channels)
-  if made != wanted:
+  if shape != wanted:
     raise InputError(
-      f"config.tokenizer makes latents of {made}, config.diffusion takes {wanted} (height, width, "
+      f"config.tokenizer makes latents of {shape}, config.diffusion takes {wanted} (height, width, "
       "channels): change config.diffusion.model.input_size and in_channels, or the tokenizer."
     )
 

@@ -210,3 +210,10 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
     return dataclasses.replace(state, params=params, ema=emas)
 
   return adopt
+
+
+def check_initial_weights(config: FrozenConfigDict) -> None:
+  """Raises InputError where a training could not begin with the weights of `config.init_from`."""
+  if adopt := initial_weights(config):
+    init = functools.partial(tasks.TASKS[config.task].init_state, config)
+    jax.eval_shape(adopt, jax.eval_shape(init, jax.random.key(0)))

@@ -147,9 +147,6 @@ def _distance(
 
   Few samples bias it upwards, so it compares only with sets of the same size.
   """
-  if config.evaluate_samples < 2:
-    raise InputError(f"config.evaluate_samples is {config.evaluate_samples}; 0 or at least 2.")
-
   # What is not there is missed now, not at the first evaluation.
   network = load_network(EFFICIENTNET)
   real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)

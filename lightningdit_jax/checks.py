@@ -100,6 +100,8 @@ def check_model(config: FrozenConfigDict) -> None:
       f"config.model.attention is 'cudnn', which needs an NVIDIA GPU and config.dtype='bfloat16'; "
       f"here are {config.dtype} and {jax.default_backend()}. Set it to 'xla'."
     )
+  if config.evaluate_samples == 1:
+    raise InputError("config.evaluate_samples is 1; 0 or at least 2.")
   learning_rate(config.optimizer)
   check_transport(config.transport)
   check_sampling(config.sample, config.model)

@@ -29,6 +29,7 @@ from launch.prepare import prepare
 from launch.sample import sample_set
 from launch.train import _distance, train
 from lightningdit_jax.store.latents import MANIFEST, STATISTICS
+from tests import cases
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
@@ -49,6 +50,7 @@ COMMANDS = (
   "lab.plan",
   "lab.equivalence",
 )
+WEIGHTS = cases.FOLDER / "formats"
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
 
 
@@ -243,6 +245,14 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
     ({"diffusion__batch_size": 1668}, r"has 1667 pictures .* config\.diffusion\.batch_size = 1668"),
     ({"tokenizer__data__held_out": 0.0005}, "has 1 held-out picture, .* at least 2"),
     ({"diffusion__latents__valid_path": "no/such"}, "no/such holds no latent shards"),
+    ({"diffusion__tokenizer": "mine"}, r"config\.diffusion\.tokenizer is 'mine'"),
+    ({"diffusion__evaluate_samples": 1}, "evaluate_samples is 1"),
+    ({"diffusion__init_from": "no/such.pt"}, r"init_from is no/such\.pt"),
+    ({"diffusion__init_from": str(WEIGHTS / "vavae_lightning.ckpt")}, "not a LightningDiT's"),
+    (
+      {"diffusion__init_from": str(WEIGHTS / "lightningdit_bare_state_dict.pt")},
+      "does not fit this model|of another architecture",
+    ),
   ],
 )
 def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named):
@@ -250,6 +260,14 @@ def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named)
   with pytest.raises(InputError, match=named):
     launch.quickstart.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "samples.npz", "generation.json"])
+def test_quickstart_checks_the_files_of_all_stages_before_the_first(tmp_path, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(InputError, match=f"{name} is to be a file"):
+    launch.quickstart.run(quickstart.pipeline(tiny=True), tmp_path)
+  assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 def test_a_set_that_the_disk_cannot_hold_is_refused_at_once(

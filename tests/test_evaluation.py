@@ -169,7 +169,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(name, tmp_path):
     (tmp_path / name).touch()
   else:
     (tmp_path / name).mkdir()
-  with pytest.raises(InputError, match=f"{name} is to be a .*give another --output"):
+  with pytest.raises(InputError, match=f"{name} is to be a .*name another output"):
     Output(tmp_path / "x", "generation")
 
 

@@ -255,10 +255,10 @@ def check_outputs(files: Iterable[Path] = (), folders: Iterable[Path] = ()) -> N
   """Raises InputError where one that is to be written is there as something of the other kind."""
   for path in files:
     if path.is_dir():
-      raise InputError(f"{path} is to be a file, but there is a folder; give another --output.")
+      raise InputError(f"{path} is to be a file, but there is a folder; name another output.")
   for path in folders:
     if path.exists() and not path.is_dir():
-      raise InputError(f"{path} is to be a folder, but there is a file; give another --output.")
+      raise InputError(f"{path} is to be a folder, but there is a file; name another output.")
 
 
 def check_free(folder: Path, needed: int, why: str) -> None:
