@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +13,7 @@ import pytest
 
 from launch.engine import processes, rendezvous
 from launch.engine.writers import read_metrics
+from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
 
@@ -99,6 +102,37 @@ def test_other_settings_end_all_processes_by_name(address):
     "The processes of a job need the same settings, but config.seed is 1 in process 0 and 2 in "
     "process 2."
   }
+
+
+@pytest.fixture
+def slurm(environment):
+  """The variables of two processes whose job jax finds by itself."""
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+  shared = {
+    **{"DISTRIBUTED": "1", "JAX_COORDINATOR_PORT": str(port)},
+    **{"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"},
+  }
+  return [{**environment, **shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_processes_that_a_cluster_starts_compare_their_settings(slurm, same):
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-m", "launch.convert", f"--step={0 if same else rank}", "x", "y"],
+      cwd=ROOT,
+      env=variables,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for rank, variables in enumerate(slurm)
+  ]
+  for process in running:
+    _, printed = process.communicate(timeout=100)
+    assert process.returncode == 2
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: The processes of a job need the same settings") != same
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from jax._src import distributed  # the store has no public name
 from jax.experimental import multihost_utils
 
 from launch.engine import rendezvous
@@ -31,7 +32,7 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
   in TPU_WORKER_HOSTNAMES, jax finds them itself, in a TPU slice or a Slurm job.
 
   Raises:
-    InputError: some of the variables are missing, or are no numbers; or as of `rendezvous.meet`.
+    InputError: some of the variables are missing, or are no numbers; or as of `rendezvous`.
   """
   # The service would take SIGTERM from us, in every command.
   jax.config.update("jax_enable_preemption_service", False)
@@ -39,6 +40,8 @@ def start(settings: Mapping[str, Any] | None = None) -> None:
   if not given:
     if os.environ.get("DISTRIBUTED") == "1" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+      job = distributed.global_state
+      rendezvous.compare(job.client, job.process_id, job.num_processes, settings or {})
     return
   if missing := [name for name in _VARIABLES if name not in given]:
     raise InputError(

@@ -17,11 +17,14 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from vavae_jax.common.errors import InputError
 
 SECONDS_BETWEEN_LINES = 10.0
 WAIT_SECONDS = 300.0  # as jax waits
 LONGEST_LINE = 2**20
+COMPARED_WITHIN_MS = 60_000
 SECONDS_FOR_OTHERS = 5.0  # to come and hear what is wrong with one of them
 
 
@@ -40,6 +43,25 @@ def meet(address: str, count: int, index: int, settings: Mapping[str, Any]) -> N
   else:
     wrong = _gather(place, count, settings, waiting) if count > 1 else ""
   if wrong:
+    raise InputError(wrong)
+
+
+def compare(store: Any, process: int, count: int, settings: Mapping[str, Any]) -> None:
+  """Compares likewise in a job that jax connected already, by its key-value `store`.
+
+  Raises:
+    InputError: in all processes, where one has other settings than the first.
+  """
+  if process:
+    store.key_value_set(f"settings/{process}", json.dumps(settings))
+  else:
+    wrong = ""
+    for other in range(1, count):
+      theirs = json.loads(store.blocking_key_value_get(f"settings/{other}", COMPARED_WITHIN_MS))
+      wrong = wrong or _difference(settings, theirs, other)
+    store.key_value_set("settings/wrong", wrong)
+  if wrong := store.blocking_key_value_get("settings/wrong", COMPARED_WITHIN_MS):
+    jax.distributed.shutdown()  # together, so that none is ended by another's end
     raise InputError(wrong)
 
 
