@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from launch.prepare import prepare
@@ -179,6 +178,14 @@ def test_tensorflow_datasets_are_read_without_tensorflow(tmp_path, monkeypatch, 
     sources.open_source("tfds:tiny/nothing")
   with pytest.raises(InputError, match="names no split"):
     sources.open_source("tfds:tiny")
+  import tensorflow_datasets as tfds  # which looks for TFDS_DATA_DIR now
+
+  features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": np.float32})
+  info = SimpleNamespace(features=features, full_name="x/1.0.0")
+  builder = SimpleNamespace(info=info, as_data_source=lambda **_: [])
+  monkeypatch.setattr(tfds, "builder", lambda name: builder)
+  with pytest.raises(InputError, match=r"tfds:x has the label .*float32.*; needed is a ClassLabel"):
+    sources.open_source("tfds:x/train")
 
 
 def test_unreadable_pictures_have_their_neighbours_up_to_a_limit(tmp_path, capsys):
@@ -219,15 +226,6 @@ def test_a_pattern_takes_some_of_the_records(tmp_path):
   make_records(tmp_path)
   source = sources.open_source(f"arrayrecord:{tmp_path}/records/pictures-00001-*")
   assert len(source) == 3
-
-
-def test_labels_of_tensorflow_datasets_are_classes(monkeypatch):
-  features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": np.float32})
-  info = SimpleNamespace(features=features, full_name="x/1.0.0")
-  builder = SimpleNamespace(info=info, as_data_source=lambda **_: [])
-  monkeypatch.setattr(tfds, "builder", lambda name: builder)
-  with pytest.raises(InputError, match=r"tfds:x has the label .*float32.*; needed is a ClassLabel"):
-    sources.open_source("tfds:x/train")
 
 
 def test_pictures_without_folders_are_of_one_class(tmp_path):
@@ -710,6 +708,18 @@ def test_a_zip_that_lies_about_places_and_sizes_is_named(tmp_path):
   source._stored[2] = 2**50
   with pytest.raises(sources.Unreadable, match="would have"):
     source.encoded(2)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_flipped_bit_in_a_zip_is_told(compression, tmp_path):
+  """As no decoder of BMP can."""
+  source = sources.open_source(make_zip(tmp_path, compression))
+  place = source.names.index("set/cat/3.bmp")
+  content = bytearray((tmp_path / "set.zip").read_bytes())
+  content[source._start[place] + 30 + len("set/cat/3.bmp") + 100] ^= 1
+  (tmp_path / "set.zip").write_bytes(content)
+  with pytest.raises(sources.Unreadable, match=r"3\.bmp is damaged"):
+    source.encoded(place)
 
 
 def test_preparing_goes_on_where_it_was_and_leaves_out_what_is_bad(tmp_path, monkeypatch):

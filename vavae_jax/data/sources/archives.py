@@ -43,7 +43,8 @@ class _Member(NamedTuple):
   start: int
   stored: int
   size: int
-  method: int
+  method: int  # of a zip, and its checksum; -1 of a tar
+  crc: int
 
 
 class Archive(Named):
@@ -65,7 +66,7 @@ class Archive(Named):
     self._inner = [found[i].inner for i in order]
     self.beside = members.listing.note(self.names, class_names)
     columns = np.array([found[i][2:] for i in order], np.int64)
-    self._file, self._start, self._stored, self._size, self._method = columns.T
+    self._file, self._start, self._stored, self._size, self._method, self._crc = columns.T
     self.class_names, self._labels = class_names, labels[order]
 
   def encoded(self, index: int) -> tuple[bytes, int]:
@@ -87,6 +88,8 @@ class Archive(Named):
         raise Unreadable(f"The picture {self.name(index)} is damaged ({error}).") from error
     if len(data) != size:
       raise Unreadable(f"The picture {self.name(index)} is cut off, or not of the size it says.")
+    if method >= 0 and zlib.crc32(data) != self._crc[index]:
+      raise Unreadable(f"The picture {self.name(index)} is damaged: its checksum differs.")
     return data, int(self._labels[index])
 
   def name(self, index: int) -> str:
@@ -169,7 +172,7 @@ def open_zip(pattern: str) -> Archive:
           f"{info.filename} of {file} is packed by method {info.compress_type}, which cannot be "
           "read here; store or deflate it."
         )
-      members.add(_Member(name, "", number, *sizes, info.compress_type))
+      members.add(_Member(name, "", number, *sizes, info.compress_type, info.CRC))
   return _labelled(pattern, files, members, [name for *_, name in members])
 
 
@@ -259,7 +262,7 @@ def _tar_members(
       if info.size < 0 or (plain and info.offset_data + info.size > extent.size):
         raise ValueError(f"{name} reaches beyond its archive")
       start = extent.begin + info.offset_data
-      member = _Member(name, inner, file, start, info.size, info.size, -1)
+      member = _Member(name, inner, file, start, info.size, info.size, -1, -1)
       if info.isdir():
         listing.folder(name)
       elif info.islnk() and (linked := earlier.get((file, inner, _clean(info.linkname)))):
