@@ -46,8 +46,9 @@ from launch.engine.checkpoint import read_config, save_weights, survey
 from launch.engine.ownership import owned
 from launch.weights import recognition, released
 from lightningdit_jax.model import build_model
-from lightningdit_jax.store.latents import STATISTICS
+from lightningdit_jax.store.latents import STATISTICS, LatentStore
 from vavae_jax.common import functional
+from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, local_place, place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
@@ -100,12 +101,17 @@ def convert(
     found = _export(path, task, step, ema)
   else:
     _refuse(f"{path} is a file", step=step, ema=ema)
+    if to != "folder":
+      _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
+    store = _check_companions(latents, tokenizer)
     console.say(f"reading {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     more = read_state_dict(heads) if heads else None
     found = recognition.recognise(read_content(path), part, more)
     console.say(f"recognised: {found.what}, of {found.part}")
-    if found.kind != "LightningDiT" or to != "folder":
+    if found.kind != "LightningDiT":
       _refuse("it is for the workdir of a LightningDiT", latents=latents, tokenizer=tokenizer)
+    if store is not None and store.shape[2] != (wanted := found.arguments["in_channels"]):
+      raise InputError(f"{latents} has {store.shape[2]} channels, {path} takes {wanted}.")
   if found.kind == recognition.STATISTICS and to == "folder":
     dest, to = dest / STATISTICS, "safetensors"
   if to != "folder":
@@ -140,6 +146,14 @@ def _workdir_config(
     config.tokenizer = tokenizer
   tasks.frozen(config)
   return config
+
+
+def _check_companions(latents: str, tokenizer: str) -> LatentStore | None:
+  """The latents here that a workdir is to name; InputError if they or the tokenizer are none."""
+  if tokenizer and (task := read_config(place(tokenizer)).get("task")) != "tokenizer":
+    raise InputError(f"--tokenizer={tokenizer} is the workdir of a {task}, not of a tokenizer.")
+  remote = is_url(url_of_data(latents))  # which sampling fetches
+  return restore.open_latents(latents) if latents and not remote else None
 
 
 def _form_of(dest: Path, to: str) -> str:

@@ -35,6 +35,7 @@ from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
+  check_outputs,
   is_url,
   local_place,
   place,
@@ -94,6 +95,7 @@ def encode(
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
       settings.
   """
+  check_outputs(output / name for name in (BEGUN, latents.STATISTICS, latents.MANIFEST))
   data, home = tokenizer.config.data, tokenizer.workdir
   spec = source or data.source
   pictures = sources.open_source(spec)

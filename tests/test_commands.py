@@ -283,6 +283,13 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_at_once(
       start()
 
 
+def test_latents_that_cannot_be_finished_are_refused_at_once(tokenizer, tmp_path):
+  (tmp_path / MANIFEST).mkdir()
+  with pytest.raises(InputError, match=f"{MANIFEST} is to be a file"):
+    encode(tokenizer, tmp_path)
+  assert list(tmp_path.iterdir()) == [tmp_path / MANIFEST]
+
+
 @pytest.mark.parametrize("name", ["x.npz", "x.json", "x.png"])
 def test_samples_that_cannot_be_written_are_refused_at_once(name, diffusion, tokenizer, tmp_path):
   (tmp_path / name).mkdir()

@@ -474,6 +474,8 @@ def test_inspection_lists_tensors_and_values(capsys):
     ("x.pt", {"heads": str(FORMATS / "torch_zip.pt")}, r"\(--heads\) are for VGG16"),
     ("x.npz", {}, "are read, not written"),
     ("x.pt", {"to": "safetensors"}, "contradict each other"),
+    ("run", {"latents": "no/such"}, "no/such holds no latent shards"),
+    ("run", {"tokenizer": "no/such"}, "no/such is not a training's workdir"),
     ("run", {"part": "ema"}, "no part 'ema' with a known model; it has the file itself"),
   ],
 )
@@ -481,6 +483,14 @@ def test_what_a_person_asks_for_is_never_passed_over(dest, options, message, tmp
   with pytest.raises(InputError, match=message):
     convert(str(FORMATS / "lightningdit_bare_state_dict.pt"), tmp_path / dest, **options)
   assert not list(tmp_path.iterdir())
+
+
+def test_latents_of_another_model_are_told_at_the_conversion(tmp_path):
+  stored = {"mean": np.zeros((1, 3, 1, 1)), "std": np.ones((1, 3, 1, 1))}
+  write_torch_file(tmp_path / "latents_stats.pt", stored)
+  source = str(FORMATS / "lightningdit_bare_state_dict.pt")
+  with pytest.raises(InputError, match=r"has 3 channels, .* takes 8"):
+    convert(source, tmp_path / "run", latents=str(tmp_path))
 
 
 def test_a_released_file_has_its_configuration_by_any_name():
