@@ -44,15 +44,13 @@ class Records(Source):
         f"{folder} has no {DESCRIPTION}: give a folder that python -m launch.prepare has finished."
       )
     advice = "prepare the data again"
-    self._description = read_note(
-      path, advice=advice, class_names=list, shards=dict, names=dict | None
-    )
+    description = read_note(path, advice=advice, class_names=list, shards=dict, names=dict | None)
     try:
-      self.class_names: list[str] = list(self._description["class_names"])
-      shards = {str(name): int(count) for name, count in self._description["shards"].items()}
+      self.class_names: list[str] = list(description["class_names"])
+      shards = {str(name): int(count) for name, count in description["shards"].items()}
       # Sets of earlier versions, and those whose source has none, have no names.
-      self.has_names = "names" in self._description
-      names = {name: list(map(str, x)) for name, x in self._description.get("names", {}).items()}
+      self.has_names = "names" in description
+      names = {name: list(map(str, x)) for name, x in description.get("names", {}).items()}
       if self.has_names and shards != {name: len(x) for name, x in names.items()}:
         raise ValueError("as many names as pictures are needed")
     except (ValueError, TypeError, AttributeError) as error:
@@ -68,7 +66,8 @@ class Records(Source):
         raise InputError(f"{folder}/{name} has {found} records, not {count}: copy it again.")
     self._shards = list(shards)
     self._names = [name for shard in shards for name in names.get(shard, ())]
-    self._description["shards"] = shards
+    about = json.dumps(description | {"shards": shards}, sort_keys=True)
+    self._identity = hashlib.sha256(about.encode()).hexdigest()
     self._starts = np.cumsum([0, *shards.values()])
 
   def __len__(self) -> int:
@@ -93,7 +92,7 @@ class Records(Source):
     return self._names if self.has_names else super().keys()
 
   def identity(self) -> str:
-    return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
+    return self._identity
 
 
 def check_path(path: Path | str) -> None:
