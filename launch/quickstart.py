@@ -60,18 +60,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   timings, numbers = workdir / TIMINGS, itertools.count(1)
   seconds = _seconds(timings) if timings.is_file() else {}
 
-  def stage(
-    name: str,
-    work: Callable[[], Any],
-    owning: contextlib.AbstractContextManager[None] | None = None,
-  ) -> Any:
+  def stage(name: str, work: Callable[[], Any]) -> Any:
     """Runs a stage and writes down its time, also when it is interrupted."""
     console.say("")
     console.say(f"[{next(numbers)}/6] {name}")
     began = time.monotonic()
     try:
-      with owning or contextlib.nullcontext():
-        return work()
+      return work()
     finally:
       seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
       write_json(timings, seconds)
@@ -79,16 +74,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   stage("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
   tokenizer = restore.load(workdir / "tokenizer", "tokenizer")
   store = stage(
-    "Latents",
-    lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict()),
-    owned(workdir / "latents"),
+    "Latents", lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict())
   )
   stage("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
   diffusion = restore.load(workdir / "diffusion", "diffusion")
   stage(
     "Samples",
     lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
-    owned(workdir / "samples", beside=True),
   )
   network = load_network(EFFICIENTNET)
   results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
@@ -164,19 +156,17 @@ def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:
 def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> dict[str, float]:
   held_out = own_pictures(tokenizer, held_out=True)
   output = Output(workdir / "reconstruction", "reconstruction")
-  with owned(workdir / "reconstruction", beside=True):
-    rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
+  rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
   training = own_pictures(tokenizer, held_out=False)
   reference = reference_of(training, network, keep=True)
-  with owned(workdir / "generation", beside=True):
-    generated = generation.evaluate(
-      Npz(workdir / "samples.npz"),
-      reference,
-      network,
-      Output(workdir / "generation", "generation"),
-      options=Options(),
-      workdir=workdir / "diffusion",
-    )
+  generated = generation.evaluate(
+    Npz(workdir / "samples.npz"),
+    reference,
+    network,
+    Output(workdir / "generation", "generation"),
+    options=Options(),
+    workdir=workdir / "diffusion",
+  )
   real = statistics_of(held_out, network, "held out").moments["pool"]
   return {
     **rebuilt,
@@ -187,7 +177,12 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 
 def main() -> None:
   workdir = local_place(FLAGS.workdir)
-  with owned(workdir):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(owned(workdir))
+    # What later stages write too; each of the trainings asks for its own folder.
+    stack.enter_context(owned(workdir / "latents"))
+    for name in ("samples", "reconstruction", "generation"):
+      stack.enter_context(owned(workdir / name, beside=True))
     results = run(FLAGS.config, workdir)
   seconds = _seconds(workdir / TIMINGS)
   console.table(

@@ -439,12 +439,14 @@ def _owned(root, pipeline):
   noted = {"machine": ownership._machine(), "process": (pid := os.getpid())}
   note = json.dumps(noted | {"began": ownership._began(pid)})
   (root / "owned").mkdir()
-  for path in ("owned/.owner", ".owned.owner"):
+  (root / "later" / "latents").mkdir(parents=True)
+  for path in ("owned/.owner", ".owned.owner", "later/latents/.owner"):
     (root / path).write_text(note)
   output = f"--output={root / 'owned'}"
   return {
     "train": ["launch.train", TINY, f"--workdir={root / 'owned'}"],
     "quickstart": ["launch.quickstart", f"--workdir={root / 'owned'}"],
+    "its latents": ["launch.quickstart", f"--workdir={root / 'later'}"],
     "prepare": ["launch.prepare", "--source=embedded:emoji", output],
     "encode": ["launch.encode", f"--workdir={pipeline / 'tokenizer'}", output],
     "sample": ["launch.sample", f"--workdir={pipeline / 'diffusion'}", f"{output}.npz"],
@@ -470,7 +472,10 @@ def _owned(root, pipeline):
     ("unreadable picture", "The picture {picture} cannot be read"),
     *(
       (name, "is being written by `None`, process {process} on")
-      for name in ("train", "quickstart", "prepare", "encode", "sample", "evaluate", "convert")
+      for name in (
+        *("train", "quickstart", "its latents", "prepare"),
+        *("encode", "sample", "evaluate", "convert"),
+      )
     ),
   ],
 )
