@@ -91,7 +91,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
 ):
   config, _ = cached
   monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-  with pytest.raises(InputError, match=r"0\.00 GiB free.* give another config\.teacher\.cache"):
+  with pytest.raises(InputError, match=r"0\.00 MiB free.* give another config\.teacher\.cache"):
     feature_cache.build(config, *selection.training_pictures(config), pytest.fail)
   assert list((tmp_path / "cache").iterdir()) == []
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from launch.engine import console
+from launch.engine.writers import Writer
 from launch.evaluation.sample_files import write_part
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError, printable
@@ -39,7 +43,7 @@ def limited():
   before = {}
 
   def limit(kind, soft):
-    before[kind] = resource.getrlimit(kind)
+    before.setdefault(kind, resource.getrlimit(kind))
     resource.setrlimit(kind, (soft, before[kind][1]))
 
   yield limit
@@ -108,6 +112,33 @@ def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, wri
     write(tmp_path / "big")
   assert raised.value.errno == errno.EFBIG
   assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_tensorboards_file_is_no_wait(tmp_path, limited):
+  limited(resource.RLIMIT_FSIZE, 2**13)
+  writer = Writer(tmp_path, resume_step=0)
+  with pytest.raises(OSError, match=r"File too large: .*tfevents"):
+    writer.picture(1, "noise", np.frombuffer(NOISE[: 3 * 2**12], np.uint8).reshape(64, 64, 3))
+  limited(resource.RLIMIT_FSIZE, 2**20)
+  writer.close()
+
+
+def test_tensorboard_has_what_was_written(tmp_path):
+  with contextlib.closing(Writer(tmp_path, resume_step=6)) as writer:
+    writer.scalars(7, {"loss": 0.5})
+    writer.picture(7, "grid", np.zeros((2, 3, 3), np.uint8))
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  data, events = path.read_bytes(), []
+  while data:
+    (size,) = struct.unpack("<Q", data[:8])
+    events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[size + 16 :]
+  version, begin, scalar, picture = events
+  assert version.file_version == "brain.Event:2"
+  assert (begin.step, begin.session_log.status) == (7, event_pb2.SessionLog.START)
+  assert (scalar.step, scalar.summary.value[0].tag) == (7, "loss")
+  assert scalar.summary.value[0].simple_value == 0.5
+  assert (picture.summary.value[0].image.height, picture.summary.value[0].image.width) == (2, 3)
 
 
 @pytest.mark.parametrize("number", ADVICE)

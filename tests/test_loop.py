@@ -312,7 +312,7 @@ def test_metrics_that_an_editor_saved_are_read(tmp_path):
 
 def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-  with pytest.raises(InputError, match="GiB free"):
+  with pytest.raises(InputError, match="MiB free"):
     run(tmp_path)
   # Nor does a smaller model in the same workdir meet the configuration of this one.
   assert not (tmp_path / "config.json").exists()

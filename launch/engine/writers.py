@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, is_url
+from vavae_jax.common.files import atomic_file, is_url, naming
 
 SECONDS_BETWEEN_WRITES = 30.0
 # What a line raises that is no JSON, or not numbers by name.
@@ -30,49 +34,85 @@ class Writer:
     self._active = active
     if not active:
       return
-    self._path = workdir / "metrics.jsonl"
     kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-    self._lines = [json.dumps(line) + "\n" for line in kept]
-    self._rewrite()
-    self._appended = None if is_url(workdir) else self._path.open("a")
-    from tensorboardX import SummaryWriter  # which imports the clients of clouds
-
-    self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+    lines = "".join(json.dumps(line) + "\n" for line in kept)
+    self._metrics = _Growing(workdir / "metrics.jsonl", lines.encode())
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    self._board = _Growing(workdir / "tensorboard" / name, b"")
+    self._event(0, file_version="brain.Event:2")
+    # TensorBoard hides what an earlier start wrote from here on.
+    self._event(resume_step + 1, session_log={"status": "START"})
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes `{name: value}` of one step."""
     if not self._active:
       return
     finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
-    line = json.dumps({"step": step, **finite}) + "\n"
-    if self._appended:
-      self._appended.write(line)
-      self._appended.flush()
-    else:
-      self._lines.append(line)
-      if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
-        self._rewrite()
+    self._metrics.add(json.dumps({"step": step, **finite}).encode() + b"\n")
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
-
-  def _rewrite(self) -> None:
-    with atomic_file(self._path) as file:
-      file.write("".join(self._lines).encode())
-    self._written = time.monotonic()
+      self._event(step, summary=_tensorboard().summary.scalar(name, value))
 
   def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
     """Writes one uint8 picture to TensorBoard."""
     if self._active:
-      self._board.add_image(name, image_HWC, step, dataformats="HWC")
+      self._event(step, summary=_tensorboard().summary.image(name, image_HWC, dataformats="HWC"))
+
+  def _event(self, step: int, **what: Any) -> None:
+    """Here and not by a thread of tensorboardX, which a full disk ends and which is then waited for
+    in vain.
+    """
+    event = _tensorboard().proto.event_pb2.Event(wall_time=time.time(), step=step, **what)
+    data, checksum = event.SerializeToString(), _tensorboard().record_writer.masked_crc32c
+    size = struct.pack("<Q", len(data))
+    checked = (part + struct.pack("<I", checksum(part)) for part in (size, data))
+    self._board.add(b"".join(checked))
 
   def close(self) -> None:
     """Closes the files."""
     if self._active:
-      if self._appended:
-        self._appended.close()
-      else:
-        self._rewrite()
+      self._metrics.close()
       self._board.close()
+
+
+class _Growing:
+  """A file that grows; in a bucket, where none does, it is written anew now and then."""
+
+  def __init__(self, path: Path, content: bytes):
+    self._path, self._parts = path, [content]
+    self._write_anew()
+    self._appended = None if is_url(path) else path.open("ab")
+
+  def add(self, data: bytes) -> None:
+    """Appends."""
+    if self._appended:
+      with naming(self._path):
+        self._appended.write(data)
+        self._appended.flush()
+      return
+    self._parts.append(data)
+    if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+      self._write_anew()
+
+  def _write_anew(self) -> None:
+    with atomic_file(self._path) as file:
+      file.write(b"".join(self._parts))
+    self._written = time.monotonic()
+
+  def close(self) -> None:
+    """Nothing more comes."""
+    if self._appended:
+      with naming(self._path):
+        self._appended.close()
+    else:
+      self._write_anew()
+
+
+def _tensorboard() -> Any:
+  import tensorboardX.proto.event_pb2
+  import tensorboardX.record_writer
+  import tensorboardX.summary  # with the clients of clouds, for which no --help should wait
+
+  return tensorboardX
 
 
 def read_metrics(workdir: Path) -> list[dict]:

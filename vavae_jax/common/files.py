@@ -187,13 +187,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
   folder.mkdir(exist_ok=True)
   temporary = folder / path.name
   try:
-    yield temporary
-    with temporary.open("rb+") as file:
-      os.fsync(file.fileno())
-    temporary.chmod(0o666 & ~_umask())  # libraries that write by a name make it private
-    temporary.replace(path)
+    with naming(path):
+      yield temporary
+      with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+      temporary.chmod(0o666 & ~_umask())  # libraries that write by a name make it private
+      temporary.replace(path)
   finally:
     shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """What the system says inside of a file that it does not name, as of a full disk, is of this."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or str(path)
+    raise
 
 
 def remove_partial(folder: Path, name: str = "") -> None:
@@ -264,9 +275,12 @@ def check_outputs(files: Iterable[Path] = (), folders: Iterable[Path] = ()) -> N
 def check_free(folder: Path, needed: int, why: str) -> None:
   """Raises InputError where a disk lacks so many bytes; `why` says what for, and what to change."""
   if (free := shutil.disk_usage(folder).free) < needed:
-    raise InputError(
-      f"{folder} has {free / 2**30:.2f} GiB free, but {needed / 2**30:.2f} GiB are needed {why}."
-    )
+    raise InputError(f"{folder} has {_size(free)} free, but {_size(needed)} are needed {why}.")
+
+
+def _size(count: int) -> str:
+  unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+  return f"{count / unit:.2f} {name}"
 
 
 def allow_open_files() -> None:
