@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -24,6 +25,7 @@ from tests.reference import procedural
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images, sources
 from vavae_jax.data.order import Share
+from vavae_jax.data.sources import files
 
 CLASSES = ["cat", "dog"]
 # A folder's name, which is no pattern.
@@ -508,6 +510,28 @@ def test_a_folder_that_cannot_be_listed_refuses_the_whole(tmp_path, monkeypatch)
   monkeypatch.setattr(os, "scandir", denied)
   with pytest.raises(InputError, match=r"set/cat/ cannot be listed .*denied.* move it away"):
     sources.open_source(spec)
+
+
+def test_folders_that_link_to_each_other_are_refused_in_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_MOST_WAYS", 50)
+  make_folder(tmp_path)
+  for i in range(12):
+    (tmp_path / "set" / f"{i}").mkdir()
+  for i in range(12):
+    for j in range(12):
+      (tmp_path / "set" / f"{i}" / f"x{j}").symlink_to(tmp_path / "set" / f"{j}")
+  with pytest.raises(InputError, match=r"links lead to one folder, .* in more than 50 ways"):
+    sources.open_source(f"folder:{tmp_path}/set")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_pictures_beside_class_folders_are_refused_by_every_kind(kind, tmp_path):
+  for name in ("x/1.png", "x/cat/2.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(encoded(name))
+  made = shutil.make_archive(tmp_path / "y", kind, tmp_path / "x") if kind != "folder" else ""
+  with pytest.raises(InputError, match=r"class folders, such as cat, and pictures beside them"):
+    sources.open_source(f"{kind}:{made or tmp_path / 'x'}")
 
 
 def parquet_of(root, **columns):

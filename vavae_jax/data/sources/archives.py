@@ -202,7 +202,7 @@ def open_tar(pattern: str) -> Archive:
   """A tar file, or several by a pattern, not compressed.
 
   The class of a picture is in a file of the same name ending in .cls, as WebDataset has it, or else
-  its folder, or, where it lies in none, the archive: ImageNet has a tar a class, in a tar of tars.
+  its folder, or, where an archive has none, this: ImageNet has a tar a class, in a tar of tars.
   """
   files = _files(pattern)
   members = _Members()
@@ -224,8 +224,9 @@ def open_tar(pattern: str) -> Archive:
         "is compressed."
       ) from error
   if not classes or not members:
+    foldered = {(number, inner) for number, inner, name in members if "/" in name}
     labelled = [
-      name if "/" in name else f"{Path(inner or files[number]).stem}/{name}"
+      name if (number, inner) in foldered else f"{Path(inner or files[number]).stem}/{name}"
       for number, inner, name in members
     ]
     return _labelled(pattern, files, members, labelled)

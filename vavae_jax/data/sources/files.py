@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import stat
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from vavae_jax.assets import load_emoji
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.sources.base import Named, Unreadable, identity_of, status_of
 from vavae_jax.data.sources.listing import EXTENSIONS, Listing, classes_of, is_hidden
+
+# From the root to one folder; of a few folders that link to each other there are millions.
+_MOST_WAYS = 2_000
 
 
 class Embedded(Named):
@@ -91,6 +95,7 @@ def _pictures_under(root: str, listing: Listing) -> list[str]:
   Links are followed, but none to a folder on its own way.
   """
   found: list[str] = []
+  ways: Counter[tuple[int, int]] = Counter()
   pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
   while pending:
     inside, above = pending.pop()
@@ -99,6 +104,12 @@ def _pictures_under(root: str, listing: Listing) -> list[str]:
       if (here := (status.st_dev, status.st_ino)) in above:
         listing.ignore("links to a folder above")
         continue
+      ways[here] += 1
+      if ways[here] > _MOST_WAYS:
+        raise InputError(
+          f"In {root} links lead to one folder, {inside}, in more than {_MOST_WAYS:,} ways, and "
+          "perhaps to each other; remove some."
+        )
       with os.scandir(f"{root}/{inside}") as entries:
         for entry in entries:
           name = inside + entry.name
