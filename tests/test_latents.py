@@ -65,6 +65,22 @@ def test_other_floats_and_integers_are_converted(dtype, labels, tmp_path):
   assert store.labels.tolist() == [0, 7, 3]
 
 
+@pytest.mark.parametrize(("value", "flip"), [(np.nan, False), (np.inf, True), (-np.inf, False)])
+def test_numbers_that_are_not_finite_are_named_where_they_are_read(store, value, flip):
+  path, _, _ = store
+  shard = path / "latents_rank00_shard001.safetensors"
+  tensors = {name: np.array(x) for name, x in load_file(shard).items()}
+  tensors[shards.SAMPLES[flip]][2, 1, 0, 0] = value
+  tensors[shards.SAMPLES[flip]][1] = 3e38  # whose sum is not finite either
+  (path / "manifest.json").unlink()
+  save_file(tensors, shard)
+  found = latents.LatentStore(path)
+  latent = np.empty((8, 2, 3, 4), np.float32)
+  found.read(np.arange(8), np.full(8, not flip), out=latent)
+  with pytest.raises(InputError, match=r"shard001\.safetensors .* not finite, in its record 2"):
+    found.read(np.arange(8), np.full(8, flip), out=latent)
+
+
 def test_normalise_and_back(store):
   found = latents.LatentStore(store[0])
   there = latents.normalise(store[1], found.mean, found.std, 0.5)

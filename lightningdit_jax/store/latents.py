@@ -134,6 +134,11 @@ class LatentStore:
         if noise is not None:
           std_Zhw = shard.tensors[("std", "std_flip")[flip]][row]
           x_BZN[i] += (std_Zhw * noise(begin + i)).reshape(channels, -1)
+      # A sum is a third of the cost, and finite unless a number is not, or all are huge.
+      with np.errstate(all="ignore"):
+        total = x_BZN.sum()
+      if not np.isfinite(total):
+        _check_finite(x_BZN, some)
       x_BZN -= mean_Z1
       x_BZN *= scale_Z1
       out_BND[begin : begin + _CHUNK] = x_BZN.transpose(0, 2, 1)
@@ -216,6 +221,17 @@ def mean_and_std(stored: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
       "again with a trained tokenizer."
     )
   return mean, std
+
+
+def _check_finite(x_BZN: np.ndarray, places: Sequence[tuple[Shard, int]]) -> None:
+  """Raises InputError for the first of these records with a number that is not finite."""
+  bad = ~np.isfinite(x_BZN).all((1, 2))
+  if bad.any():
+    shard, row = places[int(bad.argmax())]
+    raise InputError(
+      f"{shard.path} has numbers that are not finite, in its record {row}; python -m launch.encode "
+      f"--check={shard.path.parent} lists all. Encode again, or leave the shard out."
+    )
 
 
 def shard_files(path: Path) -> list[Path]:
