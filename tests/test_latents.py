@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -127,7 +128,9 @@ def test_the_iterator_continues_from_its_state(store):
   np.testing.assert_array_equal(next(fresh)["latent"], expected)
 
 
-@pytest.mark.parametrize("damage", ["no shards", "no statistics", "cut", "shapes", "channels"])
+@pytest.mark.parametrize(
+  "damage", ["no shards", "no statistics", "cut", "deep", "records", "shapes", "channels"]
+)
 def test_damage_is_named(store, damage):
   path = store[0]
   shard = path / "latents_rank00_shard001.safetensors"
@@ -137,6 +140,10 @@ def test_damage_is_named(store, damage):
     (path / latents.STATISTICS).unlink()
   elif damage == "cut":
     shard.write_bytes(shard.read_bytes()[:-9])
+  elif damage == "deep":
+    shard.write_bytes(struct.pack("<Q", 10**5) + b"[" * 10**5)
+  elif damage == "records":
+    (path / latents.MANIFEST).write_text('{"records": "4"}')
   else:
     shape = (2, 3, 3, 4) if damage == "shapes" else (2, 2, 3, 5)
     samples = {name: np.zeros(shape, np.float32) for name in shards.SAMPLES}

@@ -172,8 +172,8 @@ class LatentStore:
   def manifest(self) -> dict[str, Any]:
     """What `launch.encode` noted; empty for a published store."""
     path = self.path / MANIFEST
-    kinds = {"tokenizer": dict, "shards": dict, "skipped": list, "class_names": list}
-    may_lack: dict[str, Any] = {name: kind | None for name, kind in kinds.items()}
+    kinds = (int, "records"), (dict, "tokenizer", "shards"), (list, "skipped", "class_names")
+    may_lack: dict[str, Any] = {name: kind | None for kind, *names in kinds for name in names}
     return read_note(path, **may_lack) if path.is_file() else {}
 
   def _statistics(self, channels: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,10 @@ def merge(moments: Iterable[Moments]) -> Moments:
   return functools.reduce(Moments.merged, moments)
 
 
+# What odd JSON of a header or a note leads to.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 class Note(NamedTuple):
   """Metadata that a shard written here carries."""
 
@@ -99,7 +103,7 @@ class Shard:
     try:
       self.tensors, metadata = _map(self.path)
       self.note = _parse_note(metadata.get(_NOTE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, *_DAMAGE) as error:
       raise InputError(
         f"The latent shard {path} cannot be read ({error}); encode again."
       ) from error
