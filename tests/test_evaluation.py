@@ -387,6 +387,13 @@ def test_a_latent_space_has_its_figures(pipeline, tmp_path):
   assert output.png.is_file()
 
 
+def test_latents_that_are_not_finite_have_no_figures(pipeline, monkeypatch):
+  store = LatentStore(pipeline / "latents")
+  monkeypatch.setattr(store, "mean", store.mean * np.nan)
+  with pytest.raises(InputError, match=r"not finite; python -m launch\.encode --check="):
+    space.draw_cells(store, 10, 0)
+
+
 def test_signal_to_noise_of_the_linear_path():
   curves = space.signal_to_noise(np.array([4.0, 1.0, 0.25]), "Linear")
   times, values = np.array(curves["median"]).T

@@ -817,3 +817,14 @@ def test_the_evaluation_s_crop_is_torchvisions():
   resized = picture.resize((341, 256), Image.Resampling.BILINEAR)
   expected = np.asarray(resized)[:, 42 : 42 + 256]
   np.testing.assert_array_equal(images.resize_crop(picture, 256), expected)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+  """Such as one of /proc, where somebody gave hf:/."""
+
+  def scandir(path):
+    raise OSError(22, "Invalid argument", path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  with pytest.raises(InputError, match=f"The folder {tmp_path} cannot be read"):
+    sources.open_source(f"hf:{tmp_path}")

@@ -64,6 +64,11 @@ def draw_cells(store: latents.LatentStore, count: int, seed: int) -> tuple[np.nd
       else None,
     )
     values[some] = z_BhwZ[np.arange(len(z_BhwZ)), rows[some], columns[some]]
+  if not np.isfinite(values).all():
+    raise InputError(
+      f"{store.path} has numbers that are not finite; python -m launch.encode --check={store.path} "
+      "names its damaged shards."
+    )
   return values, store.labels_of(records)
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import huggingface_hub
 import numpy as np
@@ -195,9 +195,18 @@ def _group(file: str, group: int, columns: tuple[str, ...]) -> dict[str, list[An
     return parquet.ParquetFile(opened).read_row_group(group, columns=list(columns)).to_pydict()
 
 
+def _unreadable(error: OSError) -> NoReturn:
+  raise InputError(
+    f"The folder {error.filename} cannot be read ({error.strerror}); name the folder of the "
+    "parquet files alone."
+  ) from error
+
+
 def _parquet_files(path: str) -> list[str]:
   if os.path.isdir(path):
-    files = (file for file in Path(path).rglob("*.parquet") if file.is_file())
+    folders = os.walk(path, onerror=_unreadable)
+    below = (Path(at, name) for at, _, names in folders for name in names)
+    files = (file for file in below if file.suffix == ".parquet" and file.is_file())
     found = sorted(str(x) for x in files if not is_hidden(x.relative_to(path).as_posix()))
   else:
     found = [str(file) for file in named_files(path)]
