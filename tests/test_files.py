@@ -152,6 +152,14 @@ def test_what_the_system_says_is_one_line_with_advice(number, capsys):
   assert f"runs'; {ADVICE[number]}, then resume with: cd" in text
 
 
+def test_a_bucket_that_cannot_be_reached_is_one_line(capsys):
+  client = pytest.importorskip("aiohttp")
+  assert console._explained(client.ClientPayloadError("no\nanswer")) == 2
+  told = capsys.readouterr().err
+  assert told.startswith("error: no answer; look after the network, the address and your cred")
+  assert told.count("\n") == 1
+
+
 def test_as_many_files_stay_open_as_the_system_allows(limited):
   limited(resource.RLIMIT_NOFILE, 256)
   allow_open_files()

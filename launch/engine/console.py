@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from logging import getLogger
 from typing import Any, TextIO, TypeVar
 
 import jax
@@ -32,13 +33,15 @@ from launch.engine import hardware, processes, tracing, watchdog
 from launch.engine.circumstances import own_program
 from launch.engine.configuration import flat
 from vavae_jax.common.errors import InputError, printable
-from vavae_jax.common.files import ADVICE, allow_open_files, at_home
+from vavae_jax.common.files import ADVICE, BUCKETS, allow_open_files, at_home
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+# The packages of clients of buckets, with errors of their own.
+CLIENTS = ("aiohttp", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure")
 EXIT_SECONDS = 2.0  # from the last message to the end of an interrupted process
 
 
@@ -247,10 +250,9 @@ def _explained(error: BaseException) -> int | None:
     print(printable(f"error: {error}"), file=sys.stderr)
     return 2
   if isinstance(error, OSError) and error.errno in ADVICE:
-    # Files are written whole or not at all, so a run can go on from them.
-    text = f"error: {error}; {ADVICE[error.errno]}, then resume with: {resume_command()}"
-    print(printable(text), file=sys.stderr)
-    return 2
+    return _resumable(error, ADVICE[error.errno])
+  if type(error).__module__.partition(".")[0] in CLIENTS:
+    return _resumable(error, "look after the network, the address and your credentials")
   if isinstance(error, KeyboardInterrupt | Interrupted):
     print(printable(f"stopped; resume with: {resume_command()}"), file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
@@ -268,6 +270,13 @@ def _end(number: int, save: watchdog.Save | None) -> None:
     if code is None:
       traceback.print_exc()
     os._exit(code or 1)
+
+
+def _resumable(error: BaseException, advice: str) -> int:
+  """Prints the end of a run that can go on, since files are written whole or not at all."""
+  text = f"error: {' '.join(str(error).split())}; {advice}, then resume with: {resume_command()}"
+  print(printable(text), file=sys.stderr)
+  return 2
 
 
 def _at_home(word: str) -> str:
@@ -299,6 +308,8 @@ def run_command(
     _keep_output_harmless()
     # Libraries log every file they touch; their warnings are enough.
     logging.set_verbosity(logging.WARNING)
+    for name in BUCKETS.values():  # which log every retry with its traceback
+      getLogger(name).setLevel("CRITICAL")
     try:
       if len(argv) > arguments + 1:
         unexpected = argv[arguments + 1]
