@@ -21,7 +21,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 import configs.base
-from launch.engine import flops, hardware, log, loop, step
+from launch.engine import flops, hardware, log, loop, step, watchdog
 from launch.engine.checkpoint import Checkpoints, restore_item
 from launch.engine.writers import read_metrics
 from lightningdit_jax import training
@@ -127,6 +127,23 @@ def test_a_run_goes_on_with_changes_that_leave_its_arrays(tmp_path):
   run(tmp_path, **changes)  # it is the workdir's configuration now
 
 
+def test_while_a_new_phase_compiles_the_steps_before_can_be_saved(tmp_path, monkeypatch):
+  """By the watchdog, since a compilation cannot be left."""
+  prepare = step.Step.prepare
+
+  def compile_long(self, phase, *arguments):
+    prepare(self, phase, *arguments)
+    if phase == "late":
+      watchdog.unsaved._save()
+      raise Crash
+
+  monkeypatch.setattr(step.Step, "prepare", compile_long)
+  with pytest.raises(Crash):
+    run(tmp_path)
+  assert watchdog.unsaved._save is None
+  assert Checkpoints(tmp_path).sound_step() == 6
+
+
 def test_another_seed_trains_otherwise(tmp_path, undisturbed):
   assert not np.array_equal(run(tmp_path, seed=4).params["w"], undisturbed[0].params["w"])
 
@@ -137,7 +154,7 @@ def test_stop_keeps_the_last_checkpoint(tmp_path):
   assert Checkpoints(tmp_path).sound_step() == 4
 
 
-@pytest.mark.parametrize(("step", "saved"), [(3, "there is no checkpoint yet"), (7, "is step 4")])
+@pytest.mark.parametrize(("step", "saved"), [(3, "there is no checkpoint yet"), (5, "is step 4")])
 def test_a_state_that_is_not_finite_is_not_saved_even_by_a_signal(tmp_path, step, saved):
   """Its loss and gradients are."""
 
@@ -198,11 +215,13 @@ def test_flops_are_counted_and_compared_with_what_the_device_can(tmp_path, monke
   assert line["mfu"] == pytest.approx(flops / 1e6 / jax.device_count())
 
 
-def test_the_step_is_traced_once_a_phase_and_another_time_is_said(tmp_path, capsys):
+def test_the_step_is_compiled_once_a_phase_and_another_time_is_said(tmp_path, capsys, caplog):
   chex.clear_trace_counter()
   once = chex.assert_max_traces(n=2)(toy_task.train_step)
   config = toy_task.config()
-  loop.run(SimpleNamespace(**{**vars(toy_task), "train_step": once}), config, tmp_path / "once")
+  with jax.log_compiles():
+    loop.run(SimpleNamespace(**{**vars(toy_task), "train_step": once}), config, tmp_path / "once")
+  assert caplog.text.count("Finished XLA compilation of jit(_guarded)") == 2
   assert "traced and compiled again" not in capsys.readouterr().out
 
   def data(*arguments):

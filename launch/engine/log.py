@@ -65,7 +65,8 @@ class Log:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """The time inside does not count as training."""
+    """The time inside does not count as training; what was made before it is read first."""
+    self.flush()
     began = time.monotonic()
     yield
     self._began += time.monotonic() - began

@@ -131,7 +131,8 @@ def run(
     data = task.train_data(config, jax.process_index(), jax.process_count(), start)
     stack.enter_context(jax.set_mesh(devices))
     fresh = functools.partial(_fresh, init, key_init, shardings, adopt, workdir)
-    state, noted = _restored(checkpoints, start, abstract, shardings) if start else (fresh(), {})
+    wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
+    state, noted = checkpoints.restore(start, wanted) if start else (fresh(), {})
     evaluators = {**task.evaluators(config), **(more_evaluators or {})}
     missing = not_recorded(evaluators, workdir, start, config.num_steps) if start else []
     if start >= config.num_steps and not missing:
@@ -153,18 +154,21 @@ def run(
     log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
 
     def save(wait: bool = False) -> None:
-      log.flush()
       with log.paused():
         checkpoints.save(state, config.to_dict(), log.state(), wait)
 
+    save_whole = functools.partial(save, wait=True)
     with _saving(save):
       for step in range(start + 1, config.num_steps + 1):
         with log.waiting():
           batch = next(batches)
         signals.go_on(step)
         phase = task.phase(config, step)
-        compiles = phase not in step_fn.flops
-        state, metrics = step_fn(phase, state, frozen, batch, jax.random.fold_in(key_steps, step))
+        key = jax.random.fold_in(key_steps, step)
+        if compiles := phase not in step_fn.flops:
+          with signals.at_once(save_whole):
+            step_fn.prepare(phase, state, frozen, batch, key)
+        state, metrics = step_fn(phase, state, frozen, batch, key)
         last = step == config.num_steps
         if step % config.log_every_steps == 0 or last:
           metrics |= step_fn.norms(state)
@@ -172,13 +176,9 @@ def run(
         signals.done()
         if step % config.save_every_steps == 0 or last:
           save()
-        for number, evaluator in enumerate(due(evaluators, step, config.num_steps), 1):
-          signals.go_on(step, number)
-          log.flush()
-          with log.paused(), signals.at_once(functools.partial(save, wait=True)):
+        for evaluator in signals.after(step, due(evaluators, step, config.num_steps)):
+          with log.paused(), signals.at_once(save_whole):
             evaluate(evaluators, evaluator, writer, step, state)
-  if signals.received:  # after the last place where it could stop
-    raise console.Interrupted(signals.received, together=True)
   return state
 
 
@@ -213,14 +213,6 @@ def _changes(
       "change which arrays there are; leave these as they were, or give a new --workdir."
     )
   return changes
-
-
-def _restored(
-  checkpoints: Checkpoints, step: int, abstract: Any, shardings: Any
-) -> tuple[Any, dict[str, Any]]:
-  """The state of a checkpoint and what the log noted there."""
-  wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
-  return checkpoints.restore(step, wanted)
 
 
 def _fresh(

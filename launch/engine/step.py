@@ -20,7 +20,9 @@ TrainStep = Callable[..., tuple[Any, Metrics]]
 
 
 class Step:
-  """`state, metrics = step(phase, state, frozen, batch, key)`; takes the state's memory."""
+  """`state, metrics = step(phase, state, frozen, batch, key)`, which takes the state's memory; each
+  phase is prepared first.
+  """
 
   def __init__(self, train_step: TrainStep, config: FrozenConfigDict, shardings: Any):
     """`train_step` is the task's, `config` whole; `shardings` are the state's."""
@@ -35,14 +37,16 @@ class Step:
     self._traces += 1
     return self._train_step(*arguments)
 
+  def prepare(self, phase: Hashable, *arguments: Any) -> None:
+    """Traces and compiles the step of a phase, which the first call then finds; takes nothing."""
+    traced = counted = self._jitted.trace(phase, *arguments)
+    plain = without_recomputation(self._config)
+    if plain != self._config:
+      counted = jit_step(self._train_step, plain, self._shardings).trace(phase, *arguments)
+    self.flops[phase] = flops.count(counted.jaxpr)
+    traced.lower().compile()
+
   def __call__(self, phase: Hashable, *arguments: Any) -> tuple[Any, Metrics]:
-    if phase not in self.flops:
-      plain = without_recomputation(self._config)
-      jitted = self._jitted
-      if plain != self._config:
-        jitted = jit_step(self._train_step, plain, self._shardings)
-      # Where it is the step itself that is traced here, the call below takes what was traced.
-      self.flops[phase] = flops.count(jitted.trace(phase, *arguments).jaxpr)
     result = self._jitted(phase, *arguments)
     if self._traces > len(self.flops):
       self._traces = len(self.flops)

@@ -15,7 +15,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -112,9 +112,15 @@ class Signals:
       self._reported = seconds
       console.say_here(f"waiting for {self._source} since {seconds:.0f} s")
 
+  def after(self, step: int, evaluations: Iterable[str]) -> Iterator[str]:
+    """The evaluations after a step; all processes can stop before each."""
+    for number, evaluation in enumerate(evaluations, 1):
+      self.go_on(step, number)
+      yield evaluation
+
   def go_on(self, step: int, evaluation: int = 0) -> None:
-    """Called before a step, and before each evaluation after it, which count from 1; raises
-    Interrupted where all processes stop before it.
+    """Called before a step, or one of the evaluations after it; raises Interrupted where all
+    processes stop before it.
     """
     place = step, evaluation
     if self._together:
@@ -129,12 +135,14 @@ class Signals:
     """Called after a step: it is unsaved now."""
     watchdog.unsaved.there = True
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
     watchdog.unsaved.there = False
     if self._together:
       self._together.close()
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if self.received and not error:  # it came after the last place where the loop could stop
+      raise self._interrupted(together=True)
 
 
 class Together:
