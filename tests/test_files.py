@@ -219,6 +219,13 @@ def test_a_command_line_that_is_shown_can_be_given_to_a_shell(word):
   assert done.stdout == os.fsencode(word)
 
 
+def test_the_command_that_resumes_is_told_from_a_folder_that_was_deleted(tmp_path, monkeypatch):
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  (tmp_path / "here").rmdir()
+  assert console.resume_command().startswith("cd / && ")
+
+
 def test_a_path_begins_at_home_where_it_says_so(monkeypatch):
   monkeypatch.setenv("HOME", "/home/me")
   assert place("~/runs") == local_file("~/runs") == local_place("~/runs") == Path("/home/me/runs")

@@ -209,7 +209,11 @@ def _interrupt(number: int, _frame: object) -> None:
 def resume_command() -> str:
   """The command line that started this process, usable from any folder."""
   words = [sys.executable, *own_program(), *sys.argv[1:]]
-  return f"cd {_quoted(os.getcwd())} && {' '.join(map(_quoted, words))}"
+  try:
+    folder = os.getcwd()
+  except FileNotFoundError:  # it was deleted
+    folder = os.sep
+  return f"cd {_quoted(folder)} && {' '.join(map(_quoted, words))}"
 
 
 def _quoted(word: str) -> str:

@@ -145,7 +145,7 @@ class _Claim:
   def _lost(self) -> str:
     """Why the output is this process's no more; "" while it is. OSError if that cannot be seen."""
     folder = self._path.parent
-    gone = f"{folder} was deleted or replaced while this process wrote there; what it wrote is lost"
+    gone = f"{folder} was deleted or replaced while this process wrote there; start again"
     there = _read(self._path)
     if is_url(folder):
       if not there and not any(place(str(folder)).iterdir()):

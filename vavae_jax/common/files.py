@@ -39,6 +39,9 @@ ADVICE = {
   errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another file system",
   errno.EIO: "look after the disk or its connection",
   errno.ESTALE: "look after the network disk",
+  errno.ENOTCONN: "look after the network disk",
+  errno.ETIMEDOUT: "look after the network disk",
+  errno.EHOSTDOWN: "look after the network disk",
   errno.ENFILE: "close other programs, which have too many files open",
   errno.EMFILE: "raise the limit of open files (ulimit -n)",
   errno.EROFS: "choose a place that can be written",
@@ -252,7 +255,8 @@ def write_safetensors(
 def as_oserror(path: Path) -> Iterator[None]:
   """Raises OSError if a library reports what the system said by an error of its own."""
   try:
-    yield
+    with naming(path):
+      yield
   except InputError:
     raise
   except (SafetensorError, RuntimeError, ValueError) as error:
