@@ -48,6 +48,7 @@ from vavae_jax.data import changes, images, selection, sources
 from vavae_jax.training import latent_shape
 
 BEGUN = "encoding.json"
+_NOTES = BEGUN, latents.STATISTICS, latents.MANIFEST
 DTYPES = ("float32", "bfloat16")
 
 
@@ -95,7 +96,7 @@ def encode(
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
       settings.
   """
-  check_outputs(output / name for name in (BEGUN, latents.STATISTICS, latents.MANIFEST))
+  check_outputs(output / name for name in _NOTES)
   data, home = tokenizer.config.data, tokenizer.workdir
   spec = source or data.source
   pictures = sources.open_source(spec)
@@ -125,17 +126,12 @@ def encode(
     for number in range(jax.process_index(), count, jax.process_count())
   }
   there = [shards.Shard(paths[number]) for number in mine if paths[number].exists()]
-  first = (BEGUN, latents.STATISTICS, latents.MANIFEST) if jax.process_index() == 0 else ()
+  first = _NOTES if jax.process_index() == 0 else ()
   for name in (*(paths[number].name for number in mine), *first):  # left by a run that was killed
     remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size = mesh.round_up(batch_size, devices)
-  pieces = [
-    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
-    for number, shard in mine.items()
-    if not paths[number].exists()
-    for start in range(0, len(shard), batch_size)
-  ]
+  pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
   missing = sum(len(piece.indices) for piece in pieces)
   size = missing * _bytes_of_one(tokenizer.config, dtype, moments)
   check_free(output, size, "for the latents; give another --output")
@@ -162,6 +158,15 @@ def encode(
     latents.finish_store(output, manifest, seed, paths)
   processes.wait_for_all("the store is finished")
   return latents.LatentStore(output)
+
+
+def _pieces(missing: dict[int, np.ndarray], batch_size: int) -> list[_Piece]:
+  """Shards' indices, by batches."""
+  return [
+    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
+    for number, shard in missing.items()
+    for start in range(0, len(shard), batch_size)
+  ]
 
 
 def _bytes_of_one(config: FrozenConfigDict, dtype: str, moments: bool) -> int:
