@@ -310,7 +310,7 @@ def _diffusion() -> Keys:
     # With `sample`, how the number that a recipe names was made.
     "published": {
       "num_samples": Key(50_000, "[1, 1e9]", "Samples of launch.sample --published."),
-      "labels": Key("uniform", text="Their labels, as --labels takes them."),
+      "labels": Key("uniform", ("uniform", "balanced"), "Their labels."),
     },
   }
 
