@@ -561,6 +561,12 @@ def test_labels_of_parquet_are_found_and_guesses_told(columns, class_names, labe
   assert bool(source.beside) == bool(note)
 
 
+def test_a_row_of_parquet_without_a_label_is_unreadable(tmp_path, capsys):
+  tolerant = sources.Tolerant(sources.open_source(parquet_of(tmp_path, label=["b", None, "a"])), 1)
+  assert [tolerant.picture(i)[1] for i in range(3)] == [1, 0, 0]
+  assert "#1 has no label" in capsys.readouterr().err
+
+
 def test_labels_of_records_are_checked(tmp_path):
   spec = make_records(tmp_path)
   description = tmp_path / "records" / "dataset.json"

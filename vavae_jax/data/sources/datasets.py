@@ -144,7 +144,7 @@ class HuggingFace(Source):
             f"{self._files[file]} has the label {value!r}; needed are numbers or names of classes."
           )
         found.setdefault(type(value), set()).add(value)
-    found.pop(type(None), None)  # such rows are refused where they are read
+    found.pop(type(None), None)  # such rows are unreadable
     if str in found and len(found) > 1:
       raise InputError(
         f"{self._files[0]} and those beside it have numbers and names as labels; take either."
@@ -172,8 +172,10 @@ class HuggingFace(Source):
     if not isinstance(data, bytes):
       raise Unreadable(f"{self.name(index)} is not a picture's file but {type(data).__name__}.")
     label = rows[self._columns[1]][row] if len(self._columns) > 1 else 0
+    if label is None:
+      raise Unreadable(f"{self.name(index)} has no label.")
     if isinstance(label, str):
-      label = self._labels.get(label)
+      label = self._labels.get(label, label)
     return data, checked_label(label, self, index)
 
   def name(self, index: int) -> str:
