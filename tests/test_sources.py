@@ -25,7 +25,7 @@ from tests.reference import procedural
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images, sources
 from vavae_jax.data.order import Share
-from vavae_jax.data.sources import files
+from vavae_jax.data.sources import files, listing
 
 CLASSES = ["cat", "dog"]
 # A folder's name, which is no pattern.
@@ -298,6 +298,15 @@ def test_every_kind_has_one_rule_of_classes_and_hidden_files(make, tmp_path, cap
     assert words in told
   sources.open_source(spec)
   assert capsys.readouterr().err == ""  # it is said once
+
+
+def test_all_that_is_ignored_is_counted():
+  ignoring = listing.Listing()
+  for i in range(10):
+    ignoring.takes(f"a.{i}")
+  note = ignoring.note([], [])
+  assert note.startswith("1 ending in .0, ")
+  assert note.endswith(", 2 of other kinds")
 
 
 def test_a_tar_in_a_tar_ends_where_it_does(tmp_path):

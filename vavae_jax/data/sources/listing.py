@@ -57,7 +57,10 @@ class Listing:
   def note(self, names: list[str], class_names: list[str]) -> str:
     """What is odd about pictures and classes, or beside them, for people; "" if nothing is."""
     parents = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
-    counts = [f"{count} {why}" for why, count in self._ignored.most_common(8)]
+    ignored = self._ignored.most_common()
+    counts = [f"{count} {why}" for why, count in ignored[:8]]
+    if others := sum(count for _, count in ignored[8:]):
+      counts.append(f"{others} of other kinds")
     if empty := sorted(self._folders - parents):
       counts.append(f"{len(empty)} folders without pictures, such as {empty[0]}")
     looks = [unicodedata.normalize("NFC", name).casefold() for name in class_names]
