@@ -45,7 +45,7 @@ def prepare(
   begun = {"source": source, "identity": pictures.identity(), "shard_size": shard_size}
   claim_folder(output, BEGUN, begun)
   remove_partial(output)  # left by a run that was killed
-  done = sum(file.stat().st_size for file in output.iterdir())
+  done = sum(file.lstat().st_size for file in output.iterdir())
   check_free(output, int(pictures.sizes().sum()) - done, "for the pictures; give another --output")
   count = -(-len(pictures) // shard_size)
   counts: dict[str, int] = {}

@@ -173,7 +173,7 @@ def sample_set(
     claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
   if not output.is_file():
     parts.mkdir(parents=True, exist_ok=True)
-    done = sum(part.stat().st_size for part in parts.iterdir())
+    done = sum(part.lstat().st_size for part in parts.iterdir())
     size = 3 * tokenizer.config.data.image_size**2 * num_samples
     check_free(parts, 2 * size - done, "for the samples in parts and as one file")
     write_json(about, noted)

@@ -19,6 +19,7 @@ from launch.evaluation.sample_files import (
   part_path,
   read_samples,
   write_npz,
+  write_part,
 )
 from vavae_jax.common.errors import InputError
 
@@ -193,6 +194,16 @@ def test_a_folder_of_other_pictures_is_refused(diffusion, tokenizer, tmp_path):
   (tmp_path / "mine" / "holiday.png").write_bytes(b"")
   with pytest.raises(InputError, match="holds other files"):
     sample.sample_set(diffusion, tokenizer, tmp_path / "mine.npz", num_samples=9, png=True)
+
+
+def test_a_folder_of_parts_may_hold_other_files_and_a_damaged_part_is_named(tmp_path):
+  write_part(tmp_path / "000000000_2.npy", np.zeros((2, 4, 4, 3), np.uint8))
+  for name in ("000000000_2 copy.npy", "x.npy", ".DS_Store"):
+    (tmp_path / name).write_bytes(b"x")
+  write_npz(tmp_path / "all.npz", tmp_path, np.zeros(2, np.int32))
+  (tmp_path / "000000000_2.npy").write_bytes(b"x")
+  with pytest.raises(InputError, match=r"000000000_2\.npy is damaged"):
+    write_npz(tmp_path / "all.npz", tmp_path, np.zeros(2, np.int32))
 
 
 def test_parts_of_runs_with_other_batch_sizes_become_one_file(tmp_path):

@@ -17,7 +17,7 @@ from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.report.html import Figure, Section, details, figures_table, table, write_page
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, write_json
+from vavae_jax.common.files import atomic_file, check_outputs, read_note, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
 Point = dict[str, Any]
@@ -106,7 +106,6 @@ def _text(value: Any) -> str:
 def _kind_of(path: Path) -> str:
   """The evaluation that wrote a file; "" if none did."""
   try:
-    noted = json.loads(path.read_text())
-  except (OSError, ValueError):
+    return read_note(path, evaluation=str)["evaluation"]
+  except (OSError, InputError):
     return ""
-  return noted.get("evaluation", "") if isinstance(noted, dict) else ""

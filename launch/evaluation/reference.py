@@ -150,12 +150,13 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
         f"{spec} has a mean {name} of shape {stored[name].shape}, but the features of "
         f"{network.protocol} are {sizes[what]}: it is of another network."
       )
+  own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
   try:
     about = json.loads(str(stored["about"])) if "about" in stored else {}
-  except ValueError as error:
+    same = not about or own.items() <= about["network"].items()
+  except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
     raise InputError(f"{spec} does not say what it is of ({error}); make it again.") from error
-  own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
-  if about and not own.items() <= about["network"].items():
+  if not same:
     raise InputError(
       f"{spec} was computed by {json.dumps(about['network'])}; now it is "
       f"{json.dumps(network.about)}."

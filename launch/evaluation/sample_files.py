@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
+_PART = re.compile(r"([0-9]{9,})_([0-9]+)\.npy")
 # What reading a damaged npz raises.
 DAMAGES = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
 
@@ -45,10 +47,15 @@ def write_part(path: Path, pictures: np.ndarray) -> None:
 def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:
   """The first samples in order. Parts may come from runs with other batch sizes and overlap."""
   done = 0
-  for path in sorted(folder.glob("*.npy")):
-    start, count = (int(x) for x in path.stem.split("_"))
+  for path in sorted(folder.iterdir()):
+    if not (named := _PART.fullmatch(path.name)):
+      continue  # what a person or a system put there
+    start, count = map(int, named.groups())
     if done < min(start + count, num_samples):
-      yield np.load(path, allow_pickle=False)[done - start : num_samples - start]
+      try:
+        yield np.load(path, allow_pickle=False)[done - start : num_samples - start]
+      except DAMAGES as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
       done = start + count
 
 
