@@ -11,6 +11,7 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,7 +37,7 @@ from vavae_jax.convert import autoencoder_names
 from vavae_jax.teachers import recognise
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
-from vavae_jax.weights.torch_pickles import StandIn
+from vavae_jax.weights.torch_pickles import OddTensor, StandIn
 from vavae_jax.weights.torch_writer import write_torch_file
 
 FORMATS = cases.FOLDER / "formats"
@@ -531,10 +532,16 @@ def test_an_average_is_taken_before_the_weights():
 
 def test_numbers_that_are_no_weights_are_listed():
   tensors = stored("lightningdit_bare_state_dict", "")
-  for dtype in (np.int8, np.complex64):
+  for dtype in (np.int8, np.complex64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
     changed = tensors | {"final_layer.linear.bias": np.zeros(8, dtype)}
     with pytest.raises(InputError, match=r"numbers of 16 bits or more: final_layer\.linear"):
       weights.recognise(changed)
+
+
+def test_a_model_of_quantized_tensors_is_named_as_that():
+  tensors = stored("lightningdit_bare_state_dict", "")
+  with pytest.raises(InputError, match=r"these tensors: x_embedder\.proj\.weight \(torch\.QInt8"):
+    weights.recognise(tensors | {"x_embedder.proj.weight": OddTensor("torch.QInt8Storage")})
 
 
 def test_names_of_tensors_are_shown_as_they_are(tmp_path, capsys):

@@ -92,7 +92,7 @@ def _find(content: Mapping[str, Any], part: str) -> tuple[str, Place]:
     return found[part]
   if not found:
     odd = (f"{name} ({kind})" for place in everywhere for name, kind in place.odd.items())
-    names = sorted([*(name for place in everywhere for name in place.all), *odd])
+    names = [*odd, *sorted(name for place in everywhere for name in place.all)]
     raise InputError(
       f"No model is known by these tensors: {', '.join(names[:6]) or 'no tensor'}. Known are: "
       f"{', '.join(_KINDS)}. --inspect lists what a file holds."

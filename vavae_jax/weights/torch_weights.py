@@ -165,7 +165,7 @@ def _check(
 
 def _is_floating(value: Any) -> bool:
   dtype = np.asarray(value).dtype
-  return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+  return dtype == ml_dtypes.bfloat16 or (dtype.kind == "f" and dtype.itemsize > 1)
 
 
 def _float32(value: Any) -> np.ndarray:
