@@ -1,6 +1,7 @@
 """The table of tasks: the module that trains each, and how its configuration is resolved.
 
-Not in `launch/engine`, which imports no model. `engine.loop.Task` says what a module has to offer.
+Not in `launch/engine`, which imports no model. `engine.loop.Task` says what a module has to offer;
+here also `figures(config)`, the names of the numbers that its evaluators give.
 """
 
 from __future__ import annotations
