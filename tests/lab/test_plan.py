@@ -246,6 +246,9 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
     *("--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.use_checkpoint"),
     f"--output={tmp_path / 'plan.json'}",
     JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+    # A quarter of the time, and what is asserted of the program is the same.
+    JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0",
+    JAX_MEMORY_FITTING_EFFORT="-1.0",
   )
   assert done.returncode == 0, done.stderr
   (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
