@@ -36,7 +36,8 @@ prepare_environment() {
   local python=${PYTHON:-python3} extras=${1:-} stamp=$venv/installed-${1:-core} wanted made=""
   choose_accelerator
   [ "$accelerator" = cpu ] || extras=$accelerator${extras:+,$extras}
-  if compgen -G "$venv/installed-*" >/dev/null; then
+  # From inside, since the checkout's own path is no pattern.
+  if (cd "$venv" 2>/dev/null && compgen -G "installed-*" >/dev/null); then
     made=$(cat "$venv/made-for")
   fi
   # Without PYTHON the environment keeps the interpreter it has.
@@ -55,7 +56,7 @@ prepare_environment() {
     return
   fi
   echo "installing into $venv (some minutes the first time)"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --editable "$root${extras:+[$extras]}"
+  (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --editable ".${extras:+[$extras]}")
   echo "$wanted" >"$stamp"
 }

@@ -20,6 +20,7 @@ from tensorboardX.proto import event_pb2
 from launch.engine import console
 from launch.engine.writers import Writer
 from launch.evaluation.sample_files import write_part
+from lightningdit_jax.store.fetching import local_folder
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import (
@@ -34,6 +35,7 @@ from vavae_jax.common.files import (
   write_json,
   write_safetensors,
 )
+from vavae_jax.data.sources import open_source
 from vavae_jax.data.sources.records import write_records
 
 
@@ -228,6 +230,9 @@ def test_the_command_that_resumes_is_told_from_a_folder_that_was_deleted(tmp_pat
 
 def test_a_path_begins_at_home_where_it_says_so(monkeypatch):
   monkeypatch.setenv("HOME", "/home/me")
+  assert local_folder("~/runs") == Path("/home/me/runs")
+  with pytest.raises(InputError, match="/home/me/runs does not exist"):
+    open_source("folder:~/runs")
   assert place("~/runs") == local_file("~/runs") == local_place("~/runs") == Path("/home/me/runs")
   assert place("runs/~") == Path("runs/~")
   with pytest.raises(InputError, match="only a training writes to a bucket"):

@@ -175,3 +175,22 @@ def test_a_slurm_job_that_saved_is_queued_again(tmp_path):
   )
   assert done.returncode == 143
   assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_a_checkout_of_any_name_keeps_its_environment(tmp_path):
+  root = tmp_path / "a b[1]"
+  (root / "launch").mkdir(parents=True)
+  for name in ("launch/environment.sh", "setup.cfg"):
+    shutil.copy(ROOT / name, root / name)
+  (python := root / ".venv" / "bin" / "python").parent.mkdir(parents=True)
+  python.write_text('#!/bin/sh\necho "$PWD" "$@" >>"$0.log"\n')
+  python.chmod(0o755)
+  (root / ".venv" / "installed-core").touch()  # of an earlier setup.cfg
+  (root / ".venv" / "made-for").write_text("cpu\n")
+  script = '. "$1"/launch/environment.sh; prepare_environment ""'
+  environment = {"PATH": os.environ["PATH"], "ACCELERATOR": "cpu"}
+  words = ["bash", "-euc", script, "-", root]
+  subprocess.run(words, env=environment, check=True, capture_output=True)
+  (told,) = (root / ".venv" / "bin" / "python.log").read_text().splitlines()
+  assert told.startswith(f"{root} -m pip install ")
+  assert told.endswith(" --editable .")

@@ -14,6 +14,7 @@ from absl import flags
 
 from launch.engine import console
 from launch.engine.circumstances import own_program
+from vavae_jax.common.errors import printable
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
@@ -30,7 +31,7 @@ class Subcommand(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
-    print(f"error: {message}; see --help", file=sys.stderr)
+    print(printable(f"error: {message}; see --help"), file=sys.stderr)
     sys.exit(2)
 
 
