@@ -16,7 +16,7 @@ from lightningdit_jax.checks import SAMPLE
 from lightningdit_jax.model import Options, preset
 from vavae_jax import autoencoder, frozen, losses, teachers
 from vavae_jax.common import keys
-from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, Key
+from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, NOT_EMPTY, Key
 from vavae_jax.data import images, selection
 from vavae_jax.training import TRAINED_PARTS
 
@@ -76,7 +76,7 @@ def _pictures(
   source: str, image_size: int, crop: str, *, flip: bool = False, held_out: Key | None = None
 ) -> Keys:
   return {
-    "source": Key(source, text="Where the pictures are; docs/data.md lists the kinds."),
+    "source": Key(source, NOT_EMPTY, "Where the pictures are; docs/data.md lists the kinds."),
     "image_size": Key(image_size, SIZE, "Pixels along each side."),
     "crop": Key(crop, images.CROPS, 'ADM\'s is "center", which `teacher.cache` needs.'),
     "flip": Key(flip, text="Mirror every other picture."),
@@ -319,7 +319,8 @@ def _latents() -> Keys:
   return {
     "path": Key(
       "data/latents",
-      text="A folder that launch.encode wrote or as published; a tar of one, or a folder with the "
+      NOT_EMPTY,
+      "A folder that launch.encode wrote or as published; a tar of one, or a folder with the "
       "parts of such a tar; or a URL of these, such as gs://BUCKET/latents.",
     ),
     "cache": Key("", text='Where copies of tars and buckets go; "": ~/.cache/vavae_jax/latents.'),

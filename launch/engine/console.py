@@ -230,7 +230,8 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
   try:
     words = flags.FLAGS(argv)
     for flag in (flags.FLAGS[name] for name in flags.FLAGS):
-      if flag.present and flag.value == "" != flag.default:
+      key = flag.name.startswith("config.")  # some may be empty: their table says so
+      if flag.present and flag.value == "" != flag.default and not key:
         raise flags.IllegalFlagValueError(f"--{flag.name} is empty")
     return words
   except (flags.Error, TypeError) as error:
@@ -318,6 +319,8 @@ def run_command(
       if len(argv) > arguments + 1:
         unexpected = argv[arguments + 1]
         raise InputError(f"Unexpected argument {unexpected!r}: options begin with --, see --help.")
+      if "" in argv:
+        raise InputError("An argument is empty: give what it is to name, see --help.")
       for number in endings():
         signal.signal(number, _interrupt)
       allow_open_files()
@@ -328,7 +331,7 @@ def run_command(
       gc.freeze()
       gc.set_threshold(10_000)
       with watchdog.watching((signal.SIGINT, *endings()), _end), tracing.traced(say):
-        main(*argv[1:])
+        main(*map(at_home, argv[1:]))
     except SystemExit:
       raise
     except BaseException as error:

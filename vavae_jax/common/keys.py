@@ -16,6 +16,7 @@ COUNT, MAYBE = "[1, 2e9]", "[0, 2e9]"  # steps are int32
 DTYPES = ("float32", "bfloat16")  # of matrix products
 LAST_SEED = 2**32 - 1
 LONGEST_LIST, LONGEST_TEXT = 64, 4096
+NOT_EMPTY = "not empty"
 LARGEST_FLOAT = 3e38  # of float32, in which everything is computed
 NAMES = {int: "integer", float: "number", str: "text"}
 
@@ -26,7 +27,8 @@ class Key:
 
   Attributes:
     default: its value, where nobody gives another.
-    within: an interval such as "[0, 1)", or all possible values; for a list, of each item.
+    within: an interval such as "[0, 1)", NOT_EMPTY for a text, or all possible values; for a list,
+      of each item.
     text: what it means.
     kind: of the value, or of a list's items, where the default, None or (), does not show it.
     is_list: whether it is a list, likewise.
@@ -62,6 +64,8 @@ class Key:
     if self._item is bool:
       return "give True or False"
     limits = f" in {self.within}" if self.within else ""
+    if self.within == NOT_EMPTY:
+      limits = f" that is {NOT_EMPTY}"
     name = NAMES[self._item]
     if self._takes_list:
       return f"give a list of {name}s{limits}{none}"
@@ -82,7 +86,8 @@ class Key:
     if isinstance(self.within, tuple):
       return value in self.within
     if kind is str:  # no file has a name with a zero byte
-      return len(value) <= LONGEST_TEXT and "\0" not in value
+      there = value != "" or self.within != NOT_EMPTY
+      return there and len(value) <= LONGEST_TEXT and "\0" not in value
     whole = "[-2e9, 2e9]" if kind is int else "(-inf, inf)"
     return kind is bool or _contains(self.within or whole, value, kind)
 
