@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +41,6 @@ console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
 # The packages of clients of buckets, with errors of their own.
 CLIENTS = ("aiohttp", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure")
-EXIT_SECONDS = 2.0  # from the last message to the end of an interrupted process
 
 
 class Interrupted(BaseException):
@@ -340,14 +338,8 @@ def run_command(
         raise
       if code is None:
         traceback.print_exc()
-      if not (isinstance(error, Interrupted) and error.together):
-        processes.abandon(code or 1)
-      if isinstance(error, Interrupted):
-        # Threads of libraries that hang in a read would keep the process.
-        end = threading.Timer(EXIT_SECONDS, os._exit, (code,))
-        end.daemon = True
-        end.start()
-        jax.distributed.shutdown()  # while all are there; at exit one may wait for such threads
+      if isinstance(error, KeyboardInterrupt | Interrupted) or processes.several():
+        processes.end(code or 1, together=isinstance(error, Interrupted) and error.together)
       sys.exit(code or 1)
 
   tracing.define_flags()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from vavae_jax.common.errors import InputError
 
 # The others give up after so long without a heartbeat of one process.
 HEARTBEAT_SECONDS = 30
+SECONDS_FOR_OTHERS = 3.0  # to end together
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -69,15 +71,21 @@ def several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def abandon(code: int) -> None:
-  """Ends this process of a job with an error; jax would wait for the others.
+def end(code: int, together: bool) -> None:
+  """Ends this process at once, since Python waits for threads that hang in a read, and takes apart
+  what others still compute with.
 
-  They wait for it in vain and end when they miss its heartbeat.
+  The other processes of a job come here too if they end `together`; else they wait for this one in
+  vain and end when they miss its heartbeat.
   """
-  if several():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  if together:
+    late = threading.Timer(SECONDS_FOR_OTHERS, os._exit, (code,))
+    late.daemon = True
+    late.start()
+    jax.distributed.shutdown()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
