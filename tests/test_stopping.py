@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import threading
@@ -94,7 +95,7 @@ def job(monkeypatch):
   monkeypatch.setattr(stopping.jax, "process_count", lambda: 2)
   monkeypatch.setattr(stopping.distributed.global_state, "client", store)
   monkeypatch.setattr(stopping, "_rounds", iter([7]))
-  with stopping.Signals(60.0, "data") as signals:
+  with contextlib.suppress(Interrupted), stopping.Signals(60.0, "data") as signals:
     other = stopping.Together(store, "stopping/7", 1, 2)
     yield signals, other
     other.close()
@@ -142,3 +143,9 @@ def test_without_a_batch_before_there_is_nothing_to_save(job):
   with pytest.raises(Interrupted) as raised:
     waits(signals)
   assert not raised.value.together
+
+
+def test_a_signal_after_the_last_place_where_it_could_stop_ends_the_work_too():
+  with pytest.raises(Interrupted) as raised, stopping.Signals(60.0, "data"):
+    signal.raise_signal(signal.SIGTERM)
+  assert raised.value.together
