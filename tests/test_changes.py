@@ -183,3 +183,9 @@ def test_the_note_is_small_and_its_damage_is_named(folder, tmp_path):
   (tmp_path / changes.NOTE).write_text(json.dumps(note))
   with pytest.raises(InputError, match=r"pictures\.json notes, .* damaged"):
     begin(folder, tmp_path)
+
+
+def test_a_note_without_its_pictures_is_damaged(tmp_path):
+  (tmp_path / changes.NOTE).write_text("{}")
+  with pytest.raises(InputError, match=r"pictures\.json is damaged \(source: missing"):
+    changes.check(tmp_path, FrozenConfigDict(quickstart.tokenizer(tiny=True)).data)

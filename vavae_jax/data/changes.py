@@ -33,7 +33,7 @@ def check(workdir: Path, data: FrozenConfigDict) -> dict[str, Any]:
     InputError: the workdir has noted other pictures, and `data.changed` is not "allow".
   """
   path = workdir / NOTE
-  noted = read_note(path, source=dict | None, valid_source=dict | None) if path.exists() else {}
+  noted = read_note(path, source=dict, valid_source=dict | None) if path.exists() else {}
   specs = {name: data[name] for name in ("source", "valid_source") if data[name]}
   notes = {}
   for name, spec in specs.items():
