@@ -31,12 +31,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from launch.engine import console, manifest, mesh, processes
+from launch.engine import console, processes
 from launch.engine.checkpoint import Checkpoints, survey
 from launch.engine.circumstances import circumstances
 from launch.engine.writers import read_metrics
 from tests import toy_task
 from tests.conftest import repeatable_metrics, start_job
+from vavae_jax.common import manifest, mesh
 from vavae_jax.common.files import write_json
 
 TOY = "tests.toy_task"

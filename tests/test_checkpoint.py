@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from launch.engine import mesh
-from launch.engine.checkpoint import Checkpoints, read_config, restore_item, survey
+from launch.engine.checkpoint import Checkpoints, read_config, survey
 from tests import toy_task
 from tests.survive import DAMAGES, flip_a_bit, largest_file
 from vavae_jax import update
+from vavae_jax.common import mesh
+from vavae_jax.common.checkpoints import restore_item
 from vavae_jax.common.errors import InputError
 
 SETTINGS = toy_task.config()

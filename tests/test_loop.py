@@ -22,12 +22,13 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops, hardware, log, loop, step, watchdog
-from launch.engine.checkpoint import Checkpoints, restore_item
+from launch.engine.checkpoint import Checkpoints
 from launch.engine.writers import read_metrics
 from lightningdit_jax import training
 from tests import toy_task
 from tests.conftest import ROOT
 from tests.conftest import repeatable_metrics as lines
+from vavae_jax.common.checkpoints import restore_item
 from vavae_jax.common.errors import InputError
 
 

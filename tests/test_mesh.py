@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from launch import restore
-from launch.engine import mesh
 from launch.engine.writers import read_metrics
 from tests.train_on_mesh import NUM_STEPS
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
 BIG = mesh.MIN_SHARDED_SIZE

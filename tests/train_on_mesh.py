@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 
 from configs import quickstart
-from launch.engine import mesh, processes
+from launch.engine import processes
 from launch.train import train
+from vavae_jax.common import mesh
 
 NUM_STEPS = 4
 

@@ -1,6 +1,6 @@
 """Checkpoints {params, ema, training state, config, log}, each whole or not at all.
 
-The only file that imports orbax. Parameters and each EMA are items of their own, so that encoding
+Parameters and each EMA are items of their own, so that encoding
 and sampling restore one without the rest. The step says where the data go on. A killed save leaves
 a temporary folder that counts for nothing; a saved step is never overwritten. Files are compared
 with their manifest before use: damage is reported, and the checkpoint before it serves.
@@ -9,8 +9,6 @@ with their manifest before use: damage is reported, and the checkpoint before it
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
-from launch.engine import console, manifest, processes
+from launch.engine import console, processes
 from launch.engine.configuration import read_noted
+from vavae_jax.common import manifest
+from vavae_jax.common.checkpoints import folder_of, orbax, steps_in, steps_of
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   Place,
@@ -35,15 +34,8 @@ from vavae_jax.common.functional import check_finite
 
 # The step of converted weights; a training's first checkpoint is of a later one.
 _CONVERTED = "0"
-_STEP = re.compile("0|[1-9][0-9]*")
 _DAMAGED = "damaged-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
-
-
-# Orbax logs the traceback of a failure in the background, twice, and raises it as well.
-logging.get_absl_logger().addFilter(
-  lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
 
 
 class Checkpoints:
@@ -62,7 +54,7 @@ class Checkpoints:
     The latest `keep` of them stay, those at multiples of `keep_every` (0: none), and the one whose
     step `best` chooses.
     """
-    self.folder = _folder(workdir)
+    self.folder = folder_of(workdir)
     if (self.folder / _CONVERTED / "params").is_dir():
       raise InputError(
         f"{workdir} holds converted weights, not a training that could go on; give a new --workdir "
@@ -70,9 +62,9 @@ class Checkpoints:
       )
     self._keep, self._keep_every, self._best = keep, keep_every, best
     self.newest: int | None = None  # the last one's step; it may still be being written
-    self._writer = _orbax().AsyncCheckpointer(
-      _orbax().CompositeCheckpointHandler(),
-      async_options=_orbax().options.AsyncOptions(post_finalization_callback=self._seal),
+    self._writer = orbax().AsyncCheckpointer(
+      orbax().CompositeCheckpointHandler(),
+      async_options=orbax().options.AsyncOptions(post_finalization_callback=self._seal),
     )
 
   def sound_step(self) -> int | None:
@@ -98,7 +90,7 @@ class Checkpoints:
     for path in self.folder.glob(f"*{_UNFINISHED}"):
       path.rmtree()
     damaged = False
-    for step in reversed(_steps(self.folder)):
+    for step in reversed(steps_in(self.folder)):
       path = self.folder / str(step)
       if not (wrong := manifest.damage(path)):
         return step
@@ -122,7 +114,7 @@ class Checkpoints:
       return
     self.folder.mkdir(parents=True, exist_ok=True)
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    needed = size * max(self._keep + 1 - len(_steps(self.folder)), 1)
+    needed = size * max(self._keep + 1 - len(steps_in(self.folder)), 1)
     check_free(
       self.folder,
       needed,
@@ -146,10 +138,10 @@ class Checkpoints:
       if not step or (self.folder / str(step)).exists():
         return  # a run that stops before its first step, or where it saves
       self.newest = step
-      items = {name: _orbax().args.StandardSave(tree) for name, tree in _items(state).items()}
-      items["config"] = _orbax().args.JsonSave(config)
-      items["log"] = _orbax().args.JsonSave(log or {})
-      self._writer.save(self.folder / str(step), args=_orbax().args.Composite(**items))
+      items = {name: orbax().args.StandardSave(tree) for name, tree in _items(state).items()}
+      items["config"] = orbax().args.JsonSave(config)
+      items["log"] = orbax().args.JsonSave(log or {})
+      self._writer.save(self.folder / str(step), args=orbax().args.Composite(**items))
       if wait:
         self._finish()
 
@@ -164,7 +156,7 @@ class Checkpoints:
     """Waits for the save under way; then deletes what need not be kept."""
     self._writer.wait_until_finished()
     if jax.process_index() == 0:
-      steps = _steps(self.folder)
+      steps = steps_in(self.folder)
       stay = {*steps[-self._keep :], self._best(steps)}
       for step in steps:
         if step not in stay and not (self._keep_every and step % self._keep_every == 0):
@@ -187,10 +179,10 @@ class Checkpoints:
     return state, restored["log"]
 
   def _restored(self, step: int, trees: dict[str, Any]) -> Any:
-    items = {name: _orbax().args.StandardRestore(tree) for name, tree in trees.items()}
-    items["log"] = _orbax().args.JsonRestore()
+    items = {name: orbax().args.StandardRestore(tree) for name, tree in trees.items()}
+    items["log"] = orbax().args.JsonRestore()
     try:
-      return self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
+      return self._writer.restore(self.folder / str(step), args=orbax().args.Composite(**items))
     except ValueError as error:
       if "tree structures do not match" not in str(error):
         raise
@@ -198,8 +190,8 @@ class Checkpoints:
     new = trees["training"]
     optimizers = [x.name for x in dataclasses.fields(new) if x.name.endswith("optimizer")]
     chained = dataclasses.replace(new, **{name: ((), getattr(new, name)) for name in optimizers})
-    items["training"] = _orbax().args.StandardRestore(chained)
-    found = self._writer.restore(self.folder / str(step), args=_orbax().args.Composite(**items))
+    items["training"] = orbax().args.StandardRestore(chained)
+    found = self._writer.restore(self.folder / str(step), args=orbax().args.Composite(**items))
     training = found["training"]
     own = {name: getattr(training, name)[1] for name in optimizers}
     return {**dict(found.items()), "training": dataclasses.replace(training, **own)}
@@ -215,72 +207,10 @@ class Checkpoints:
 _NONE, _ALL_DAMAGED = -1, -2
 
 
-@functools.cache
-def _orbax() -> Any:
-  """Imported when needed: it takes half a second, for which no --help should wait."""
-  import orbax.checkpoint
-
-  return orbax.checkpoint
-
-
-def steps_of(workdir: Path) -> list[int]:
-  """The steps of a workdir's checkpoints, ascending; they may be damaged."""
-  return _steps(_folder(workdir))
-
-
-def _folder(workdir: Path) -> Place:
-  if is_url(workdir):
-    return Place(workdir) / "checkpoints"
-  whole = str(Path(workdir).absolute())
-  # TensorStore reads these otherwise, or not at all.
-  if "\\" in whole or ":/" in f"{whole}/" or whole.encode(errors="replace").decode() != whole:
-    raise InputError(
-      f"{whole} cannot hold checkpoints: a path with a backslash, with a folder whose name ends in "
-      "a colon, or not in UTF-8 is not possible. Rename the folder, or choose another one."
-    )
-  return Place(whole) / "checkpoints"
-
-
-def _steps(folder: Place) -> list[int]:
-  if not folder.is_dir():
-    return []
-  return sorted(int(path.name) for path in folder.iterdir() if _STEP.fullmatch(path.name))
-
-
 def _items(state: Any) -> dict[str, Any]:
   emas = {f"ema_{name}": tree for name, tree in state.ema.items()}
   training = dataclasses.replace(state, params=None, ema=None)
   return {"params": state.params, "training": training, **emas}
-
-
-def restore_item(workdir: Path, item: str, like: Any, step: int | None = None) -> tuple[Any, int]:
-  """Reads one item of a checkpoint, the newest undamaged one if `step` is None; (item, step).
-
-  `item` is "params", or "ema_" and the name of one; `like` has `jax.ShapeDtypeStruct` with
-  shardings.
-  """
-  folder = _folder(workdir)
-  steps = _steps(folder)
-  if not steps or (step is not None and step not in steps):
-    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise InputError(
-      f"{folder} holds {wanted} (there: {steps or 'none'}); train first with python -m launch.train"
-    )
-  for chosen in reversed(steps) if step is None else [step]:
-    path = folder / str(chosen)
-    if not (wrong := manifest.damage(path, item)):
-      break
-    console.say(f"warning: the checkpoint {path} is damaged: {wrong}")
-  else:
-    raise InputError(
-      f"{folder} has no other checkpoint that is sound; train on, or copy one there."
-    )
-  if not (path / item).is_dir():
-    raise InputError(f"The checkpoint {path} has no {item}.")
-  with _orbax().StandardCheckpointer() as checkpointer:
-    restored = checkpointer.restore(path / item, like)
-  check_finite(restored, f"{item} of the checkpoint {path}")
-  return restored, chosen
 
 
 def save_weights(workdir: Path, params: Any, config: dict) -> None:
@@ -296,7 +226,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   shutil.rmtree(partial, ignore_errors=True)
   try:
     write_json(partial / "config.json", config)
-    with _orbax().StandardCheckpointer() as checkpointer:
+    with orbax().StandardCheckpointer() as checkpointer:
       checkpointer.save(Place(partial / "checkpoints" / _CONVERTED / "params"), params)
     manifest.seal(Place(partial / "checkpoints" / _CONVERTED), int(_CONVERTED))
     partial.rename(workdir)
@@ -330,7 +260,7 @@ def survey(workdir: Path) -> list[Found]:
   """All checkpoints of a workdir, each read and compared with its manifest, oldest first."""
   found = []
   for step in steps_of(workdir):
-    path = _folder(workdir) / str(step)
+    path = folder_of(workdir) / str(step)
     items = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     found.append(Found(str(step), tuple(items), manifest.size_of(path), manifest.damage(path)))
   return found

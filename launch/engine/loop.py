@@ -18,7 +18,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import configuration, console, hardware, mesh, processes
+from launch.engine import configuration, console, hardware, processes
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
 from launch.engine.log import Log, Metrics
@@ -27,7 +27,7 @@ from launch.engine.prefetch import Prefetched
 from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
 from launch.engine.writers import Writer
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 
 if TYPE_CHECKING:

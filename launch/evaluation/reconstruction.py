@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from launch import restore
-from launch.engine import mesh
 from launch.evaluation import figures
 from launch.evaluation.features import Network
 from launch.evaluation.figures import Rebuilt, rank_warnings
@@ -19,7 +18,7 @@ from launch.evaluation.pictures import PictureSet, take
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, compute
 from launch.report.html import Section, picture_pairs
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images
 from vavae_jax.metrics import pixels

@@ -16,8 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore
-from launch.engine import console, mesh
-from launch.engine.batches import in_batches
+from launch.engine import console
 from launch.evaluation.output import Output, Point
 from launch.evaluation.sweep import points_of
 from launch.report import plots
@@ -26,6 +25,8 @@ from launch.sample import labels_for
 from lightningdit_jax import checks
 from lightningdit_jax.sampling import sample_latents
 from lightningdit_jax.solvers import TABLEAUX
+from vavae_jax.common import mesh
+from vavae_jax.common.batches import in_batches
 
 DEFAULT_SAMPLES = 64
 

@@ -19,9 +19,10 @@ import numpy as np
 from clu.metrics import CollectingMetric
 from safetensors import SafetensorError, safe_open
 
-from launch.engine import console, mesh, processes
-from launch.engine.batches import in_batches
+from launch.engine import console, processes
 from launch.evaluation.pictures import PictureSet
+from vavae_jax.common import mesh
+from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_safetensors
 from vavae_jax.metrics.distribution import Moments, ProbabilitySums

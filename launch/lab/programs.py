@@ -17,12 +17,12 @@ from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
 from launch import restore, tasks
-from launch.engine import flops, mesh
+from launch.engine import flops
 from launch.engine.step import jit_step
 from lightningdit_jax import encoding
 from lightningdit_jax.sampling import sample_latents
 from vavae_jax import frozen, stages
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
 

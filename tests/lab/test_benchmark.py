@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import lightningdit, quickstart, vavae_f16d32
-from launch.engine import flops, mesh
+from launch.engine import flops
 from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, measuring, parts, steps
 from launch.lab.benchmark import rows as row_module
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
 

@@ -20,11 +20,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import configuration, console, mesh
+from launch.engine import configuration, console
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.benchmark import rows
 from launch.lab.benchmark.measuring import in_turns, keep, timed
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
 FLAGS = flags.FLAGS

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.checks
 from launch import tasks
-from launch.engine import flops, hardware, mesh
+from launch.engine import flops, hardware
 from launch.engine.checkpoint import Checkpoints, survey
 from launch.engine.step import jit_init, without_recomputation
 from launch.evaluation.reference import feature_options
@@ -35,7 +35,7 @@ from launch.lab.benchmark.measuring import (
 from launch.lab.reference import NEEDS, Checkouts, job_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.sampling import time_grid
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.metrics import inception
 from vavae_jax.metrics.distribution import frechet_distance
 

@@ -38,13 +38,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from launch.engine import configuration, console, mesh
+from launch.engine import configuration, console
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, rows
 from launch.lab.benchmark.measuring import copy_rate, keep, matmul_rate
 from launch.lab.reference import Checkouts
 from lightningdit_jax.model import ATTENTIONS
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
 FLAGS = flags.FLAGS

@@ -18,8 +18,8 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from launch.engine import hardware
-from launch.engine.mesh import axis_sizes
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.mesh import axis_sizes
 from vavae_jax.common.sharding import BATCH_AXES
 
 # The slices in the table of plans: 16 chips, and one host.
