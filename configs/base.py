@@ -11,18 +11,24 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from lightningdit_jax import transport
-from lightningdit_jax.checks import SAMPLE
+from lightningdit_jax.checks import PUBLISHED, SAMPLE, TRANSPORT
 from lightningdit_jax.model import Options, preset
-from vavae_jax import autoencoder, frozen, losses, teachers
+from vavae_jax import frozen, losses, teachers
 from vavae_jax.common import keys
 from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, NOT_EMPTY, Key
 from vavae_jax.data import images, selection
+from vavae_jax.tokenizer import MODEL as AUTOENCODER
 from vavae_jax.training import TRAINED_PARTS
 
 Keys = dict[str, Any]  # from names to `Key`s, or to the keys of a section
 
 WEIGHT, SIZE = "[0, 1e9]", "[1, 65536]"
+EXPORT = Key(
+  "",
+  ("", "end", "best"),
+  "Write the averaged weights as a model folder, WORKDIR/model: at the end, or whenever keep_best "
+  'is the best so far. "": no.',
+)
 # Sampling of the paper's numbers without guidance: tables 1 and 2.
 UNGUIDED = {
   "method": "dopri5",
@@ -132,10 +138,11 @@ def _tokenizer() -> Keys:
   """VA-VAE f16d32 as published, three stages in one run; paper section 4 and appendix."""
   return {
     **_training("tokenizer", Key(0, MAYBE, "0: the epochs of the stages.")),
+    "export": EXPORT,
     "init_from": Key(
       "",
-      text="Initial weights: another training's workdir, or a PyTorch or safetensors file of an "
-      "AutoencoderKL. The discriminator starts afresh.",
+      text="Initial weights: a training's workdir, a model folder, or a PyTorch or safetensors "
+      "file of an AutoencoderKL. The discriminator starts afresh.",
     ),
     "train": Key(
       "all",
@@ -143,7 +150,7 @@ def _tokenizer() -> Keys:
       '"decoder": encoder and latents stay as they are, without alignment.',
     ),
     "data": _pictures("folder:data/imagenet/train", 256, "random"),
-    "model": _autoencoder(),
+    "model": AUTOENCODER,
     "teacher": _teacher(),
     "perceptual": _perceptual(),
     "stages": _stages(),
@@ -158,16 +165,9 @@ def _tokenizer() -> Keys:
   }
 
 
-def _autoencoder() -> Keys:
-  options: Keys = dict(keys.of(autoencoder.Options))
-  for fixed in ("in_channels", "out_ch", "double_z", "dropout"):
-    del options[fixed]
-  return options | {"z_channels": Key(32, SIZE, "Channels between encoder and bottleneck.")}
-
-
 def _teacher() -> Keys:
   return {
-    "name": Key("dinov2_vitl14", ("", *teachers.NAMES), '"" trains without alignment.'),
+    "name": Key("dinov2_vitl14", teachers.CHOICES, '"" trains without alignment.'),
     "weights": Key("", text="Its published file; only efficientnet_lite0 comes with a package."),
     "dtype": Key("float32", DTYPES),
     "normalize": Key(
@@ -285,11 +285,12 @@ def _diffusion() -> Keys:
       "Parts of a batch that go through the model one after the other: less memory, the same "
       "update.",
     ),
+    "export": EXPORT,
     "init_from": Key(
       "",
-      text="Initial weights: another training's workdir, or a PyTorch or safetensors file of "
-      "LightningDiT. Layers that depend on the number of channels or classes start afresh where "
-      "that differs.",
+      text="Initial weights: a training's workdir, a model folder, or a PyTorch or safetensors "
+      "file of LightningDiT. Layers that depend on the number of channels or classes start "
+      "afresh where that differs.",
     ),
     "evaluate_samples": Key(
       0,
@@ -303,15 +304,11 @@ def _diffusion() -> Keys:
       "the latents name, if it is still there.",
     ),
     "model": keys.of(Options),
-    "transport": _transport(),
+    "transport": TRANSPORT,
     # The average begins at step 0 without the warm-up of a decay, as published.
     "optimizer": _optimizer(2e-4, b1=0.9, b2=0.95, ema_decays=(0.9999,)),
     "sample": SAMPLE,
-    # With `sample`, how the number that a recipe names was made.
-    "published": {
-      "num_samples": Key(50_000, "[1, 1e9]", "Samples of launch.sample --published."),
-      "labels": Key("uniform", ("uniform", "balanced"), "Their labels."),
-    },
+    "published": PUBLISHED,
   }
 
 
@@ -329,23 +326,6 @@ def _latents() -> Keys:
     "latent_multiplier": Key(1.0, "(0, 1e6]"),
     "valid_path": Key("", text="A store of held-out latents, for the validation losses."),
     "valid_samples": Key(1024, COUNT, "How many of them."),
-  }
-
-
-def _transport() -> Keys:
-  eps = Key(None, "[0, 0.5)", "From the path's singular ends; None: as it needs.", kind=float)
-  return {
-    "path_type": Key("Linear", tuple(transport.PATHS)),
-    "prediction": Key("velocity", tuple(transport.PREDICTIONS)),
-    "loss_weight": Key("", tuple(transport.LOSS_WEIGHTS), "To predict noise or score."),
-    "train_eps": eps,
-    "sample_eps": eps,
-    "use_lognorm": Key(True, text="Logit-normal times; False: uniform."),
-    "shifted_mu": Key(0.0, "[-20, 20]", "Of the normal behind them; below 0 favours the noise."),
-    "lognorm_until": Key(0, MAYBE, "The last step with logit-normal times; 0: all."),
-    "partial_train": Key((), "[0, 1]", "A range (low, high) of times,", kind=float),
-    "partial_ratio": Key(1.0, "[0, 1]", "to which this share of them is confined."),
-    "use_cosine_loss": Key(True, text="Direction of the velocity beside its mean squared error."),
   }
 
 

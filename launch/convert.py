@@ -11,7 +11,8 @@ r"""Converts weights: published files to what the commands here take, and ours t
   python -m launch.convert runs/my_xl my_xl.pt --ema=0.9999
 
 SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/NAME/FILE on the Hugging
-Face hub, one of the short names above (and lightningdit-xl-800ep), or a workdir of a training.
+Face hub, one of the short names above (and lightningdit-xl-800ep), a workdir of a training, or a
+model folder (--part=tokenizer or diffusion).
 The command recognises LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
 diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, and FID's Inception.
 DEST is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for
@@ -47,6 +48,7 @@ from launch.engine.ownership import owned
 from launch.weights import recognition, released
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS, LatentStore
+from vavae_jax import folder
 from vavae_jax.common import functional
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
@@ -92,12 +94,10 @@ def convert(
     _check_free(dest)
   path = released.find(source)
   if path.is_dir():
-    _refuse(f"{path} is a workdir", part=part, heads=heads, latents=latents, tokenizer=tokenizer)
-    task = read_config(path).get("task")
-    if task not in tasks.TASKS:
-      raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
+    _refuse(f"{path} is a folder", heads=heads, latents=latents, tokenizer=tokenizer)
+    task = _task_of(path, part)
     if to == "folder":
-      raise InputError(f"{path} is a training's workdir already; end DEST in .safetensors or .pt.")
+      raise InputError(f"{path} is a folder already; end DEST in .safetensors or .pt.")
     found = _export(path, task, step, ema)
   else:
     _refuse(f"{path} is a file", step=step, ema=ema)
@@ -150,10 +150,25 @@ def _workdir_config(
 
 def _check_companions(latents: str, tokenizer: str) -> LatentStore | None:
   """The latents here that a workdir is to name; InputError if they or the tokenizer are none."""
-  if tokenizer and (task := read_config(place(tokenizer)).get("task")) != "tokenizer":
+  path = place(tokenizer) if tokenizer else None
+  if path and not folder.is_model(path) and (task := read_config(path)["task"]) != "tokenizer":
     raise InputError(f"--tokenizer={tokenizer} is the workdir of a {task}, not of a tokenizer.")
   remote = is_url(url_of_data(latents))  # which sampling fetches
   return restore.open_latents(latents) if latents and not remote else None
+
+
+def _task_of(path: Path, part: str) -> str:
+  """What is converted of a workdir or model folder."""
+  if not folder.is_model(path):
+    _refuse(f"{path} is a workdir", part=part)
+    task = read_config(path).get("task")
+    if task not in tasks.TASKS:
+      raise InputError(f"{path} is not a workdir of this project; give a file of weights in it.")
+    return task
+  there = folder.parts_of(path)
+  if (part or len(there) > 1) and part not in there:
+    raise InputError(f"--part is {part!r}; {path} has {' and '.join(there)}: choose one of them.")
+  return part or there[0]
 
 
 def _form_of(dest: Path, to: str) -> str:
@@ -230,9 +245,24 @@ def inspect_workdir(workdir: Path) -> None:
 def inspect(source: str) -> None:
   """Lists what a file or a training's workdir holds."""
   path = place(source) if is_url(source) else released.find(source)
+  if not is_url(source) and folder.is_model(path):
+    for name in folder.parts_of(path):
+      _list(path / folder.WEIGHTS[name])
+    return
   if is_url(source) or path.is_dir():
     inspect_workdir(path)
     return
+  content = _list(path)
+  try:
+    found = recognition.recognise(content)
+    console.say(f"{found.what}, of {found.part}; {_describe(found.tensors)}")
+    _say_aside(found.aside)
+  except InputError as error:
+    console.say(str(error))
+
+
+def _list(path: Path) -> dict[str, Any]:
+  """Prints what a file has by name, and returns it."""
   content = read_content(path)
   rows = [
     (name, "x".join(map(str, value.shape)) or "scalar", str(value.dtype))
@@ -243,12 +273,7 @@ def inspect(source: str) -> None:
   console.table(str(path), ("name", "shape", "dtype or value"), rows)
   if len(rows) == _MOST_ROWS:
     console.say(f"the first {_MOST_ROWS} entries are listed")
-  try:
-    found = recognition.recognise(content)
-    console.say(f"{found.what}, of {found.part}; {_describe(found.tensors)}")
-    _say_aside(found.aside)
-  except InputError as error:
-    console.say(str(error))
+  return content
 
 
 def _listed(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

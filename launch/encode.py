@@ -26,12 +26,13 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 from launch import restore
-from launch.engine import console, mesh, processes
+from launch.engine import console, processes
 from launch.engine.configuration import check_begun
 from launch.engine.ownership import owned
 from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
@@ -97,7 +98,8 @@ def encode(
       settings.
   """
   check_outputs(output / name for name in _NOTES)
-  data, home = tokenizer.config.data, tokenizer.workdir
+  home = tokenizer.workdir
+  data = tokenizer.config.data if source else restore.data_of(tokenizer)
   spec = source or data.source
   pictures = sources.open_source(spec)
   indices = _indices(tokenizer, spec, pictures, held_out)

@@ -25,7 +25,6 @@ import configs.base
 import launch.sample
 from launch import restore
 from launch.engine import console, subcommands
-from launch.engine.checkpoint import steps_of
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
@@ -45,6 +44,7 @@ from launch.evaluation.reference import Reference, open_reference, statistics_of
 from launch.sample import given_settings
 from lightningdit_jax import checks, transport
 from vavae_jax.common.addresses import local_file
+from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, check_outputs, local_place, place
 from vavae_jax.common.keys import LAST_SEED
@@ -77,7 +77,7 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
     diffusion = restore.load(place(FLAGS.workdir), "diffusion", step, ema)
     override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
-    return diffusion, restore.tokenizer_of(diffusion.config, override)
+    return diffusion, restore.tokenizer_of(diffusion, override)
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes

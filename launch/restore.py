@@ -16,27 +16,46 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
+import configs.base
 import lightningdit_jax.warm_start
 import vavae_jax.training
 import vavae_jax.warm_start
 from launch import tasks
-from launch.engine import console, mesh
-from launch.engine.batches import in_batches
-from launch.engine.checkpoint import restore_item
-from lightningdit_jax.store import fetching
+from launch.engine import console
+from lightningdit_jax.model import build_model
+from lightningdit_jax.pipeline import SETTINGS as DIFFUSION
+from lightningdit_jax.pipeline import Pipeline
+from lightningdit_jax.store import fetching, space
 from lightningdit_jax.store.latents import LatentStore
+from lightningdit_jax.store.space import Space, find_tokenizer
+from vavae_jax import folder
 from vavae_jax.autoencoder import Autoencoder
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.common.addresses import local_file
+from vavae_jax.common.batches import in_batches
+from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place
-from vavae_jax.common.optimizer import ema_name, start_emas
+from vavae_jax.common.optimizer import start_emas
 from vavae_jax.data import images
+from vavae_jax.tokenizer import SETTINGS as TOKENIZER
+from vavae_jax.tokenizer import Tokenizer
+from vavae_jax.update import build_autoencoder
 from vavae_jax.weights.state_dicts import SUFFIXES, read_state_dict
 
 # A classifier has no `init_from`.
+_FOLDERS: dict[str, Any] = {
+  "tokenizer": (TOKENIZER, build_autoencoder),
+  "diffusion": (DIFFUSION, build_model),
+}
+_DEFAULTS = {"tokenizer": configs.base.tokenizer, "diffusion": configs.base.diffusion}
+# Where a training found what a model folder does not know.
+_TRAINED_ON = {
+  "tokenizer": (("data", "source"), ("teacher", "name")),
+  "diffusion": (("latents", "path"),),
+}
 _WARM_STARTS: dict[str, Any] = {
   "tokenizer": vavae_jax.warm_start,
   "diffusion": lightningdit_jax.warm_start,
@@ -52,11 +71,13 @@ class Trained:
   step: int  # of the checkpoint
   params: Any  # the wanted EMA, or the parameters; on every device
   ema: float = 0.0  # decay of the EMA; 0: the parameters themselves
+  space: Space | None = None  # of a diffusion model, where its workdir or folder notes it
+  identity: str = ""  # of the parameters, where a model folder notes it
 
   @functools.cached_property
   def sha256(self) -> str:
     """Identifies the parameters."""
-    return functional.fingerprint(self.params)
+    return self.identity or functional.fingerprint(self.params)
 
   def on(self, devices: jax.sharding.Mesh) -> Trained:
     """The same, the parameters on every device of a mesh: of several processes each has its own."""
@@ -67,7 +88,7 @@ class Trained:
 def load(
   workdir: Path, task_name: str, step: int | None = None, ema: float | None = None
 ) -> Trained:
-  """Restores what inference needs from a training's workdir.
+  """Restores what inference needs from a training's workdir, or from a model folder.
 
   Args:
     task_name: what the training must be of, a key of `tasks.TASKS`.
@@ -78,30 +99,48 @@ def load(
   Raises:
     InputError: not a workdir, of another task, or without a checkpoint or such an average.
   """
+  if folder.is_model(workdir):
+    return _of_folder(workdir, task_name, step, ema)
   config = tasks.noted(workdir)
   if config.task != task_name:
     raise InputError(f"{workdir} is the workdir of a {config.task}, but a {task_name} is needed.")
-  init = functools.partial(tasks.TASKS[task_name].init_state, config)
-  try:
-    state = jax.eval_shape(init, jax.random.key(0))
-  except (AttributeError, KeyError, TypeError) as error:
-    raise InputError(
-      f"{workdir}: its config.json does not describe a model of this version ({error}); bring back "
-      "the file as it was."
-    ) from error
-  decays = config.optimizer.ema_decays
-  if ema is None:
-    ema = decays[0] if decays else 0.0
-  elif ema and ema not in decays:
-    raise InputError(
-      f"{workdir} keeps no average of decay {ema}, only {decays or 'none'}; 0 stands for the "
-      "parameters themselves."
-    )
-  item = f"ema_{ema_name(ema)}" if ema else "params"
-  everywhere = mesh.replicated(mesh.make_mesh())
-  like = jax.tree.map(lambda x: x.update(sharding=everywhere), state.params)
-  params, step = restore_item(workdir, item, like, step)
-  return Trained(workdir, config, step, params, ema)
+  init_state = tasks.TASKS[task_name].init_state
+  params, step, ema = load_weights(workdir, config, init_state, step, ema, console.say)
+  noted = workdir / space.NOTE
+  return Trained(workdir, config, step, params, ema, Space.read(noted) if noted.exists() else None)
+
+
+def _of_folder(path: Path, task_name: str, step: int | None, ema: float | None) -> Trained:
+  """The model of a model folder, with the other keys of its configuration at their defaults."""
+  if task_name not in _FOLDERS:
+    raise InputError(f"{path} is a model folder; it holds no {task_name}.")
+  table, build = _FOLDERS[task_name]
+  part, whole = folder.load(path, task_name, table, build, step, ema)
+  config = {**_DEFAULTS[task_name]().to_dict()}
+  for name, value in part.settings.items():
+    config[name] = {**config[name], **value} if isinstance(value, dict) else value
+  for section, name in _TRAINED_ON.get(task_name, ()):
+    config[section] = {**config[section], name: ""}
+  params = jax.device_put(part.params, mesh.replicated(mesh.make_mesh()))
+  if task_name == "tokenizer":
+    params = {"autoencoder": params}
+  known = Space.of_folder(path, whole) if task_name == "diffusion" else None
+  return Trained(
+    path,
+    FrozenConfigDict(ConfigDict(config)),
+    part.origin["step"],
+    params,
+    part.origin["ema"],
+    known,
+    part.origin["sha256"],
+  )
+
+
+def data_of(tokenizer: Trained) -> FrozenConfigDict:
+  """The pictures that it was trained on, `config.data`; InputError for a model folder's."""
+  if not tokenizer.config.data.source:
+    raise InputError(f"{tokenizer.workdir} does not know its pictures; give some by --source.")
+  return tokenizer.config.data
 
 
 def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
@@ -110,35 +149,50 @@ def autoencoder(config: FrozenConfigDict, params: Any) -> Autoencoder:
   return nnx.merge(graph, params["autoencoder"])
 
 
-def tokenizer_of(config: FrozenConfigDict, override: Path | None = None) -> Trained:
-  """The tokenizer whose latents a diffusion model of this configuration was trained on.
+def space_of(model: Trained) -> Space:
+  """The latent space of a diffusion model; InputError where nothing says it any more."""
+  return model.space or Space.of(check_latents(model.config))
 
-  `override` is its workdir, for latents that do not say where it is. For errors see the two below.
+
+def tokenizer_of(model: Trained, override: Path | None = None) -> Trained:
+  """The tokenizer whose latents a diffusion model was trained on.
+
+  `override` is its workdir or model folder, where it is not at its place. For errors see below.
   """
-  return tokenizer_of_latents(check_latents(config), override or config.tokenizer)
+  if folder.is_model(model.workdir) and not override:
+    return load(model.workdir, "tokenizer")
+  noted = space_of(model).tokenizer
+  beside = model.workdir.parent / Path(noted.get("workdir", "")).name
+  given = str(override or model.config.tokenizer)
+  return find_tokenizer(noted, _load_tokenizer, of=str(model.workdir), given=given, beside=beside)
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
   """The tokenizer that made a latent store, in `workdir` or, if that is "", where the store says.
 
   Raises:
-    InputError: the tokenizer is unknown or another one.
+    InputError: the tokenizer is unknown, gone, or another one.
   """
-  noted = store.manifest.get("tokenizer", {})
-  workdir = workdir or noted.get("workdir", "")
-  if not workdir:
-    raise InputError(
-      f"The latents in {store.path} do not say which tokenizer made them; give --tokenizer=WORKDIR."
-    )
-  tokenizer = load(place(str(workdir)), "tokenizer", noted.get("step"))
-  if noted and noted.get("sha256") != tokenizer.sha256:
-    theirs = str(noted.get("sha256"))
-    raise InputError(
-      f"The tokenizer in {workdir} is not the one that made the latents in {store.path} (sha256 "
-      f"{tokenizer.sha256[:12]} and {theirs[:12]}): samples would decode to noise. Give "
-      "--tokenizer=WORKDIR of the right one, or encode and train again."
-    )
-  return tokenizer
+  noted = Space.of(store).tokenizer
+  return find_tokenizer(noted, _load_tokenizer, of=str(store.path), given=str(workdir))
+
+
+def _load_tokenizer(path: Path, step: int | None) -> Trained:
+  return load(path, "tokenizer", step)
+
+
+def for_use(model: Trained, tokenizer: Trained | None = None) -> Pipeline | Tokenizer:
+  """A model as Python uses it and model folders keep it: a diffusion model with its tokenizer, or
+  without that a tokenizer.
+  """
+  if not tokenizer:
+    return Tokenizer(model.config, model.params["autoencoder"], _origin(model))
+  own = Tokenizer(tokenizer.config, tokenizer.params["autoencoder"], _origin(tokenizer))
+  return Pipeline(model.config, model.params, own, space_of(model), _origin(model))
+
+
+def _origin(trained: Trained) -> dict[str, Any]:
+  return {"step": trained.step, "ema": trained.ema, "sha256": trained.sha256}
 
 
 def open_latents(path: str, cache: str = "") -> LatentStore:
@@ -191,7 +245,7 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   path = place(config.init_from) if is_url(config.init_from) else local_file(config.init_from)
   if path.is_dir():
     # As in the reference the weights themselves, whose averages begin anew.
-    given = load(path, config.task, ema=0.0).params
+    given = load(path, config.task, ema=None if folder.is_model(path) else 0.0).params
   elif path.is_file():
     warm_start = _WARM_STARTS[config.task]
     given = warm_start.from_state_dict(read_state_dict(path, warm_start.MARKS), config.model)

@@ -12,8 +12,9 @@ by the flags given here; --guide is autoguidance by another training on the same
 from __future__ import annotations
 
 import functools
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore
-from launch.engine import console, mesh
-from launch.engine.batches import in_batches
+from launch.engine import console
 from launch.engine.configuration import check_begun, claim_folder
 from launch.engine.log import NotFinite
 from launch.engine.ownership import owned
 from launch.evaluation.sample_files import part_path, write_npz, write_part, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
+from lightningdit_jax.store.space import Space, label_of
+from vavae_jax.common import mesh
+from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
@@ -53,29 +56,31 @@ SHARED_WITH_GUIDE = (
 )
 
 
-def labels_for(kind: str, num_samples: int, num_classes: int, seed: int) -> np.ndarray:
+def labels_for(
+  kind: str, num_samples: int, num_classes: int, seed: int, names: Sequence[str] = ()
+) -> np.ndarray:
   """The label of each sample, int32 [num_samples] below `num_classes`.
 
-  `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels as in
-  "3,7,7", repeated.
+  `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels and names of
+  classes, as in "3,7,cat", repeated.
   """
   if kind == "balanced":
     return np.arange(num_samples, dtype=np.int32) % num_classes
   if kind == "uniform":
     return np.random.default_rng(seed).integers(num_classes, size=num_samples, dtype=np.int32)
+  words = [int(x) if re.fullmatch(r"-?\d+", x) else x for x in kind.split(",")]
   try:
-    given = [int(x) for x in kind.split(",")]
-  except ValueError as error:
+    given = [label_of(word, names, num_classes) for word in words]
+  except InputError as error:
     raise InputError(
-      f'--labels is {kind!r}; give "balanced", "uniform", or numbers such as 3,7,7.'
+      f'--labels is {kind!r}: {error} "balanced" and "uniform" are for all of them.'
     ) from error
-  if min(given) < 0 or max(given) >= num_classes:
-    raise InputError(f"--labels is {kind!r}; labels must lie in 0..{num_classes - 1}.")
   return np.resize(np.asarray(given, np.int32), num_samples)
 
 
 def make_sampler(
   config: FrozenConfigDict,
+  space: Space,
   tokenizer: restore.Trained,
   settings: FrozenConfigDict,
   seed: int,
@@ -84,16 +89,15 @@ def make_sampler(
 ) -> Sampler:
   """A compiled function from parameters, indices and labels to pictures.
 
-  `config` is of the diffusion model, whose latent store gives the statistics; `settings` are as
-  `config.sample`; `guide` is a second model to be guided away from.
+  `config` and `space` are of the diffusion model; `settings` are as `config.sample`; `guide` is a
+  second model to be guided away from.
 
   Returns:
     (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
     in batches of `settings.batch_size`, the last one filled up. NotFinite instead of pictures that
     are black because of numbers that are not finite.
   """
-  store = restore.open_latents(config.latents.path, config.latents.cache)
-  mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
+  mean, std = latents.statistics(space, latent_norm=config.latents.latent_norm)
 
   @jax.jit
   def run(
@@ -153,7 +157,9 @@ def sample_set(
   checks.check_sampling(settings, diffusion.config.model, has_guide=guide is not None)
   if guide:
     _check_guide(diffusion, guide)
-  label_N = labels_for(labels, num_samples, diffusion.config.model.num_classes, seed)
+  space = restore.space_of(diffusion)
+  count, names = diffusion.config.model.num_classes, space.class_names
+  label_N = labels_for(labels, num_samples, count, seed, names)
   # The batch size is no part of what a sample is.
   noted = {
     "diffusion": diffusion.sha256,
@@ -165,6 +171,7 @@ def sample_set(
     "seed": seed,
     **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
   }
+  listed = {"label": label_N.tolist(), "class_names": list(names)}
   parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
   check_outputs((output, about, output.with_suffix(".png")), (parts,))
   if output.is_file() or parts.is_dir() or about.is_file():
@@ -176,13 +183,21 @@ def sample_set(
     done = sum(part.lstat().st_size for part in parts.iterdir())
     size = 3 * tokenizer.config.data.image_size**2 * num_samples
     check_free(parts, 2 * size - done, "for the samples in parts and as one file")
-    write_json(about, noted)
-    run = make_sampler(diffusion.config, tokenizer, settings, seed, mesh.make_mesh(), guide)
+    write_json(about, noted | listed)
+    run = make_sampler(
+      diffusion.config,
+      space,
+      tokenizer,
+      settings,
+      seed,
+      mesh.make_mesh(),
+      guide,
+    )
     _sample_parts(functools.partial(run, diffusion.params), parts, label_N, settings.batch_size)
-    write_npz(output, parts, label_N)
+    write_npz(output, parts, label_N, names)
   shutil.rmtree(parts, ignore_errors=True)
   if png:
-    write_pngs(output, output.with_suffix(""))
+    write_pngs(output, output.with_suffix(""), names, seed)
 
 
 def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> None:
@@ -214,7 +229,7 @@ def define_flags(num_samples: int, least: int) -> None:
   flags.DEFINE_integer(
     "num_samples", num_samples, "Number of samples.", lower_bound=least, upper_bound=10**8
   )
-  text = "balanced, uniform (as the paper's), or labels such as 3,7,7, repeated."
+  text = "balanced, uniform (as the paper's), or labels and names such as 3,7,cat, repeated."
   flags.DEFINE_string("labels", "balanced", text)
   flags.DEFINE_integer("seed", 0, "Seed of noise and labels.", lower_bound=0, upper_bound=LAST_SEED)
   for name, key in checks.SAMPLE.items():
@@ -247,7 +262,7 @@ def main() -> None:
   with owned(output, beside=True):
     sample_set(
       diffusion,
-      restore.tokenizer_of(diffusion.config, override),
+      restore.tokenizer_of(diffusion, override),
       output,
       **drawn,
       seed=FLAGS.seed,
@@ -265,9 +280,11 @@ def main() -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The diffusion model's workdir.", required=True)
+  flags.DEFINE_string("workdir", None, "The model's workdir, or a model folder.", required=True)
   flags.DEFINE_string("output", None, "The npz to write.", required=True)
-  flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, where the latents do not say.")
+  flags.DEFINE_string(
+    "tokenizer", "", "The tokenizer's workdir, or a model folder, where it has moved."
+  )
   flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
   flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
   flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")

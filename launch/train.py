@@ -12,37 +12,25 @@ resumes exactly. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import vavae_jax.training
 from launch import restore, tasks
 from launch.attention import choose
-from launch.engine import configuration, console, loop, mesh
+from launch.engine import configuration, console, loop
 from launch.engine.checkpoint import read_config
-from launch.engine.log import NotFinite
 from launch.engine.ownership import owned
-from launch.evaluation.features import EFFICIENTNET, load_network
-from launch.evaluation.pictures import Array, own_pictures
-from launch.evaluation.reference import gaussian_of, statistics_of
-from launch.evaluation.sample_files import contact_sheet
-from launch.sample import make_sampler
-from lightningdit_jax.model import ONLY_OURS
-from vavae_jax.common.errors import InputError
+from launch.evaluation.training import exports, samples
+from lightningdit_jax.model import ONLY_OURS, Options
+from lightningdit_jax.store import space
 from vavae_jax.common.files import place, remove_partial
-from vavae_jax.common.optimizer import averaged
 from vavae_jax.data import changes, feature_cache, selection
 from vavae_jax.frozen import uses_teacher
-from vavae_jax.metrics.distribution import Gaussian
-
-PICTURE_SAMPLES = 36
-REFERENCE_PICTURES = 10_000
 
 
 def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> Any:
@@ -50,7 +38,7 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
 
   `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it.
   """
-  config = _with_split(config, workdir)
+  config = _with_classes(_with_split(config, workdir))
   frozen, notes, more = tasks.frozen(config), {}, {}
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data)
@@ -62,11 +50,13 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
       _cache_features(frozen)
   elif config.task == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
-    noted = config.copy_and_resolve_references()
-    noted.latents.sha256 = restore.check_latents(frozen).sha256
+    noted, store = config.copy_and_resolve_references(), restore.check_latents(frozen)
+    noted.latents.sha256 = store.sha256
+    notes[space.NOTE] = space.Space.of(store).note()
     noted.model.attention = choose(frozen, workdir)
     frozen = FrozenConfigDict(noted)
-    more = _sample_pictures(frozen)
+    more = samples(frozen, store)
+  more |= exports(frozen, workdir)
   return loop.run(
     tasks.of(config),
     frozen,
@@ -90,6 +80,22 @@ def _with_split(config: ConfigDict, workdir: Path) -> ConfigDict:
   return config
 
 
+def _with_classes(config: ConfigDict) -> ConfigDict:
+  """The configuration with its latents' number of classes, where it is left at its default."""
+  if config.get("task") != "diffusion":
+    return config
+  frozen, default = tasks.frozen(config), Options.num_classes
+  if config.model.num_classes != default:
+    return config
+  store = restore.open_latents(frozen.latents.path, frozen.latents.cache)
+  count = len(store.manifest.get("class_names", [])) or default
+  if count != default:
+    console.say(f"config.model.num_classes is {count}, as many as {store.path} has")
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = count
+  return config
+
+
 def _cache_features(config: FrozenConfigDict) -> None:
   """Runs the teacher over all pictures, once and for all."""
   if jax.process_count() > 1:
@@ -102,65 +108,6 @@ def _cache_features(config: FrozenConfigDict) -> None:
       remove_partial(path.parent, path.name)  # left by a run that was killed
       feature_cache.build(config, *pictures, bar.update)
   console.say(f"the teacher's features are in {path}")
-
-
-def _sample_pictures(config: FrozenConfigDict) -> dict[str, loop.Evaluator]:
-  """Samples of the EMA as one picture and, if asked, their Frechet distance to training pictures.
-
-  Always from the same noise; none where the tokenizer is gone.
-  """
-  if not config.evaluate_every_steps:
-    return {}
-  if jax.process_count() > 1:
-    console.say("training shows no samples: with several processes it cannot sample yet")
-    return {}
-  try:
-    tokenizer = restore.tokenizer_of(config)
-  except InputError as error:
-    if config.tokenizer or config.evaluate_samples:
-      raise
-    # Latents outlive their tokenizer's workdir, and training needs nothing but latents.
-    console.say(f"training shows no samples: {error}")
-    return {}
-  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sampler = make_sampler(config, tokenizer, config.sample, seed=0, devices=devices)
-  distance = _distance(config, tokenizer) if config.evaluate_samples else None
-  index = np.arange(max(PICTURE_SAMPLES, config.evaluate_samples))
-  label = index % config.model.num_classes
-
-  def show(state: Any) -> dict[str, Any]:
-    try:
-      pictures = sampler(averaged(config.optimizer, state), index, label)
-    except NotFinite as error:  # training goes on: its own numbers are watched by the loop
-      console.say(f"warning: {error}")
-      return {}
-    result = {"grid": contact_sheet(pictures[:PICTURE_SAMPLES])}
-    return result | (distance(pictures) if distance else {})
-
-  return {"samples": (config.evaluate_every_steps, show)}
-
-
-def _distance(
-  config: FrozenConfigDict, tokenizer: restore.Trained
-) -> Callable[[np.ndarray], dict[str, float]]:
-  """FD-EfficientNet of few samples to pictures that the tokenizer saw, to compare steps by.
-
-  Few samples bias it upwards, so it compares only with sets of the same size.
-  """
-  # What is not there is missed now, not at the first evaluation.
-  network = load_network(EFFICIENTNET)
-  real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
-
-  @functools.cache
-  def reference() -> Gaussian:
-    return gaussian_of(statistics_of(real, network, "reference"))
-
-  def distance(pictures: np.ndarray) -> dict[str, float]:
-    drawn = Array(pictures[: config.evaluate_samples])
-    moments = statistics_of(drawn, network, "samples").moments["pool"]
-    return {network.key: reference().distance(moments.mean, moments.cov).distance}
-
-  return distance
 
 
 def main() -> None:

@@ -32,6 +32,27 @@ SAMPLE: dict[str, Key] = {
   "batch_size": Key(64, "[1, 1e6]", "Samples at once, over all devices."),
 }
 
+# The keys of `config.published`: with `config.sample`, how the number that a recipe names was made.
+PUBLISHED: dict[str, Key] = {
+  "num_samples": Key(50_000, "[1, 1e9]", "Samples of launch.sample --published."),
+  "labels": Key("uniform", ("uniform", "balanced"), "Their labels."),
+}
+_EPS = Key(None, "[0, 0.5)", "From the path's singular ends; None: as it needs.", kind=float)
+# The keys of `config.transport`.
+TRANSPORT: dict[str, Key] = {
+  "path_type": Key("Linear", tuple(transport.PATHS)),
+  "prediction": Key("velocity", tuple(transport.PREDICTIONS)),
+  "loss_weight": Key("", tuple(transport.LOSS_WEIGHTS), "To predict noise or score."),
+  "train_eps": _EPS,
+  "sample_eps": _EPS,
+  "use_lognorm": Key(True, text="Logit-normal times; False: uniform."),
+  "shifted_mu": Key(0.0, "[-20, 20]", "Of the normal behind them; below 0 favours the noise."),
+  "lognorm_until": Key(0, keys.MAYBE, "The last step with logit-normal times; 0: all."),
+  "partial_train": Key((), "[0, 1]", "A range (low, high) of times,", kind=float),
+  "partial_ratio": Key(1.0, "[0, 1]", "to which this share of them is confined."),
+  "use_cosine_loss": Key(True, text="Direction of the velocity beside its mean squared error."),
+}
+
 
 def check_transport(config: FrozenConfigDict) -> None:
   """Raises InputError for path, prediction, loss and times that exclude each other."""
@@ -130,6 +151,13 @@ def check_store(config: FrozenConfigDict, store: LatentStore) -> None:
       f"The latents of {store.path} are {store.shape[0]}x{store.shape[1]} with {store.shape[2]} "
       f"channels, config.model expects {size}x{size} with {channels}: they are of another "
       "tokenizer; set config.model.input_size and in_channels, or encode with the right one."
+    )
+  names = store.manifest.get("class_names", [])
+  if names and len(names) != config.model.num_classes:
+    raise InputError(
+      f"{store.path} has {len(names)} classes, but config.model.num_classes is "
+      f"{config.model.num_classes}: set it to {len(names)}, for a class that nothing is trained on "
+      "would give noise, and one more than the model has cannot be learned."
     )
   low, high = int(store.labels.min()), int(store.labels.max())
   if low < 0 or high >= config.model.num_classes:

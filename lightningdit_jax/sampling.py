@@ -118,8 +118,8 @@ def guided(
   label: jax.Array,
   null_label: int,
   *,
-  cfg_scale: float,
-  cfg_interval_start: float = 0.0,
+  cfg_scale: float | jax.Array,
+  cfg_interval_start: float | jax.Array = 0.0,
   cfg_channels: int = 3,
   guide: Model | None = None,
 ) -> Velocity:
@@ -165,9 +165,13 @@ def guided(
       on = on & (t >= cfg_interval_start)[:, None, None, None]
     return jnp.where(on, away + cfg_scale * (towards - away), towards)
 
-  if cfg_scale == 1 or cfg_interval_start >= 1:
+  # Numbers that are known now save a branch; traced ones may change without compiling anew.
+  known = not isinstance(cfg_interval_start, jax.Array)
+  if (not isinstance(cfg_scale, jax.Array) and cfg_scale == 1) or (
+    known and cfg_interval_start >= 1
+  ):
     return plain
-  if cfg_interval_start <= 0:
+  if known and cfg_interval_start <= 0:
     return both
 
   def predict(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -179,7 +183,7 @@ def guided(
 
 
 def noise_of(
-  seed: int, index_B: jax.Array, shape: tuple[int, ...], step: int | jax.Array = 0
+  seed: int | jax.Array, index_B: jax.Array, shape: tuple[int, ...], step: int | jax.Array = 0
 ) -> jax.Array:
   """Standard normal float32 [B, *shape] by the samples' index in the set, whatever their batch.
 
@@ -201,7 +205,7 @@ def sample_latents(
   index_B: jax.Array,
   label_B: jax.Array,
   *,
-  seed: int,
+  seed: int | jax.Array,
   sample: FrozenConfigDict,
   guide: tuple[FrozenConfigDict, Any] | None = None,
 ) -> jax.Array:

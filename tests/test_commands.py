@@ -25,10 +25,11 @@ from launch import restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, loop, ownership
 from launch.evaluation.sample_files import read_samples
+from launch.evaluation.training import _distance
 from launch.prepare import prepare
 from launch.sample import sample_set
-from launch.train import _distance, train
-from lightningdit_jax.store.latents import MANIFEST, STATISTICS
+from launch.train import train
+from lightningdit_jax.store.latents import MANIFEST, STATISTICS, LatentStore
 from tests import cases
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
@@ -210,17 +211,16 @@ def test_latents_are_decoded_only_by_their_tokenizer(pipeline, diffusion, tmp_pa
   shutil.copytree(pipeline / "tokenizer", other)
   shutil.rmtree(other / "checkpoints" / "6")  # an earlier state is another tokenizer
   with pytest.raises(InputError, match="no checkpoint of step 6"):
-    restore.tokenizer_of(diffusion.config, other)
-  assert restore.tokenizer_of(diffusion.config).workdir == pipeline / "tokenizer"
+    restore.tokenizer_of(diffusion, other)
+  assert restore.tokenizer_of(diffusion).workdir == pipeline / "tokenizer"
 
 
 def test_the_tokenizer_of_latents_is_known_by_its_weights(diffusion, store):
   manifest = json.loads((store / MANIFEST).read_text())
   manifest["tokenizer"]["sha256"] = "0" * 64
   (store / MANIFEST).write_text(json.dumps(manifest))
-  config = changed(ConfigDict(diffusion.config), latents__path=str(store))
   with pytest.raises(InputError, match="is not the one that made the latents"):
-    restore.tokenizer_of(FrozenConfigDict(config))
+    restore.tokenizer_of_latents(LatentStore(store))
 
 
 def test_files_that_are_no_samples_are_refused(tmp_path):

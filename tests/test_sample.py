@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
 from launch import restore, sample
-from launch.engine import mesh
 from launch.engine.configuration import claim_folder
 from launch.evaluation.sample_files import (
   contact_sheet,
@@ -21,6 +20,7 @@ from launch.evaluation.sample_files import (
   write_npz,
   write_part,
 )
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
 
@@ -31,7 +31,8 @@ def settings(diffusion, **changes):
 def sampler(diffusion, tokenizer, settings, seed, guide=None):
   """A model's sampler, from indices and labels to pictures."""
   devices = mesh.make_mesh()
-  run = sample.make_sampler(diffusion.config, tokenizer, settings, seed, devices, guide)
+  space = restore.space_of(diffusion)
+  run = sample.make_sampler(diffusion.config, space, tokenizer, settings, seed, devices, guide)
   return functools.partial(run, diffusion.params)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tests import cases
 from tests.reference import procedural
-from vavae_jax import convert
+from vavae_jax import convert, teachers
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.teachers import NAMES, feature_size, fresh, load_teacher, teacher_from_torch
@@ -150,3 +150,21 @@ def test_damaged_safetensors_are_refused(content, tmp_path):
   path.write_bytes(content)
   with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
     read_state_dict(path)
+
+
+def test_a_registered_function_is_a_teacher_of_its_own(monkeypatch):
+  for table in ("FAMILIES", "NAMES", "CHOICES"):
+    monkeypatch.setattr(teachers, table, list(getattr(teachers, table)))
+
+  def colours(image):
+    return image.reshape(len(image), image.shape[1] // 8, 8, image.shape[2] // 8, 8, 3).mean((2, 4))
+
+  teachers.register("colours", colours, feature_size=3, stride=8)
+  image = jnp.asarray(procedural.uniform("image", (2, 16, 24, 3)))
+  mine = teachers.load_teacher("colours")
+  np.testing.assert_allclose(mine(image), colours(image))
+  assert (mine.stride, teachers.feature_size("colours"), teachers.CHOICES[-1]) == (8, 3, "colours")
+  with pytest.raises(InputError, match="There is a teacher 'colours' already"):
+    teachers.register("colours", colours, feature_size=3)
+  with pytest.raises(InputError, match=r"\(2, 8, 6, 3\) .* have to be \(2, 4, 3, 5\)"):
+    teachers.register("other", colours, feature_size=5)

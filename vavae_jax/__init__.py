@@ -13,3 +13,20 @@ Arrays are channels-last everywhere; channels-first exists only where PyTorch's 
 Source: Yao et al., "Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion
 Models", arXiv 2501.01423.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from vavae_jax.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+  if name != "Tokenizer":
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from vavae_jax.tokenizer import Tokenizer  # with all its networks, which few modules need
+
+  return Tokenizer

@@ -39,6 +39,7 @@ MAY_CHANGE = (
   "keep_checkpoints",
   "keep_every_steps",
   "keep_best",
+  "export",
   "non_finite",
   "max_skipped_steps",
   "accumulate_steps",

@@ -23,7 +23,7 @@ from launch.report.charts import Curve, scatter, training_section
 from launch.report.html import Figure, Section
 from lightningdit_jax.store import latents
 
-SHOWN_RECONSTRUCTIONS, SHOWN_PER_CLASS, SHOWN_AT_HEAD = 24, 10, 40
+SHOWN_RECONSTRUCTIONS, SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_AT_HEAD = 24, 12, 10, 40
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -42,8 +42,10 @@ def write(
   the features of `network`, and `seconds` the time of each stage.
   """
   pictures, labels = read_samples(workdir / "samples.npz")
-  names = store.manifest["class_names"]
-  rows = [pictures[labels == c][:SHOWN_PER_CLASS] for c in range(len(names))]
+  classes = store.manifest["class_names"]
+  there = np.unique(labels)[:SHOWN_CLASSES]
+  names = [classes[label] for label in there]
+  rows = [pictures[labels == label][:SHOWN_PER_CLASS] for label in there]
   columns = min(len(row) for row in rows)
   samples = np.stack([row[:columns] for row in rows])
   held_out, training = (own_pictures(tokenizer, held_out=which) for which in (True, False))
@@ -76,7 +78,7 @@ def write(
       "Latents",
       "Each training picture at the place of its latent: the normalised latents of all positions, "
       "brought to the plane by t-SNE (perplexity 30, PCA start).",
-      [scatter(plane, store.labels, names, training.read(0, len(training)))],
+      [scatter(plane, store.labels, classes, training.read(0, len(training)))],
     ),
     Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
     Section(
@@ -94,9 +96,10 @@ def write(
     "VA-VAE and LightningDiT in JAX: quickstart",
     sections,
     summary=(
-      f"A tokenizer learnt to write {config.tokenizer.data.image_size} px emoji as "
-      f"{store.shape[0]} x {store.shape[1]} latents of {store.shape[2]} numbers, aligned with the "
-      "features of a frozen EfficientNet-Lite0; a diffusion transformer learnt to draw such "
+      f"A tokenizer learnt to write {config.tokenizer.data.image_size} px pictures of "
+      f"{len(classes)} classes as {store.shape[0]} x {store.shape[1]} latents of "
+      f"{store.shape[2]} numbers, aligned with the features of a frozen EfficientNet-Lite0; a "
+      "diffusion transformer learnt to draw such "
       f"latents. {len(store):,} pictures, on {jax.device_count()} {jax.devices()[0].platform} "
       "device(s)."
     ),

@@ -15,11 +15,11 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from launch import restore
-from launch.engine import mesh
-from launch.engine.batches import in_batches
 from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
 from launch.sample import labels_for, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
+from vavae_jax.common import mesh
+from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home
 from vavae_jax.data import changes, images, selection, sources
@@ -143,9 +143,11 @@ class Sampled:
     seed: int,
   ):
     self.size = tokenizer.config.data.image_size
-    self._labels = labels_for(labels, count, diffusion.config.model.num_classes, seed)
+    space, classes = restore.space_of(diffusion), diffusion.config.model.num_classes
+    self._labels = labels_for(labels, count, classes, seed, space.class_names)
     devices = mesh.local_mesh()
-    sampler = make_sampler(diffusion.config, tokenizer.on(devices), settings, seed, devices)
+    here = tokenizer.on(devices)
+    sampler = make_sampler(diffusion.config, space, here, settings, seed, devices)
     self._run = functools.partial(sampler, diffusion.on(devices).params)
     self.about = {
       "kind": "sampled",
@@ -211,7 +213,7 @@ def own_pictures(
   The crops are `FromSource`'s; a size of 0 is that of the training. InputError if the data has
   changed since.
   """
-  data = tokenizer.config.data
+  data = restore.data_of(tokenizer)
   changes.check(tokenizer.workdir, data)
   return FromSource(
     data.source,

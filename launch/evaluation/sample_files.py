@@ -10,13 +10,13 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from launch.engine import console
 from vavae_jax.common.errors import InputError
@@ -25,6 +25,7 @@ from vavae_jax.common.files import atomic_file, sha256_of
 SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
+_CAPTION = 14  # pixels above a picture
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
 _PART = re.compile(r"([0-9]{9,})_([0-9]+)\.npy")
 # What reading a damaged npz raises.
@@ -59,14 +60,14 @@ def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:
       done = start + count
 
 
-def write_npz(output: Path, parts: Path, labels: np.ndarray) -> None:
+def write_npz(output: Path, parts: Path, labels: np.ndarray, names: Sequence[str] = ()) -> None:
   """Joins the parts of a folder as `arr_0` of an npz, with labels int32 [N] as `arr_1`.
 
-  A contact sheet goes beside it, as .png.
+  A contact sheet goes beside it, as .png; `names` are of the classes, where they have any.
   """
   shown = np.concatenate(list(_parts(parts, min(len(labels), SHEET_PICTURES))))
   with atomic_file(output.with_suffix(".png")) as file:
-    Image.fromarray(contact_sheet(shown)).save(file, "PNG")
+    Image.fromarray(class_sheet(shown, labels[: len(shown)], names)).save(file, "PNG")
   header = {
     "descr": np.lib.format.dtype_to_descr(shown.dtype),
     "fortran_order": False,
@@ -132,12 +133,14 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return pictures.read(0, len(pictures)), stored.get("arr_1", np.zeros(0, np.int32))
 
 
-def write_pngs(output: Path, folder: Path) -> None:
-  """Writes the pictures of an npz as FOLDER/000000.png, ..., where they are missing."""
+def write_pngs(output: Path, folder: Path, names: Sequence[str], seed: int) -> None:
+  """Writes the pictures of an npz as FOLDER/000000_CLASS_seed0.png, ..., where they are missing."""
   folder.mkdir(parents=True, exist_ok=True)
+  labels = read_samples(output)[1]
 
   def write(index: int, picture: np.ndarray) -> None:
-    path = folder / f"{index:06d}.png"
+    name = re.sub(r"[^\w-]+", "-", class_name(labels[index], names))[:60].strip("-")
+    path = folder / f"{index:06d}_{name}_seed{seed}.png"
     if not path.is_file():
       with atomic_file(path) as file:
         Image.fromarray(picture).save(file, "PNG")
@@ -148,6 +151,51 @@ def write_pngs(output: Path, folder: Path) -> None:
       stop = min(start + PICTURES_AT_ONCE, len(pictures))
       list(threads.map(write, range(start, stop), pictures.read(start, stop)))
       bar.update(stop)
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+  """What a class is called; its number where nobody named it."""
+  return names[label] if label < len(names) else str(label)
+
+
+@functools.cache
+def _font() -> Any:
+  import matplotlib  # whose letters are more than Pillow's
+
+  return ImageFont.truetype(
+    Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10
+  )
+
+
+def class_sheet(
+  pictures_NHWC: np.ndarray, labels: np.ndarray, names: Sequence[str] = ()
+) -> np.ndarray:
+  """Samples, uint8, sorted by class as one picture [H, W, 3], the class written above its first.
+
+  A class has a row of its own where all have equally many samples, up to twelve.
+  """
+  counts = np.unique(labels, return_counts=True)[1]
+  own_rows = len({*counts.tolist()}) == 1 and 1 < counts[0] <= SHEET_COLUMNS
+  columns = int(counts[0]) if own_rows else min(SHEET_COLUMNS, len(labels))
+  order = np.argsort(labels, kind="stable")
+  above = ((0, 0), (_CAPTION, 0), (0, 0), (0, 0))
+  captioned = np.pad(pictures_NHWC[order], above, constant_values=255)
+  canvas = Image.fromarray(contact_sheet(captioned, columns))
+  height, width = captioned.shape[1:3]
+  draw, font = ImageDraw.Draw(canvas), _font()
+  right = canvas.width
+  for place in reversed(range(len(labels))):
+    row, column = divmod(place, columns)
+    if column == columns - 1:
+      right = canvas.width  # of what the text may take
+    if column and labels[order[place]] == labels[order[place - 1]]:
+      continue
+    text = class_name(labels[order[place]], names)
+    while text and draw.textlength(text, font) > right - column * width - 2:
+      text = text[:-1]
+    draw.text((column * width + 1, row * height), text, "black", font)
+    right = column * width
+  return np.asarray(canvas)
 
 
 def contact_sheet(pictures_NHWC: np.ndarray, columns: int = SHEET_COLUMNS) -> np.ndarray:

@@ -89,13 +89,18 @@ def write_page(
     file.write(text.encode(errors="backslashreplace"))  # names need not be UTF-8
 
 
+def markdown(template: str, **values: Any) -> str:
+  """A text by a template, in which nothing is escaped."""
+  return _templates(autoescape=False).get_template(template).render(**values)
+
+
 @functools.cache
-def _templates() -> Any:
+def _templates(*, autoescape: bool = True) -> Any:
   import jinja2  # only when a page is made
 
   templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER / "templates"),
-    autoescape=True,
+    autoescape=autoescape,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -257,14 +257,24 @@ def denormalise(latent: Any, mean: Any, std: Any, multiplier: float = 1.0) -> An
   return latent / multiplier * std + mean
 
 
-def statistics(store: LatentStore, *, latent_norm: bool) -> tuple[np.ndarray, np.ndarray]:
+class Scaled(Protocol):
+  """What has mean and deviation of latents, float32 [Z]."""
+
+  @property
+  def mean(self) -> np.ndarray: ...
+
+  @property
+  def std(self) -> np.ndarray: ...
+
+
+def statistics(of: Scaled, *, latent_norm: bool) -> tuple[np.ndarray, np.ndarray]:
   """The (mean, std) that normalisation uses; 0 and 1 where it is off.
 
   DEVIATION: with `latent_norm` off the reference still denormalises after sampling.
   """
   if latent_norm:
-    return store.mean, store.std
-  return np.zeros_like(store.mean), np.ones_like(store.std)
+    return of.mean, of.std
+  return np.zeros_like(of.mean), np.ones_like(of.std)
 
 
 def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequence[Path]) -> None:

@@ -6,7 +6,9 @@ hf:OWNER/NAME           the files of a data set
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -32,15 +34,23 @@ def local_file(name: str | os.PathLike[str]) -> Path:
   repository, _, file = rest.partition("/")
   if not file:
     raise InputError(f"{name} is not of the form {HUB}OWNER/NAME/FILE.")
+  advice = (
+    f"Where there is no network, fetch {file} of {owner}/{repository} on the Hugging Face hub "
+    "elsewhere, and give its path instead"
+  )
+  with with_hub(name, "fetched", advice):
+    return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
+
+
+@contextlib.contextmanager
+def with_hub(name: str, done: str, advice: str) -> Iterator[None]:
+  """InputError, in one line, where the hub cannot be reached, lacks something or refuses it."""
   hub_logging.set_verbosity_error()  # it logs every retry
   try:
-    return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
+    yield
   except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
     reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-    raise InputError(
-      f"{name} could not be fetched ({reason}). Where there is no network, fetch {file} of "
-      f"{owner}/{repository} on the Hugging Face hub elsewhere, and give its path instead."
-    ) from error
+    raise InputError(f"{name} could not be {done} ({reason}). {advice}.") from error
 
 
 def url_of_data(name: str) -> str:

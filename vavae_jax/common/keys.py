@@ -7,7 +7,7 @@ solver's settings, it declares itself, and `configs.base` reads it there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vavae_jax.common.errors import InputError
@@ -27,15 +27,15 @@ class Key:
 
   Attributes:
     default: its value, where nobody gives another.
-    within: an interval such as "[0, 1)", NOT_EMPTY for a text, or all possible values; for a list,
-      of each item.
+    within: an interval such as "[0, 1)", NOT_EMPTY for a text, or all possible values, a list where
+      others may join; for a list, of each item.
     text: what it means.
     kind: of the value, or of a list's items, where the default, None or (), does not show it.
     is_list: whether it is a list, likewise.
   """
 
   default: Any
-  within: str | tuple[Any, ...] = ""
+  within: str | Sequence[Any] = ""
   text: str = ""
   kind: type | None = None
   is_list: bool = False
@@ -58,7 +58,7 @@ class Key:
   def needed(self) -> str:
     """What is possible, such as "give a number in [0, 1)"."""
     none = " or None" if self.default is None else ""
-    if isinstance(self.within, tuple):
+    if not isinstance(self.within, str):
       choices = ", ".join(str(choice) or '""' for choice in self.within)
       return f"choose {'some' if self._takes_list else 'one'} of {choices}{none}"
     if self._item is bool:
@@ -83,7 +83,7 @@ class Key:
     kind = self._item
     if type(value) is not kind and not (kind is float and type(value) is int):
       return False
-    if isinstance(self.within, tuple):
+    if not isinstance(self.within, str):
       return value in self.within
     if kind is str:  # no file has a name with a zero byte
       there = value != "" or self.within != NOT_EMPTY
@@ -125,3 +125,22 @@ def check(keys: Mapping[str, Key], given: Mapping[str, Any], prefix: str = "") -
   problems = (keys[name].check(prefix + name, value) for name, value in given.items())
   if wrong := [problem for problem in problems if problem]:
     raise InputError(" ".join(wrong))
+
+
+def complete(table: Mapping[str, Any], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Values by a tree of keys: those that are given, and for the others the defaults.
+
+  InputError for a key that is not in the table, or a value that it does not allow.
+  """
+  if unknown := sorted(given.keys() - table.keys()):
+    raise InputError(f"{prefix}{unknown[0]} is unknown; known are {', '.join(sorted(table))}.")
+  whole: dict[str, Any] = {}
+  for name, key in table.items():
+    if isinstance(key, Key):
+      whole[name] = given.get(name, key.default)
+      check({name: key}, {name: whole[name]}, prefix)
+    elif isinstance(given.get(name, {}), Mapping):
+      whole[name] = complete(key, given.get(name, {}), f"{prefix}{name}.")
+    else:
+      raise InputError(f"{prefix}{name} is {given[name]!r}; give an object of settings.")
+  return whole

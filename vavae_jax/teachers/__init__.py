@@ -7,10 +7,11 @@ this one that declares a `Family`, and its entry in `FAMILIES`: everything else 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,14 +21,62 @@ from vavae_jax.teachers import clip, dinov2, efficientnet, mae, sam
 from vavae_jax.teachers.family import Family, Package, Teacher, Variant
 from vavae_jax.weights.state_dicts import read_state_dict
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
   dinov2.FAMILY,
   clip.FAMILY,
   sam.FAMILY,
   efficientnet.FAMILY,
   mae.FAMILY,  # the last: `recognise` takes any other vision transformer for an MAE
-)
-NAMES = tuple(name for family in FAMILIES for name in family.variants)
+]
+NAMES = [name for family in FAMILIES for name in family.variants]
+CHOICES = ["", *NAMES]  # of config.teacher.name
+
+
+def register(
+  name: str,
+  features: Callable[[jax.Array], jax.Array],
+  *,
+  feature_size: int,
+  stride: int = 16,
+) -> None:
+  """Makes a function a teacher, which a configuration file then names in `config.teacher.name`.
+
+  Args:
+    features: images [B,H,W,3], float in [-1,1] -> features [B, H/stride, W/stride, F]; it is traced
+      by JAX, and what weights it has are compiled into the step.
+    feature_size: F, the channels of the features.
+    stride: pixels per feature along each side.
+
+  Raises:
+    InputError: there is a teacher of that name, or the features are of another shape.
+  """
+  if name in NAMES:
+    raise InputError(f"There is a teacher {name!r} already; choose another name.")
+  image = jax.ShapeDtypeStruct((2, 4 * stride, 3 * stride, 3), jnp.float32)
+  made = jax.eval_shape(features, image)
+  if made.shape != (wanted := (2, 4, 3, feature_size)):
+    raise InputError(
+      f"The teacher {name!r} makes features {made.shape} of pictures {image.shape}; with "
+      f"feature_size={feature_size} and stride={stride} they have to be {wanted}."
+    )
+
+  def module(*, dtype: jnp.dtype, rngs: nnx.Rngs) -> Own:
+    del dtype, rngs
+    return Own(features, feature_size, stride)
+
+  FAMILIES.insert(0, Family(variants={name: Variant({}, feature_size, "")}, module=module))
+  NAMES.append(name)
+  CHOICES.append(name)
+
+
+class Own(nnx.Module):
+  """A function of somebody's as a network without weights."""
+
+  def __init__(self, function: Callable[[jax.Array], jax.Array], feature_size: int, stride: int):
+    self.function, self.feature_size, self.stride = function, feature_size, stride
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    return self.function(image_BHWC)
 
 
 def find(name: str) -> tuple[Family, Variant]:

@@ -1,0 +1,220 @@
+r"""Writes a trained model as a folder that can be carried, handed on, and used from Python.
+
+  python -m launch.export --workdir=RUNS/diffusion --output=model
+  python -m launch.export --workdir=RUNS/tokenizer --output=tokenizer --dtype=bfloat16
+  python -m launch.export --workdir=RUNS/diffusion --output=model --push=USER/NAME
+
+The folder has the weights that are sampled, with the tokenizer, the statistics of its latents, the
+class names and the sampling settings; a tokenizer's workdir gives a folder of the tokenizer alone.
+It refers to no path. launch.sample, encode, evaluate and convert and config.init_from take it as
+they take a workdir, and Python loads it by lightningdit_jax.Pipeline or vavae_jax.Tokenizer.
+README.md in it is a model card, from what the workdir notes. --push also copies it to the Hugging
+Face hub, by the token of `hf auth login` or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from launch import restore
+from launch.engine import console
+from launch.engine.checkpoint import read_config
+from launch.engine.ownership import owned
+from launch.engine.writers import curve, read_metrics
+from launch.evaluation.sample_files import class_sheet
+from launch.report import html
+from lightningdit_jax.pipeline import Pipeline
+from vavae_jax import folder
+from vavae_jax.common.addresses import with_hub
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place, read_note
+from vavae_jax.common.keys import DTYPES
+from vavae_jax.data import changes
+from vavae_jax.tokenizer import Tokenizer
+
+SAMPLES = 8  # of each class
+_ROWS = 8  # classes of a picture
+# Of the sampling settings, on the card; config.json has all.
+_TOLD = ("mode", "method", "num_steps", "timestep_shift", "cfg_scale", "cfg_interval_start")
+_NAMES = 20  # classes that the card lists
+
+
+def export(
+  model: Pipeline | Tokenizer,
+  output: Path,
+  *,
+  workdir: Path,
+  dtype: str = "float32",
+  samples: int = SAMPLES,
+  licence: str = "unknown",
+  title: str = "",
+) -> None:
+  """Writes a model folder with its card and picture; the arguments are the command's.
+
+  `workdir` is of the training, whose notes the card is made from; `samples` of each class are
+  drawn, 0: none.
+  """
+  files = {}
+  if samples and isinstance(model, Pipeline):
+    files[folder.PICTURE] = _png(_sheet(model, samples))
+  files[folder.CARD] = _card(model, workdir, title or output.name, licence, files).encode()
+  model.save(output, dtype=dtype, files=files)
+
+
+def push(output: Path, name: str, *, private: bool = False) -> str:
+  """Copies a model folder to the hub as USER/NAME; returns its address."""
+  with with_hub(name, "pushed", "See that the network and the token (hf auth login) are there"):
+    api = huggingface_hub.HfApi()
+    api.create_repo(name, private=private, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=output, allow_patterns=list(folder.FILES))
+  return f"{api.endpoint}/{name}"
+
+
+def _sheet(model: Pipeline, samples: int) -> np.ndarray:
+  """Samples, one row a class."""
+  count = model.config.model.num_classes
+  labels = np.linspace(0, count - 1, min(count, _ROWS)).round().astype(int).tolist()
+  with console.Bar("samples", 1) as bar:
+    pictures = model.sample(labels, num=samples, progress=False)
+    bar.update(1)
+  return class_sheet(np.stack(pictures), np.repeat(labels, samples), model.class_names)
+
+
+def _png(picture: np.ndarray) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(picture).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def _card(
+  model: Pipeline | Tokenizer, workdir: Path, title: str, licence: str, files: dict[str, bytes]
+) -> str:
+  is_diffusion = isinstance(model, Pipeline)
+  tokenizer = model.tokenizer if isinstance(model, Pipeline) else model
+  facts = [_described("tokenizer", tokenizer, f"f{tokenizer.downsampling}d{tokenizer.channels}")]
+  sample = {}
+  if isinstance(model, Pipeline):
+    sizes = model.config.model
+    shape = f"depth {sizes.depth}, width {sizes.hidden_size}, patch {sizes.patch_size}"
+    facts = [_described("LightningDiT", model, shape), *facts]
+    sample = model.config.sample.to_dict()
+  facts += [("pictures", f"{tokenizer.image_size} x {tokenizer.image_size} pixels")]
+  facts += _data(workdir)
+  names = list(model.class_names) if isinstance(model, Pipeline) else []
+  more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+  shown = ", ".join(f"`{name.replace('`', ' ')}`" for name in names[:_NAMES]) + more
+  return html.markdown(
+    "card.md",
+    licence=licence,
+    title=title,
+    name=title,
+    diffusion=is_diffusion,
+    picture=folder.PICTURE if folder.PICTURE in files else "",
+    facts=facts,
+    class_names=shown,
+    sampling=", ".join(f"{name} {sample[name]}" for name in _TOLD if name in sample),
+    figures=_figures(workdir),
+  )
+
+
+def _described(name: str, model: Pipeline | Tokenizer, shape: str) -> tuple[str, str]:
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+  origin = model.origin
+  average = f", average of decay {origin['ema']}" if origin.get("ema") else ""
+  return name, f"{shape}, {count / 1e6:.2f} M parameters, step {origin.get('step', 0)}{average}"
+
+
+def _data(workdir: Path) -> list[tuple[str, str]]:
+  """What a tokenizer's workdir notes of its pictures."""
+  note = workdir / changes.NOTE
+  if not note.exists():
+    return []
+  about = read_note(note).get("source", {})
+  kind = str(about.get("spec", "")).partition(":")[0]
+  return [("data", f"{about.get('pictures', '?')} pictures from a source of the kind {kind}")]
+
+
+def _figures(workdir: Path) -> list[tuple[str, str, str]]:
+  """The last value of each figure that a training's evaluations wrote."""
+  lines = read_metrics(workdir)
+  names = sorted({name for line in lines for name in line if "/" in name})
+  last = [(name, curve(lines, name)) for name in names if not name.endswith("took_seconds")]
+  return [(name, f"{x[-1][1]:.4g}", str(x[-1][0])) for name, x in last if x]
+
+
+def load(
+  workdir: Path, tokenizer: Path | None, step: int | None, ema: float | None
+) -> Pipeline | Tokenizer:
+  """The model of a workdir or folder of either task."""
+  task = _task_of(workdir)
+  if task == "tokenizer":
+    if tokenizer:
+      raise InputError(f"--tokenizer does not apply: {workdir} is a tokenizer itself.")
+    return restore.for_use(restore.load(workdir, "tokenizer", step, ema))
+  diffusion = restore.load(workdir, "diffusion", step, ema)
+  return restore.for_use(diffusion, restore.tokenizer_of(diffusion, tokenizer))
+
+
+def _task_of(workdir: Path) -> str:
+  if folder.is_model(workdir):
+    return folder.parts_of(workdir)[-1]
+  return read_config(workdir)["task"]
+
+
+def rows_of(output: Path) -> Sequence[tuple[str, str]]:
+  """A table of the files of a model folder."""
+  sizes = [(path.name, path.stat().st_size) for path in sorted(output.iterdir())]
+  return [(name, f"{size / 2**20:.2f} MiB") for name, size in sizes]
+
+
+def main() -> None:
+  output = Path(FLAGS.output)
+  tokenizer = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
+  with owned(output, beside=True):
+    folder.check_free_name(output)
+    model = load(place(FLAGS.workdir), tokenizer, FLAGS.step, FLAGS.ema)
+    export(
+      model,
+      output,
+      workdir=place(FLAGS.workdir),
+      dtype=FLAGS.dtype,
+      samples=FLAGS.samples,
+      licence=FLAGS.licence,
+      title=FLAGS.title or FLAGS.push,
+    )
+  rows: list[tuple[str, Any]] = [*rows_of(output)]
+  if FLAGS.push:
+    rows.append(("on the hub", push(output, FLAGS.push, private=FLAGS.private)))
+  kind = "Pipeline" if isinstance(model, Pipeline) else "Tokenizer"
+  package = "lightningdit_jax" if isinstance(model, Pipeline) else "vavae_jax"
+  rows.append(("in Python", f"from {package} import {kind}; {kind}.load({str(output)!r})"))
+  console.table(f"Model folder {output}", ("what", "value"), rows)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The training's workdir, or a model folder.", required=True)
+  flags.DEFINE_string("output", None, "The model folder to write.", required=True)
+  text = "The tokenizer's workdir or model folder, where it is not at its place any more."
+  flags.DEFINE_string("tokenizer", "", text)
+  flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
+  flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")
+  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the weights on disk.")
+  text = "Samples of each class in samples.png; 0: no picture."
+  flags.DEFINE_integer("samples", SAMPLES, text, lower_bound=0, upper_bound=64)
+  flags.DEFINE_string("licence", "unknown", "Of the weights, for the card, such as mit.")
+  flags.DEFINE_string("title", "", "Of the card; the folder's name if not given.")
+  flags.DEFINE_string("push", "", "USER/NAME on the Hugging Face hub to copy the folder to.")
+  flags.DEFINE_boolean("private", False, "Make it private there.")
+  console.run_command(main)

@@ -1,0 +1,349 @@
+"""A trained model for use from Python: class names in, pictures out.
+
+  pipe = Pipeline.load("model/")              # a model folder, USER/NAME on the hub, or a workdir
+  pictures = pipe.sample(["animals", 3], num=4, seed=0, guidance=3.0, steps=50)
+
+A solver on a grid runs step by step, so that no setting but the solver's name and the number of
+pictures compiles anew; it can be watched on its way. Sample i of a call is that of index i in
+`launch.sample` with the same seed and settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
+from PIL import Image
+from rich.progress import Progress
+
+from lightningdit_jax import checks, sampling, solvers, training, transport
+from lightningdit_jax.model import Options, build_model
+from lightningdit_jax.store import latents
+from lightningdit_jax.store.fetching import open_store
+from lightningdit_jax.store.space import NOTE, Space, find_tokenizer, label_of
+from vavae_jax import folder
+from vavae_jax.common import functional, keys, mesh
+from vavae_jax.common.batches import as_fits
+from vavae_jax.common.checkpoints import load_weights
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.keys import DTYPES, LAST_SEED, Key
+from vavae_jax.tokenizer import Tokenizer
+
+# The diffusion model's section of a model folder: keys of its training that say how it is used.
+SETTINGS: dict[str, Any] = {
+  "model": keys.of(Options),
+  "transport": checks.TRANSPORT,
+  "sample": checks.SAMPLE,
+  "published": checks.PUBLISHED,
+  "latents": {
+    "latent_norm": Key(True, text="Latents are normalised by mean and deviation."),
+    "latent_multiplier": Key(1.0, "(0, 1e6]"),
+    "sha256": Key("", text="Which latents it was trained on."),
+  },
+  "dtype": Key("bfloat16", DTYPES, "Of matrix products in training."),
+}
+# What a training's `config.sample` calls our arguments.
+_OURS = {"guidance": "cfg_scale", "steps": "num_steps", "interval_start": "cfg_interval_start"}
+
+
+class Pipeline:
+  """A diffusion model with its tokenizer.
+
+  Attributes:
+    config: the keys of `SETTINGS`, as a training's configuration has them.
+    tokenizer: decodes what is sampled.
+    class_names: of the labels; empty where nobody named them.
+  """
+
+  def __init__(
+    self,
+    config: FrozenConfigDict,
+    params: Any,
+    tokenizer: Tokenizer,
+    space: Space,
+    origin: dict[str, Any] | None = None,
+  ):
+    """`params` are LightningDiT's nested dicts of arrays, `origin` as in `folder.Part`."""
+    self.config, self.params, self.tokenizer = folder.frozen(SETTINGS, config), params, tokenizer
+    self.space, self.class_names = space, space.class_names
+    self.origin = origin or {"sha256": functional.fingerprint(params)}
+    self._devices = mesh.local_mesh()
+    self._placed = jax.device_put(params, mesh.replicated(self._devices))
+
+  @classmethod
+  def load(
+    cls,
+    source: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] = "",
+    step: int | None = None,
+    ema: float | None = None,
+  ) -> Pipeline:
+    """The model of a model folder, by its path or USER/NAME on the hub, or of a workdir.
+
+    Args:
+      tokenizer: folder or workdir of a workdir's tokenizer, where it is not at its place any more.
+      step: of a workdir's checkpoint; the newest if None.
+      ema: decay of a workdir's average, 0: none; the first if None.
+
+    Raises:
+      InputError: there is none, it is damaged, or of an unknown version.
+    """
+    path = folder.find(source)
+    if folder.is_model(path):
+      part, whole = folder.load(path, "diffusion", SETTINGS, build_model, step, ema)
+      config, own = FrozenConfigDict(ConfigDict(part.settings)), Tokenizer.load(tokenizer or path)
+      return cls(config, part.params, own, Space.of_folder(path, whole), part.origin)
+    config = folder.workdir_config(path, "diffusion")
+    params, step, ema = load_weights(path, config, training.init_state, step, ema)
+    noted = path / NOTE
+    space = Space.read(noted) if noted.is_file() else Space.of(open_store(config.latents.path))
+    own = find_tokenizer(
+      space.tokenizer,
+      lambda place, step: Tokenizer.load(place, step=step),
+      of=str(path),
+      given=os.fspath(tokenizer) or config.tokenizer,
+      beside=path.parent / Path(space.tokenizer.get("workdir", "")).name,
+    )
+    origin = {"step": step, "ema": ema, "sha256": functional.fingerprint(params)}
+    return cls(config, params, own, space, origin)
+
+  def save(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    files: dict[str, bytes] | None = None,
+  ) -> None:
+    """Writes a model folder; `dtype`, "float32" or "bfloat16", is of the weights on disk."""
+    part = folder.Part(self.config.to_dict(), self.params, self.origin)
+    folder.save(
+      Path(path),
+      {"tokenizer": self.tokenizer.part, "diffusion": part},
+      dtype=dtype,
+      about={"class_names": list(self.class_names)},
+      statistics={"mean": self.space.mean, "std": self.space.std},
+      files=files,
+    )
+
+  def sample(
+    self,
+    classes: Sequence[str | int],
+    *,
+    num: int = 1,
+    seed: int = 0,
+    noise: np.ndarray | None = None,
+    trajectory: bool = False,
+    progress: bool = True,
+    **settings: Any,
+  ) -> Any:
+    """Pictures of classes.
+
+    Args:
+      classes: names or numbers, each of which gives `num` pictures, one class after the other.
+      num: pictures of each class.
+      seed: of the noise; a picture is a function of seed, place in the list, class and settings.
+      noise: float32 [N, h, w, Z], what the pictures begin with, instead of a seed's; see `noise`.
+      trajectory: also what the model expects on its way.
+      progress: show a bar.
+      **settings: `guidance` (1: none), `interval_start` (no guidance where t is smaller), `steps`
+        (points of the grid), and the other keys of `config.sample`, such as method,
+        timestep_shift, cfg_channels and batch_size; what is not given is as the model brings it.
+
+    Returns:
+      PIL pictures; with `trajectory` a list for each, whose last picture is the sample.
+
+    Raises:
+      InputError: unknown classes or settings, or settings that the model cannot have.
+    """
+    if trajectory:
+      frames = self.watch(classes, num=num, seed=seed, noise=noise, **settings)
+      return [list(way) for way in zip(*frames, strict=True)]
+    chosen, batch = self._prepared(classes, num, seed, noise, settings)
+    with Progress(disable=not progress, transient=True) as bar:
+      task = bar.add_task("sample", total=None)
+
+      def run(batch: dict[str, jax.Array]) -> jax.Array:
+        for latent in self._way(chosen, seed, batch):
+          last = latent
+          bar.update(task, advance=1)
+        return last
+
+      return self._decoded(as_fits(run, batch, chosen.batch_size, self._devices))
+
+  def watch(
+    self,
+    classes: Sequence[str | int],
+    *,
+    num: int = 1,
+    seed: int = 0,
+    noise: np.ndarray | None = None,
+    shown: int = 12,
+    **settings: Any,
+  ) -> Iterator[list[Image.Image]]:
+    """The pictures as the model expects them at `shown` points of their way, the samples last.
+
+    All run in one batch; arguments and errors are as of `sample`, for a solver on a grid.
+    """
+    chosen, batch = self._prepared(classes, num, seed, noise, settings)
+    if not _is_on_grid(chosen):
+      raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
+    grid = self._grid(chosen)
+    kept = {round(i) for i in np.linspace(0, len(grid) - 1, shown + 1)[1:]}
+    total = len(batch["label"])
+    rows = np.resize(np.arange(total), mesh.round_up(total, self._devices))
+    with jax.set_mesh(self._devices):
+      whole = mesh.to_global({k: x[rows] for k, x in batch.items()}, self._devices)
+      before = None
+      for place, x in enumerate(self._way(chosen, seed, whole)):
+        if place in kept and before is not None:
+          t, later = grid[place - 1 : place + 1]
+          expected = x + (x - before) * ((grid[-1] - later) / (later - t))
+          yield self._decoded(np.asarray(expected)[:total])
+        before = x
+
+  def noise(self, seed: int, count: int = 1) -> np.ndarray:
+    """What the samples of a seed begin with, float32 [count, h, w, Z], standard normal."""
+    return np.asarray(_noise(self._shape, np.uint32(seed), np.arange(count, dtype=np.int32)))
+
+  def _prepared(
+    self,
+    classes: Sequence[str | int],
+    num: int,
+    seed: int,
+    noise: np.ndarray | None,
+    settings: dict[str, Any],
+  ) -> tuple[FrozenConfigDict, dict[str, np.ndarray]]:
+    """The checked settings, and arrays of all samples: "index", "label" and perhaps "noise"."""
+    keys.check({"num": Key(1, keys.COUNT)}, {"num": num})
+    keys.check({"seed": Key(0, f"[0, {LAST_SEED}]")}, {"seed": seed})
+    chosen, count = self.settings(**settings), self.config.model.num_classes
+    labels = [label_of(given, self.class_names, count) for given in classes]
+    label_N = np.repeat(np.array(labels, np.int32), num)
+    if not len(label_N):
+      raise InputError("There are no classes to sample; give a list such as [0, 1].")
+    batch = {"index": np.arange(len(label_N), dtype=np.int32), "label": label_N}
+    if noise is not None:
+      if noise.shape != (wanted := (len(label_N), *self._shape)):
+        raise InputError(f"noise is {noise.shape}; these samples need {wanted}.")
+      if not _is_on_grid(chosen):
+        raise InputError("noise is for a solver on a grid; give another method than dopri5.")
+      batch["noise"] = np.asarray(noise, np.float32)
+    return chosen, batch
+
+  @property
+  def _shape(self) -> tuple[int, int, int]:
+    model = self.config.model
+    return model.input_size, model.input_size, model.in_channels
+
+  def _grid(self, chosen: FrozenConfigDict) -> np.ndarray:
+    path = self.config.transport
+    ends = transport.interval(path.path_type, path.prediction, path.sample_eps)
+    return np.asarray(sampling.time_grid(chosen.num_steps, chosen.timestep_shift, ends))
+
+  def _way(
+    self, chosen: FrozenConfigDict, seed: int, batch: dict[str, jax.Array]
+  ) -> Iterator[jax.Array]:
+    """Normalised latents at each point of the grid; of other solvers the last ones alone."""
+    if not _is_on_grid(chosen):
+      settings = (self.config, chosen, self._placed, np.uint32(seed))
+      yield _all_at_once(*settings, batch["index"], batch["label"])
+      return
+    static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels)
+    is_guided = chosen.cfg_scale != 1 and chosen.cfg_interval_start < 1
+    guidance = (np.float32(chosen.cfg_scale), np.float32(chosen.cfg_interval_start))
+    x = batch.get("noise")
+    if x is None:
+      x = _noise(self._shape, np.uint32(seed), batch["index"])
+    yield x
+    for ends in itertools.pairwise(self._grid(chosen)):
+      before, label = x, batch["label"]
+      x = _advance(*static, is_guided, self._placed, x, np.array(ends), label, *guidance)
+      before.block_until_ready()  # so that the host is never more than a step ahead
+      yield x
+
+  def _decoded(self, normalised_NhwZ: np.ndarray) -> list[Image.Image]:
+    if not np.isfinite(normalised_NhwZ).all():
+      raise InputError(
+        "Samples have numbers that are not finite; change guidance or solver, or give "
+        'dtype="float32".'
+      )
+    mean, std = latents.statistics(self.space, latent_norm=self.config.latents.latent_norm)
+    multiplier = self.config.latents.latent_multiplier
+    return self.tokenizer.decode(latents.denormalise(normalised_NhwZ, mean, std, multiplier))
+
+  def settings(self, **changes: Any) -> FrozenConfigDict:
+    """The model's `config.sample` with changes by our names or its own; errors as of `sample`."""
+    named = {_OURS.get(name, name): value for name, value in changes.items()}
+    if unknown := sorted(named.keys() - checks.SAMPLE.keys()):
+      known = ", ".join(sorted({*_OURS, *checks.SAMPLE} - {*_OURS.values()}))
+      raise InputError(f"{unknown[0]} is no setting of sampling; they are {known}.")
+    # A whole number is as good as a float, and NumPy's as good as Python's.
+    plain = {
+      k: v.item() if isinstance(v, np.generic) else v for k, v in named.items() if v is not None
+    }
+    chosen = FrozenConfigDict(ConfigDict(self.config.sample.to_dict() | plain))
+    checks.check_sampling(chosen, self.config.model)
+    return chosen
+
+
+def _is_on_grid(settings: FrozenConfigDict) -> bool:
+  """Whether the solver takes steps of the host's choice, the same for all samples."""
+  return settings.mode == "ODE" and settings.method in solvers.TABLEAUX
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise(shape: tuple[int, ...], seed: jax.Array, index_B: jax.Array) -> jax.Array:
+  return sampling.noise_of(seed, index_B, shape)
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _advance(
+  config: FrozenConfigDict,
+  dtype: str,
+  method: str,
+  channels: int,
+  is_guided: bool,
+  params: Any,
+  x_BhwZ: jax.Array,
+  ends: jax.Array,
+  label_B: jax.Array,
+  scale: jax.Array,
+  start: jax.Array,
+) -> jax.Array:
+  """One step of a solver, from the time ends[0] to ends[1]."""
+  model = nnx.merge(functional.graph_of(build_model(config, dtype)), params)
+  predict = sampling.guided(
+    model,
+    label_B,
+    config.model.num_classes,
+    cfg_scale=scale if is_guided else 1.0,
+    cfg_interval_start=start,
+    cfg_channels=channels,
+  )
+  path, prediction = config.transport.path_type, config.transport.prediction
+
+  def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+    return transport.to_velocity(predict(x, t), x, t, path, prediction)
+
+  return solvers.integrate(velocity, x_BhwZ, ends, method, 0.0, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=range(2))
+def _all_at_once(
+  config: FrozenConfigDict,
+  settings: FrozenConfigDict,
+  params: Any,
+  seed: jax.Array,
+  index_B: jax.Array,
+  label_B: jax.Array,
+) -> jax.Array:
+  return sampling.sample_latents(config, params, index_B, label_B, seed=seed, sample=settings)

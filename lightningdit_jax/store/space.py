@@ -1,0 +1,133 @@
+"""What a diffusion model must know of the latents that it was trained on, wherever they are now."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from lightningdit_jax.store.latents import LatentStore, mean_and_std
+from vavae_jax import folder
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place, read_note
+
+NOTE = "latents.json"  # in a training's workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """The latent space of a model.
+
+  Attributes:
+    mean, std: of each channel, float32 [Z].
+    class_names: of the labels; empty where nobody named them.
+    tokenizer: "workdir", "step" and "sha256" of what made the latents; empty if that is not known.
+  """
+
+  mean: np.ndarray
+  std: np.ndarray
+  class_names: tuple[str, ...] = ()
+  tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, store: LatentStore) -> Space:
+    """That of stored latents."""
+    about = store.manifest
+    return cls(
+      store.mean, store.std, tuple(about.get("class_names", ())), about.get("tokenizer", {})
+    )
+
+  @classmethod
+  def read(cls, path: Path) -> Space:
+    """From what `note` gave, as JSON; InputError if the file is damaged."""
+    note = read_note(path, mean=list, std=list, class_names=list, tokenizer=dict)
+    try:
+      numbers = {name: np.array(note[name], np.float32) for name in ("mean", "std")}
+      mean, std = mean_and_std(numbers)
+      return cls(mean, std, tuple(note["class_names"]), dict(note["tokenizer"]))
+    except (TypeError, ValueError) as error:
+      raise InputError(f"{path} is damaged ({error}); bring back the file as it was.") from error
+
+  @classmethod
+  def of_folder(cls, path: Path, config: Mapping[str, Any]) -> Space:
+    """That of a model folder, whose config.json is given; InputError if its file is damaged."""
+    mean, std = mean_and_std(folder.read_tensors(path, folder.STATISTICS, config["files"]))
+    return cls(mean, std, tuple(config["class_names"]))
+
+  def note(self) -> dict[str, Any]:
+    """For JSON, which keeps float32 as it is."""
+    return {
+      "mean": self.mean.tolist(),
+      "std": self.std.tolist(),
+      "class_names": list(self.class_names),
+      "tokenizer": dict(self.tokenizer),
+    }
+
+
+def label_of(given: str | int, names: Sequence[str], count: int) -> int:
+  """The label of a class by its name, or by its number among `count`; InputError for another."""
+  if isinstance(given, str):
+    if given not in names:
+      near = difflib.get_close_matches(given, names, 3) or names[:20]
+      known = ", ".join(near) or f"no names; give 0 to {count - 1}"
+      raise InputError(f"There is no class {given!r}; there are {known}.")
+    given = list(names).index(given)
+  if not 0 <= given < count:
+    raise InputError(f"There is no class {given}; they are 0 to {count - 1}.")
+  return int(given)
+
+
+class Identified(Protocol):
+  """A model that is known by a hash of its weights."""
+
+  @property
+  def sha256(self) -> str: ...
+
+
+T = TypeVar("T", bound=Identified)
+
+
+def find_tokenizer(
+  noted: Mapping[str, Any],
+  load: Callable[[Path, int | None], T],
+  *,
+  of: str,
+  given: str = "",
+  beside: Path | None = None,
+) -> T:
+  """The tokenizer of a latent space, by its note.
+
+  Args:
+    noted: as `Space.tokenizer`.
+    load: reads that of a workdir or model folder, by the step if that is not None.
+    of: whose latents they are, for messages.
+    given: its workdir or model folder, where a person named it; else it is looked for where it was,
+      and then at `beside`.
+
+  Raises:
+    InputError: the tokenizer is unknown, gone, or another one.
+  """
+  places = (given,) if given else (noted.get("workdir", ""), str(beside or ""))
+  paths = [place(text) for text in places if text]
+  if not paths:
+    raise InputError(
+      f"{of} does not say which tokenizer made its latents; give --tokenizer=WORKDIR."
+    )
+  there = next((path for path in paths if (path / folder.CONFIG).exists()), paths[0])
+  if not given and not (there / folder.CONFIG).exists():
+    raise InputError(
+      f"The tokenizer that made the latents of {of} was in {there} and is gone; give "
+      "--tokenizer=WORKDIR, or a model folder that has it."
+    )
+  found = load(there, None if folder.is_model(there) else noted.get("step"))
+  if noted and noted.get("sha256") != found.sha256:
+    raise InputError(
+      f"The tokenizer in {there} is not the one that made the latents of {of} (sha256 "
+      f"{found.sha256[:12]} and {str(noted.get('sha256'))[:12]}): samples would decode to noise. "
+      "Give --tokenizer=WORKDIR of the right one, or encode and train again."
+    )
+  return found

@@ -1,0 +1,278 @@
+"""Model folders, and trained models from Python: the same samples as the commands', anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+from PIL import Image
+
+from launch import restore
+from launch.evaluation.sample_files import class_sheet
+from launch.evaluation.training import exports
+from launch.sample import labels_for, make_sampler
+from launch.train import _with_classes
+from lightningdit_jax import Pipeline
+from lightningdit_jax.checks import check_store
+from lightningdit_jax.store.latents import LatentStore
+from tests import fake_hub
+from tests.conftest import ROOT
+from vavae_jax import Tokenizer, folder
+from vavae_jax.common import functional, mesh
+from vavae_jax.common.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def pipe(diffusion, tokenizer):
+  """The tiny pipeline's model."""
+  return restore.for_use(diffusion, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+  """Its folder, which nobody changes."""
+  path = tmp_path_factory.mktemp("saved") / "model"
+  pipe.save(path)
+  return path
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+  """A copy of the folder."""
+  return shutil.copytree(saved, tmp_path / "model")
+
+
+def rewrite(path, **values):
+  config = json.loads((path / folder.CONFIG).read_text())
+  for name, value in values.items():
+    inner = config
+    *above, last = name.split("__")
+    for key in above:
+      inner = inner[key]
+    inner[last] = value
+  (path / folder.CONFIG).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
+def test_samples_are_those_of_the_command(pipe, diffusion, tokenizer, method):
+  words = {"steps": 4, "method": method, "guidance": 2.5, "interval_start": 0.2}
+  space, settings = restore.space_of(diffusion), pipe.settings(**words)
+  run = make_sampler(diffusion.config, space, tokenizer, settings, 3, mesh.make_mesh())
+  expected = run(diffusion.params, np.arange(3), np.array([1, 1, 4]))
+  drawn = pipe.sample([pipe.class_names[1], 1, 4], seed=3, progress=False, **words)
+  assert np.abs(np.stack(drawn).astype(int) - expected).max() <= 1
+
+
+def test_a_folder_gives_the_same_pictures_wherever_it_is(pipe, model):
+  words = {"num": 2, "steps": 3, "progress": False}
+  assert Pipeline.load(model).sample([0, 3], **words) == pipe.sample([0, 3], **words)
+
+
+def test_a_trajectory_ends_with_the_sample(pipe):
+  ways = pipe.sample([2, 5], steps=4, trajectory=True, progress=False)
+  assert [len(way) for way in ways] == [3, 3]
+  assert [way[-1] for way in ways] == pipe.sample([2, 5], steps=4, progress=False)
+
+
+def test_nothing_compiles_when_a_slider_moves(pipe):
+  pipe.sample([0], steps=3, guidance=2.0, progress=False)
+  from lightningdit_jax import pipeline
+
+  before = pipeline._advance._cache_size()
+  for steps, guidance, start, seed in ((5, 3.0, 0.1, 1), (2, 1.5, 0.5, 2**32 - 1)):
+    pipe.sample(
+      [1], steps=steps, guidance=guidance, interval_start=start, seed=seed, progress=False
+    )
+  assert pipeline._advance._cache_size() == before
+
+
+@pytest.mark.parametrize(
+  ("classes", "words", "message"),
+  [
+    (["2 Animals"], {}, "There is no class '2 Animals'; there are 2 Animals & Nature"),
+    ([9], {}, "There is no class 9; they are 0 to 8"),
+    ([], {}, "There are no classes"),
+    ([0], {"stepz": 3}, "stepz is no setting of sampling; they are"),
+    ([0], {"steps": 1}, "num_steps is 1"),
+    ([0], {"seed": -1}, "seed is -1"),
+    ([0], {"trajectory": True, "method": "dopri5"}, "give another method"),
+    ([0], {"noise": np.zeros((2, 4, 4, 48))}, "noise is .* these samples need"),
+  ],
+)
+def test_what_cannot_be_sampled_is_named(pipe, classes, words, message):
+  with pytest.raises(InputError, match=message):
+    pipe.sample(classes, progress=False, **words)
+
+
+def test_bfloat16_halves_the_weights_and_is_near(pipe, saved, tmp_path):
+  pipe.save(tmp_path / "small", dtype="bfloat16")
+  sizes = [(path / "tokenizer.safetensors").stat().st_size for path in (saved, tmp_path / "small")]
+  assert sizes[1] < 0.55 * sizes[0]
+  small = Pipeline.load(tmp_path / "small").sample([1], steps=3, progress=False)
+  assert (
+    np.abs(np.asarray(small[0], float) - pipe.sample([1], steps=3, progress=False)[0]).mean() < 8
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"format_version": 2}, "format_version 2, but this version of the project reads 1"),
+    ({"diffusion__model__rope": True}, r"diffusion\.model\.rope is unknown; known are attention"),
+    ({"diffusion__model__depth": 3}, "asks for"),
+    ({"tokenizer__model__ch": "16"}, r"tokenizer\.model\.ch is '16'; give an integer"),
+    ({"extra": 1}, "extra is unknown"),
+    ({"class_names": [1]}, "class_names is no list of names"),
+    ({"files__diffusion.safetensors": "0" * 64}, "is not the file that config.json names"),
+  ],
+)
+def test_what_a_folder_may_not_say_is_refused_by_name(model, change, message):
+  rewrite(model, **change)
+  with pytest.raises(InputError, match=message):
+    Pipeline.load(model)
+
+
+def test_a_folder_that_was_not_copied_whole_says_what_is_missing(model):
+  (model / folder.STATISTICS).unlink()
+  with pytest.raises(InputError, match="not copied whole: it has no latents_stats"):
+    Pipeline.load(model)
+
+
+def test_a_folder_of_other_things_is_not_replaced(pipe, tmp_path):
+  (tmp_path / "mine.txt").write_text("")
+  with pytest.raises(InputError, match="is no model folder"):
+    pipe.save(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_pictures_of_any_kind_and_size_come_back(tokenizer, tmp_path):
+  own = restore.for_use(tokenizer)
+  own.save(tmp_path / "tokenizer")
+  own = Tokenizer.load(tmp_path / "tokenizer")
+  picture = Image.effect_noise((70, 40), 50)
+  picture.save(tmp_path / "1.png")
+  array = np.asarray(picture.convert("RGB"))
+  one = own.encode(picture)
+  assert one.shape == (2, 4, own.channels)
+  for same in (array, tmp_path / "1.png", str(tmp_path / "1.png")):
+    np.testing.assert_array_equal(own.encode(same), one)
+  assert own.decode(one).size == (64, 32)
+  several = own.encode([picture, Image.new("L", (32, 32)), array])
+  assert [z.shape[:2] for z in several] == [(2, 4), (2, 2), (2, 4)]
+  assert [again.size for again in own.decode(several)] == [(64, 32), (32, 32), (64, 32)]
+  with pytest.raises(InputError, match="a cell of this tokenizer has 16 x 16"):
+    own.encode(Image.new("RGB", (8, 40)))
+
+
+def test_a_large_picture_runs_in_tiles_that_hardly_differ(tokenizer, monkeypatch):
+  own = restore.for_use(tokenizer)
+  picture = Image.effect_noise((48, 1040), 50).convert("RGB")
+  tiled = own.encode(picture)
+  monkeypatch.setattr("vavae_jax.tokenizer._LARGEST", 2048)
+  whole = own.encode(picture)
+  assert tiled.shape == whole.shape == (65, 3, own.channels)
+  assert 0 < np.abs(tiled - whole).mean() < 0.2 * np.abs(whole).mean()
+
+
+def test_a_moved_workdir_samples_without_its_latents(pipeline, tmp_path, pipe):
+  shutil.copytree(pipeline / "diffusion", tmp_path / "diffusion")
+  shutil.copytree(pipeline / "tokenizer", tmp_path / "tokenizer")
+  config = json.loads((tmp_path / "diffusion" / "config.json").read_text())
+  config["latents"]["path"] = str(tmp_path / "gone")
+  (tmp_path / "diffusion" / "config.json").write_text(json.dumps(config))
+  note = json.loads((tmp_path / "diffusion" / "latents.json").read_text())
+  note["tokenizer"]["workdir"] = str(tmp_path / "was" / "tokenizer")
+  (tmp_path / "diffusion" / "latents.json").write_text(json.dumps(note))
+  diffusion = restore.load(tmp_path / "diffusion", "diffusion")
+  moved = restore.for_use(diffusion, restore.tokenizer_of(diffusion))
+  assert moved.sample([1], steps=3, progress=False) == pipe.sample([1], steps=3, progress=False)
+  words = {"steps": 3, "progress": False}
+  own = Pipeline.load(tmp_path / "diffusion")
+  assert own.sample([1], **words) == pipe.sample([1], **words)
+  assert own.origin == pipe.origin
+  shutil.rmtree(tmp_path / "tokenizer")
+  with pytest.raises(InputError, match="is gone; give --tokenizer=WORKDIR"):
+    restore.tokenizer_of(diffusion)
+
+
+def test_commands_take_a_folder_as_they_take_a_workdir(saved, diffusion, tokenizer):
+  for task, mine in (("diffusion", diffusion), ("tokenizer", tokenizer)):
+    loaded = restore.load(saved, task)
+    assert loaded.sha256 == mine.sha256
+    assert loaded.step == mine.step
+    assert loaded.config.model == mine.config.model
+  assert restore.tokenizer_of(restore.load(saved, "diffusion")).sha256 == tokenizer.sha256
+  expected = functional.fingerprint(tokenizer.params["autoencoder"])
+  assert functional.fingerprint(restore.load(saved, "tokenizer").params["autoencoder"]) == expected
+  with pytest.raises(InputError, match="it holds no classifier"):
+    restore.load(saved, "classifier")
+  with pytest.raises(InputError, match="has the weights of step 6 alone, and not of 4"):
+    restore.load(saved, "diffusion", 4)
+
+
+def test_what_is_pushed_to_the_hub_comes_back(command, saved, environment, tmp_path):
+  with fake_hub.running(tmp_path / "hub") as address:
+    hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "good"}
+    words = ("launch.export", f"--workdir={saved}", "--samples=1", "--push=me/model")
+    done = command(*words, f"--output={tmp_path / 'out'}", **hub)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "hub" / "me" / "model" / folder.CARD).read_text()
+    assert "Pipeline.load(" in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / folder.CONFIG).read_text()
+    refused = command(*words, f"--output={tmp_path / 'out'}", **hub | {"HF_TOKEN": "wrong"})
+    assert refused.returncode == 2
+    assert "me/model could not be pushed (Client error '401" in refused.stderr
+    load = "from lightningdit_jax import Pipeline; print(Pipeline.load('me/model').class_names)"
+    run = {"cwd": ROOT, "env": environment | hub, "capture_output": True, "text": True}
+    online = subprocess.run([sys.executable, "-c", load], check=True, **run)
+    assert "Animals & Nature" in online.stdout
+  offline = subprocess.run([sys.executable, "-c", load], check=True, **run)
+  assert offline.stdout == online.stdout
+
+
+def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tmp_path):
+  config = ConfigDict(diffusion.config)
+  config.update(export="best", keep_best="validation/mse", tokenizer=str(pipeline / "tokenizer"))
+  config.sample.num_steps = 2
+  shutil.copy(pipeline / "diffusion" / "latents.json", tmp_path)
+  (tmp_path / "metrics.jsonl").write_text(
+    '{"step": 3, "validation/mse": 1.5}\n{"step": 6, "validation/mse": 2.5}\n'
+  )
+  every, write = exports(FrozenConfigDict(config), tmp_path)["export"]
+  assert every == config.evaluate_every_steps
+  state = types.SimpleNamespace(step=6, ema={"0.5": diffusion.params})
+  write(state)
+  assert not (tmp_path / "model").exists()
+  state.step = 3
+  write(state)
+  loaded = restore.load(tmp_path / "model", "diffusion")
+  assert (loaded.step, loaded.ema, loaded.sha256) == (3, 0.5, diffusion.sha256)
+  assert "| validation/mse | 2.5 | 6 |" in (tmp_path / "model" / folder.CARD).read_text()
+
+
+def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
+  names = ("cat", "dog", "7")
+  np.testing.assert_array_equal(labels_for("dog,0,cat", 4, 3, 0, names), [1, 0, 0, 1])
+  with pytest.raises(InputError, match="There is no class 'dogs'; there are dog"):
+    labels_for("dogs", 4, 3, 0, names)
+  pictures = np.full((6, 8, 40, 3), 200, np.uint8)
+  sheet = class_sheet(pictures, np.array([0, 1, 2, 2, 1, 0]), names)
+  assert sheet.shape == (3 * (8 + 14), 2 * 40, 3)
+  assert [bool((sheet[22 * i : 22 * i + 14] < 100).any()) for i in range(3)] == [True] * 3
+
+
+def test_the_number_of_classes_is_that_of_the_latents(diffusion, pipeline):
+  config = ConfigDict(diffusion.config)
+  config.latents.path = str(pipeline / "latents")
+  config.model.num_classes = 1000
+  assert _with_classes(config).model.num_classes == 9
+  for count in (8, 10):
+    config.model.num_classes = count
+    with pytest.raises(InputError, match=f"has 9 classes, but config.model.num_classes is {count}"):
+      check_store(FrozenConfigDict(config), LatentStore(pipeline / "latents"))
