@@ -129,6 +129,7 @@ def pipeline(*, tiny: bool = False) -> ConfigDict:
   config = ConfigDict()
   config.tokenizer = tokenizer(tiny=tiny)
   config.diffusion = diffusion(tiny=tiny)
+  config.diffusion.export = "" if tiny else "end"
   config.encode = ConfigDict({"batch_size": 8 if tiny else 64, "shard_size": 500, "seed": 0})
   config.sample = ConfigDict({"num_samples": 18 if tiny else 360, "seed": 0})
   return config

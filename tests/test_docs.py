@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from launch.__main__ import COMMANDS
 from launch.engine.configuration import flat, resolve
 from tests.conftest import ROOT
 from vavae_jax.data import sources
@@ -27,6 +28,7 @@ OWN_CONFIG = {
   "launch.lab.benchmark page": "configs/lab/speed.py",
 }
 COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`&\n\\]|\\\n)*)")
+SHORT = re.compile(r"^vavae ([a-z]+)", re.MULTILINE)
 WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark")
 # Prints what each command's --help says, from forks of one process that has imported jax.
 HELP = """
@@ -52,10 +54,11 @@ def commands() -> list[tuple[str, str, list[str]]]:
   """(page, command with its subcommand, options) of each command in the pages."""
   found = []
   for page in PAGES:
-    for match in COMMAND.finditer(page.read_text()):
+    for match in COMMAND.finditer(SHORT.sub("-m launch.\\1", page.read_text())):
       line = match[1].replace("\\\n", " ")
       # A command within quotes, as a launcher takes it, ends with the second quote.
       module, *options = shlex.split(line.rstrip('"') if line.count('"') % 2 else line, True)
+      module = COMMANDS.get(module.removeprefix("launch."), module)
       if options and re.fullmatch(r"[a-z]+", options[0]) and module in WITH_SUBCOMMANDS:
         module = f"{module} {options.pop(0)}"
       found.append((str(page.relative_to(ROOT)), module, options))

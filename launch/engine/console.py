@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from logging import getLogger
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import jax
@@ -288,6 +290,17 @@ def _at_home(word: str) -> str:
   return f"{flag}={at_home(value)}" if flag.startswith("-") and value else word
 
 
+def _recipe(word: str) -> str:
+  """--config=configs/NAME.py:ARGUMENT by where the recipes are installed, away from a checkout."""
+  flag, _, value = word.partition("=")
+  path, colon, argument = value.partition(":")
+  if flag.lstrip("-") != "config" or not path.startswith("configs/") or os.path.exists(path):
+    return word
+  package = importlib.util.find_spec("configs")
+  installed = Path((package and package.origin) or "").parent / path.removeprefix("configs/")
+  return f"{flag}={installed}{colon}{argument}" if installed.is_file() else word
+
+
 def run_command(
   main: Callable[..., None],
   *,
@@ -344,7 +357,7 @@ def run_command(
 
   tracing.define_flags()
   # Not as the flag's default, which is parsed before errors can be caught.
-  argv = [_at_home(word) for word in argv or sys.argv]
+  argv = [_recipe(_at_home(word)) for word in argv or sys.argv]
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
   app.run(guarded, argv, flags_parser=functools.partial(_parse_flags, name=name))

@@ -41,17 +41,24 @@ GPU_FLAGS = (
 PROGRAMS = "~/.cache/vavae_jax/programs"
 
 
+def expected() -> str:
+  """The platform that jax will find, "gpu", "tpu" or "cpu", before it looks."""
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    return "cpu"
+  if os.path.exists("/dev/nvidiactl"):
+    return "gpu"
+  tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+  return "tpu" if tpu else "cpu"
+
+
 def prepare() -> None:
   """Sets XLA's flags and the cache for this machine's accelerators, before jax looks for them."""
-  if os.environ.get("JAX_PLATFORMS") == "cpu":
-    return
-  gpu = os.path.exists("/dev/nvidiactl")
-  if gpu:
+  platform = expected()
+  if platform == "gpu":
     given = os.environ.get("XLA_FLAGS", "")
     missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
-  tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-  if (gpu or tpu) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  if platform != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(PROGRAMS))
 
 

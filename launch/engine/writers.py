@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, is_url, naming
@@ -27,7 +28,7 @@ _DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeEr
 
 
 class Writer:
-  """Writes one workdir's `metrics.jsonl` and `tensorboard/`."""
+  """Writes one workdir's `metrics.jsonl`, `tensorboard/` and `pictures/`."""
 
   def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
     """Lines after `resume_step` are dropped; `active` is False in processes that write nothing."""
@@ -36,6 +37,7 @@ class Writer:
       return
     kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
     lines = "".join(json.dumps(line) + "\n" for line in kept)
+    self._pictures = workdir / "pictures"
     self._metrics = _Growing(workdir / "metrics.jsonl", lines.encode())
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
     self._board = _Growing(workdir / "tensorboard" / name, b"")
@@ -53,8 +55,10 @@ class Writer:
       self._event(step, summary=_tensorboard().summary.scalar(name, value))
 
   def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-    """Writes one uint8 picture to TensorBoard."""
+    """Writes one uint8 picture to TensorBoard, and as pictures/NAME/STEP.png."""
     if self._active:
+      with atomic_file(self._pictures / name.replace("/", "_") / f"{step:08d}.png") as file:
+        Image.fromarray(image_HWC).save(file, "PNG")
       self._event(step, summary=_tensorboard().summary.image(name, image_HWC, dataformats="HWC"))
 
   def _event(self, step: int, **what: Any) -> None:
