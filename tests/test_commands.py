@@ -138,7 +138,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     ({"latents__sha256": "0" * 64}, "trained on other latents"),
     ({"model__in_channels": 32}, "4x4 with 48 channels, config.model expects 4x4 with 32"),
     ({"model__input_size": 8}, "another tokenizer"),
-    ({"model__num_classes": 8}, r"run from 0 to 8, but config\.model\.num_classes is 8"),
+    ({"model__num_classes": 8}, r"has 9 classes, but config\.model\.num_classes is 8"),
     ({"model__num_heads": 5}, "config.model cannot be built"),
     ({"batch_size": 66}, "has 65 latents, fewer than one batch of 66"),
     ({"sample__method": "leap"}, "config.sample.method is 'leap'; choose one of"),
@@ -279,7 +279,7 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_at_once(
     (lambda: encode(tokenizer, tmp_path / "latents"), "latents"),
     (lambda: sample_set(diffusion, tokenizer, tmp_path / "x.npz", num_samples=2), "samples"),
   ):
-    with pytest.raises(InputError, match=f"GiB are needed for the {what}"):
+    with pytest.raises(InputError, match=f"MiB are needed for the {what}"):
       start()
 
 
@@ -472,7 +472,7 @@ def _owned(root, pipeline):
     ("no such file at home", f"error: {Path.home()}/nothing_here does not exist"),
     ("an empty key", "config.data.source is ''; give a text that is not empty"),
     ("nothing to evaluate", "invalid choice: 'everything'"),
-    ("no such class", "--labels is '3,9'; labels must lie in 0..8."),
+    ("no such class", "--labels is '3,9': There is no class 9; they are 0 to 8."),
     ("two samplers", "--published and --method exclude each other"),
     ("no folder", "Not a directory"),
     ("unreadable picture", "The picture {picture} cannot be read"),

@@ -40,7 +40,7 @@ encode.encode(tokenizer, Path("latents"), batch_size=8)
 config = quickstart.diffusion(tiny=True)
 config.update(num_steps=2, evaluate_every_steps=0)
 config.latents.path = "latents"
-config.model.use_layer_scale = True
+config.model.update(use_layer_scale=True, num_classes=3)
 config.transport.update(prediction="data", path_type="Smooth", use_cosine_loss=False)
 train.train(config, Path("diffusion"))
 diffusion = restore.load(Path("diffusion"), "diffusion")

@@ -175,16 +175,17 @@ def test_png_files_are_the_pictures_and_those_that_are_there_stay(diffusion, tok
   sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
   folder = tmp_path / "samples"
   names = sorted(path.name for path in folder.glob("*.png"))
-  assert names == [f"{i:06d}.png" for i in range(10)]
+  assert names[3] == "000003_3-Food-Drink_seed0.png"
+  assert [name[:6] for name in names] == [f"{i:06d}" for i in range(10)]
   pictures, labels = read_samples(output)
   assert labels.tolist() == [*range(9), 0]
   for path, picture in zip(sorted(folder.glob("*.png")), pictures, strict=True):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
-  (folder / "000003.png").unlink()
-  kept = (folder / "000004.png").stat().st_mtime_ns
+  (folder / names[3]).unlink()
+  kept = (folder / names[4]).stat().st_mtime_ns
   sample.sample_set(diffusion, tokenizer, output, num_samples=10, png=True)
-  assert (folder / "000003.png").is_file()
-  assert (folder / "000004.png").stat().st_mtime_ns == kept
+  assert (folder / names[3]).is_file()
+  assert (folder / names[4]).stat().st_mtime_ns == kept
 
 
 def test_a_folder_of_other_pictures_is_refused(diffusion, tokenizer, tmp_path):

@@ -57,9 +57,9 @@ class Writer:
   def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
     """Writes one uint8 picture to TensorBoard, and as pictures/NAME/STEP.png."""
     if self._active:
+      self._event(step, summary=_tensorboard().summary.image(name, image_HWC, dataformats="HWC"))
       with atomic_file(self._pictures / name.replace("/", "_") / f"{step:08d}.png") as file:
         Image.fromarray(image_HWC).save(file, "PNG")
-      self._event(step, summary=_tensorboard().summary.image(name, image_HWC, dataformats="HWC"))
 
   def _event(self, step: int, **what: Any) -> None:
     """Here and not by a thread of tensorboardX, which a full disk ends and which is then waited for

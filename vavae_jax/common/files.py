@@ -206,7 +206,8 @@ def naming(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    error.filename = error.filename or str(path)
+    if error.errno:
+      error.filename = error.filename or str(path)
     raise
 
 
