@@ -11,6 +11,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from launch.engine import output
+
 COMMANDS = {
   "run": "launch.quickstart",
   **{
@@ -23,6 +25,7 @@ COMMANDS = {
 
 def main() -> None:
   """Runs the command that the first word names, or lists all."""
+  output.keep_harmless()
   word = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if word in ("--help", "-h", "--helpfull", "help"):
     print(_listed())

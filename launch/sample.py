@@ -235,6 +235,7 @@ def define_flags(num_samples: int, least: int) -> None:
   for name, key in checks.SAMPLE.items():
     kind = {int: "integer", float: "float", str: "string"}[type(key.default)]
     getattr(flags, f"DEFINE_{kind}")(name, None, f"{key.text} {key.needed().capitalize()}.")
+    flags.FLAGS[name].default_as_str = f"the model's own, usually {key.default!r}"  # for --help
 
 
 def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:

@@ -6,7 +6,6 @@ command that resumes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib.util
@@ -20,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -30,7 +29,7 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launch.engine import hardware, processes, tracing, watchdog
+from launch.engine import hardware, output, processes, tracing, watchdog
 from launch.engine.circumstances import own_program
 from launch.engine.configuration import flat
 from vavae_jax.common.errors import InputError, printable
@@ -58,42 +57,6 @@ class Interrupted(BaseException):
     self.together = together
 
 
-class BestEffort:
-  """A stream whose reader may go, whose disk may fill and whose encoding may lack a character.
-
-  Progress is no reason to end a work: metrics.jsonl and the other files have it too.
-  """
-
-  def __init__(self, stream: TextIO):
-    self._stream = stream
-
-  def write(self, text: str) -> int:
-    """Writes what can be written."""
-    with contextlib.suppress(OSError):
-      encoding = self._stream.encoding or "utf-8"
-      self._stream.write(text.encode(encoding, "replace").decode(encoding))
-    return len(text)
-
-  def flush(self) -> None:
-    """Flushes what can be."""
-    with contextlib.suppress(OSError):
-      self._stream.flush()
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._stream, name)
-
-
-def _keep_output_harmless() -> None:
-  for descriptor in range(3):
-    try:
-      os.fstat(descriptor)
-    except OSError:
-      os.open(os.devnull, os.O_RDWR)  # else a file gets the number, and what C++ prints
-  for name in ("stdout", "stderr"):
-    if (stream := getattr(sys, name)) is not None:
-      setattr(sys, name, BestEffort(stream))
-
-
 class Bar:
   """Progress of one long work: `with Bar("train", total=100) as bar: bar.update(step, loss=...)`.
 
@@ -106,7 +69,7 @@ class Bar:
     self._show = jax.process_index() == 0
     self._live = self._show and console.is_terminal
     self._began = self._last_line = time.monotonic()
-    self._values = ""
+    self._values, self._told = "", -1
 
   def __enter__(self) -> Bar:
     if self._live:
@@ -136,7 +99,7 @@ class Bar:
       self._line()
 
   def _line(self) -> None:
-    self._last_line = time.monotonic()
+    self._last_line, self._told = time.monotonic(), self._done
     elapsed = self._last_line - self._began
     rate = (self._done - self._start) / max(elapsed, 1e-9)
     eta = f"ETA {clock((self._total - self._done) / rate)}" if rate else ""
@@ -149,7 +112,7 @@ class Bar:
   def __exit__(self, *_: object) -> None:
     if self._live:
       self._progress.stop()
-    elif self._show:
+    elif self._show and self._told != self._done:
       self._line()
 
 
@@ -236,6 +199,8 @@ def _parse_flags(argv: list[str], name: str = "") -> list[str]:
     return words
   except (flags.Error, TypeError) as error:
     message = InputError(" ".join(str(error).split()))
+  except SystemExit:  # of --help, which absl takes for a failure
+    sys.exit(0)
   page = "docs/configuration.md" if "--config." in str(message) else f"{name} --help".strip()
   print(f"error: {message}; see {page}", file=sys.stderr)
   sys.exit(2)
@@ -321,7 +286,6 @@ def run_command(
   """
 
   def guarded(argv: list[str]) -> None:
-    _keep_output_harmless()
     # Libraries log every file they touch; their warnings are enough.
     logging.set_verbosity(logging.WARNING)
     for name in BUCKETS.values():  # which log every retry with its traceback
@@ -355,9 +319,12 @@ def run_command(
         processes.end(code or 1, together=isinstance(error, Interrupted) and error.together)
       sys.exit(code or 1)
 
+  output.keep_harmless()
   tracing.define_flags()
   # Not as the flag's default, which is parsed before errors can be caught.
   argv = [_recipe(_at_home(word)) for word in argv or sys.argv]
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
+  if "config" in flags.FLAGS:
+    flags.FLAGS["config"].default_as_str = config or ""  # for --help
   app.run(guarded, argv, flags_parser=functools.partial(_parse_flags, name=name))

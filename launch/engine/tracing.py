@@ -18,8 +18,6 @@ from absl import flags
 
 from launch.engine import processes
 
-# Flags defined here belong to the command that asks for them.
-flags.disclaim_key_flags()
 LARGEST = 10
 # Their time is that of the operations inside, which are listed themselves.
 _CONTAINERS = ("while", "cond", "call")
@@ -44,7 +42,7 @@ class Activity(NamedTuple):
 
 
 def define_flags() -> None:
-  """Defines the flags of `traced`, once."""
+  """Defines the flags of `traced`, once; --helpfull shows them."""
   if "trace" in flags.FLAGS:
     return
   flags.DEFINE_string("trace", "", "Folder; records there how busy the device was.")
