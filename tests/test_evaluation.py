@@ -194,6 +194,24 @@ def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
   assert shifted["precision"] < 1
 
 
+@pytest.mark.parametrize("kind", ["named", "without labels", "too many"])
+def test_the_page_of_samples_has_a_row_for_each_of_few_classes(network, tmp_path, kind):
+  labels = np.arange(20) if kind == "too many" else np.arange(20) % 3
+  with_labels = {} if kind == "without labels" else {"arr_1": labels}
+  samples = npz(tmp_path / "samples.npz", arr_0=PICTURES[:20], **with_labels)
+  samples.with_suffix(".json").write_text('{"class_names": ["cat", "dog"]}')
+  reference = reference_of(pictures.Array(PICTURES), network, keep=True)
+  output = Output(tmp_path / "found", "generation")
+  opened = pictures.open_pictures(str(samples))
+  generation.evaluate(opened, reference, network, output, options=Options())
+  shown = re.findall(
+    r'<div class="tiles".*?aria-label="(.*?)">(.*?)</div>', output.html.read_text()
+  )
+  counts = [(name, tiles.count("<img")) for name, tiles in shown]
+  few = [("cat", 7), ("dog", 7), ("2", 6)]
+  assert counts == (few if kind == "named" else [("pictures", 20)])
+
+
 def test_a_new_figure_is_one_entry(network, tmp_path, monkeypatch):
   """It stands in the JSON file and on the page under its own name."""
   entry = Entry("count", "Samples", "", lambda g: float(g.samples.moments["pool"].count), "pcs")

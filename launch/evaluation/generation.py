@@ -12,15 +12,16 @@ from launch.evaluation import figures
 from launch.evaluation.features import Network
 from launch.evaluation.figures import NEIGHBOURS, Generated, Options
 from launch.evaluation.output import Output
-from launch.evaluation.pictures import PictureSet, take
+from launch.evaluation.pictures import PictureSet, Sampled, take
 from launch.evaluation.reference import MOST_KEPT, Reference, check_sizes, statistics_of
-from launch.evaluation.sample_files import contact_sheet
+from launch.evaluation.sample_files import Npz, class_name, class_sheet, contact_sheet
 from launch.evaluation.statistics import Statistics
 from launch.report.charts import Curve, training_section
 from launch.report.html import Section, picture_pairs, picture_rows
 from vavae_jax.common.errors import InputError
 
 SHOWN, SHOWN_NEIGHBOURS, COLUMNS = 80, 12, 10
+MOST_CLASSES = 12  # with rows of their own
 
 
 def check(samples: PictureSet, options: Options) -> None:
@@ -57,6 +58,8 @@ def evaluate(
     sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
     console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
   first = samples.read(0, min(len(samples), SHOWN))
+  labels, names = _classes(samples, len(first))
+  rows = {class_name(x, names): first[labels == x] for x in np.unique(labels)} or {"": first}
   found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
   gathered = Generated(found, reference, network, options)
   values, more = figures.compute("generation", gathered), gathered.more()
@@ -69,7 +72,7 @@ def evaluate(
     Section(
       "Samples",
       f"The first {len(first)}, without selection.",
-      [picture_rows({"": first}, COLUMNS)],
+      [picture_rows(rows, COLUMNS)],
     ),
     Section(
       "Neighbours",
@@ -92,9 +95,17 @@ def evaluate(
       "generation", values, network, f"{len(samples)} samples, {network.protocol}", notes
     ),
     sections=sections,
-    picture=contact_sheet(first, COLUMNS),
+    picture=class_sheet(first, labels, names) if len(labels) else contact_sheet(first, COLUMNS),
   )
   return values
+
+
+def _classes(samples: PictureSet, count: int) -> tuple[np.ndarray, list[str]]:
+  """(label of each of the first samples, names), both empty where these have no or many classes."""
+  labels, names = samples.classes if isinstance(samples, Npz | Sampled) else ((), [])
+  first = np.asarray(labels)[:count]
+  few = first.shape == (count,) and len(np.unique(first)) <= MOST_CLASSES
+  return (first, names) if few else (np.zeros(0, int), [])
 
 
 def _neighbours(samples: Statistics, reference: Reference) -> np.ndarray:

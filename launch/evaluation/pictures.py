@@ -145,6 +145,7 @@ class Sampled:
     self.size = tokenizer.config.data.image_size
     space, classes = restore.space_of(diffusion), diffusion.config.model.num_classes
     self._labels = labels_for(labels, count, classes, seed, space.class_names)
+    self.classes = self._labels, list(space.class_names)
     devices = mesh.local_mesh()
     here = tokenizer.on(devices)
     sampler = make_sampler(diffusion.config, space, here, settings, seed, devices)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from launch.engine import console
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, sha256_of
+from vavae_jax.common.files import atomic_file, read_note, sha256_of
 
 SHEET_COLUMNS = 12
 SHEET_PICTURES = 96
@@ -113,6 +113,17 @@ class Npz:
   def about(self) -> dict[str, Any]:
     return {"kind": "npz", "sha256": sha256_of(self._path), "pictures": len(self)}
 
+  @functools.cached_property
+  def classes(self) -> tuple[np.ndarray, list[str]]:
+    """(label of each, names of the classes), both empty where nobody wrote them down."""
+    with np.load(self._path, allow_pickle=False) as stored:
+      labels = stored.get("arr_1", np.zeros(0, np.int32))
+    try:
+      names = read_note(self._path.with_suffix(".json"), class_names=list)["class_names"]
+    except (OSError, InputError):  # launch.sample wrote none
+      names = []
+    return labels, names
+
   def __len__(self) -> int:
     return self._shape[0]
 
@@ -129,8 +140,7 @@ class Npz:
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
   """The pictures of an npz, uint8 [N,H,W,3], and labels, if there are any; errors: see `Npz`."""
   pictures = Npz(path)
-  with np.load(path, allow_pickle=False) as stored:
-    return pictures.read(0, len(pictures)), stored.get("arr_1", np.zeros(0, np.int32))
+  return pictures.read(0, len(pictures)), pictures.classes[0]
 
 
 def write_pngs(output: Path, folder: Path, names: Sequence[str], seed: int) -> None:

@@ -144,7 +144,7 @@ def strip(pictures_NHWC: np.ndarray, label: str) -> str:
 
 
 def picture_rows(rows: Mapping[str, np.ndarray], columns: int) -> str:
-  """Pictures uint8 [n,H,W,3] under a name each, `columns` beside each other."""
+  """Pictures uint8 [n,H,W,3] under a name each, `columns` beside each other; a name may be ""."""
   return part("picture_rows", rows.items(), columns)
 
 
