@@ -30,6 +30,8 @@ def frontier(
   A line joins the sizes of a variant, an arrow goes from the first variant of a size to the others;
   a name without a slash stands alone. `colours` are by variant.
   """
+  from matplotlib.patheffects import withStroke
+
   variants: dict[str, list[str]] = {}
   sizes: dict[str, list[str]] = {}
   for name in points:
@@ -42,13 +44,21 @@ def frontier(
   arrow = {"arrowstyle": "->", "color": "grey", "shrinkA": 0, "shrinkB": 0}
   for first, *others in sizes.values():
     for name in (first, *others):
-      place = (8, -12) if others and name == first else (8, 8)
-      text = printable(name.replace("/", " "))
-      shown = {"xytext": place, "textcoords": "offset points", "fontsize": 8}
-      axis.annotate(text, points[name], parse_math=False, **shown)  # $ is no formula
+      below = others and name == first
+      axis.annotate(
+        printable(name.replace("/", " ")),
+        points[name],
+        xytext=(0, -9 if below else 9),
+        textcoords="offset points",
+        ha="center",
+        va="top" if below else "bottom",
+        fontsize=8,
+        parse_math=False,  # $ is no formula
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # readable across lines
+      )
     for name in others:
       axis.annotate("", points[name], points[first], arrowprops=arrow, zorder=5)
-  axis.margins(x=0.15)
+  axis.margins(0.15)
   axis.grid(alpha=0.3, which="both")
 
 

@@ -182,28 +182,34 @@ def _draw_frontier(
 ) -> Path | None:
   """All widths on the left; on the right the widest, with the variants that were tried there."""
   shown = _places(main)
-  changed = sorted(_places(others).items(), key=lambda x: x[1][1])
+  changed = _places(others)
   if not shown:
     return None
   figure, axes = plots.panels(1, 2 if changed else 1, size=(13 if changed else 7, 5))
   plots.frontier(axes[0, 0], shown, COLOURS)
   _by_factors(axes[0, 0])
   axes[0, 0].set(ylabel=f"{name}, lower is better")
+  axes[0, 0].set_xlabel("PSNR of held-out pictures (dB), higher is better")
   if changed:
-    right = axes[0, 1]
-    widest = f"/d{max(space.width for space in main)}"
-    plots.frontier(right, {k: x for k, x in shown.items() if k.endswith(widest)}, COLOURS)
-    for number, (key, point) in enumerate(changed, 1):
-      right.scatter(*point, s=25, color="grey", label=f"{number} {key.partition('/')[0]}")
-      # On alternate sides, since points may coincide.
-      side = (-10, 0) if number % 2 else (10, 0)
-      right.annotate(
-        str(number), point, xytext=side, textcoords="offset points", ha="center", va="center"
-      )
-    right.legend(fontsize=8)
-  for axis in axes[0]:
-    axis.set(xlabel="PSNR of held-out pictures (dB), higher is better")
+    _draw_changes(axes[0, 1], shown | _places(others), max(space.width for space in main), name)
   return plots.save(figure, path, dpi=110)
+
+
+def _draw_changes(
+  axis: Any, places: Mapping[str, tuple[float, float]], width: int, name: str
+) -> None:
+  """A row for each variant of one width by distance, with its PSNR: points may coincide."""
+  rows = [(key, *place) for key, place in places.items() if key.endswith(f"/d{width}")]
+  rows.sort(key=lambda row: row[2])
+  variants = [key.partition("/")[0] for key, _, _ in rows]
+  distances = [distance for _, _, distance in rows]
+  labels = [f"{v}, {psnr:.1f} dB" for v, (_, psnr, _) in zip(variants, rows, strict=True)]
+  axis.barh(labels, distances, height=0.6, color=[COLOURS.get(v, "#bbbbbb") for v in variants])
+  axis.bar_label(axis.containers[0], fmt="%.2f", padding=4, fontsize=8)
+  axis.margins(x=0.12)
+  axis.invert_yaxis()
+  axis.grid(axis="x", alpha=0.3)
+  axis.set(xlabel=f"{name} at {width} channels, lower is better")
 
 
 def _places(spaces: Sequence[Space]) -> dict[str, tuple[float, float]]:
