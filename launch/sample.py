@@ -32,7 +32,7 @@ from launch.engine.ownership import owned
 from launch.evaluation.sample_files import part_path, write_npz, write_part, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
-from lightningdit_jax.store.space import Space, label_of
+from lightningdit_jax.store.space import Space, check_classes, label_of
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError
@@ -62,8 +62,10 @@ def labels_for(
   """The label of each sample, int32 [num_samples] below `num_classes`.
 
   `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels and names of
-  classes, as in "3,7,cat", repeated.
+  classes, as in "3,7,cat", repeated. InputError where there is no such class, or the model has
+  other classes than its latents had.
   """
+  check_classes(names, num_classes, "What the model was trained on")
   if kind == "balanced":
     return np.arange(num_samples, dtype=np.int32) % num_classes
   if kind == "uniform":

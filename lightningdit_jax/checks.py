@@ -8,6 +8,7 @@ from ml_collections import FrozenConfigDict
 from lightningdit_jax import solvers, transport
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import LatentStore
+from lightningdit_jax.store.space import Space, check_classes
 from vavae_jax.common import functional, keys
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import DTYPES, Key
@@ -152,13 +153,7 @@ def check_store(config: FrozenConfigDict, store: LatentStore) -> None:
       f"channels, config.model expects {size}x{size} with {channels}: they are of another "
       "tokenizer; set config.model.input_size and in_channels, or encode with the right one."
     )
-  names = store.manifest.get("class_names", [])
-  if names and len(names) != config.model.num_classes:
-    raise InputError(
-      f"{store.path} has {len(names)} classes, but config.model.num_classes is "
-      f"{config.model.num_classes}: set it to {len(names)}, for a class that nothing is trained on "
-      "would give noise, and one more than the model has cannot be learned."
-    )
+  check_classes(Space.of(store).class_names, config.model.num_classes, str(store.path))
   low, high = int(store.labels.min()), int(store.labels.max())
   if low < 0 or high >= config.model.num_classes:
     raise InputError(

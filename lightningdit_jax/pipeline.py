@@ -28,7 +28,7 @@ from lightningdit_jax import checks, sampling, solvers, training, transport
 from lightningdit_jax.model import Options, build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
-from lightningdit_jax.store.space import NOTE, Space, find_tokenizer, label_of
+from lightningdit_jax.store.space import NOTE, Space, check_classes, find_tokenizer, label_of
 from vavae_jax import folder
 from vavae_jax.common import functional, keys, mesh
 from vavae_jax.common.batches import as_fits
@@ -226,6 +226,7 @@ class Pipeline:
     keys.check({"num": Key(1, keys.COUNT)}, {"num": num})
     keys.check({"seed": Key(0, f"[0, {LAST_SEED}]")}, {"seed": seed})
     chosen, count = self.settings(**settings), self.config.model.num_classes
+    check_classes(self.class_names, count, "What the model was trained on")
     labels = [label_of(given, self.class_names, count) for given in classes]
     label_N = np.repeat(np.array(labels, np.int32), num)
     if not len(label_N):

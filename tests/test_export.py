@@ -259,6 +259,8 @@ def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tm
 def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
   names = ("cat", "dog", "7")
   np.testing.assert_array_equal(labels_for("dog,0,cat", 4, 3, 0, names), [1, 0, 0, 1])
+  with pytest.raises(InputError, match=r"has 3 classes, but .* is 10"):
+    labels_for("balanced", 4, 10, 0, names)
   with pytest.raises(InputError, match="There is no class 'dogs'; there are dog"):
     labels_for("dogs", 4, 3, 0, names)
   pictures = np.full((6, 8, 40, 3), 200, np.uint8)

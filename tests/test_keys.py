@@ -40,7 +40,7 @@ TRACED = (
 
 def mutations(key: Key) -> Iterator[Any]:
   """Values of all kinds, and the key's choices; of a list, those as its only item."""
-  items = (*NUMBERS, *FLOATS, *TEXTS, *(key.within if isinstance(key.within, tuple) else ()))
+  items = (*NUMBERS, *FLOATS, *TEXTS, *(() if isinstance(key.within, str) else key.within))
   yield from ((item,) for item in items) if key._takes_list else items
   yield from OTHERS
 

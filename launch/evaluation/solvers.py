@@ -50,7 +50,8 @@ def evaluate(
   all_settings = [FrozenConfigDict(ConfigDict(settings.to_dict() | p)) for p in points_of(grid)]
   for each in (settings, *all_settings):  # before the first takes its time
     checks.check_sampling(each, diffusion.config.model, has_guide=False)
-  label_N = labels_for(labels, count, diffusion.config.model.num_classes, seed)
+  classes, names = diffusion.config.model.num_classes, restore.space_of(diffusion).class_names
+  label_N = labels_for(labels, count, classes, seed, names)
   console.say(f"reference settings: {_described(settings)}")
   best, _ = _samples(diffusion, settings, label_N, seed)
   scale_N = np.linalg.norm(best, axis=1)

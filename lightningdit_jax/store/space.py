@@ -68,6 +68,16 @@ class Space:
     }
 
 
+def check_classes(names: Sequence[str], count: int, where: str) -> None:
+  """Raises InputError where the classes of latents are named and not `count`, as a model has."""
+  if names and len(names) != count:
+    raise InputError(
+      f"{where} has {len(names)} classes, but config.model.num_classes is {count}: a class that "
+      "nothing is trained on gives noise, and one more than the model has cannot be learned. Train "
+      f"with config.model.num_classes={len(names)}."
+    )
+
+
 def label_of(given: str | int, names: Sequence[str], count: int) -> int:
   """The label of a class by its name, or by its number among `count`; InputError for another."""
   if isinstance(given, str):
