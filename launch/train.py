@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
   config = _with_classes(_with_split(config, workdir))
   frozen, notes, more = tasks.frozen(config), {}, {}
   if "data" in frozen:
-    notes[changes.NOTE] = changes.check(workdir, frozen.data)
+    notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
     frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
   if config.task == "tokenizer" and uses_teacher(frozen):
     if (scale := frozen.teacher.scale) > 1:

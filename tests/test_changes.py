@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,14 +86,14 @@ CHANGES = {
 }
 
 
-def begin(folder: Path, workdir: Path, **changes) -> ConfigDict:
+def begin(folder: Path, workdir: Path, *, with_changes: bool = False, **changes) -> ConfigDict:
   """Trains zero steps."""
   config = base.tokenizer()
   config.data = ConfigDict(data(f"folder:{folder}", valid_source=f"folder:{folder}", **changes))
   config.num_steps = config.batch_size = 4
   selection.opened.cache_clear()  # as in a process of its own
   selection._training_pictures.cache_clear()
-  train(config, workdir)
+  train(config, workdir, with_changes=with_changes)
   return config
 
 
@@ -100,8 +101,8 @@ def begin(folder: Path, workdir: Path, **changes) -> ConfigDict:
 def no_steps(monkeypatch):
   """Of the loop, what it does to a workdir before it trains."""
 
-  def run(task, config, workdir, *, notes, **others):
-    configuration.check_workdir(workdir, config)
+  def run(task, config, workdir, *, notes, with_changes, **others):
+    configuration.check_workdir(workdir, config, with_changes=with_changes)
     configuration.claim_workdir(workdir, config, notes)
 
   monkeypatch.setattr(loop, "run", run)
@@ -129,6 +130,25 @@ def test_pictures_that_move_by_position_are_counted(folder, tmp_path):
     InputError, match=r"1 added, \d+ moved from the held-out ones to training, \d+ moved from tr"
   ):
     begin(folder, tmp_path / "run")
+
+
+def test_pictures_that_a_changed_key_moves_are_counted(folder, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  begin(folder, workdir)
+  with pytest.raises(InputError, match=r"config\.data\.held_out: 0\.3 there, 0\.6 now"):
+    begin(folder, workdir, held_out=0.6)
+  assert not capsys.readouterr().err
+  for changed in ({"held_out": 0.6}, {"held_out": 0.6, "split_seed": 1}):
+    begin(folder, workdir, with_changes=True, **changed)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: .*notes: (.*, )?\d+ moved from training to the held-out ones", said)
+    begin(folder, workdir, with_changes=True, **changed)
+    assert not capsys.readouterr().err
+  add(folder.with_name("other"), "00")
+  with pytest.raises(InputError, match=r"config\.data\.source"):
+    begin(folder.with_name("other"), workdir, held_out=0.0)
+  begin(folder.with_name("other"), workdir, with_changes=True, held_out=0.0)
+  assert "notes: 39 removed" in capsys.readouterr().err
 
 
 def test_of_records_without_names_it_is_said_that_they_may_have_moved(tmp_path):

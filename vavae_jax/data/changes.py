@@ -26,8 +26,10 @@ NOTE = "pictures.json"
 _NAME, _SIZE, _HELD_OUT = (np.uint64(x) for x in (2**64 - 2**16, 2**16 - 2, 1))
 
 
-def check(workdir: Path, data: FrozenConfigDict) -> dict[str, Any]:
+def check(workdir: Path, data: FrozenConfigDict, *, with_changes: bool = False) -> dict[str, Any]:
   """What the workdir of a training on `config.data` has to note in `NOTE`.
+
+  `with_changes`: its source and its rule for held-out ones may be others; what moved is counted.
 
   Raises:
     InputError: the workdir has noted other pictures, and `data.changed` is not "allow".
@@ -39,6 +41,8 @@ def check(workdir: Path, data: FrozenConfigDict) -> dict[str, Any]:
   for name, spec in specs.items():
     source, before = selection.opened(spec), noted.get(name) or {}
     same = {"spec": spec, "listing": source.listing(), "pictures": len(source)}
+    if name == "source":
+      same["rule"] = [data.split, data.split_seed, data.held_out]
     if same.items() <= before.items():
       notes[name] = before
       continue
@@ -51,8 +55,11 @@ def check(workdir: Path, data: FrozenConfigDict) -> dict[str, Any]:
       "each": _pack(source, held_out),
       "named": source.has_names,
     }
-    if before.get("spec") == spec:
-      _report(f"{spec} has other pictures than {path} notes", before, notes[name], data)
+    what = f"{spec} has other pictures than {path} notes"
+    if before.get("spec") == spec and not _same_records(before, same):
+      _report(what, before, notes[name], allowed=data.get("changed") == "allow")
+    elif before and with_changes:
+      _report(what, before, notes[name], allowed=True)
   return notes
 
 
@@ -63,20 +70,24 @@ def _pack(source: Source, held_out: np.ndarray) -> str:
   return base64.b64encode(each.astype("<u8").tobytes()).decode()
 
 
-def _report(
-  what: str, before: Mapping[str, Any], now: Mapping[str, Any], data: FrozenConfigDict
-) -> None:
-  """Says what differs, where that is allowed, or raises InputError."""
+def _report(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> None:
+  """Says what differs, if anything does, where that is allowed, or raises InputError."""
   try:
-    message = f"{what}: {_difference(before, now)}."
+    difference = _difference(before, now)
   except (ValueError, LookupError, TypeError) as error:
     raise InputError(f"{what}, and how cannot be said, since that is damaged ({error}).") from error
-  if data.get("changed") != "allow":
+  message = f"{what}: {difference}."
+  if not allowed:
     raise InputError(
       f"{message} Bring those back, or train on with these by --config.data.changed=allow, which "
       "notes them."
     )
-  print(printable(f"warning: {message}"), file=sys.stderr)
+  if difference:
+    print(printable(f"warning: {message}"), file=sys.stderr)
+
+
+def _same_records(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  return all(one.get(key) == other.get(key) for key in ("listing", "pictures"))
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -94,6 +105,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "moved from training to the held-out ones": was < becomes,
   }
   found = [f"{np.count_nonzero(x):,} {what}" for what, x in counts.items() if x.any()]
+  if _same_records(before, now):
+    return ", ".join(found)
   found = found or ["the same names, but in another order or with other contents"]
   if not now["named"]:
     found.append(
