@@ -328,6 +328,12 @@ def main() -> None:
       ("folder", str(store.path)),
     ],
   )
+  if not FLAGS.held_out and height == width:
+    name = f"{store.path.name}_diffusion"
+    shape = [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
+    recipe = "--config=configs/lightningdit.py:B/1"
+    where = (f"--workdir={store.path.with_name(name)}", f"--config.latents.path={store.path}")
+    console.say_next("train", recipe, *where, *shape)
 
 
 FLAGS = flags.FLAGS

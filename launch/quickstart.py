@@ -237,6 +237,8 @@ def main() -> None:
       *([("model folder", str(model))] if model.is_dir() else []),
     ],
   )
+  where = (f"--workdir={workdir / 'diffusion'}", f"--output={workdir / 'more.npz'}")
+  console.say_next("sample", *where, "--num_samples=90")
 
 
 FLAGS = flags.FLAGS

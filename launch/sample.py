@@ -262,10 +262,11 @@ def main() -> None:
   output = local_place(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
+  tokenizer = restore.tokenizer_of(diffusion, override)
   with owned(output, beside=True):
     sample_set(
       diffusion,
-      restore.tokenizer_of(diffusion, override),
+      tokenizer,
       output,
       **drawn,
       seed=FLAGS.seed,
@@ -278,6 +279,10 @@ def main() -> None:
   rows += [("settings", str(output.with_suffix(".json")))]
   rows += [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
   console.table("Samples", ("what", "where"), rows)
+  found = output.with_name(f"{output.stem}_generation")
+  reference = tokenizer.config.data.source or "PICTURES"
+  against = (f"--samples={output}", f"--reference={reference}", f"--output={found}")
+  console.say_next("evaluate", "generation", *against, "--protocol=efficientnet_lite0")
 
 
 FLAGS = flags.FLAGS

@@ -28,7 +28,7 @@ from launch.engine.ownership import owned
 from launch.evaluation.training import exports, samples
 from lightningdit_jax.model import ONLY_OURS, Options
 from lightningdit_jax.store import space
-from vavae_jax.common.files import place, remove_partial
+from vavae_jax.common.files import is_url, place, remove_partial
 from vavae_jax.data import changes, feature_cache, selection
 from vavae_jax.frozen import uses_teacher
 
@@ -123,6 +123,12 @@ def main() -> None:
       ("TensorBoard", f"tensorboard --logdir {workdir}"),
     ],
   )
+  beside = workdir.name if is_url(workdir) else workdir
+  if FLAGS.config.task == "tokenizer":
+    console.say_next("encode", f"--workdir={workdir}", f"--output={beside}_latents")
+  elif FLAGS.config.task == "diffusion":
+    output = f"--output={beside}_samples.npz"
+    console.say_next("sample", f"--workdir={workdir}", output, "--num_samples=64")
 
 
 FLAGS = flags.FLAGS

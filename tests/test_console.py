@@ -1,3 +1,5 @@
+import pytest
+
 from launch.engine import console
 
 
@@ -10,3 +12,11 @@ def test_without_a_terminal_the_end_of_a_work_is_told_once(monkeypatch, capsys):
         bar.update(2)
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in told] == ["1/2", "2/2"][:ends]
+
+
+@pytest.mark.parametrize("called", ["vavae encode", "python -m launch.encode"])
+def test_the_next_command_is_told_as_the_last_one_was_called(monkeypatch, capsys, called):
+  words = ["/bin/vavae", "encode"] if called.startswith("vavae") else called.split()[1:]
+  monkeypatch.setattr(console.sys, "orig_argv", ["python3", *words])
+  console.say_next("encode", "--workdir=a b")
+  assert capsys.readouterr().out == f"next: {called} '--workdir=a b'\n"

@@ -154,6 +154,13 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
     console.print(grid)
 
 
+def say_next(name: str, *options: str) -> None:
+  """Prints the command that usually follows, as a line that can be copied."""
+  called = any(Path(word).name == "vavae" for word in sys.orig_argv[:2])
+  words = ["vavae", name] if called else ["python", "-m", f"launch.{name}"]
+  say(f"next: {' '.join(map(_quoted, (*words, *options)))}")
+
+
 def number(value: float) -> str:
   """A number of three digits, or whole with commas."""
   return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
