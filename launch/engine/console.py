@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
@@ -295,6 +296,8 @@ def run_command(
   def guarded(argv: list[str]) -> None:
     # Libraries log every file they touch; their warnings are enough.
     logging.set_verbosity(logging.WARNING)
+    # What Pillow minds of a picture's metadata, which nobody here reads; errors are not among them.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in BUCKETS.values():  # which log every retry with its traceback
       getLogger(name).setLevel("CRITICAL")
     try:
