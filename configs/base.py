@@ -168,7 +168,9 @@ def _tokenizer() -> Keys:
 def _teacher() -> Keys:
   return {
     "name": Key("dinov2_vitl14", teachers.CHOICES, '"" trains without alignment.'),
-    "weights": Key("", text="Its published file; only efficientnet_lite0 comes with a package."),
+    "weights": Key(
+      "", text="Its published file, or hf:OWNER/NAME/FILE; efficientnet_lite0 has a package."
+    ),
     "dtype": Key("float32", DTYPES),
     "normalize": Key(
       False,

@@ -31,7 +31,8 @@ def by_torchvision(weights: dict) -> tuple[dict, dict]:
   """The case's weights as two files, VGG16 with its classifier and the heads."""
   vgg = {".".join(["features", *k.split(".")[2:]]): v for k, v in weights.items() if "net." in k}
   heads = {k: v for k, v in weights.items() if k.startswith("lin")}
-  return vgg | {"classifier.0.weight": np.zeros((2, 3), np.float32)}, heads
+  unused = ("classifier.0.weight", "pre_logits.fc1.weight", "head.fc.bias")  # two of timm's
+  return vgg | dict.fromkeys(unused, np.zeros((2, 3), np.float32)), heads
 
 
 def kernels(model: Lpips) -> list[np.ndarray]:

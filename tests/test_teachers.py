@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 import jax
@@ -122,6 +123,19 @@ def test_checkpoints_are_opened(wrapper, prefix, tmp_path):
   write_torch_file(tmp_path / "model.pt", content)
   teacher = load_teacher("mae_vits16", str(tmp_path / "model.pt"))
   np.testing.assert_array_equal(teacher.norm.bias[...], weights["norm.bias"])
+
+
+@pytest.mark.parametrize(
+  ("name", "address"),
+  [
+    ("dinov2_vitl14", "hf:timm/vit_large_patch14_dinov2.lvd142m/model.safetensors, "),
+    ("dinov2_vitb14_reg", "hf:facebook/dinov2-with-registers-base/model.safetensors, "),
+    ("sam_vitb16", "hf:timm/samvit_base_patch16.sa1b/model.safetensors, "),
+  ],
+)
+def test_without_a_file_the_addresses_that_fetch_one_are_told(name, address):
+  with pytest.raises(InputError, match=f"config.teacher.weights=.*{re.escape(address)}"):
+    load_teacher(name)
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,13 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 _SMALLEST = 2 ** (len(_SLICES) - 1)
 _EPSILON = 1e-10
 
-# What the files hold that is not used: torchvision's classifier, a second name of lpips' heads.
-LEFT_ASIDE = ("classifier.", "lins.")
+# What the files hold that is not used: torchvision's or timm's classifier, a second name of lpips'
+# heads.
+LEFT_ASIDE = ("classifier.", "pre_logits.", "head.", "lins.")
 _IN_CHECKPOINT = "loss.perceptual_loss."
 _WANTED = (
-  "LPIPS needs two files: torchvision's VGG16 of ImageNet, vgg16-397923af.pth "
+  "LPIPS needs two files: torchvision's VGG16 of ImageNet, vgg16-397923af.pth or "
+  "hf:timm/vgg16.tv_in1k/model.safetensors from the Hugging Face hub "
   "(config.perceptual.vgg), and its heads, lpips/weights/v0.1/vgg.pth of "
   "https://github.com/richzhang/PerceptualSimilarity (config.perceptual.heads); or one file that "
   "has both as config.perceptual.vgg. --config.perceptual.network=efficientnet_lite0 needs neither."

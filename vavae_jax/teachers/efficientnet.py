@@ -210,7 +210,7 @@ def _variant(lite: int, width: float, depth: float, digest: str) -> Variant:
   return Variant(
     {"width": width, "depth": depth},
     _widened(_STAGES[4][-1], width),
-    f"{file} of the PyPI package {project}",
+    f"the path of {file} of the PyPI package {project}",
     package=package,
   )
 

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vavae_jax.common import functional
+from vavae_jax.common.addresses import HUB
 from vavae_jax.teachers import names
 from vavae_jax.teachers.layers import Statistics
 from vavae_jax.teachers.names import Naming
+
+_FILE = "model.safetensors"
 
 
 class Teacher(Protocol):
@@ -99,7 +102,5 @@ class Family:
 
 
 def published(timm: str, transformers: str, other: str) -> str:
-  """The sentence for weights that three publishers have."""
-  return (
-    f"model.safetensors of timm/{timm} or of {transformers} on the Hugging Face hub, or {other}"
-  )
+  """The sentence for weights that three publishers have, two of them on the hub."""
+  return f"{HUB}timm/{timm}/{_FILE}, {HUB}{transformers}/{_FILE}, or the path of {other}"

@@ -30,7 +30,7 @@ _TRANSFORMERS = Naming(
 def _variant(word: str, patch: int) -> Variant:
   size = SIZES[word] | {"patch_size": patch, "grid_size": 224 // patch}
   if word == "small":
-    own = "weights of your own: nobody publishes this size"
+    own = "the path of your own: nobody publishes this size"
     return Variant(size, size["hidden_size"], own)
   timm = f"vit_{word}_patch{patch}_224"
   files = published(
