@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 
 import jax
@@ -88,7 +87,10 @@ def test_unknown_teacher_lists_the_choices():
     ),
     ("mae_vith14", ["vit_huge_patch14_224.mae", "vit-mae-huge", "mae_pretrain_vit_huge.pth"]),
     ("mae_vits16", ["nobody publishes"]),
-    ("clip_vitb16", ["vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16"]),
+    (
+      "clip_vitb16",
+      ["vit_base_patch16_clip_224.openai", "hf:openai/clip-vit-base-patch16/model.safetensors"],
+    ),
     ("sam_vitl16", ["samvit_large_patch16.sa1b", "facebook/sam-vit-large", "sam_vit_l_0b3195.pth"]),
   ],
 )
@@ -96,7 +98,7 @@ def test_unknown_teacher_lists_the_choices():
 def test_missing_weights_say_where_to_get_them(name, sources, path):
   with pytest.raises(InputError) as error:
     load_teacher(name, path)
-  for part in (*sources, name, path, "config.teacher.weights=PATH"):
+  for part in (*sources, name, path, "config.teacher.weights="):
     assert part in str(error.value)
 
 
@@ -123,19 +125,6 @@ def test_checkpoints_are_opened(wrapper, prefix, tmp_path):
   write_torch_file(tmp_path / "model.pt", content)
   teacher = load_teacher("mae_vits16", str(tmp_path / "model.pt"))
   np.testing.assert_array_equal(teacher.norm.bias[...], weights["norm.bias"])
-
-
-@pytest.mark.parametrize(
-  ("name", "address"),
-  [
-    ("dinov2_vitl14", "hf:timm/vit_large_patch14_dinov2.lvd142m/model.safetensors, "),
-    ("dinov2_vitb14_reg", "hf:facebook/dinov2-with-registers-base/model.safetensors, "),
-    ("sam_vitb16", "hf:timm/samvit_base_patch16.sa1b/model.safetensors, "),
-  ],
-)
-def test_without_a_file_the_addresses_that_fetch_one_are_told(name, address):
-  with pytest.raises(InputError, match=f"config.teacher.weights=.*{re.escape(address)}"):
-    load_teacher(name)
 
 
 @pytest.mark.parametrize(

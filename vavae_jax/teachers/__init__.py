@@ -127,8 +127,8 @@ def load_teacher(
   elif not weights or not (path := local_file(weights)).is_file():
     lack = f"There is no file {weights}" if weights else "No file of weights is given"
     raise InputError(
-      f"{lack} for the teacher {name}. Give config.teacher.weights={variant.published}; what begins "
-      "with hf: is fetched from the Hugging Face hub once."
+      f"{lack} for the teacher {name}. Give config.teacher.weights={variant.published}; "
+      "hf:... is fetched once from the Hugging Face hub."
     )
   return teacher_from_torch(name, read_state_dict(path), dtype=dtype, normalize=normalize)
 
