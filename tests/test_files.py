@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from launch.engine import console
+from launch.engine import console, output
+from launch.engine.checkpoint import save_weights
 from launch.engine.writers import Writer
 from launch.evaluation.sample_files import write_part
 from lightningdit_jax.store.fetching import local_folder
@@ -106,6 +107,9 @@ NOISE = np.random.default_rng(0).bytes(2**20)
     lambda path: write_safetensors(path, {"x": np.frombuffer(NOISE, np.uint8)}),
     lambda path: write_records(path, [(NOISE, 0)]),
     lambda path: write_part(path, np.frombuffer(NOISE, np.uint8)),
+    lambda path: save_weights(
+      path, {str(i): np.frombuffer(NOISE)[i:16_000] for i in range(200)}, {}
+    ),
   ],
 )
 def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):
@@ -114,6 +118,15 @@ def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, wri
     write(tmp_path / "big")
   assert raised.value.errno == errno.EFBIG
   assert not list(tmp_path.iterdir())
+
+
+def test_of_a_save_that_failed_only_the_first_array_is_told(monkeypatch, capsys):
+  for name in ("excepthook", "stdout", "stderr"):
+    monkeypatch.setattr(sys, name, getattr(sys, name))
+  output.keep_harmless()
+  for text in ("Event loop is closed", "another"):
+    sys.excepthook(RuntimeError, RuntimeError(text), None)
+  assert capsys.readouterr().err == "RuntimeError: another\n"
 
 
 def test_a_full_disk_under_tensorboards_file_is_no_wait(tmp_path, limited):

@@ -226,7 +226,7 @@ def save_weights(workdir: Path, params: Any, config: dict) -> None:
   shutil.rmtree(partial, ignore_errors=True)
   try:
     write_json(partial / "config.json", config)
-    with orbax().StandardCheckpointer() as checkpointer:
+    with as_oserror(workdir), orbax().StandardCheckpointer() as checkpointer:
       checkpointer.save(Place(partial / "checkpoints" / _CONVERTED / "params"), params)
     manifest.seal(Place(partial / "checkpoints" / _CONVERTED), int(_CONVERTED))
     partial.rename(workdir)

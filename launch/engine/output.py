@@ -40,7 +40,8 @@ class BestEffort:
 
 
 def keep_harmless() -> None:
-  """Makes the output of this process of that kind."""
+  """Makes the output of this process of that kind, and leaves out what says nothing."""
+  sys.excepthook = _unless_late
   for descriptor in range(3):
     try:
       os.fstat(descriptor)
@@ -50,3 +51,12 @@ def keep_harmless() -> None:
     stream = getattr(sys, name)
     if stream is not None and not isinstance(stream, BestEffort):
       setattr(sys, name, BestEffort(stream))
+
+
+def _unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """Prints an error that nobody caught, unless it is of one more array of a save that failed.
+
+  TensorStore's threads tell Orbax of each, when its loop has ended with the first.
+  """
+  if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
+    sys.__excepthook__(kind, error, trace)
