@@ -46,6 +46,7 @@ def _training(task: str, num_steps: Key, batch_size: int = 256, dtype: str = "fl
     "batch_size": Key(batch_size, "[1, 1e6]", "Global, over all devices."),
     "num_steps": num_steps,
     "log_every_steps": Key(100, COUNT),
+    "log_to": Key(("tensorboard",), ("tensorboard", "wandb"), "Beside metrics.jsonl."),
     "save_every_steps": Key(5_000, COUNT),
     "keep_checkpoints": Key(2, COUNT, "The latest ones; those of the next two stay for good."),
     "keep_every_steps": Key(0, MAYBE, "Those of each multiple of this; 0: none."),

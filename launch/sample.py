@@ -186,15 +186,8 @@ def sample_set(
     size = 3 * tokenizer.config.data.image_size**2 * num_samples
     check_free(parts, 2 * size - done, "for the samples in parts and as one file")
     write_json(about, noted | listed)
-    run = make_sampler(
-      diffusion.config,
-      space,
-      tokenizer,
-      settings,
-      seed,
-      mesh.make_mesh(),
-      guide,
-    )
+    devices = mesh.make_mesh()
+    run = make_sampler(diffusion.config, space, tokenizer, settings, seed, devices, guide)
     _sample_parts(functools.partial(run, diffusion.params), parts, label_N, settings.batch_size)
     write_npz(output, parts, label_N, names)
   shutil.rmtree(parts, ignore_errors=True)

@@ -22,6 +22,7 @@ from launch.engine.checkpoint import save_weights
 from launch.engine.writers import Writer
 from launch.evaluation.sample_files import write_part
 from lightningdit_jax.store.fetching import local_folder
+from tests import toy_task
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import (
@@ -131,7 +132,7 @@ def test_of_a_save_that_failed_only_the_first_array_is_told(monkeypatch, capsys)
 
 def test_a_full_disk_under_tensorboards_file_is_no_wait(tmp_path, limited):
   limited(resource.RLIMIT_FSIZE, 2**13)
-  writer = Writer(tmp_path, resume_step=0)
+  writer = Writer(tmp_path, toy_task.config(), 0)
   with pytest.raises(OSError, match=r"File too large: .*tfevents"):
     writer.picture(1, "noise", np.frombuffer(NOISE[: 3 * 2**12], np.uint8).reshape(64, 64, 3))
   limited(resource.RLIMIT_FSIZE, 2**20)
@@ -139,7 +140,7 @@ def test_a_full_disk_under_tensorboards_file_is_no_wait(tmp_path, limited):
 
 
 def test_tensorboard_has_what_was_written(tmp_path):
-  with contextlib.closing(Writer(tmp_path, resume_step=6)) as writer:
+  with contextlib.closing(Writer(tmp_path, toy_task.config(), 6)) as writer:
     writer.scalars(7, {"loss": 0.5})
     writer.picture(7, "grid", np.zeros((2, 3, 3), np.uint8))
   (path,) = (tmp_path / "tensorboard").iterdir()

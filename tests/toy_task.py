@@ -47,6 +47,7 @@ def config(**changes: Any) -> FrozenConfigDict:
     "batch_size": 4,
     "num_steps": 12,
     "log_every_steps": 2,
+    "log_to": ("tensorboard",),
     "save_every_steps": 4,
     "evaluate_every_steps": 0,
     "keep_checkpoints": 2,

@@ -34,6 +34,7 @@ MAY_CHANGE = (
   "num_steps",
   "report_waits_after",
   "log_every_steps",
+  "log_to",
   "save_every_steps",
   "evaluate_every_steps",
   "keep_checkpoints",

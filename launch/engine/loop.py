@@ -18,7 +18,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import configuration, console, hardware, processes
+from launch.engine import configuration, console, hardware, processes, writers
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
 from launch.engine.log import Log, Metrics
@@ -26,7 +26,6 @@ from launch.engine.ownership import owned
 from launch.engine.prefetch import Prefetched
 from launch.engine.step import Step, jit_init
 from launch.engine.stopping import Signals
-from launch.engine.writers import Writer
 from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 
@@ -141,7 +140,7 @@ def run(
       return state
     frozen = jax.device_put(task.load_frozen(config), mesh.replicated(devices))
     step_fn = Step(task.train_step, config, shardings)
-    writer = Writer(workdir, resume_step=start, active=jax.process_index() == 0)
+    writer = writers.Writer(workdir, config, start, active=jax.process_index() == 0)
     signals = stack.enter_context(Signals(config.report_waits_after, task.data_source(config)))
     bar = stack.enter_context(console.Bar(name, config.num_steps, start))
     put = functools.partial(mesh.to_global, mesh=devices)
@@ -246,4 +245,5 @@ def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   """Checks the part of a configuration that all tasks share; returns its mesh."""
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   mesh.check_batch_size(config.batch_size, devices)
+  writers.check(config.log_to)
   return devices

@@ -1,4 +1,4 @@
-"""Scalars and pictures to TensorBoard and JSON lines; one process, the first, writes.
+"""Scalars and pictures to JSON lines, TensorBoard and W&B; one process, the first, writes.
 
 `metrics.jsonl` has one object a line, `{"step": 100, "loss": 1.2, ...}`. When a run resumes, lines
 after the restored step are dropped, so that the file is that of one uninterrupted run. In a bucket,
@@ -13,12 +13,15 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
+from launch.engine import wandb
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, is_url, naming
 
@@ -27,11 +30,22 @@ SECONDS_BETWEEN_WRITES = 30.0
 _DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
-class Writer:
-  """Writes one workdir's `metrics.jsonl`, `tensorboard/` and `pictures/`."""
+def check(log_to: Sequence[str]) -> None:
+  """Raises InputError for a place of `config.log_to` that cannot be used here."""
+  if "wandb" in log_to:
+    wandb.check()
 
-  def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
-    """Lines after `resume_step` are dropped; `active` is False in processes that write nothing."""
+
+class Writer:
+  """Writes one workdir's `metrics.jsonl` and `pictures/`, and where `config.log_to` says."""
+
+  def __init__(
+    self, workdir: Path, config: FrozenConfigDict, resume_step: int, *, active: bool = True
+  ):
+    """Lines after `resume_step` are dropped; `active` is False in processes that write nothing.
+
+    InputError where W&B is asked for and refuses.
+    """
     self._active = active
     if not active:
       return
@@ -39,6 +53,10 @@ class Writer:
     lines = "".join(json.dumps(line) + "\n" for line in kept)
     self._pictures = workdir / "pictures"
     self._metrics = _Growing(workdir / "metrics.jsonl", lines.encode())
+    self._wandb = wandb.Run(workdir, config) if "wandb" in config.log_to else None
+    self._board: _Growing | None = None
+    if "tensorboard" not in config.log_to:
+      return
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
     self._board = _Growing(workdir / "tensorboard" / name, b"")
     self._event(0, file_version="brain.Event:2")
@@ -51,15 +69,22 @@ class Writer:
       return
     finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
     self._metrics.add(json.dumps({"step": step, **finite}).encode() + b"\n")
-    for name, value in values.items():
-      self._event(step, summary=_tensorboard().summary.scalar(name, value))
+    if self._board:
+      for name, value in values.items():
+        self._event(step, summary=_tensorboard().summary.scalar(name, value))
+    if self._wandb:
+      self._wandb.scalars(step, values)
 
   def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-    """Writes one uint8 picture to TensorBoard, and as pictures/NAME/STEP.png."""
-    if self._active:
+    """Writes one uint8 picture as pictures/NAME/STEP.png, and where `config.log_to` says."""
+    if not self._active:
+      return
+    if self._board:
       self._event(step, summary=_tensorboard().summary.image(name, image_HWC, dataformats="HWC"))
-      with atomic_file(self._pictures / name.replace("/", "_") / f"{step:08d}.png") as file:
-        Image.fromarray(image_HWC).save(file, "PNG")
+    with atomic_file(self._pictures / name.replace("/", "_") / f"{step:08d}.png") as file:
+      Image.fromarray(image_HWC).save(file, "PNG")
+    if self._wandb:
+      self._wandb.picture(step, name, image_HWC)
 
   def _event(self, step: int, **what: Any) -> None:
     """Here and not by a thread of tensorboardX, which a full disk ends and which is then waited for
@@ -69,13 +94,17 @@ class Writer:
     data, checksum = event.SerializeToString(), _tensorboard().record_writer.masked_crc32c
     size = struct.pack("<Q", len(data))
     checked = (part + struct.pack("<I", checksum(part)) for part in (size, data))
+    assert self._board
     self._board.add(b"".join(checked))
 
   def close(self) -> None:
     """Closes the files."""
     if self._active:
       self._metrics.close()
-      self._board.close()
+      if self._board:
+        self._board.close()
+      if self._wandb:
+        self._wandb.close()
 
 
 class _Growing:
