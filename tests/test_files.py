@@ -11,6 +11,7 @@ import resource
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,6 @@ NOISE = np.random.default_rng(0).bytes(2**20)
     lambda path: write_safetensors(path, {"x": np.frombuffer(NOISE, np.uint8)}),
     lambda path: write_records(path, [(NOISE, 0)]),
     lambda path: write_part(path, np.frombuffer(NOISE, np.uint8)),
-    lambda path: save_weights(
-      path, {str(i): np.frombuffer(NOISE)[i:16_000] for i in range(200)}, {}
-    ),
   ],
 )
 def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):
@@ -121,13 +119,22 @@ def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, wri
   assert not list(tmp_path.iterdir())
 
 
-def test_of_a_save_that_failed_only_the_first_array_is_told(monkeypatch, capsys):
-  for name in ("excepthook", "stdout", "stderr"):
+def test_weights_for_which_there_is_no_room_are_no_workdir(tmp_path, limited):
+  limited(resource.RLIMIT_FSIZE, 2**16)
+  with pytest.raises(OSError, match="File too large"):
+    save_weights(tmp_path / "big", {"x": np.frombuffer(NOISE, np.uint8)}, {})
+  assert not (tmp_path / "big").exists()
+
+
+def test_of_a_save_that_failed_only_the_first_array_is_told(monkeypatch):
+  told = []
+  for name in ("unraisablehook", "stdout", "stderr"):
     monkeypatch.setattr(sys, name, getattr(sys, name))
+  monkeypatch.setattr(sys, "__unraisablehook__", lambda x: told.append(str(x.exc_value)))
   output.keep_harmless()
   for text in ("Event loop is closed", "another"):
-    sys.excepthook(RuntimeError, RuntimeError(text), None)
-  assert capsys.readouterr().err == "RuntimeError: another\n"
+    sys.unraisablehook(types.SimpleNamespace(exc_type=RuntimeError, exc_value=RuntimeError(text)))
+  assert told == ["another"]
 
 
 def test_a_full_disk_under_tensorboards_file_is_no_wait(tmp_path, limited):

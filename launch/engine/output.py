@@ -41,7 +41,7 @@ class BestEffort:
 
 def keep_harmless() -> None:
   """Makes the output of this process of that kind, and leaves out what says nothing."""
-  sys.excepthook = _unless_late
+  sys.unraisablehook = _unless_late
   for descriptor in range(3):
     try:
       os.fstat(descriptor)
@@ -53,10 +53,10 @@ def keep_harmless() -> None:
       setattr(sys, name, BestEffort(stream))
 
 
-def _unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-  """Prints an error that nobody caught, unless it is of one more array of a save that failed.
+def _unless_late(told: Any) -> None:
+  """Prints an error that nobody can catch, unless it is of one more array of a save that failed.
 
   TensorStore's threads tell Orbax of each, when its loop has ended with the first.
   """
-  if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
-    sys.__excepthook__(kind, error, trace)
+  if (told.exc_type, str(told.exc_value)) != (RuntimeError, "Event loop is closed"):
+    sys.__unraisablehook__(told)
