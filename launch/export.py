@@ -58,16 +58,18 @@ def export(
   samples: int = SAMPLES,
   licence: str = "unknown",
   title: str = "",
+  evaluations: Sequence[Path] = (),
 ) -> None:
   """Writes a model folder with its card and picture; the arguments are the command's.
 
   `workdir` is of the training, whose notes the card is made from; `samples` of each class are
-  drawn, 0: none.
+  drawn, 0: none. InputError if one of the `evaluations` is no result of launch.evaluate.
   """
-  files = {}
+  files, evaluated = {}, [_evaluated(path) for path in evaluations]
   if samples and isinstance(model, Pipeline):
     files[folder.PICTURE] = _png(_sheet(model, samples))
-  files[folder.CARD] = _card(model, workdir, title or output.name, licence, files).encode()
+  card = _card(model, workdir, title or output.name, licence, bool(files), evaluated)
+  files[folder.CARD] = card.encode()
   model.save(output, dtype=dtype, files=files)
 
 
@@ -97,7 +99,12 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _card(
-  model: Pipeline | Tokenizer, workdir: Path, title: str, licence: str, files: dict[str, bytes]
+  model: Pipeline | Tokenizer,
+  workdir: Path,
+  title: str,
+  licence: str,
+  has_picture: bool,
+  evaluations: list[dict[str, Any]],
 ) -> str:
   is_diffusion = isinstance(model, Pipeline)
   tokenizer = model.tokenizer if isinstance(model, Pipeline) else model
@@ -119,11 +126,12 @@ def _card(
     title=title,
     name=title,
     diffusion=is_diffusion,
-    picture=folder.PICTURE if folder.PICTURE in files else "",
+    picture=folder.PICTURE if has_picture else "",
     facts=facts,
     class_names=shown,
     sampling=", ".join(f"{name} {sample[name]}" for name in _TOLD if name in sample),
     figures=_figures(workdir),
+    evaluations=evaluations,
   )
 
 
@@ -150,6 +158,23 @@ def _figures(workdir: Path) -> list[tuple[str, str, str]]:
   names = sorted({name for line in lines for name in line if "/" in name})
   last = [(name, curve(lines, name)) for name in names if not name.endswith("took_seconds")]
   return [(name, f"{x[-1][1]:.4g}", str(x[-1][0])) for name, x in last if x]
+
+
+def _evaluated(path: Path) -> dict[str, Any]:
+  """Figures and protocol of a result of `launch.evaluate`, without the paths in it."""
+  note = read_note(path, evaluation=str, figures=dict)
+  network = note.get("network") or {}
+  of = {"samples": "samples", "reference": "reference pictures", "pictures": "pictures"}
+  counts = ((what, note.get(name) or {}) for name, what in of.items())
+  protocol = [
+    *(f"{about['pictures']} {what}" for what, about in counts if "pictures" in about),
+    *(str(network[key]) for key in ("protocol", "note") if key in network),
+    *([note["protocol"]] if isinstance(note.get("protocol"), str) else []),
+    *note.get("warnings", []),
+    f"measured at commit {note.get('run', {}).get('commit', 'unknown')}",
+  ]
+  figures = [(name, f"{x:.5g}") for name, x in note["figures"].items() if isinstance(x, float)]
+  return {"kind": note["evaluation"], "figures": figures, "protocol": "; ".join(protocol) + "."}
 
 
 def load(
@@ -191,6 +216,7 @@ def main() -> None:
       samples=FLAGS.samples,
       licence=FLAGS.licence,
       title=FLAGS.title or FLAGS.push,
+      evaluations=[Path(path) for path in FLAGS.evaluations],
     )
   rows: list[tuple[str, Any]] = [*rows_of(output)]
   if FLAGS.push:
@@ -215,6 +241,8 @@ if __name__ == "__main__":
   flags.DEFINE_integer("samples", SAMPLES, text, lower_bound=0, upper_bound=64)
   flags.DEFINE_string("licence", "unknown", "Of the weights, for the card, such as mit.")
   flags.DEFINE_string("title", "", "Of the card; the folder's name if not given.")
+  text = "JSON files of launch.evaluate, whose figures and protocols the card shows."
+  flags.DEFINE_list("evaluations", [], text)
   flags.DEFINE_string("push", "", "USER/NAME on the Hugging Face hub to copy the folder to.")
   flags.DEFINE_boolean("private", False, "Make it private there.")
   console.run_command(main)

@@ -216,14 +216,17 @@ def test_commands_take_a_folder_as_they_take_a_workdir(saved, diffusion, tokeniz
     restore.load(saved, "diffusion", 4)
 
 
-def test_what_is_pushed_to_the_hub_comes_back(command, saved, environment, tmp_path):
+def test_what_is_pushed_to_the_hub_comes_back(command, saved, pipeline, environment, tmp_path):
   with fake_hub.running(tmp_path / "hub") as address:
     hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "good"}
     words = ("launch.export", f"--workdir={saved}", "--samples=1", "--push=me/model")
+    words += (f"--evaluations={pipeline / 'generation.json'}",)
     done = command(*words, f"--output={tmp_path / 'out'}", **hub)
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "hub" / "me" / "model" / folder.CARD).read_text()
     assert "Pipeline.load(" in card
+    assert "| fd_efficientnet |" in card
+    assert "efficientnet_lite0; not FID" in card
     assert str(tmp_path) not in card + (tmp_path / "out" / folder.CONFIG).read_text()
     refused = command(*words, f"--output={tmp_path / 'out'}", **hub | {"HF_TOKEN": "wrong"})
     assert refused.returncode == 2
