@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import yaml
 
+from launch.weights.released import RELEASED
 from tests.conftest import ROOT
 
 
@@ -31,6 +32,11 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
   assert paper["url"] in text("README.md")
   assert [author["family-names"] for author in paper["authors"]] == ["Yao", "Yang", "Wang"]
   assert paper["title"] in " ".join(text("README.md").split())
+
+
+def test_the_table_of_models_has_every_released_one():
+  section = text("docs/models.md").partition("## Released weights")[2]
+  assert set(re.findall(r"^\| `([\w-]+)` ", section, re.MULTILINE)) == set(RELEASED)
 
 
 def test_the_workflow_runs_the_commands_of_the_readme():
