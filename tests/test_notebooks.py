@@ -1,0 +1,64 @@
+"""The notebooks run, on the session's tiny pipeline instead of a training of minutes."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import shlex
+
+import pytest
+from PIL import Image
+
+from launch.__main__ import COMMANDS
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def code_of(path) -> list[tuple[str, list[str]]]:
+  """(source, tags) of each cell of code."""
+  cells = json.loads(path.read_text())["cells"]
+  assert all(cell.get("outputs", []) == [] for cell in cells)
+  code = [cell for cell in cells if cell["cell_type"] == "code"]
+  assert all(cell["execution_count"] is None for cell in code)
+  return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
+
+
+def run(source: str, names: dict) -> object:
+  """Runs a cell and returns what it shows."""
+  *body, last = ast.parse(source).body
+  if not isinstance(last, ast.Expr):
+    body, last = [*body, last], None
+  exec(compile(ast.Module(body, []), "cell", "exec"), names)
+  return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, pipeline, pictures, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  extras = configparser.ConfigParser()
+  extras.read(ROOT / "setup.cfg")
+  names, shown = {}, []
+  for source, tags in code_of(path):
+    if "install" in tags:
+      asked = re.findall(r"vavae-lightningdit-jax\[(\w+)\]", source)
+      assert {*asked} <= {*extras["options.extras_require"]}
+    elif source.startswith("!"):
+      program, command, *flags = shlex.split(source[1:])
+      module = ROOT / f"{COMMANDS[command].replace('.', '/')}.py"
+      assert program == "vavae"
+      for flag in flags:
+        assert f'"{flag.partition("=")[0].removeprefix("--")}"' in module.read_text()
+    else:
+      shown.append(run(source, names))
+    if "parameters" in tags:
+      names.update(PICTURES=str(pictures), WORKDIR=str(pipeline))
+  seen = [picture for picture in shown if isinstance(picture, Image.Image)]
+  assert len(seen) >= 5
+  assert all(min(picture.size) >= 96 for picture in seen)
+
+
+def test_there_are_two():
+  assert [path.stem for path in NOTEBOOKS] == ["inside_va_vae", "your_pictures"]
