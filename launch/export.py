@@ -35,9 +35,10 @@ from launch.evaluation.sample_files import class_sheet
 from launch.report import html
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax import folder
+from vavae_jax.common import keys
 from vavae_jax.common.addresses import with_hub
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place, read_note
+from vavae_jax.common.files import local_place, place, read_note, remove_partial
 from vavae_jax.common.keys import DTYPES
 from vavae_jax.data import changes
 from vavae_jax.tokenizer import Tokenizer
@@ -59,16 +60,24 @@ def export(
   licence: str = "unknown",
   title: str = "",
   evaluations: Sequence[Path] = (),
+  picture: bytes = b"",
 ) -> None:
   """Writes a model folder with its card and picture; the arguments are the command's.
 
   `workdir` is of the training, whose notes the card is made from; `samples` of each class are
-  drawn, 0: none. InputError if one of the `evaluations` is no result of launch.evaluate.
+  drawn, 0: none, unless there is a `picture`. InputError if one of the `evaluations` is no result
+  of launch.evaluate.
   """
-  files, evaluated = {}, [_evaluated(path) for path in evaluations]
-  if samples and isinstance(model, Pipeline):
-    files[folder.PICTURE] = _png(_sheet(model, samples))
-  card = _card(model, workdir, title or output.name, licence, bool(files), evaluated)
+  evaluated = [_evaluated(path) for path in evaluations]
+  if output.parent.is_dir():
+    remove_partial(output.parent, output.name)  # left by a run that was killed
+  if not folder.is_model(workdir):  # which brings its own
+    rows = [" | ".join(row) for row in _figures(workdir)][: keys.LONGEST_LIST]
+    model.origin = {**model.origin, "data": _data(model, workdir), "figures": rows}
+  if samples and isinstance(model, Pipeline) and not picture:
+    picture = _png(_sheet(model, samples))
+  files = {folder.PICTURE: picture} if picture else {}
+  card = _card(model, title or output.name, licence, bool(files), evaluated)
   files[folder.CARD] = card.encode()
   model.save(output, dtype=dtype, files=files)
 
@@ -100,7 +109,6 @@ def _png(picture: np.ndarray) -> bytes:
 
 def _card(
   model: Pipeline | Tokenizer,
-  workdir: Path,
   title: str,
   licence: str,
   has_picture: bool,
@@ -116,7 +124,7 @@ def _card(
     facts = [_described("LightningDiT", model, shape), *facts]
     sample = model.config.sample.to_dict()
   facts += [("pictures", f"{tokenizer.image_size} x {tokenizer.image_size} pixels")]
-  facts += _data(workdir)
+  facts += [("data", model.origin["data"])] if model.origin.get("data") else []
   names = list(model.class_names) if isinstance(model, Pipeline) else []
   more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
   shown = ", ".join(f"`{name.replace('`', ' ')}`" for name in names[:_NAMES]) + more
@@ -130,7 +138,7 @@ def _card(
     facts=facts,
     class_names=shown,
     sampling=", ".join(f"{name} {sample[name]}" for name in _TOLD if name in sample),
-    figures=_figures(workdir),
+    figures=model.origin.get("figures", ()),
     evaluations=evaluations,
   )
 
@@ -142,14 +150,14 @@ def _described(name: str, model: Pipeline | Tokenizer, shape: str) -> tuple[str,
   return name, f"{shape}, {count / 1e6:.2f} M parameters, step {origin.get('step', 0)}{average}"
 
 
-def _data(workdir: Path) -> list[tuple[str, str]]:
-  """What a tokenizer's workdir notes of its pictures."""
+def _data(model: Pipeline | Tokenizer, workdir: Path) -> str:
+  """What a training's workdir notes of its data; "" if nothing."""
+  if isinstance(model, Pipeline):
+    return f"latents of {model.space.records:,} pictures" if model.space.records else ""
   note = workdir / changes.NOTE
-  if not note.exists():
-    return []
-  about = read_note(note).get("source", {})
+  about = read_note(note).get("source", {}) if note.exists() else {}
   kind = str(about.get("spec", "")).partition(":")[0]
-  return [("data", f"{about.get('pictures', '?')} pictures from a source of the kind {kind}")]
+  return f"{about['pictures']} pictures from a source of the kind {kind}" if about else ""
 
 
 def _figures(workdir: Path) -> list[tuple[str, str, str]]:
@@ -157,7 +165,7 @@ def _figures(workdir: Path) -> list[tuple[str, str, str]]:
   lines = read_metrics(workdir)
   names = sorted({name for line in lines for name in line if "/" in name})
   last = [(name, curve(lines, name)) for name in names if not name.endswith("took_seconds")]
-  return [(name, f"{x[-1][1]:.4g}", str(x[-1][0])) for name, x in last if x]
+  return [(name, f"{x[-1][1]:.4g}", f"while training, step {x[-1][0]}") for name, x in last if x]
 
 
 def _evaluated(path: Path) -> dict[str, Any]:
@@ -182,9 +190,13 @@ def load(
 ) -> Pipeline | Tokenizer:
   """The model of a workdir or folder of either task."""
   task = _task_of(workdir)
+  if task == "tokenizer" and tokenizer:
+    raise InputError(f"--tokenizer does not apply: {workdir} is a tokenizer itself.")
+  if folder.is_model(workdir):
+    if task == "tokenizer":
+      return Tokenizer.load(workdir, step=step, ema=ema)
+    return Pipeline.load(workdir, tokenizer=tokenizer or "", step=step, ema=ema)
   if task == "tokenizer":
-    if tokenizer:
-      raise InputError(f"--tokenizer does not apply: {workdir} is a tokenizer itself.")
     return restore.for_use(restore.load(workdir, "tokenizer", step, ema))
   diffusion = restore.load(workdir, "diffusion", step, ema)
   return restore.for_use(diffusion, restore.tokenizer_of(diffusion, tokenizer))
@@ -203,7 +215,7 @@ def rows_of(output: Path) -> Sequence[tuple[str, str]]:
 
 
 def main() -> None:
-  output = Path(FLAGS.output)
+  output = local_place(FLAGS.output)
   tokenizer = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
   with owned(output, beside=True):
     folder.check_free_name(output)

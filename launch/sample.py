@@ -11,6 +11,7 @@ by the flags given here; --guide is autoguidance by another training on the same
 
 from __future__ import annotations
 
+import csv
 import functools
 import re
 import shutil
@@ -62,7 +63,8 @@ def labels_for(
   """The label of each sample, int32 [num_samples] below `num_classes`.
 
   `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels and names of
-  classes, as in "3,7,cat", repeated. InputError where there is no such class, or the model has
+  classes, as in '3,7,"cat, wild"', repeated; a class that is called 7 comes before the number 7,
+  and a name alone needs no quotes. InputError where there is no such class, or the model has
   other classes than its latents had.
   """
   check_classes(names, num_classes, "What the model was trained on")
@@ -70,14 +72,19 @@ def labels_for(
     return np.arange(num_samples, dtype=np.int32) % num_classes
   if kind == "uniform":
     return np.random.default_rng(seed).integers(num_classes, size=num_samples, dtype=np.int32)
-  words = [int(x) if re.fullmatch(r"-?\d+", x) else x for x in kind.split(",")]
   try:
-    given = [label_of(word, names, num_classes) for word in words]
-  except InputError as error:
+    words = [kind] if kind in names else next(csv.reader([kind], skipinitialspace=True)) or [kind]
+    given = [label_of(_word(word, names), names, num_classes) for word in words]
+  except (InputError, csv.Error) as error:
     raise InputError(
       f'--labels is {kind!r}: {error} "balanced" and "uniform" are for all of them.'
     ) from error
   return np.resize(np.asarray(given, np.int32), num_samples)
+
+
+def _word(word: str, names: Sequence[str]) -> str | int:
+  """The number of a class where nothing is called so."""
+  return int(word) if word not in names and re.fullmatch(r"-?[0-9]{1,9}", word) else word
 
 
 def make_sampler(
@@ -224,7 +231,10 @@ def define_flags(num_samples: int, least: int) -> None:
   flags.DEFINE_integer(
     "num_samples", num_samples, "Number of samples.", lower_bound=least, upper_bound=10**8
   )
-  text = "balanced, uniform (as the paper's), or labels and names such as 3,7,cat, repeated."
+  text = (
+    "balanced, uniform (as the paper's), or names and numbers of classes such as 3,7,cat, repeated;"
+    " a name with commas in quotes: '\"cat, wild\",dog'."
+  )
   flags.DEFINE_string("labels", "balanced", text)
   flags.DEFINE_integer("seed", 0, "Seed of noise and labels.", lower_bound=0, upper_bound=LAST_SEED)
   for name, key in checks.SAMPLE.items():

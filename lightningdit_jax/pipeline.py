@@ -34,6 +34,7 @@ from vavae_jax.common import functional, keys, mesh
 from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import at_home
 from vavae_jax.common.keys import DTYPES, LAST_SEED, Key
 from vavae_jax.tokenizer import Tokenizer
 
@@ -50,6 +51,7 @@ SETTINGS: dict[str, Any] = {
   },
   "dtype": Key("bfloat16", DTYPES, "Of matrix products in training."),
 }
+_NOISE = {"num": Key(1, keys.COUNT), "seed": Key(0, f"[0, {LAST_SEED}]")}
 # What a training's `config.sample` calls our arguments.
 _OURS = {"guidance": "cfg_scale", "steps": "num_steps", "interval_start": "cfg_interval_start"}
 
@@ -75,6 +77,12 @@ class Pipeline:
     self.config, self.params, self.tokenizer = folder.frozen(SETTINGS, config), params, tokenizer
     self.space, self.class_names = space, space.class_names
     self.origin = origin or {"sha256": functional.fingerprint(params)}
+    channels = (self.config.model.in_channels, tokenizer.channels, space.mean.size)
+    if len({*channels}) > 1:
+      raise InputError(
+        "The diffusion model is of latents of {} channels, the tokenizer of {}, their statistics "
+        "of {}: these parts are not of one model.".format(*channels)
+      )
     self._devices = mesh.local_mesh()
     self._placed = jax.device_put(params, mesh.replicated(self._devices))
 
@@ -100,12 +108,21 @@ class Pipeline:
     path = folder.find(source)
     if folder.is_model(path):
       part, whole = folder.load(path, "diffusion", SETTINGS, build_model, step, ema)
-      config, own = FrozenConfigDict(ConfigDict(part.settings)), Tokenizer.load(tokenizer or path)
-      return cls(config, part.params, own, Space.of_folder(path, whole), part.origin)
+      config, space = FrozenConfigDict(ConfigDict(part.settings)), Space.of_folder(path, whole)
+      own = find_tokenizer(
+        space.tokenizer if tokenizer else {},
+        lambda place, _: Tokenizer.load(place),
+        of=str(path),
+        given=os.fspath(tokenizer) or str(path),
+      )
+      return cls(config, part.params, own, space, part.origin)
     config = folder.workdir_config(path, "diffusion")
     params, step, ema = load_weights(path, config, training.init_state, step, ema)
     noted = path / NOTE
-    space = Space.read(noted) if noted.is_file() else Space.of(open_store(config.latents.path))
+    if noted.is_file():
+      space = Space.read(noted)
+    else:
+      space = Space.of(open_store(config.latents.path, config.latents.cache))
     own = find_tokenizer(
       space.tokenizer,
       lambda place, step: Tokenizer.load(place, step=step),
@@ -126,7 +143,7 @@ class Pipeline:
     """Writes a model folder; `dtype`, "float32" or "bfloat16", is of the weights on disk."""
     part = folder.Part(self.config.to_dict(), self.params, self.origin)
     folder.save(
-      Path(path),
+      Path(at_home(os.fspath(path))),
       {"tokenizer": self.tokenizer.part, "diffusion": part},
       dtype=dtype,
       about={"class_names": list(self.class_names)},
@@ -136,7 +153,7 @@ class Pipeline:
 
   def sample(
     self,
-    classes: Sequence[str | int],
+    classes: str | int | Sequence[str | int],
     *,
     num: int = 1,
     seed: int = 0,
@@ -148,7 +165,8 @@ class Pipeline:
     """Pictures of classes.
 
     Args:
-      classes: names or numbers, each of which gives `num` pictures, one class after the other.
+      classes: one or a list, names or numbers; each gives `num` pictures, one class after the
+        other.
       num: pictures of each class.
       seed: of the noise; a picture is a function of seed, place in the list, class and settings.
       noise: float32 [N, h, w, Z], what the pictures begin with, instead of a seed's; see `noise`.
@@ -181,7 +199,7 @@ class Pipeline:
 
   def watch(
     self,
-    classes: Sequence[str | int],
+    classes: str | int | Sequence[str | int],
     *,
     num: int = 1,
     seed: int = 0,
@@ -193,6 +211,7 @@ class Pipeline:
 
     All run in one batch; arguments and errors are as of `sample`, for a solver on a grid.
     """
+    keys.check({"shown": Key(1, keys.COUNT)}, {"shown": shown})
     chosen, batch = self._prepared(classes, num, seed, noise, settings)
     if not _is_on_grid(chosen):
       raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
@@ -212,32 +231,35 @@ class Pipeline:
 
   def noise(self, seed: int, count: int = 1) -> np.ndarray:
     """What the samples of a seed begin with, float32 [count, h, w, Z], standard normal."""
+    keys.check(_NOISE, {"seed": (seed := _plain(seed))})
     return np.asarray(_noise(self._shape, np.uint32(seed), np.arange(count, dtype=np.int32)))
 
   def _prepared(
     self,
-    classes: Sequence[str | int],
+    classes: str | int | Sequence[str | int],
     num: int,
     seed: int,
     noise: np.ndarray | None,
     settings: dict[str, Any],
   ) -> tuple[FrozenConfigDict, dict[str, np.ndarray]]:
     """The checked settings, and arrays of all samples: "index", "label" and perhaps "noise"."""
-    keys.check({"num": Key(1, keys.COUNT)}, {"num": num})
-    keys.check({"seed": Key(0, f"[0, {LAST_SEED}]")}, {"seed": seed})
+    keys.check(_NOISE, {"num": (num := _plain(num)), "seed": _plain(seed)})
     chosen, count = self.settings(**settings), self.config.model.num_classes
     check_classes(self.class_names, count, "What the model was trained on")
-    labels = [label_of(given, self.class_names, count) for given in classes]
+    several = [classes] if isinstance(classes, str) or not np.iterable(classes) else classes
+    labels = [label_of(given, self.class_names, count) for given in several]
     label_N = np.repeat(np.array(labels, np.int32), num)
     if not len(label_N):
       raise InputError("There are no classes to sample; give a list such as [0, 1].")
     batch = {"index": np.arange(len(label_N), dtype=np.int32), "label": label_N}
     if noise is not None:
-      if noise.shape != (wanted := (len(label_N), *self._shape)):
+      if (noise := np.asarray(noise)).shape != (wanted := (len(label_N), *self._shape)):
         raise InputError(f"noise is {noise.shape}; these samples need {wanted}.")
       if not _is_on_grid(chosen):
         raise InputError("noise is for a solver on a grid; give another method than dopri5.")
-      batch["noise"] = np.asarray(noise, np.float32)
+      batch["noise"] = noise.astype(np.float32)
+      if not np.isfinite(batch["noise"]).all():
+        raise InputError("noise has numbers that are not finite.")
     return chosen, batch
 
   @property
@@ -283,17 +305,21 @@ class Pipeline:
 
   def settings(self, **changes: Any) -> FrozenConfigDict:
     """The model's `config.sample` with changes by our names or its own; errors as of `sample`."""
+    if twice := [ours for ours, name in _OURS.items() if {ours, name} <= changes.keys()]:
+      raise InputError(f"{twice[0]} is {_OURS[twice[0]]} by another name; give one of them.")
     named = {_OURS.get(name, name): value for name, value in changes.items()}
     if unknown := sorted(named.keys() - checks.SAMPLE.keys()):
       known = ", ".join(sorted({*_OURS, *checks.SAMPLE} - {*_OURS.values()}))
       raise InputError(f"{unknown[0]} is no setting of sampling; they are {known}.")
-    # A whole number is as good as a float, and NumPy's as good as Python's.
-    plain = {
-      k: v.item() if isinstance(v, np.generic) else v for k, v in named.items() if v is not None
-    }
+    plain = {k: _plain(v) for k, v in named.items() if v is not None}
     chosen = FrozenConfigDict(ConfigDict(self.config.sample.to_dict() | plain))
     checks.check_sampling(chosen, self.config.model)
     return chosen
+
+
+def _plain(value: Any) -> Any:
+  """Python's number for NumPy's or jax's."""
+  return value.item() if hasattr(value, "item") and not np.ndim(value) else value
 
 
 def _is_on_grid(settings: FrozenConfigDict) -> bool:

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
-from PIL import Image
+from PIL import ExifTags, Image
 
-from launch import restore
+from launch import export, restore
 from launch.evaluation.sample_files import class_sheet
 from launch.evaluation.training import exports
 from launch.sample import labels_for, make_sampler
@@ -103,11 +105,23 @@ def test_nothing_compiles_when_a_slider_moves(pipe):
     ([0], {"seed": -1}, "seed is -1"),
     ([0], {"trajectory": True, "method": "dopri5"}, "give another method"),
     ([0], {"noise": np.zeros((2, 4, 4, 48))}, "noise is .* these samples need"),
+    ([0], {"noise": np.full((1, 4, 4, 48), np.nan)}, "noise has numbers that are not finite"),
+    ([0.5], {}, "There is no class 0.5; give a name, or a number below 9"),
+    (None, {}, "There is no class None"),
+    ([0], {"guidance": 2.0, "cfg_scale": 5.0}, "guidance is cfg_scale by another name"),
   ],
 )
 def test_what_cannot_be_sampled_is_named(pipe, classes, words, message):
   with pytest.raises(InputError, match=message):
     pipe.sample(classes, progress=False, **words)
+
+
+def test_one_class_and_numbers_of_numpy_are_as_good_as_lists_and_pythons(pipe):
+  words = {"steps": 3, "progress": False}
+  expected = pipe.sample([2], num=2, seed=5, **words)
+  assert pipe.sample(np.int64(2), num=np.int64(2), seed=np.uint32(5), **words) == expected
+  assert pipe.sample("2 Animals & Nature", num=2, seed=5, **words) == expected
+  assert pipe.sample(2, noise=pipe.noise(5).tolist(), **words) == pipe.sample(2, seed=5, **words)
 
 
 def test_bfloat16_halves_the_weights_and_is_near(pipe, saved, tmp_path):
@@ -144,11 +158,44 @@ def test_a_folder_that_was_not_copied_whole_says_what_is_missing(model):
     Pipeline.load(model)
 
 
-def test_a_folder_of_other_things_is_not_replaced(pipe, tmp_path):
-  (tmp_path / "mine.txt").write_text("")
-  with pytest.raises(InputError, match="is no model folder"):
-    pipe.save(tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+def test_a_folder_of_other_things_is_not_replaced(pipe, model, tmp_path):
+  other = tmp_path / "other"
+  for path, message in ((other, "is no model folder"), (model, "other files than a model's, mine")):
+    path.mkdir(exist_ok=True)
+    before = {*path.iterdir(), path / "mine.txt"}
+    (path / "mine.txt").touch()
+    with pytest.raises(InputError, match=message):
+      pipe.save(path)
+    assert {*path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_replaced_stays(pipe, model, monkeypatch):
+  before = (model / folder.CONFIG).read_bytes()
+  rename = Path.rename
+
+  def fail(path, target):
+    if path.name == "new":
+      raise KeyboardInterrupt
+    return rename(path, target)
+
+  monkeypatch.setattr(Path, "rename", fail)
+  with pytest.raises(KeyboardInterrupt):
+    pipe.save(model)
+  assert (model / folder.CONFIG).read_bytes() == before
+  assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_with_another_tokenizer_is_refused(pipe, model, tmp_path):
+  params = jax.tree.map(lambda x: x + 1, pipe.tokenizer.params)
+  Tokenizer(pipe.tokenizer.config, params).save(tmp_path / "other")
+  for load in (
+    lambda: Pipeline.load(model, tokenizer=tmp_path / "other"),
+    lambda: restore.tokenizer_of(restore.load(model, "diffusion"), tmp_path / "other"),
+  ):
+    with pytest.raises(InputError, match="is not the one that made the latents"):
+      load()
+  pipe.tokenizer.save(tmp_path / "same", dtype="bfloat16")
+  assert Pipeline.load(model, tokenizer=tmp_path / "same").class_names == pipe.class_names
 
 
 def test_pictures_of_any_kind_and_size_come_back(tokenizer, tmp_path):
@@ -166,6 +213,15 @@ def test_pictures_of_any_kind_and_size_come_back(tokenizer, tmp_path):
   several = own.encode([picture, Image.new("L", (32, 32)), array])
   assert [z.shape[:2] for z in several] == [(2, 4), (2, 2), (2, 4)]
   assert [again.size for again in own.decode(several)] == [(64, 32), (32, 32), (64, 32)]
+  turned = Image.Exif()
+  turned[ExifTags.Base.Orientation] = 6
+  picture.save(tmp_path / "turned.png", exif=turned)
+  upright = own.encode(tmp_path / "turned.png")
+  np.testing.assert_array_equal(own.encode(Image.open(tmp_path / "turned.png")), upright)
+  assert upright.shape == (4, 2, own.channels)
+  np.testing.assert_array_equal(own.encode(jax.numpy.asarray(array)), one)
+  with pytest.raises(InputError, match=r"A latent is \(0, 4, "):
+    own.decode(one[:0])
   with pytest.raises(InputError, match="a cell of this tokenizer has 16 x 16"):
     own.encode(Image.new("RGB", (8, 40)))
 
@@ -196,6 +252,10 @@ def test_a_moved_workdir_samples_without_its_latents(pipeline, tmp_path, pipe):
   own = Pipeline.load(tmp_path / "diffusion")
   assert own.sample([1], **words) == pipe.sample([1], **words)
   assert own.origin == pipe.origin
+  (tmp_path / "diffusion" / "latents.json").unlink()  # as a training of before
+  config["latents"]["path"] = str(pipeline / "latents")
+  (tmp_path / "diffusion" / "config.json").write_text(json.dumps(config))
+  assert Pipeline.load(tmp_path / "diffusion").space.tokenizer == pipe.space.tokenizer
   shutil.rmtree(tmp_path / "tokenizer")
   with pytest.raises(InputError, match="is gone; give --tokenizer=WORKDIR"):
     restore.tokenizer_of(diffusion)
@@ -256,7 +316,12 @@ def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tm
   write(state)
   loaded = restore.load(tmp_path / "model", "diffusion")
   assert (loaded.step, loaded.ema, loaded.sha256) == (3, 0.5, diffusion.sha256)
-  assert "| validation/mse | 2.5 | 6 |" in (tmp_path / "model" / folder.CARD).read_text()
+  again = export.load(tmp_path / "model", None, None, None)
+  export.export(again, tmp_path / "again", workdir=tmp_path / "model", samples=0)
+  for name in ("model", "again"):
+    card = (tmp_path / name / folder.CARD).read_text()
+    assert "| validation/mse | 2.5 | while training, step 6 |" in card
+    assert f"- data: latents of {len(LatentStore(pipeline / 'latents')):,} pictures" in card
 
 
 def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
@@ -266,6 +331,9 @@ def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
     labels_for("balanced", 4, 10, 0, names)
   with pytest.raises(InputError, match="There is no class 'dogs'; there are dog"):
     labels_for("dogs", 4, 3, 0, names)
+  odd = ("1", "cat, wild", "dog")
+  np.testing.assert_array_equal(labels_for('1,2,"cat, wild",dog', 4, 3, 0, odd), [0, 2, 1, 2])
+  np.testing.assert_array_equal(labels_for("cat, wild", 2, 3, 0, odd), [1, 1])
   pictures = np.full((6, 8, 40, 3), 200, np.uint8)
   sheet = class_sheet(pictures, np.array([0, 1, 2, 2, 1, 0]), names)
   assert sheet.shape == (3 * (8 + 14), 2 * 40, 3)

@@ -36,6 +36,7 @@ from vavae_jax.common.addresses import HUB, with_hub
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
+  hidden,
   read_note,
   sha256_of,
   write_json,
@@ -53,6 +54,8 @@ ORIGIN: dict[str, Key] = {
   "step": Key(0, keys.MAYBE, "Of its training."),
   "ema": Key(0.0, "[0, 1)", "Decay of the average that was taken; 0: the weights themselves."),
   "sha256": Key("", text="Of the weights in float32, as their training has them."),
+  "data": Key("", text="What they were trained on, for people."),
+  "figures": Key((), text="Name, value and protocol of each, by |.", kind=str, is_list=True),
 }
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _NUMBERS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -96,7 +99,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     return path
   if not _REPOSITORY.fullmatch(name.removeprefix(HUB)):
     raise InputError(f"{name} does not exist; give a model folder, a workdir, or USER/NAME.")
-  with with_hub(name, "fetched", "Where there is no network, give the path of a copy"):
+  advice = "There is no folder of that name here either; where there is no network, give a path"
+  with with_hub(name, "fetched", advice):
     repository = name.removeprefix(HUB)
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(FILES)))
 
@@ -122,7 +126,7 @@ def save(
   Raises:
     InputError: the folder holds something else, or the disk lacks the space.
   """
-  folder = Path(folder).absolute()
+  folder = Path(folder).resolve()  # of a link, what it leads to
   check_free_name(folder)
   keys.check({"dtype": Key("float32", DTYPES)}, {"dtype": dtype})
   number = _NUMBERS[dtype]
@@ -132,9 +136,9 @@ def save(
   folder.parent.mkdir(parents=True, exist_ok=True)
   size = sum(x.nbytes for each in tensors.values() for x in each.values())
   check_free(folder.parent, size, "for the model; free some space, or choose another folder")
-  partial, replaced = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "replaced"))
-  for left in (partial, replaced):
-    shutil.rmtree(left, ignore_errors=True)
+  # By the process, so that two which write the same folder do not take each other's files.
+  aside = hidden(folder, f"{os.getpid()}.partial")
+  partial, replaced = aside / "new", aside / "old"
   try:
     for name, arrays in tensors.items():
       write_safetensors(partial / name, arrays)
@@ -148,14 +152,21 @@ def save(
       folder.rename(replaced)
     partial.rename(folder)
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists() and not folder.exists():
+      replaced.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_free_name(folder: Path) -> None:
-  """Raises InputError where there is something that is no model folder."""
-  if folder.exists() and not (folder.is_dir() and (is_model(folder) or not any(folder.iterdir()))):
+  """Raises InputError where there is something else than a model folder, which may be lost."""
+  there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  if folder.exists() and not (folder.is_dir() and (is_model(folder) or not there)):
     raise InputError(f"{folder} is no model folder; give another name, or move it away.")
+  if others := sorted({*there} - {*FILES}):
+    raise InputError(
+      f"{folder} has other files than a model's, {', '.join(others[:4])}: give another name, or "
+      "move them away."
+    )
 
 
 def _flat(params: Any, number: Any) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vavae_jax import folder, tiling, training
 from vavae_jax.autoencoder import Autoencoder, Options
@@ -28,9 +28,11 @@ from vavae_jax.common import functional, keys, mesh
 from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import at_home
 from vavae_jax.common.keys import DTYPES, Key
 from vavae_jax.data import images
 from vavae_jax.data.sources.base import decode
+from vavae_jax.data.sources.metadata import upright
 from vavae_jax.update import build_autoencoder
 
 Picture = Image.Image | np.ndarray | str | os.PathLike[str]
@@ -104,7 +106,8 @@ class Tokenizer:
     files: dict[str, bytes] | None = None,
   ) -> None:
     """Writes a model folder; `dtype`, "float32" or "bfloat16", is of the weights on disk."""
-    folder.save(Path(path), {"tokenizer": self.part}, dtype=dtype, about={}, files=files)
+    there = Path(at_home(os.fspath(path)))
+    folder.save(there, {"tokenizer": self.part}, dtype=dtype, about={}, files=files)
 
   @property
   def part(self) -> folder.Part:
@@ -132,7 +135,7 @@ class Tokenizer:
     is_one = not isinstance(latents, Sequence) and np.ndim(latents) == 3
     given = [np.asarray(z, np.float32) for z in ([latents] if is_one else latents)]
     for z in given:
-      if z.ndim != 3 or z.shape[-1] != self.channels:
+      if z.ndim != 3 or z.shape[-1] != self.channels or not z.size:
         raise InputError(f"A latent is {z.shape}; this tokenizer's are [h, w, {self.channels}].")
       if not np.isfinite(z).all():
         raise InputError("A latent has numbers that are not finite; no picture comes of it.")
@@ -213,17 +216,19 @@ def _decode_uint8(config: FrozenConfigDict, params: Any, z_BhwZ: jax.Array) -> j
 
 def _several(pictures: Any) -> tuple[Sequence[Picture], bool]:
   """(a list of pictures, whether only one was given)."""
-  if isinstance(pictures, np.ndarray):
-    is_one = pictures.ndim == 3
+  if hasattr(pictures, "ndim"):  # NumPy's or another's
+    pictures = np.asarray(pictures)
+    is_one = pictures.ndim != 4
   else:
-    is_one = isinstance(pictures, Image.Image | str | os.PathLike)
+    is_one = isinstance(pictures, Image.Image | str | os.PathLike) or not np.iterable(pictures)
   return ([pictures] if is_one else pictures), is_one
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-  """Three channels of 8 bits, on white where the picture is transparent."""
-  if picture.mode[0] in "IF":
-    raise InputError(f"A picture has the mode {picture.mode}; convert it to 8 bits first.")
+  """Three channels of 8 bits, upright, on white where the picture is transparent."""
+  if picture.mode[0] in "IF" or picture.mode == "La":
+    raise InputError(f"A picture has the mode {picture.mode}; convert it to RGB first.")
+  picture = upright(picture, picture.getexif().get(ExifTags.Base.Orientation, 1))
   if picture.has_transparency_data:
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture.convert("RGBA"))

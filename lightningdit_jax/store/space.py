@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ from lightningdit_jax.store.latents import LatentStore, mean_and_std
 from vavae_jax import folder
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place, read_note
+from vavae_jax.tokenizer import SETTINGS as TOKENIZER
 
 NOTE = "latents.json"  # in a training's workdir
 
@@ -26,20 +28,21 @@ class Space:
     mean, std: of each channel, float32 [Z].
     class_names: of the labels; empty where nobody named them.
     tokenizer: "workdir", "step" and "sha256" of what made the latents; empty if that is not known.
+    records: how many latents there were; 0 if that is not known.
   """
 
   mean: np.ndarray
   std: np.ndarray
   class_names: tuple[str, ...] = ()
   tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  records: int = 0
 
   @classmethod
   def of(cls, store: LatentStore) -> Space:
     """That of stored latents."""
     about = store.manifest
-    return cls(
-      store.mean, store.std, tuple(about.get("class_names", ())), about.get("tokenizer", {})
-    )
+    names, made = tuple(about.get("class_names", ())), about.get("tokenizer", {})
+    return cls(store.mean, store.std, names, made, len(store))
 
   @classmethod
   def read(cls, path: Path) -> Space:
@@ -48,7 +51,8 @@ class Space:
     try:
       numbers = {name: np.array(note[name], np.float32) for name in ("mean", "std")}
       mean, std = mean_and_std(numbers)
-      return cls(mean, std, tuple(note["class_names"]), dict(note["tokenizer"]))
+      names, made = tuple(note["class_names"]), dict(note["tokenizer"])
+      return cls(mean, std, names, made, int(note.get("records", 0)))
     except (TypeError, ValueError) as error:
       raise InputError(f"{path} is damaged ({error}); bring back the file as it was.") from error
 
@@ -56,7 +60,11 @@ class Space:
   def of_folder(cls, path: Path, config: Mapping[str, Any]) -> Space:
     """That of a model folder, whose config.json is given; InputError if its file is damaged."""
     mean, std = mean_and_std(folder.read_tensors(path, folder.STATISTICS, config["files"]))
-    return cls(mean, std, tuple(config["class_names"]))
+    made = {}
+    if "tokenizer" in folder.parts_of(path):
+      origin = folder.read_config(path, TOKENIZER, "tokenizer")["tokenizer"]["origin"]
+      made = {name: origin[name] for name in ("step", "sha256")}
+    return cls(mean, std, tuple(config["class_names"]), made)
 
   def note(self) -> dict[str, Any]:
     """For JSON, which keeps float32 as it is."""
@@ -65,6 +73,7 @@ class Space:
       "std": self.std.tolist(),
       "class_names": list(self.class_names),
       "tokenizer": dict(self.tokenizer),
+      "records": self.records,
     }
 
 
@@ -80,6 +89,8 @@ def check_classes(names: Sequence[str], count: int, where: str) -> None:
 
 def label_of(given: str | int, names: Sequence[str], count: int) -> int:
   """The label of a class by its name, or by its number among `count`; InputError for another."""
+  if isinstance(given, bool) or not (isinstance(given, str) or hasattr(given, "__index__")):
+    raise InputError(f"There is no class {given!r}; give a name, or a number below {count}.")
   if isinstance(given, str):
     if given not in names:
       near = difflib.get_close_matches(given, names, 3) or names[:20]
@@ -88,7 +99,7 @@ def label_of(given: str | int, names: Sequence[str], count: int) -> int:
     given = list(names).index(given)
   if not 0 <= given < count:
     raise InputError(f"There is no class {given}; they are 0 to {count - 1}.")
-  return int(given)
+  return operator.index(given)
 
 
 class Identified(Protocol):
