@@ -13,6 +13,7 @@ import pytest
 
 from launch.engine import processes, rendezvous
 from launch.engine.writers import read_metrics
+from lightningdit_jax import Pipeline
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
@@ -24,6 +25,7 @@ def training(pipeline):
   return [
     *("launch.train", "--config=configs/quickstart.py:diffusion,tiny", *settings),
     *("--config.evaluate_every_steps=0", f"--config.latents.path={pipeline / 'latents'}"),
+    "--config.export=end",
   ]
 
 
@@ -37,6 +39,7 @@ def test_two_processes_train_as_one(training, two_processes, command, tmp_path):
   assert done.returncode == 0, done.stderr
   half = [word.replace("num_steps=4", "num_steps=2") for word in training]
   two_processes(*half, f"--workdir={tmp_path / 'two'}")
+  assert Pipeline.load(tmp_path / "two" / "model").origin["step"] == 2
   done = command(*training, f"--workdir={tmp_path / 'two'}")
   assert done.returncode == 0, done.stderr
   one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

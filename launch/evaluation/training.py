@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
 from launch import export, restore
@@ -25,6 +26,7 @@ from lightningdit_jax.store import space
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url
 from vavae_jax.common.optimizer import averaged
 from vavae_jax.metrics.distribution import Gaussian
 
@@ -78,9 +80,15 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
       'config.export is "best", which needs config.keep_best, the metric to choose by, and '
       "config.evaluate_every_steps."
     )
+  if is_url(workdir):
+    raise InputError(
+      f"config.export writes folders of this machine, but {workdir} is in a bucket; leave it "
+      "empty, and use python -m launch.export when the training has ended."
+    )
   tokenizer = None
   if config.task == "diffusion":
-    tokenizer = restore.tokenizer_of_latents(restore.check_latents(config), config.tokenizer)
+    found = restore.tokenizer_of_latents(restore.check_latents(config), config.tokenizer)
+    tokenizer = found.on(mesh.local_mesh())
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   whole = jax.jit(lambda params: params, out_shardings=mesh.replicated(devices))
   decay = (*config.optimizer.ema_decays, 0.0)[0]
@@ -89,7 +97,10 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
     step = int(state.step)
     if config.export == "best":
       steps = [line["step"] for line in read_metrics(workdir)]
-      if best_step(workdir, config.keep_best, steps) != step:
+      is_best = np.array(best_step(workdir, config.keep_best, steps) == step)
+      if jax.process_count() > 1:  # the first one writes the metrics, perhaps to its own disk
+        is_best = multihost_utils.broadcast_one_to_all(is_best)
+      if not is_best:
         return {}
     params = jax.tree.map(lambda x: x.addressable_data(0), whole(averaged(config.optimizer, state)))
     trained = restore.Trained(workdir, config, step, params, decay)
