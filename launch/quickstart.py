@@ -25,13 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import lightningdit_jax.checks
 import vavae_jax.training
 from configs import pictures, quickstart
-from launch import restore, tasks
+from launch import export, restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, hardware, loop
 from launch.engine.ownership import owned
@@ -44,8 +45,9 @@ from launch.evaluation.reference import reference_of, statistics_of
 from launch.evaluation.sample_files import Npz
 from launch.sample import sample_set
 from launch.train import train
+from vavae_jax import folder
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import check_outputs, local_place, read_note, write_json
+from vavae_jax.common.files import at_home, check_outputs, local_place, read_note, write_json
 from vavae_jax.data import selection
 
 CONFIG = f"{quickstart.__file__}:pipeline"
@@ -91,10 +93,20 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
   )
   network = load_network(EFFICIENTNET)
   results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
-  stage(
-    "Report",
-    lambda: overview.write(resolved, workdir, tokenizer, store, results, network, seconds),
-  )
+
+  def report() -> None:
+    overview.write(resolved, workdir, tokenizer, store, results, network, seconds)
+    model = workdir / "diffusion" / "model"
+    if folder.is_model(model):  # of its training, which could not know these figures
+      export.export(
+        restore.for_use(diffusion, tokenizer),
+        model,
+        workdir=workdir / "diffusion",
+        evaluations=[workdir / f"{name}.json" for name in ("generation", "reconstruction")],
+        picture=(model / folder.PICTURE).read_bytes(),
+      )
+
+  stage("Report", report)
   return results
 
 
@@ -106,16 +118,13 @@ def _seconds(timings: Path) -> dict[str, float]:
 
 def fit(config: ConfigDict, spec: str) -> None:
   """Fits a configuration of `configs.pictures` to somebody's pictures and says what it will do."""
-  path = Path(spec).expanduser()
-  if path.exists():
-    kind = "folder" if path.is_dir() else path.suffix.removeprefix(".")
-    spec = f"{kind}:{path.absolute()}"
+  spec = _source_of(spec)
   source = selection.opened(spec)
   count, names = len(source), source.class_names
   if count < pictures.LEAST:
     raise InputError(f"{spec} has {count} pictures; the pipeline needs {pictures.LEAST} or more.")
   data = config.tokenizer.data
-  for share in (0.1, 0.15, 0.2, 0.3, 0.5):
+  for share in (data.held_out, *(x for x in (0.15, 0.2, 0.3, 0.5) if x > data.held_out)):
     data.update(source=spec, held_out=share)
     train, held_out = selection.split(source, FrozenConfigDict(data))
     if len(held_out) >= 2:
@@ -130,8 +139,37 @@ def fit(config: ConfigDict, spec: str) -> None:
     ("tokenizer", f"{first.num_steps:,} steps of {first.batch_size}, {data.image_size} px"),
     ("diffusion model", f"{second.num_steps:,} steps of {second.batch_size}"),
     ("samples", f"{config.sample.num_samples:,}"),
+    ("time", _time(config)),
   ]
   console.table("Your pictures", ("what", "how"), rows)
+
+
+def _source_of(given: str) -> str:
+  """The source that --pictures names: a folder, an archive, or any of docs/data.md."""
+  path = Path(at_home(given))
+  if path.is_dir():
+    return f"folder:{path.absolute()}"
+  if path.exists() and (kind := path.suffix.lower()) in (".zip", ".tar"):
+    return f"{kind[1:]}:{path.absolute()}"
+  if path.exists() or ":" not in given:
+    wrong = "is no folder, .zip or .tar" if path.exists() else "does not exist"
+    raise InputError(
+      f"--pictures is {given}, which {wrong}; give a folder of class folders, a .zip or a .tar of "
+      "such, or a source such as hf:NAME."
+    )
+  return given
+
+
+def _time(config: ConfigDict) -> str:
+  """An estimate, from the quickstart's time and this machine's rate of products."""
+  if jax.default_backend() != "cpu":
+    return "not measured yet on such a machine; each bar tells its own"
+  seconds = pictures.SECONDS["rest"]
+  for name in ("tokenizer", "diffusion"):
+    part = config[name]
+    seconds += pictures.SECONDS[name] * part.num_steps * part.batch_size
+  minutes = seconds * pictures.PRODUCT_RATE / hardware.product_rate() / 60
+  return f"about {minutes:.0f} minutes, an estimate" if minutes >= 1 else "about a minute"
 
 
 def _check(config: FrozenConfigDict, workdir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,26 @@ def test_own_pictures_fix_classes_batches_and_what_is_held_out(tmp_path):
   assert config.tokenizer.data.source == f"folder:{tmp_path / 'own'}"
   with pytest.raises(InputError, match="has 3 pictures; the pipeline needs 16 or more"):
     launch.quickstart.fit(config, str(make_pictures(tmp_path / "few", cat=3)))
+
+
+def test_what_somebody_set_beside_own_pictures_stays(tmp_path, capsys):
+  config = pictures.get_config("cpu")
+  config.tokenizer.data.held_out = 0.4
+  config.diffusion.model.num_classes, config.sample.num_samples = 3, 10
+  launch.quickstart.fit(config, str(make_pictures(tmp_path / "own", cat=12, dog=11)))
+  kept = (config.tokenizer.data.held_out, config.sample.num_samples)
+  assert (*kept, config.diffusion.model.num_classes) == (0.4, 10, 3)
+  assert re.search("time .* about [0-9]+ minutes, an estimate", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [("nowhere", "which does not exist; give a folder"), ("a.rar", "which is no folder, .zip or")],
+)
+def test_what_are_no_pictures_is_told(given, message, tmp_path):
+  (tmp_path / "a.rar").touch()
+  with pytest.raises(InputError, match=message):
+    launch.quickstart.fit(pictures.get_config("cpu"), str(tmp_path / given))
 
 
 def test_a_recipe_is_found_where_it_is_installed(tmp_path, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 # Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; the longest name that
@@ -93,6 +96,19 @@ def memory(mesh: Mesh) -> float:
 def bandwidth(mesh: Mesh) -> float:
   """Bytes/s of the memory of one device of a mesh; 0 for an unknown kind."""
   return _of_kind(BANDWIDTH, mesh.devices.flat[0].device_kind)
+
+
+def product_rate() -> float:
+  """FLOP/s of float32 products of 512 x 512 on a CPU, the fastest of a few: without other work."""
+  x = jnp.ones((512, 512))
+  run = jax.jit(jnp.matmul)
+  run(x, x).block_until_ready()
+  best = math.inf
+  for _ in range(50):
+    began = time.perf_counter()
+    run(x, x).block_until_ready()
+    best = min(best, time.perf_counter() - began)
+  return 2 * 512**3 / best
 
 
 def _of_kind(table: dict[str, float], kind: str) -> float:

@@ -93,7 +93,7 @@ def write(
   ]
   html.write_page(
     workdir / "report.html",
-    "VA-VAE and LightningDiT in JAX: quickstart",
+    f"VA-VAE and LightningDiT in JAX: {_what(config.tokenizer.data.source)}",
     sections,
     summary=(
       f"A tokenizer learnt to write {config.tokenizer.data.image_size} px pictures of "
@@ -110,6 +110,10 @@ def write(
       "Samples of all classes",
     ),
   )
+
+
+def _what(source: str) -> str:
+  return "quickstart" if source.startswith("embedded:") else f"pictures of {source}"
 
 
 def _figures(

@@ -79,8 +79,8 @@ def _report(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, all
   message = f"{what}: {difference}."
   if not allowed:
     raise InputError(
-      f"{message} Bring those back, or train on with these by --config.data.changed=allow, which "
-      "notes them."
+      f"{message} Bring those back, or give a new --workdir; a training alone goes on with these "
+      "by --config.data.changed=allow, which notes them."
     )
   if difference:
     print(printable(f"warning: {message}"), file=sys.stderr)
