@@ -24,6 +24,7 @@ import huggingface_hub
 import jax
 import numpy as np
 from absl import flags
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from launch import restore
@@ -80,6 +81,12 @@ def export(
   card = _card(model, title or output.name, licence, bool(files), evaluated)
   files[folder.CARD] = card.encode()
   model.save(output, dtype=dtype, files=files)
+
+
+def check_name(name: str) -> None:
+  """Raises InputError for what no model on the hub is called."""
+  with with_hub(name, "pushed", "Give USER/NAME"):
+    validate_repo_id(name)
 
 
 def push(output: Path, name: str, *, private: bool = False) -> str:
@@ -216,6 +223,8 @@ def rows_of(output: Path) -> Sequence[tuple[str, str]]:
 
 def main() -> None:
   output = local_place(FLAGS.output)
+  if FLAGS.push:
+    check_name(FLAGS.push)
   tokenizer = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
   with owned(output, beside=True):
     folder.check_free_name(output)

@@ -404,6 +404,13 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     "a word too many": ["launch.train", TINY, new, "again"],
     "an empty word": ["launch.convert", str(pipeline / "tokenizer"), ""],
     "no such file at home": ["launch.convert", "~/nothing_here", "x"],
+    "a model in a bucket": ["launch.export", "--workdir=x", "--output=gs://bucket/model"],
+    "no name on the hub": [
+      "launch.export",
+      "--workdir=x",
+      f"--output={root / 'new'}",
+      "--push=a b",
+    ],
     "an empty key": ["launch.train", TINY, new, "--config.data.source="],
     "nothing to evaluate": ["launch.evaluate", "everything", f"--output={root / 'new'}"],
     "no such class": [
@@ -470,6 +477,8 @@ def _owned(root, pipeline):
     ("a word too many", "Unexpected argument 'again'"),
     ("an empty word", "An argument is empty"),
     ("no such file at home", f"error: {Path.home()}/nothing_here does not exist"),
+    ("a model in a bucket", "gs://bucket/model: only a training writes to a bucket"),
+    ("no name on the hub", "a b could not be pushed (Repo id must"),
     ("an empty key", "config.data.source is ''; give a text that is not empty"),
     ("nothing to evaluate", "invalid choice: 'everything'"),
     ("no such class", "--labels is '3,9': There is no class 9; they are 0 to 8."),
