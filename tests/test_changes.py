@@ -19,6 +19,7 @@ from launch import encode, restore
 from launch.engine import configuration, loop
 from launch.engine.checkpoint import read_config
 from launch.evaluation import pictures as picture_sets
+from launch.prepare import prepare
 from launch.train import train
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import changes, selection, sources
@@ -89,7 +90,8 @@ CHANGES = {
 def begin(folder: Path, workdir: Path, *, with_changes: bool = False, **changes) -> ConfigDict:
   """Trains zero steps."""
   config = base.tokenizer()
-  config.data = ConfigDict(data(f"folder:{folder}", valid_source=f"folder:{folder}", **changes))
+  given = {"source": f"folder:{folder}", "valid_source": f"folder:{folder}", **changes}
+  config.data = ConfigDict(data(**given))
   config.num_steps = config.batch_size = 4
   selection.opened.cache_clear()  # as in a process of its own
   selection._training_pictures.cache_clear()
@@ -144,6 +146,12 @@ def test_pictures_that_a_changed_key_moves_are_counted(folder, tmp_path, capsys)
     assert re.search(r"warning: .*notes: (.*, )?\d+ moved from training to the held-out ones", said)
     begin(folder, workdir, with_changes=True, **changed)
     assert not capsys.readouterr().err
+  prepare(f"folder:{folder}", tmp_path / "prepared")
+  begin(
+    folder, workdir, with_changes=True, source=f"arrayrecord:{tmp_path / 'prepared'}", **changed
+  )
+  assert "notes: the same names" in capsys.readouterr().err
+  begin(folder, workdir, with_changes=True, **changed)
   add(folder.with_name("other"), "00")
   with pytest.raises(InputError, match=r"config\.data\.source"):
     begin(folder.with_name("other"), workdir, held_out=0.0)

@@ -97,10 +97,12 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   common, here, there = np.intersect1d(old & _NAME, new & _NAME, return_indices=True)
   both = old[here], new[there]
   was, becomes = (each & _HELD_OUT for each in both)
+  sizes = np.stack([each & _SIZE for each in both])
   counts = {
     "added": np.isin(new & _NAME, common, invert=True),
     "removed": np.isin(old & _NAME, common, invert=True),
-    "of another size": (both[0] ^ both[1]) & _SIZE,
+    # Some kinds of sources know none.
+    "of another size": sizes.all(0) & (sizes[0] != sizes[1]),
     "moved from the held-out ones to training": was > becomes,
     "moved from training to the held-out ones": was < becomes,
   }
