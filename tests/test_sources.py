@@ -113,12 +113,12 @@ def make_webdataset(root):
   return f"tar:{root / '*.tar'}"
 
 
-def make_parquet(root):
+def make_parquet(root, column="label"):
   rows = [
-    {"image": {"bytes": data, "path": name}, "label": CLASSES.index(name.partition("/")[0])}
+    {"image": {"bytes": data, "path": name}, column: CLASSES.index(name.partition("/")[0])}
     for name, data in FILES.items()
   ]
-  feature = {"label": {"names": CLASSES, "_type": "ClassLabel"}}
+  feature = {column: {"names": CLASSES, "_type": "ClassLabel"}}
   noted = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
   for part in range(2):
     table = pa.Table.from_pylist(rows[part * 4 : part * 4 + 4]).replace_schema_metadata(noted)
@@ -141,6 +141,7 @@ MAKERS = {
   "tars": make_tars,
   "webdataset": make_webdataset,
   "parquet": make_parquet,
+  "parquet with another column": functools.partial(make_parquet, column="animal"),
   "records": make_records,
 }
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,9 +106,10 @@ class HuggingFace(Source):
         f"hf:{path} has the columns {', '.join(schema.names)}; needed are image and label, the "
         "same in all files."
       )
-    labels = [name for name in _LABELS if name in schema.names]
+    named = _classes_in(schema)
+    labels = [name for name in (*_LABELS, *sorted(named)) if name in schema.names]
     self._columns = pictures[:1] + labels[:1]
-    if labels[:1] != ["label"] or len(labels + pictures) > 2:
+    if labels[:1] != ["label"] or len({*labels, *pictures}) > 2:
       others = ", ".join(name for name in schema.names if name not in self._columns)
       self.beside = (
         f"its columns {others or 'of labels: none'}; taken are {pictures[0]} and "
@@ -123,19 +125,14 @@ class HuggingFace(Source):
     self._starts = np.cumsum([0, *(rows for *_, rows in groups)])
     if not len(self):
       raise InputError(f"hf:{path} has no rows.")
-    self.class_names = self._names_of(schema, labels[:1])
+    self.class_names = self._names_of(named, labels[:1])
     self._labels = {name: label for label, name in enumerate(self.class_names)}
 
-  def _names_of(self, schema: Any, label: list[str]) -> list[str]:
+  def _names_of(self, named: Mapping[str, list[str]], label: list[str]) -> list[str]:
     if not label:
       return [NO_CLASS]
-    try:
-      noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-      names = [str(name) for name in noted["info"]["features"][label[0]]["names"]]
-    except (ValueError, LookupError, TypeError):
-      names = []  # not every set names its classes
-    if names:
-      return names
+    if label[0] in named:
+      return named[label[0]]
     found: dict[type, set[Any]] = {}
     for file, group in self._groups:
       for value in _group(self._files[file], group, (label[0],))[label[0]]:
@@ -202,6 +199,20 @@ def _unreadable(error: OSError) -> NoReturn:
     f"The folder {error.filename} cannot be read ({error.strerror}); name the folder of the "
     "parquet files alone."
   ) from error
+
+
+def _classes_in(schema: Any) -> dict[str, list[str]]:
+  """Column -> the names of its classes, of those that a set declares with such."""
+  try:
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = noted["info"]["features"].items()
+  except (ValueError, LookupError, TypeError, AttributeError):
+    return {}  # not every set names its classes
+  return {
+    column: [str(name) for name in about["names"]]
+    for column, about in features
+    if isinstance(about, dict) and isinstance(about.get("names"), list) and about["names"]
+  }
 
 
 def _parquet_files(path: str) -> list[str]:
