@@ -11,11 +11,9 @@ by the flags given here; --guide is autoguidance by another training on the same
 
 from __future__ import annotations
 
-import csv
 import functools
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from launch.engine.ownership import owned
 from launch.evaluation.sample_files import part_path, write_npz, write_part, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
-from lightningdit_jax.store.space import Space, check_classes, label_of
+from lightningdit_jax.store.space import Space, labels_for
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError
@@ -55,36 +53,6 @@ SHARED_WITH_GUIDE = (
   *("transport.path_type", "transport.prediction"),
   *("latents.sha256", "latents.latent_norm", "latents.latent_multiplier"),
 )
-
-
-def labels_for(
-  kind: str, num_samples: int, num_classes: int, seed: int, names: Sequence[str] = ()
-) -> np.ndarray:
-  """The label of each sample, int32 [num_samples] below `num_classes`.
-
-  `kind` is "balanced" (every class as often), "uniform" (random, by `seed`), or labels and names of
-  classes, as in '3,7,"cat, wild"', repeated; a class that is called 7 comes before the number 7,
-  and a name alone needs no quotes. InputError where there is no such class, or the model has
-  other classes than its latents had.
-  """
-  check_classes(names, num_classes, "What the model was trained on")
-  if kind == "balanced":
-    return np.arange(num_samples, dtype=np.int32) % num_classes
-  if kind == "uniform":
-    return np.random.default_rng(seed).integers(num_classes, size=num_samples, dtype=np.int32)
-  try:
-    words = [kind] if kind in names else next(csv.reader([kind], skipinitialspace=True)) or [kind]
-    given = [label_of(_word(word, names), names, num_classes) for word in words]
-  except (InputError, csv.Error) as error:
-    raise InputError(
-      f'--labels is {kind!r}: {error} "balanced" and "uniform" are for all of them.'
-    ) from error
-  return np.resize(np.asarray(given, np.int32), num_samples)
-
-
-def _word(word: str, names: Sequence[str]) -> str | int:
-  """The number of a class where nothing is called so."""
-  return int(word) if word not in names and re.fullmatch(r"-?[0-9]{1,9}", word) else word
 
 
 def make_sampler(

@@ -18,11 +18,12 @@ from PIL import ExifTags, Image
 from launch import export, restore
 from launch.evaluation.sample_files import class_sheet
 from launch.evaluation.training import exports
-from launch.sample import labels_for, make_sampler
+from launch.sample import make_sampler
 from launch.train import _with_classes
 from lightningdit_jax import Pipeline
 from lightningdit_jax.checks import check_store
 from lightningdit_jax.store.latents import LatentStore
+from lightningdit_jax.store.space import labels_for
 from tests import fake_hub
 from tests.conftest import ROOT
 from vavae_jax import Tokenizer, folder

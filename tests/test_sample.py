@@ -20,6 +20,7 @@ from launch.evaluation.sample_files import (
   write_npz,
   write_part,
 )
+from lightningdit_jax.store import space
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
@@ -143,24 +144,24 @@ def test_a_file_begun_with_other_settings_is_refused(diffusion, tokenizer, pipel
 
 
 def test_balanced_labels_have_every_class_as_often():
-  np.testing.assert_array_equal(sample.labels_for("balanced", 7, 3, 0), [0, 1, 2, 0, 1, 2, 0])
+  np.testing.assert_array_equal(space.labels_for("balanced", 7, 3, 0), [0, 1, 2, 0, 1, 2, 0])
 
 
 def test_uniform_labels_are_seeded():
-  a, b = (sample.labels_for("uniform", 500, 9, seed) for seed in (0, 1))
-  np.testing.assert_array_equal(a, sample.labels_for("uniform", 500, 9, 0))
+  a, b = (space.labels_for("uniform", 500, 9, seed) for seed in (0, 1))
+  np.testing.assert_array_equal(a, space.labels_for("uniform", 500, 9, 0))
   assert (a != b).any()
   assert set(a) == set(range(9))
 
 
 def test_given_labels_are_repeated():
-  np.testing.assert_array_equal(sample.labels_for("3,7", 5, 9, 0), [3, 7, 3, 7, 3])
+  np.testing.assert_array_equal(space.labels_for("3,7", 5, 9, 0), [3, 7, 3, 7, 3])
 
 
 @pytest.mark.parametrize("labels", ["9", "-1", "0,9", "99999999999", "cat", "", "1,,2"])
 def test_wrong_labels_are_refused(labels):
   with pytest.raises(InputError, match="--labels is"):
-    sample.labels_for(labels, 5, 9, 0)
+    space.labels_for(labels, 5, 9, 0)
 
 
 def test_contact_sheet_fills_the_last_row_with_white():

@@ -16,8 +16,9 @@ from ml_collections import FrozenConfigDict
 
 from launch import restore
 from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
-from launch.sample import labels_for, make_sampler
+from launch.sample import make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
+from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_batches
 from vavae_jax.common.errors import InputError

@@ -21,10 +21,10 @@ from launch.evaluation.output import Output, Point
 from launch.evaluation.sweep import points_of
 from launch.report import plots
 from launch.report.html import Section, picture_file
-from launch.sample import labels_for
 from lightningdit_jax import checks
 from lightningdit_jax.sampling import sample_latents
 from lightningdit_jax.solvers import TABLEAUX
+from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_batches
 
