@@ -254,6 +254,7 @@ MESSY = {
       "__MACOSX/set/cat/._0.png",
       "set/cat/Thumbs.db",
       "set/cat/notes.TXT",
+      "set/mouse/notes.TXT",
       "set/README",
     ),
     b"no picture",
@@ -295,7 +296,7 @@ def test_every_kind_has_one_rule_of_classes_and_hidden_files(make, tmp_path, cap
   assert len(source) == len(FILES)
   assert [source[i]["label"] for i in range(len(source))] == [0] * 4 + [1] * 4
   told = capsys.readouterr().err
-  for words in ("hidden", "1 ending in .TXT", "1 without an ending", "1 folders without pictures"):
+  for words in ("hidden", "2 ending in .TXT", "1 without an ending", "2 folders without pictures"):
     assert words in told
   sources.open_source(spec)
   assert capsys.readouterr().err == ""  # it is said once

@@ -41,6 +41,7 @@ class Listing:
     elif not name.lower().endswith(EXTENSIONS):
       _, dot, ending = name.rpartition("/")[2].rpartition(".")
       self.ignore(f"ending in .{ending[:20]}" if dot else "without an ending")
+      self._folders |= {name.rpartition("/")[0]} - {""}  # which an archive may not list
     else:
       return True
     return False
