@@ -245,15 +245,13 @@ def main() -> None:
       guide=guide,
       png=FLAGS.png,
     )
-  rows = [(f"{drawn['num_samples']} pictures", str(output))]
-  rows += [("contact sheet", str(output.with_suffix(".png")))]
-  rows += [("settings", str(output.with_suffix(".json")))]
-  rows += [("PNG files", str(output.with_suffix("")))] if FLAGS.png else []
+  endings = {f"{drawn['num_samples']} pictures": ".npz", "contact sheet": ".png"}
+  endings |= {"settings": ".json"} | ({"PNG files": ""} if FLAGS.png else {})
+  rows = [(what, str(output.with_suffix(ending))) for what, ending in endings.items()]
   console.table("Samples", ("what", "where"), rows)
-  found = output.with_name(f"{output.stem}_generation")
-  reference = tokenizer.config.data.source or "PICTURES"
-  against = (f"--samples={output}", f"--reference={reference}", f"--output={found}")
-  console.say_next("evaluate", "generation", *against, "--protocol=efficientnet_lite0")
+  reference = f"--reference={tokenizer.config.data.source or 'PICTURES'}"
+  words = (f"--samples={output}", reference, f"--output={output.with_suffix('')}_generation")
+  console.say_next("evaluate", "generation", *words, "--protocol=efficientnet_lite0")
 
 
 FLAGS = flags.FLAGS

@@ -113,16 +113,13 @@ def _cache_features(config: FrozenConfigDict) -> None:
 def main() -> None:
   workdir = place(FLAGS.workdir)
   state = train(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
-  console.table(
-    "Trained",
-    ("what", "where"),
-    [
-      ("steps", str(int(state.step))),
-      ("checkpoints", str(workdir / "checkpoints")),
-      ("losses", str(workdir / "metrics.jsonl")),
-      ("TensorBoard", f"tensorboard --logdir {workdir}"),
-    ],
-  )
+  rows = [
+    ("steps", str(int(state.step))),
+    ("checkpoints", str(workdir / "checkpoints")),
+    ("losses", str(workdir / "metrics.jsonl")),
+    ("TensorBoard", f"tensorboard --logdir {workdir}"),
+  ]
+  console.table("Trained", ("what", "where"), rows)
   beside = workdir.name if is_url(workdir) else workdir
   if FLAGS.config.task == "tokenizer":
     console.say_next("encode", f"--workdir={workdir}", f"--output={beside}_latents")
