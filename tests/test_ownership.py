@@ -75,6 +75,13 @@ def test_a_process_of_the_same_number_is_another_if_it_began_later(tmp_path, own
     pass
 
 
+def test_a_note_without_a_beginning_is_of_nobody(tmp_path):
+  note = {"machine": ownership._machine(), "process": 2**40, "began": ""}
+  (tmp_path / ".owner").write_text(json.dumps(note))
+  with owned(tmp_path):
+    pass
+
+
 @pytest.mark.parametrize("process", [b'"1"', b"null", b"\xff"])
 def test_a_damaged_note_counts_as_one_of_another_host(tmp_path, monkeypatch, process):
   monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.1)

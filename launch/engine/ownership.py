@@ -213,7 +213,8 @@ def _lives(path: Path, text: str) -> bool:
   """Whether the process that wrote an owner's file is at work."""
   note = _parsed(text)
   if not text or (note and note.get("machine") == _machine()):
-    return bool(text) and _began(int(note["process"])) == note["began"]
+    began = _began(int(note["process"])) if text else ""
+    return began != "" and began == note["began"]
   host = note.get("host", "an unknown host")
   console.say(f"{path} is of {host}: waiting up to {SILENT_SECONDS:g} s for a sign of its owner")
   silent_at = time.monotonic() + SILENT_SECONDS
