@@ -53,6 +53,7 @@ from vavae_jax.data import selection
 CONFIG = f"{quickstart.__file__}:pipeline"
 OWN = f"{pictures.__file__}:"
 
+EMOJI_RUN, OWN_RUN = "runs/quickstart", "runs/pictures"
 TIMINGS = "timings.json"  # seconds of each stage, over all runs in a workdir
 
 
@@ -251,7 +252,7 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 
 
 def main() -> None:
-  workdir = local_place(FLAGS.workdir)
+  workdir = local_place(FLAGS.workdir or (OWN_RUN if FLAGS.pictures else EMOJI_RUN))
   if FLAGS.pictures:
     fit(FLAGS.config, FLAGS.pictures)
   with contextlib.ExitStack() as stack:
@@ -283,7 +284,8 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   configuration.define_flag("The settings; configs/quickstart.py:pipeline if not given.")
-  flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
+  text = f"Where everything is written; {EMOJI_RUN}, or with --pictures {OWN_RUN}, if not given."
+  flags.DEFINE_string("workdir", None, text)
   text = "Your pictures: a folder of class folders, a .zip, a .tar, or a source such as hf:NAME."
   flags.DEFINE_string("pictures", "", text)
   given = any(word.split("=")[0].lstrip("-") == "pictures" for word in sys.argv)
