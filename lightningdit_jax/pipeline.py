@@ -270,7 +270,7 @@ class Pipeline:
   def _grid(self, chosen: FrozenConfigDict) -> np.ndarray:
     path = self.config.transport
     ends = transport.interval(path.path_type, path.prediction, path.sample_eps)
-    return np.asarray(sampling.time_grid(chosen.num_steps, chosen.timestep_shift, ends))
+    return sampling.time_grid(chosen.num_steps, chosen.timestep_shift, ends)
 
   def _way(
     self, chosen: FrozenConfigDict, seed: int, batch: dict[str, jax.Array]

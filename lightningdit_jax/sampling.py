@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
@@ -32,17 +33,19 @@ SDE_SETTINGS = (*_GRID, "diffusion_form", "diffusion_norm", "last_step", "last_s
 
 def time_grid(
   num_steps: int, timestep_shift: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)
-) -> jax.Array:
+) -> np.ndarray:
   """Grid points of the solver, float32 [num_steps], denser near the noise for a shift below 1.
+
+  By NumPy: the host walks along it, and another number of steps compiles nothing.
 
   As in the reference, num_steps counts points, one more than steps. The shift s moves the points of
   `interval` to t' = s t / (1 + (s - 1) t); 0 is no shift.
   """
   check_solver(num_steps=num_steps, timestep_shift=timestep_shift)
-  t = jnp.linspace(*interval, num_steps)
+  t = np.linspace(*interval, num_steps)
   if timestep_shift:
     t = timestep_shift * t / (1 + (timestep_shift - 1) * t)
-  return t
+  return t.astype(np.float32)
 
 
 def sample_ode(
@@ -74,7 +77,7 @@ def sample_ode(
   check_solver(
     num_steps=num_steps, method=method, timestep_shift=timestep_shift, atol=atol, rtol=rtol
   )
-  grid = time_grid(num_steps, timestep_shift, interval)
+  grid = jnp.asarray(time_grid(num_steps, timestep_shift, interval))
   grid = grid[::-1] if reverse else grid
   start = jax.tree.map(lambda x: x.astype(jnp.float32), noise)
   return integrate(velocity, start, grid, method, atol, rtol)
