@@ -17,7 +17,7 @@ COMMANDS = {
   "run": "launch.quickstart",
   **{
     name: f"launch.{name}"
-    for name in ("prepare", "train", "encode", "sample", "evaluate", "convert", "export")
+    for name in ("prepare", "train", "encode", "sample", "evaluate", "convert", "export", "studio")
   },
   **{name: f"launch.lab.{name}" for name in ("benchmark", "plan", "equivalence", "dilemma")},
 }

@@ -36,13 +36,11 @@ def time_grid(
 ) -> np.ndarray:
   """Grid points of the solver, float32 [num_steps], denser near the noise for a shift below 1.
 
-  By NumPy: the host walks along it, and another number of steps compiles nothing.
-
   As in the reference, num_steps counts points, one more than steps. The shift s moves the points of
   `interval` to t' = s t / (1 + (s - 1) t); 0 is no shift.
   """
   check_solver(num_steps=num_steps, timestep_shift=timestep_shift)
-  t = np.linspace(*interval, num_steps)
+  t = np.linspace(*interval, num_steps)  # jnp would compile for each new number
   if timestep_shift:
     t = timestep_shift * t / (1 + (timestep_shift - 1) * t)
   return t.astype(np.float32)

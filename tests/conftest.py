@@ -66,6 +66,7 @@ LONG = (
   "test_plan.py",
   "test_evaluation.py",
   "test_commands.py",
+  "test_studio.py",
   "test_processes.py",
   "test_sampling.py",
   "test_stages.py",

@@ -42,6 +42,7 @@ COMMANDS = (
   "quickstart",
   "convert",
   "prepare",
+  "studio",
   "lab.dilemma",
   "lab.benchmark steps",
   "lab.benchmark page",

@@ -151,12 +151,12 @@ def scatter(
   half = np.array(_MAP_SIZE) / 2
   places = half + (points - middle) / reach * (half - _THUMBNAIL_SIZE / 2 - 4) * [1, -1]
   circles = [(x, y, label) for (x, y), label in zip(places, labels.tolist(), strict=True)]
-  shown = [] if thumbnails is None else _apart(places, 1.12 * _THUMBNAIL_SIZE, _MAX_THUMBNAILS)
+  shown = [] if thumbnails is None else apart(places, 1.12 * _THUMBNAIL_SIZE, _MAX_THUMBNAILS)
   drawn = [(*places[i], _THUMBNAIL_SIZE, labels[i], np.asarray(thumbnails)[i]) for i in shown]
   return part("map", _MAP_SIZE, circles, drawn, list(names))
 
 
-def _apart(points: np.ndarray, distance: float, limit: int) -> list[int]:
+def apart(points: np.ndarray, distance: float, limit: int) -> list[int]:
   """Indices of at most `limit` points, no two closer than `distance` along both axes."""
   chosen: list[int] = []
   for i in np.random.default_rng(0).permutation(len(points)):
