@@ -17,7 +17,7 @@ from vavae_jax.common.errors import InputError
 
 pytest.importorskip("gradio", reason="the extra [studio] is not installed")
 
-from launch.studio import between, compare, generate, page, reconstruct, space, training
+from launch.studio import between, compare, content, generate, page, reconstruct, space, training
 from launch.studio.parts import opened
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -32,7 +32,7 @@ NUM = 3
 @pytest.fixture(scope="module")
 def studio(pipeline):
   """A page's content, of the tiny pipeline."""
-  return page.open_studio(str(pipeline / "diffusion"), num=NUM)
+  return content.open_studio(str(pipeline / "diffusion"), num=NUM)
 
 
 def test_the_noise_goes_along_an_arc():
@@ -110,16 +110,18 @@ def test_what_is_no_picture_is_refused_by_its_name(tmp_path):
 
 
 def test_latents_of_another_tokenizer_are_refused(studio, pipeline, monkeypatch):
-  monkeypatch.setattr(page, "LatentStore", lambda path: type("Store", (), {"shape": (4, 4, 7)})())
+  monkeypatch.setattr(
+    content, "LatentStore", lambda path: type("Store", (), {"shape": (4, 4, 7)})()
+  )
   with pytest.raises(InputError, match="have 7 channels, those of the model 48"):
-    page.open_studio(studio.source, latents=str(pipeline / "latents"))
+    content.open_studio(studio.source, latents=str(pipeline / "latents"))
 
 
 @pytest.mark.parametrize(
   ("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
 )
 def test_who_can_open_the_page(host, local):
-  assert page.is_local(host) == local
+  assert content.is_local(host) == local
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def asked():
 @pytest.fixture(scope="module")
 def address(studio, asked):
   """Of the page, served by a thread."""
-  with page.listen("127.0.0.1", 0) as listening:
+  with content.listen("127.0.0.1", 0) as listening:
     server = page.serve(studio, listening)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -295,7 +297,7 @@ def test_two_models_are_compared(at):
 
 
 def test_a_tab_without_data_says_which_flag_gives_them():
-  config = page.compose(page.open_studio("", num=NUM)).get_config_file()
+  config = page.compose(content.open_studio("", num=NUM)).get_config_file()
   texts = [str(part["props"].get("value")) for part in config["components"]]
   for flag, count in (("--model=", 5), ("--latents=", 1), ("--workdir=", 1)):
     assert sum(flag in text for text in texts) == count

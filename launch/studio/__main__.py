@@ -14,10 +14,12 @@ of --model by itself) and compares two models (--model2). Only this machine can 
 from __future__ import annotations
 
 import importlib.util
+import threading
 
 from absl import flags
 
 from launch.engine import console
+from launch.studio import content
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 
@@ -27,23 +29,25 @@ def main() -> None:
     raise InputError("The studio needs Gradio, of the extra [studio]: pip install 'gradio>=6,<7'.")
   if not FLAGS.model and not FLAGS.workdir:
     raise InputError("Give --model=MODEL, or --workdir=WORKDIR to follow a training.")
-  from launch.studio import page  # with Gradio, for which no --help should wait
-
-  local = page.is_local(FLAGS.host)
-  with page.listen(FLAGS.host, FLAGS.port) as listening:
-    studio = page.open_studio(
+  with content.listen(FLAGS.host, FLAGS.port) as listening:
+    studio = content.open_studio(
       FLAGS.model,
       tokenizer=FLAGS.tokenizer,
       latents=FLAGS.latents,
       workdirs=[place(text) for text in FLAGS.workdir],
       second=FLAGS.model2,
       num=FLAGS.num,
-      is_local=local,
+      is_local=content.is_local(FLAGS.host),
     )
+    if studio.pipe:
+      threading.Thread(target=content.warm_up, args=[studio], daemon=True).start()
+    from launch.studio import page  # with Gradio, while the model compiles
+
+    server = page.serve(studio, listening)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     console.say(f"The studio is at http://{name}:{port}, until it is stopped (Ctrl+C).")
-    page.serve(studio, listening).run(sockets=[listening])
+    server.run(sockets=[listening])
 
 
 FLAGS = flags.FLAGS

@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image
 
 from launch.evaluation.sample_files import contact_sheet
-from launch.studio.generate import settings
+from launch.studio.content import Studio, settings
 from launch.studio.parts import (
   QUIET,
   Controls,
-  Studio,
   animation,
   opened,
   png,

@@ -10,8 +10,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from launch.studio.generate import settings
-from launch.studio.parts import Controls, Studio, tile, told
+from launch.studio.content import Studio, settings
+from launch.studio.parts import Controls, tile, told
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax.common.errors import InputError
 

@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from launch.studio.parts import QUIET, Controls, Studio, tile, tiles, told
-from lightningdit_jax.solvers import TABLEAUX
+from launch.studio.content import SOLVERS, Studio, settings
+from launch.studio.parts import QUIET, Controls, tile, tiles, told
 from vavae_jax.common.keys import LAST_SEED
 
 HELP = """
@@ -19,7 +19,6 @@ Pictures follow what you change. *Guidance* says how strictly they keep to their
 all), from a time between 0, noise, and 1, the picture. More *steps* are slower and more exact. The
 address of the page has all settings: share it.
 """
-SOLVERS = [name for name in TABLEAUX if name != "heun2"]  # which is another name of heun
 FRAMES = 12
 # Of the address, in the order of the controls. A class is there once for each that is chosen.
 NAMES = ("class", "guidance", "interval", "solver", "steps", "seed")
@@ -45,33 +44,12 @@ def with_names(script: str) -> str:
   return script.replace("NAMES", str(list(NAMES)))
 
 
-def settings(guidance: float, interval: float, solver: str, steps: int) -> dict[str, Any]:
-  """The controls as arguments of `Pipeline.sample`."""
-  return {
-    "guidance": guidance,
-    "interval_start": interval,
-    "method": solver,
-    "steps": steps,
-    "mode": "ODE",
-  }
-
-
 def frames(
   studio: Studio, classes: Sequence[str], *controls: Any, seed: int
 ) -> Iterator[list[Image.Image]]:
   """The pictures as the model expects them on their way; `controls` are those of `settings`."""
   labels = studio.labels(classes)
   return studio.model.watch(labels, seed=seed, shown=FRAMES, **settings(*controls))
-
-
-def warm_up(studio: Studio) -> None:
-  """Compiles what the page needs at once: the model's solver, with guidance and without."""
-  labels, own = studio.labels([]), studio.model.settings()
-  method = own.method if own.method in SOLVERS else SOLVERS[0]
-  for guidance in (own.cfg_scale, 2.0 if own.cfg_scale == 1 else 1.0):
-    run = told(lambda scale: studio.model.watch(labels, **settings(scale, 0.0, method, 2)))
-    list(run(guidance))
-  told(studio.model.noise)(0, studio.num)
 
 
 def command(studio: Studio, classes: Sequence[str], *controls: Any, seed: int) -> tuple[str, str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
-import threading
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,7 @@ import gradio as gr
 import uvicorn
 
 from launch.studio import between, compare, generate, reconstruct, space, training
-from launch.studio.parts import Studio
-from lightningdit_jax.pipeline import Pipeline
-from lightningdit_jax.store.latents import LatentStore
-from vavae_jax import folder
-from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place
+from launch.studio.content import Studio
 
 TITLE = "VA-VAE studio"
 _NEEDS = {
@@ -46,43 +38,6 @@ _WRITE_TAB = """() => {
   link.set("tab", "NAME");
   history.replaceState(null, "", "?" + link);
 }"""
-
-
-def open_studio(
-  model: str,
-  *,
-  tokenizer: str = "",
-  latents: str = "",
-  workdirs: Sequence[Path] = (),
-  second: str = "",
-  num: int = 12,
-  is_local: bool = True,
-) -> Studio:
-  """Loads what a page is about; the arguments are the command's, errors as of `Pipeline.load`.
-
-  A model that is a workdir brings its latents and itself to follow, where it is not told.
-  """
-  for workdir in workdirs:
-    if not workdir.is_dir():
-      raise InputError(f"--workdir={workdir} does not exist.")
-  pipe = Pipeline.load(model, tokenizer=tokenizer) if model else None
-  if pipe and not folder.is_model(path := folder.find(model)):
-    latents = latents or folder.workdir_config(path, "diffusion").latents.path
-    workdirs = workdirs or [path, *_made_by(pipe)]
-    latents = latents if Path(latents).exists() else ""  # gone since, as a tab then says
-  store = LatentStore(place(latents)) if latents else None
-  if pipe and store and store.shape[-1] != pipe.tokenizer.channels:
-    raise InputError(
-      f"The latents of {latents} have {store.shape[-1]} channels, those of the model "
-      f"{pipe.tokenizer.channels}: they are of another tokenizer. Give --latents=STORE of this one."
-    )
-  return Studio(model, pipe, second, store, workdirs, num, is_local)
-
-
-def _made_by(pipe: Pipeline) -> list[Path]:
-  """The workdir of a model's tokenizer, where it is still there."""
-  path = Path(pipe.space.tokenizer.get("workdir", ""))
-  return [path] if (path / "metrics.jsonl").is_file() else []
 
 
 def compose(studio: Studio) -> gr.Blocks:
@@ -136,29 +91,8 @@ def application(studio: Studio, host: str, port: int) -> fastapi.FastAPI:
   )
 
 
-def is_local(host: str) -> bool:
-  """Whether nobody but this machine can reach an address; InputError if it is none."""
-  try:
-    return all(ipaddress.ip_address(x[4][0]).is_loopback for x in socket.getaddrinfo(host, None))
-  except OSError as error:
-    raise InputError(f"--host={host} is no address of this machine ({error}).") from error
-
-
-def listen(host: str, port: int) -> socket.socket:
-  """A socket at an address, the port 0 for any that is free; InputError where there is none."""
-  family = socket.AF_INET6 if ":" in host else socket.AF_INET
-  try:
-    return socket.create_server((host, port), family=family)
-  except OSError as error:
-    raise InputError(
-      f"--host={host} --port={port} cannot be used ({error}); give another port, or 0 for any."
-    ) from error
-
-
 def serve(studio: Studio, listening: socket.socket) -> uvicorn.Server:
-  """The server of a page, which `run(sockets=[listening])` starts; it compiles meanwhile."""
+  """The server of a page, which `run(sockets=[listening])` starts."""
   host, port = listening.getsockname()[:2]
   app = application(studio, host, port)
-  if studio.pipe:
-    threading.Thread(target=generate.warm_up, args=[studio], daemon=True).start()
   return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))

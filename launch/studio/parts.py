@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import inspect
 import io
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -18,8 +16,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from lightningdit_jax.pipeline import Pipeline
-from lightningdit_jax.store.latents import LatentStore
+from launch.studio.content import turn
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.images import center_crop
 from vavae_jax.data.sources.base import decode
@@ -28,48 +25,6 @@ _SMALLEST = 256  # pixels of what is saved as an animation
 # Of a listener that shows its own progress; of several changes meanwhile the last one counts.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 Controls = Sequence[Any]  # of the tab Generate; the settings of other tabs too
-_turn = threading.Lock()  # one computation at a time: two would share the same cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Studio:
-  """What a page is about.
-
-  Attributes:
-    source: of the model, as `Pipeline.load` takes it.
-    pipe: the model; None where there is none.
-    second: of the model to compare with, or "".
-    store: its latents; None where there are none.
-    workdirs: of trainings to follow.
-    num: pictures of each tab, the same for all, so that all use one compiled program.
-    is_local: whether this machine alone can open the page; strangers name no models.
-  """
-
-  source: str = ""
-  pipe: Pipeline | None = None
-  second: str = ""
-  store: LatentStore | None = None
-  workdirs: Sequence[Path] = ()
-  num: int = 12
-  is_local: bool = True
-
-  @property
-  def model(self) -> Pipeline:
-    """The model, in tabs that are there with a model alone."""
-    assert self.pipe is not None
-    return self.pipe
-
-  def classes(self) -> list[str]:
-    """Names of the model's classes; their numbers where nobody named them."""
-    count = self.model.config.model.num_classes
-    return list(self.model.class_names) or [str(i) for i in range(count)]
-
-  def labels(self, chosen: Sequence[str]) -> list[int]:
-    """The classes of `num` pictures, those that were chosen in turn; all if none was."""
-    names = self.classes()
-    if unknown := [name for name in chosen if name not in names]:
-      raise InputError(f"There is no class {unknown[0]!r} in this model.")
-    return np.resize([names.index(name) for name in chosen or names], self.num).tolist()
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,14 +32,14 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def once(*arguments: Any) -> Any:
-    with _turn, _shown():
+    with turn, _shown():
       return function(*arguments)
 
   @functools.wraps(function)
   def steps(*arguments: Any) -> Any:
     results, end = function(*arguments), object()
     while True:
-      with _turn, _shown():  # not while the browser takes what was computed
+      with turn, _shown():  # not while the browser takes what was computed
         if (result := next(results, end)) is end:
           return
       yield result

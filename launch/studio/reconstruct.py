@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from launch.studio.parts import Controls, Studio, opened, tile, tiles, told
+from launch.studio.content import Studio
+from launch.studio.parts import Controls, opened, tile, tiles, told
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.images import to_float
 from vavae_jax.metrics.pixels import psnr

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from launch.evaluation.space import PERPLEXITY, tsne
 from launch.report.charts import apart
-from launch.studio.parts import Controls, Studio, tile, tiles, told
+from launch.studio.content import Studio
+from launch.studio.parts import Controls, tile, tiles, told
 from lightningdit_jax.pipeline import Pipeline
 from lightningdit_jax.store.latents import LatentStore, normalise
 from vavae_jax.common.errors import InputError

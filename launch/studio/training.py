@@ -14,7 +14,8 @@ from PIL import Image
 
 from launch.engine.writers import curve, read_metrics
 from launch.report.charts import Curve, line_chart
-from launch.studio.parts import QUIET, Controls, Studio, tile, told
+from launch.studio.content import Studio
+from launch.studio.parts import QUIET, Controls, tile, told
 
 SECONDS = 5.0  # between looks at the files
 PICTURES = 12  # of a strip

@@ -1,0 +1,142 @@
+"""What a page is about, without Gradio: a model loads and compiles while that is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightningdit_jax.pipeline import Pipeline
+from lightningdit_jax.solvers import TABLEAUX
+from lightningdit_jax.store.latents import LatentStore
+from vavae_jax import folder
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import place
+
+SOLVERS = [name for name in TABLEAUX if name != "heun2"]  # which is another name of heun
+turn = threading.Lock()  # one computation at a time: two would share the same cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+  """What a page is about.
+
+  Attributes:
+    source: of the model, as `Pipeline.load` takes it.
+    pipe: the model; None where there is none.
+    second: of the model to compare with, or "".
+    store: its latents; None where there are none.
+    workdirs: of trainings to follow.
+    num: pictures of each tab, the same for all, so that all use one compiled program.
+    is_local: whether this machine alone can open the page; strangers name no models.
+  """
+
+  source: str = ""
+  pipe: Pipeline | None = None
+  second: str = ""
+  store: LatentStore | None = None
+  workdirs: Sequence[Path] = ()
+  num: int = 12
+  is_local: bool = True
+
+  @property
+  def model(self) -> Pipeline:
+    """The model, in tabs that are there with a model alone."""
+    assert self.pipe is not None
+    return self.pipe
+
+  def classes(self) -> list[str]:
+    """Names of the model's classes; their numbers where nobody named them."""
+    count = self.model.config.model.num_classes
+    return list(self.model.class_names) or [str(i) for i in range(count)]
+
+  def labels(self, chosen: Sequence[str]) -> list[int]:
+    """The classes of `num` pictures, those that were chosen in turn; all if none was."""
+    names = self.classes()
+    if unknown := [name for name in chosen if name not in names]:
+      raise InputError(f"There is no class {unknown[0]!r} in this model.")
+    return np.resize([names.index(name) for name in chosen or names], self.num).tolist()
+
+
+def open_studio(
+  model: str,
+  *,
+  tokenizer: str = "",
+  latents: str = "",
+  workdirs: Sequence[Path] = (),
+  second: str = "",
+  num: int = 12,
+  is_local: bool = True,
+) -> Studio:
+  """Loads what a page is about; the arguments are the command's, errors as of `Pipeline.load`.
+
+  A model that is a workdir brings its latents and itself to follow, where it is not told.
+  """
+  for workdir in workdirs:
+    if not workdir.is_dir():
+      raise InputError(f"--workdir={workdir} does not exist.")
+  pipe = Pipeline.load(model, tokenizer=tokenizer) if model else None
+  if pipe and not folder.is_model(path := folder.find(model)):
+    latents = latents or folder.workdir_config(path, "diffusion").latents.path
+    workdirs = workdirs or [path, *_made_by(pipe)]
+    latents = latents if Path(latents).exists() else ""  # gone since, as a tab then says
+  store = LatentStore(place(latents)) if latents else None
+  if pipe and store and store.shape[-1] != pipe.tokenizer.channels:
+    raise InputError(
+      f"The latents of {latents} have {store.shape[-1]} channels, those of the model "
+      f"{pipe.tokenizer.channels}: they are of another tokenizer. Give --latents=STORE of this one."
+    )
+  return Studio(model, pipe, second, store, workdirs, num, is_local)
+
+
+def _made_by(pipe: Pipeline) -> list[Path]:
+  """The workdir of a model's tokenizer, where it is still there."""
+  path = Path(pipe.space.tokenizer.get("workdir", ""))
+  return [path] if (path / "metrics.jsonl").is_file() else []
+
+
+def settings(guidance: float, interval: float, solver: str, steps: int) -> dict[str, Any]:
+  """The controls as arguments of `Pipeline.sample`."""
+  return {
+    "guidance": guidance,
+    "interval_start": interval,
+    "method": solver,
+    "steps": steps,
+    "mode": "ODE",
+  }
+
+
+def warm_up(studio: Studio) -> None:
+  """Compiles what the page needs at once: the model's solver, with guidance and without."""
+  labels, own = studio.labels([]), studio.model.settings()
+  method = own.method if own.method in SOLVERS else SOLVERS[0]
+  first, second = (own.cfg_scale, 2.0 if own.cfg_scale == 1 else 1.0)
+  with turn:  # the first pictures wait for it
+    list(studio.model.watch(labels, **settings(first, 0.0, method, 2)))
+  list(studio.model.watch(labels, **settings(second, 0.0, method, 2)))
+  studio.model.noise(0, studio.num)
+
+
+def is_local(host: str) -> bool:
+  """Whether nobody but this machine can reach an address; InputError if it is none."""
+  try:
+    return all(ipaddress.ip_address(x[4][0]).is_loopback for x in socket.getaddrinfo(host, None))
+  except OSError as error:
+    raise InputError(f"--host={host} is no address of this machine ({error}).") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+  """A socket at an address, the port 0 for any that is free; InputError where there is none."""
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  try:
+    return socket.create_server((host, port), family=family)
+  except OSError as error:
+    raise InputError(
+      f"--host={host} --port={port} cannot be used ({error}); give another port, or 0 for any."
+    ) from error
