@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import ExifTags, Image
 
@@ -26,7 +27,7 @@ from lightningdit_jax.store.latents import LatentStore
 from lightningdit_jax.store.space import NOTE, labels_for
 from tests import fake_hub
 from tests.conftest import ROOT
-from vavae_jax import Tokenizer, folder
+from vavae_jax import Tokenizer, folder, tiling
 from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 
@@ -227,7 +228,17 @@ def test_pictures_of_any_kind_and_size_come_back(tokenizer, tmp_path):
 def test_a_large_picture_runs_in_tiles_that_hardly_differ(tokenizer, monkeypatch):
   own = restore.for_use(tokenizer)
   picture = Image.effect_noise((48, 1040), 50).convert("RGB")
+  given = []
+
+  def watched(model, image, **tiles):
+    given.extend([image, *jax.tree.leaves(nnx.state(model))])
+    return encode_tiled(model, image, **tiles)
+
+  encode_tiled = tiling.encode_tiled
+  monkeypatch.setattr(tiling, "encode_tiled", watched)
   tiled = own.encode(picture)
+  # Weights are on the devices before the first tile, and the picture never is as a whole.
+  assert [type(x) is np.ndarray for x in given] == [True, *[False] * (len(given) - 1)]
   monkeypatch.setattr("vavae_jax.tokenizer._LARGEST", 2048)
   whole = own.encode(picture)
   assert tiled.shape == whole.shape == (65, 3, own.channels)

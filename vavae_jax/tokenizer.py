@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -174,14 +173,13 @@ class Tokenizer:
 
   def _encode(self, image_BHWC: np.ndarray) -> np.ndarray:
     if max(image_BHWC.shape[1:3]) > _LARGEST:
-      x = images.to_float(jnp.asarray(image_BHWC))
-      return np.asarray(tiling.encode_tiled(self._network(), x, **self._tiles).mode())
+      image = images.to_float(image_BHWC)  # on the host, as below: devices see one tile at a time
+      return np.asarray(tiling.encode_tiled(self._network(), image, **self._tiles).mode())
     return as_fits(self._run_encode, image_BHWC, self._at_once(image_BHWC, 1), self._devices)
 
   def _decode(self, z_BhwZ: np.ndarray) -> np.ndarray:
     if max(z_BhwZ.shape[1:3]) * self.downsampling > _LARGEST:
-      decoded = tiling.decode_tiled(self._network(), z_BhwZ, **self._tiles)
-      return np.asarray(images.to_uint8(jnp.asarray(decoded)))
+      return images.to_uint8(tiling.decode_tiled(self._network(), z_BhwZ, **self._tiles))
     at_once = self._at_once(z_BhwZ, self.downsampling)
     return as_fits(self._run_decode, z_BhwZ, at_once, self._devices)
 
@@ -193,7 +191,7 @@ class Tokenizer:
     return {"tile": _TILE * self.downsampling, "overlap": _OVERLAP * self.downsampling}
 
   def _network(self) -> Autoencoder:
-    return nnx.merge(functional.graph_of(build_autoencoder(self.config)), self.params)
+    return nnx.merge(functional.graph_of(build_autoencoder(self.config)), self._placed)
 
   def _run_encode(self, image_BHWC: jax.Array) -> jax.Array:
     return _encode_mode(self.config, self._placed, image_BHWC)

@@ -6,7 +6,7 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from vavae_jax.data.sources import Source
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
+
+
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 class Rows(Protocol):
@@ -116,11 +119,13 @@ def load_crops(source: Source, indices: np.ndarray, size: int) -> np.ndarray:
   return np.stack([center_crop(source.picture(int(i))[0], size) for i in indices])
 
 
-def to_float(image_BHWC: jax.Array) -> jax.Array:
-  """uint8 in [0, 255] -> float32 in [-1, 1]."""
+def to_float(image_BHWC: A) -> A:
+  """uint8 in [0, 255] -> float32 in [-1, 1], where it is: on a device or on the host."""
   return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(image_BHWC: jax.Array) -> jax.Array:
-  """float in [-1, 1] -> uint8 of clip(127.5 x + 128, 0, 255), truncated as the reference does."""
-  return jnp.clip(127.5 * image_BHWC.astype(jnp.float32) + 128.0, 0, 255).astype(jnp.uint8)
+def to_uint8(image_BHWC: A) -> A:
+  """float in [-1, 1] -> uint8 of clip(127.5 x + 128, 0, 255), truncated as the reference does;
+  where it is.
+  """
+  return (127.5 * image_BHWC.astype(jnp.float32) + 128.0).clip(0, 255).astype(jnp.uint8)
