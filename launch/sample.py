@@ -156,10 +156,11 @@ def sample_set(
   if png:
     claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
   if not output.is_file():
-    parts.mkdir(parents=True, exist_ok=True)
-    done = sum(part.lstat().st_size for part in parts.iterdir())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = sum(part.lstat().st_size for part in parts.iterdir()) if parts.is_dir() else 0
     size = 3 * tokenizer.config.data.image_size**2 * num_samples
-    check_free(parts, 2 * size - done, "for the samples in parts and as one file")
+    check_free(output.parent, 2 * size - done, "for the samples in parts and as one file")
+    parts.mkdir(exist_ok=True)
     write_json(about, noted | listed)
     devices = mesh.make_mesh()
     run = make_sampler(diffusion.config, space, tokenizer, settings, seed, devices, guide)

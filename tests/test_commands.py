@@ -282,6 +282,7 @@ def test_a_set_that_the_disk_cannot_hold_is_refused_at_once(
   ):
     with pytest.raises(InputError, match=f"MiB are needed for the {what}"):
       start()
+  assert not (tmp_path / "x.parts").exists()
 
 
 def test_latents_that_cannot_be_finished_are_refused_at_once(tokenizer, tmp_path):

@@ -1,9 +1,9 @@
 """Checkpoints {params, ema, training state, config, log}, each whole or not at all.
 
-Parameters and each EMA are items of their own, so that encoding
-and sampling restore one without the rest. The step says where the data go on. A killed save leaves
-a temporary folder that counts for nothing; a saved step is never overwritten. Files are compared
-with their manifest before use: damage is reported, and the checkpoint before it serves.
+Parameters and each EMA are items of their own, so that encoding and sampling restore one without
+the rest: `vavae_jax.common.checkpoints`. The step says where the data go on. A killed save leaves a
+temporary folder that counts for nothing; a saved step is never overwritten. Files are compared with
+their manifest before use: damage is reported, and the checkpoint before it serves.
 """
 
 from __future__ import annotations
