@@ -22,6 +22,7 @@ from pathlib import Path
 def run(words: Sequence[str]) -> int:
   """The exit code of a module that runs as the command of this process."""
   sys.argv = list(words)
+  sys.modules.pop(words[0], None)  # where others import it, it runs as itself all the same
   try:
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
   except SystemExit as ended:

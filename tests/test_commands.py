@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
+import launch.__main__
 import launch.quickstart
 from configs import base, quickstart
 from launch import restore, tasks
@@ -34,23 +35,13 @@ from tests import cases
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
+BENCHMARKS = ("steps", "page", "parts", "loading", "fid")
+EVALUATIONS = (
+  *("generation", "reconstruction", "latents", "sweep", "solvers", "frontier", "statistics"),
+)
 COMMANDS = (
-  "train",
-  "encode",
-  "sample",
-  "evaluate",
-  "quickstart",
-  "convert",
-  "prepare",
-  "studio",
-  "lab.dilemma",
-  "lab.benchmark steps",
-  "lab.benchmark page",
-  "lab.benchmark parts",
-  "lab.benchmark loading",
-  "lab.benchmark fid",
-  "lab.plan",
-  "lab.equivalence",
+  *(module.removeprefix("launch.") for module in launch.__main__.COMMANDS.values()),
+  *(f"lab.benchmark {name}" for name in BENCHMARKS),
 )
 WEIGHTS = cases.FOLDER / "formats"
 TINY = "--config=configs/quickstart.py:tokenizer,tiny"
@@ -437,7 +428,7 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
     ],
   }
   lines |= _owned(root, pipeline)
-  libraries = "jax,flax.nnx,grain,optax,orbax.checkpoint"
+  libraries = "grain,launch.evaluate,launch.quickstart"
   ended = dict(zip(lines, forked(lines.values(), libraries), strict=True))
   assert not (root / "new").exists()
   assert not (root / "new.npz").exists()
@@ -474,7 +465,7 @@ def _owned(root, pipeline):
     ("no such group", "config.tokenizer.modell.ch is not a configuration key; did you mean"),
     ("no such file", "configs/nothing.py"),
     ("no such argument", "'nonsense' is none of"),
-    ("no such flag", "Unknown command line flag 'nonsense'"),
+    ("no such flag", "there is no flag --nonsense; see python -m launch.train --help"),
     ("an empty workdir", "--workdir is empty"),
     ("a word too many", "Unexpected argument 'again'"),
     ("an empty word", "An argument is empty"),
@@ -552,9 +543,37 @@ def test_a_reader_that_stops_reading_is_no_error(words, environment):
   assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("flag", ["--seed=-1", f"--seed={10**20}", f"--num_samples={10**14}"])
-def test_a_number_that_is_not_possible_is_refused_by_its_flag(flag, environment):
-  words = [sys.executable, "-m", "launch.sample", "--workdir=a", "--output=a.npz", flag]
-  done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
-  assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-  assert flag.partition("=")[0] in done.stderr
+GIVEN = "launch.sample --workdir=a --output=a.npz "
+WRONG_FLAGS = {
+  "launch.sample": "--workdir and --output are missing; give --workdir=RUNS/diffusion "
+  "--output=RUNS/samples.npz",
+  "launch.evaluate": "NAME is missing; choose one of generation, reconstruction, ",
+  f"launch.train {TINY}": "--workdir is missing; give --workdir=runs/tokenizer",
+  "launch.sample --workdir": "--workdir has no value; give --workdir=RUNS/diffusion",
+  f"{GIVEN}--seed=-1": "--seed is -1; give an integer in [0, 4294967295]",
+  f"{GIVEN}--seed={10**20}": f"--seed is {10**20}; give an integer in [0, 4294967295]",
+  f"{GIVEN}--num_samples={10**14}": f"is {10**14}; give an integer in [1, 100000000]",
+  f"{GIVEN}--num_samples ten": "--num_samples is ten; give an integer in [1, 100000000]",
+  f"{GIVEN}--cfg_scale=x:y": "--cfg_scale is x:y; give a number",
+  f"{GIVEN}--png=7": "--png is 7; give True or False",
+  f"{GIVEN}--trace_after=-1": "--trace_after is -1; give a number in [0, inf)",
+  "launch.convert --to=pth": '--to is pth; choose one of "", folder, safetensors, pt',
+  f"launch.train {TINY} --config.optimizer=3": "is a section; give one of its keys, --config.op",
+  f"launch.train {TINY} --config.data.flip=x": "--config.data.flip is x; give True or False",
+  f"launch.train {TINY} --config.num_steps=x": "--config.num_steps is x; give an integer; see doc",
+}
+
+
+def test_what_is_wrong_with_a_flag_is_said_in_our_words_by_every_command(forked):
+  every = (*COMMANDS, *(f"evaluate {name}" for name in EVALUATIONS))
+  named = [name for name in every if name not in ("evaluate", "lab.benchmark")]
+  unknown = {
+    f"launch.{name} --nonsense=3": "there is no flag --nonsense; see python -m launch."
+    f"{name} --help"
+    for name in named
+  }
+  cases = WRONG_FLAGS | unknown
+  answers = forked([line.split() for line in cases], imported="launch.evaluate,launch.quickstart")
+  for (line, told), done in zip(cases.items(), answers, strict=True):
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert told in done.stderr, line

@@ -1,6 +1,6 @@
 import pytest
 
-from launch.engine import console
+from launch.engine import command_line, console
 
 
 def test_without_a_terminal_the_end_of_a_work_is_told_once(monkeypatch, capsys):
@@ -17,6 +17,8 @@ def test_without_a_terminal_the_end_of_a_work_is_told_once(monkeypatch, capsys):
 @pytest.mark.parametrize("called", ["vavae encode", "python -m launch.encode"])
 def test_the_next_command_is_told_as_the_last_one_was_called(monkeypatch, capsys, called):
   words = ["/bin/vavae", "encode"] if called.startswith("vavae") else called.split()[1:]
-  monkeypatch.setattr(console.sys, "orig_argv", ["python3", *words])
+  monkeypatch.setattr(command_line.sys, "orig_argv", ["python3", *words])
   console.say_next("encode", "--workdir=a b")
   assert capsys.readouterr().out == f"next: {called} '--workdir=a b'\n"
+  if called.startswith("vavae"):
+    assert command_line.own_command() == called

@@ -578,8 +578,8 @@ def test_a_sweep_is_refused_before_its_first_point(command, pipeline, tmp_path):
 
 def test_flags_of_another_evaluation_are_refused(command, tmp_path):
   for words, message in (
-    (["latents", "--samples=x.npz"], "'samples'.*see launch.evaluate latents --help"),
-    (["generation", "--samples=a"], "--reference must have a value"),
+    (["latents", "--samples=x.npz"], "--samples; see python -m launch.evaluate latents --help"),
+    (["generation", "--samples=a"], "--reference is missing; give --reference=REFERENCE"),
     (["generation", "--samples=a", "--reference=b", "--seed=1"], "--seed does not apply"),
     (["everything"], "invalid choice: 'everything'"),
   ):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from launch.engine import console, output
+from launch.engine import command_line, console, output
 from launch.engine.checkpoint import save_weights
 from launch.engine.writers import Writer
 from launch.evaluation.sample_files import write_part
@@ -211,7 +211,7 @@ def test_json_has_no_nan(tmp_path):
 )
 def test_the_home_folder_is_known_behind_a_flag(monkeypatch, word, wanted):
   monkeypatch.setenv("HOME", "/home/me")
-  assert console._at_home(word) == wanted
+  assert command_line.expanded(word) == wanted
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_message_is_one_line_without_control_characters():
 
 @pytest.mark.parametrize("word", ["a b", "a\n\udcffb'\\1\u4e00", "--x", "$'"])
 def test_a_command_line_that_is_shown_can_be_given_to_a_shell(word):
-  shown = printable(console._quoted(word))
+  shown = printable(command_line.quoted(word))
   done = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True)
   assert done.stdout == os.fsencode(word)
 
@@ -246,7 +246,7 @@ def test_the_command_that_resumes_is_told_from_a_folder_that_was_deleted(tmp_pat
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   (tmp_path / "here").rmdir()
-  assert console.resume_command().startswith("cd / && ")
+  assert command_line.resume_command().startswith("cd / && ")
 
 
 def test_a_path_begins_at_home_where_it_says_so(monkeypatch):

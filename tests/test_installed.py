@@ -122,12 +122,12 @@ def test_what_are_no_pictures_is_told(given, message, tmp_path):
 
 
 def test_a_recipe_is_found_where_it_is_installed(tmp_path, monkeypatch):
-  from launch.engine.console import _recipe
+  from launch.engine.command_line import expanded
 
   monkeypatch.chdir(tmp_path)
-  word = _recipe("--config=configs/quickstart.py:tokenizer,tiny")
+  word = expanded("--config=configs/quickstart.py:tokenizer,tiny")
   assert word == f"--config={ROOT / 'configs' / 'quickstart.py'}:tokenizer,tiny"
-  assert _recipe("--config=configs/mine.py") == "--config=configs/mine.py"
+  assert expanded("--config=configs/mine.py") == "--config=configs/mine.py"
   os.mkdir("configs")
   Path("configs/quickstart.py").touch()
-  assert _recipe("--config=configs/quickstart.py") == "--config=configs/quickstart.py"
+  assert expanded("--config=configs/quickstart.py") == "--config=configs/quickstart.py"

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -19,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from logging import getLogger
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -30,8 +27,8 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from launch.engine import hardware, output, processes, tracing, watchdog
-from launch.engine.circumstances import own_program
+from launch.engine import command_line, hardware, output, processes, tracing, watchdog
+from launch.engine.command_line import resume_command
 from launch.engine.configuration import flat
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import ADVICE, BUCKETS, allow_open_files, at_home
@@ -157,9 +154,7 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
 
 def say_next(name: str, *options: str) -> None:
   """Prints the command that usually follows, as a line that can be copied."""
-  called = any(Path(word).name == "vavae" for word in sys.orig_argv[:2])
-  words = ["vavae", name] if called else ["python", "-m", f"launch.{name}"]
-  say(f"next: {' '.join(map(_quoted, (*words, *options)))}")
+  say(f"next: {command_line.command(name, *options)}")
 
 
 def number(value: float) -> str:
@@ -175,43 +170,6 @@ def endings() -> list[signal.Signals]:
 
 def _interrupt(number: int, _frame: object) -> None:
   raise Interrupted(number)
-
-
-def resume_command() -> str:
-  """The command line that started this process, usable from any folder."""
-  words = [sys.executable, *own_program(), *sys.argv[1:]]
-  try:
-    folder = os.getcwd()
-  except FileNotFoundError:  # it was deleted
-    folder = os.sep
-  return f"cd {_quoted(folder)} && {' '.join(map(_quoted, words))}"
-
-
-def _quoted(word: str) -> str:
-  """A word for a shell's command line; of other characters than printable ones by their bytes."""
-  if word.isprintable():
-    return shlex.quote(word)
-  plain = {c: c for c in word if c.isprintable() and c not in "\\'"}
-  escaped = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in {*word}}
-  return f"$'{''.join((escaped | plain)[c] for c in word)}'"
-
-
-def _parse_flags(argv: list[str], name: str = "") -> list[str]:
-  """The command line without its flags; a wrong flag or configuration file ends the process."""
-  try:
-    words = flags.FLAGS(argv)
-    for flag in (flags.FLAGS[name] for name in flags.FLAGS):
-      key = flag.name.startswith("config.")  # some may be empty: their table says so
-      if flag.present and flag.value == "" != flag.default and not key:
-        raise flags.IllegalFlagValueError(f"--{flag.name} is empty")
-    return words
-  except (flags.Error, TypeError) as error:
-    message = InputError(" ".join(str(error).split()))
-  except SystemExit:  # of --help, which absl takes for a failure
-    sys.exit(0)
-  page = "docs/configuration.md" if "--config." in str(message) else f"{name} --help".strip()
-  print(f"error: {message}; see {page}", file=sys.stderr)
-  sys.exit(2)
 
 
 def _settings() -> dict[str, Any]:
@@ -257,30 +215,13 @@ def _resumable(error: BaseException, advice: str) -> int:
   return 2
 
 
-def _at_home(word: str) -> str:
-  """--flag=~/path with the home folder, which shells put in only at the beginning of a word."""
-  flag, _, value = word.partition("=")
-  return f"{flag}={at_home(value)}" if flag.startswith("-") and value else word
-
-
-def _recipe(word: str) -> str:
-  """--config=configs/NAME.py:ARGUMENT by where the recipes are installed, away from a checkout."""
-  flag, _, value = word.partition("=")
-  path, colon, argument = value.partition(":")
-  if flag.lstrip("-") != "config" or not path.startswith("configs/") or os.path.exists(path):
-    return word
-  package = importlib.util.find_spec("configs")
-  installed = Path((package and package.origin) or "").parent / path.removeprefix("configs/")
-  return f"{flag}={installed}{colon}{argument}" if installed.is_file() else word
-
-
 def run_command(
   main: Callable[..., None],
   *,
   arguments: int = 0,
   config: str | None = None,
   argv: list[str] | None = None,
-  name: str = "",
+  subcommand: str = "",
 ) -> None:
   """Runs a command's main by absl and ends the process with a message and an exit code.
 
@@ -290,7 +231,7 @@ def run_command(
     main: takes the words of the command line beside options, at most `arguments`.
     config: default of --config.
     argv: the command line, without a subcommand's name; the process's own if None.
-    name: of command and subcommand, for messages.
+    subcommand: its name, for messages.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -332,9 +273,10 @@ def run_command(
   output.keep_harmless()
   tracing.define_flags()
   # Not as the flag's default, which is parsed before errors can be caught.
-  argv = [_recipe(_at_home(word)) for word in argv or sys.argv]
+  argv = [command_line.expanded(word) for word in argv or sys.argv]
   if config and not any(word.split("=")[0] in ("--config", "-config") for word in argv):
     argv.insert(1, f"--config={config}")
   if "config" in flags.FLAGS:
     flags.FLAGS["config"].default_as_str = config or ""  # for --help
-  app.run(guarded, argv, flags_parser=functools.partial(_parse_flags, name=name))
+  parse = functools.partial(command_line.parse_flags, subcommand=subcommand)
+  app.run(guarded, argv, flags_parser=parse)

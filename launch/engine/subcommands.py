@@ -12,9 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from absl import flags
 
-from launch.engine import console
-from launch.engine.circumstances import own_program
-from vavae_jax.common.errors import printable
+from launch.engine import command_line, console
 
 # Flags defined here belong to the command that asks for them.
 flags.disclaim_key_flags()
@@ -31,24 +29,24 @@ class Subcommand(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
-    print(printable(f"error: {message}; see --help"), file=sys.stderr)
-    sys.exit(2)
+    command_line.refuse(f"{message}; see {self.prog} --help")
 
 
 def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   """Runs the subcommand that the command line names and ends the process; `text` is for --help."""
-  program = own_program()[-1]
   parser = _Parser(
-    prog=f"python -m {program}",
+    prog=command_line.own_command(),
     description=text,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="Each subcommand has a --help of its own.",
     allow_abbrev=False,
   )
-  names = parser.add_subparsers(dest="name", required=True, title="subcommands", metavar="NAME")
+  names = parser.add_subparsers(dest="name", title="subcommands", metavar="NAME")
   for name, subcommand in subcommands.items():
     names.add_parser(name, help=subcommand.text.splitlines()[0], add_help=False)
   given, options = parser.parse_known_args()
+  if given.name is None:
+    parser.error(f"NAME is missing; choose one of {', '.join(subcommands)}")
   chosen = subcommands[given.name]
   sys.modules["__main__"].__doc__ = chosen.text  # which absl shows for --help
   others = {*flags.FLAGS}
@@ -56,5 +54,5 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   for name in {*flags.FLAGS} - others:
     flags.declare_key_flag(name)  # wherever it is defined, it is this command's
   console.run_command(
-    chosen.main, config=chosen.config, argv=[sys.argv[0], *options], name=f"{program} {given.name}"
+    chosen.main, config=chosen.config, argv=[sys.argv[0], *options], subcommand=given.name
   )
