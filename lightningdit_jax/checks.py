@@ -132,11 +132,6 @@ def check_model(config: FrozenConfigDict) -> None:
       f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "
       f"devices it must divide config.batch_size, which is {config.batch_size}."
     )
-  if config.latents.valid_path and jax.process_count() > 1:
-    raise InputError(
-      "config.latents.valid_path: validation losses do not work with several processes yet; leave "
-      "it empty."
-    )
 
 
 def check_store(config: FrozenConfigDict, store: LatentStore) -> None:

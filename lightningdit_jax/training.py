@@ -20,9 +20,11 @@ from lightningdit_jax.checks import check_model, check_store
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
-from vavae_jax.common import functional, optimizer
+from vavae_jax.common import functional, mesh, optimizer
+from vavae_jax.common.batches import in_shares
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import State, averaged, mean_gradients
+from vavae_jax.common.sharding import whole
 from vavae_jax.data import order
 
 if TYPE_CHECKING:
@@ -198,28 +200,35 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
   count = min(config.latents.valid_samples, len(store))
   size = min(config.batch_size // config.accumulate_steps, count)
   times = _validation_times(config)
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+
+  def load(rows: np.ndarray) -> dict[str, np.ndarray]:
+    records = [store[int(i)] for i in rows]
+    latent = np.stack([record["latent"] for record in records])
+    return {
+      "latent": latents.normalise(latent, mean, std, config.latents.latent_multiplier),
+      "label": np.asarray([record["label"] for record in records], np.int32),
+      "index": rows.astype(np.int32),
+    }
 
   @jax.jit
-  def losses_of(
-    params: Any, latent: jax.Array, label: jax.Array, index: jax.Array, t: jax.Array
-  ) -> Metrics:
-    noise = sampling.noise_of(VALIDATION_SEED, index, latent.shape[1:])
-    return losses(config, params, latent, noise, jnp.full(len(latent), t), label)
+  def losses_of(params: Any, t: jax.Array, batch: dict[str, jax.Array]) -> Metrics:
+    latent = batch["latent"]
+    noise = sampling.noise_of(VALIDATION_SEED, batch["index"], latent.shape[1:])
+    found = losses(config, params, latent, noise, jnp.full(len(latent), t), batch["label"])
+    return jax.tree.map(whole, found)
 
   def evaluate(state: State) -> dict[str, float]:
     params = averaged(config.optimizer, state)
     sums: dict[str, np.ndarray] = {}
-    for start in range(0, count, size):
-      # The last batch is filled up, so that one shape compiles; the filling does not count.
-      index = np.resize(np.arange(start, min(start + size, count)), size)
-      kept = min(size, count - start)
-      records = [store[int(i)] for i in index]
-      latent = np.stack([record["latent"] for record in records])
-      latent = latents.normalise(latent, mean, std, config.latents.latent_multiplier)
-      label = np.asarray([record["label"] for record in records], np.int32)
-      for place, t in enumerate(times):
-        for name, loss in losses_of(params, latent, label, index, np.float32(t)).items():
-          sums.setdefault(name, np.zeros(len(times)))[place] += np.sum(np.asarray(loss)[:kept])
+
+    def run(batch: dict[str, jax.Array]) -> list[Metrics]:
+      return [losses_of(params, np.float32(t), batch) for t in times]
+
+    for _, found in in_shares(run, load, count, size, devices):
+      for place, at in enumerate(found):
+        for name, loss_B in at.items():
+          sums.setdefault(name, np.zeros(len(times)))[place] += np.sum(loss_B)
     results = {name: float(total.mean() / count) for name, total in sums.items()}
     for name, total in sums.items():
       results |= {f"{name}_t{t:.2f}": float(x / count) for t, x in zip(times, total, strict=True)}

@@ -20,17 +20,44 @@ def in_batches(
   filled up by repetition.
 
   Yields:
-    The results as host arrays without the filling: N rows in all.
+    The results as host arrays without the filling: N rows in all; see `in_shares`.
+  """
+
+  def load(rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda x: x[rows], arrays)
+
+  total = len(jax.tree.leaves(arrays)[0])
+  return (out for _, out in in_shares(run, load, total, batch_size, devices))
+
+
+def in_shares(
+  run: Callable[..., Any],
+  load: Callable[[np.ndarray], Any],
+  total: int,
+  batch_size: int,
+  devices: jax.sharding.Mesh,
+) -> Iterator[tuple[np.ndarray, Any]]:
+  """`in_batches` over rows that are loaded when their turn comes: int64 [n] -> arrays [n, ...].
+
+  On a mesh of several processes all call it alike, and each loads, feeds and gets the rows of its
+  own devices alone, perhaps none of the last batch. Every result of `run` must be `pin_batch`ed
+  there, or be `whole`: then all processes get all its rows.
+
+  Yields (this process's rows of a batch, the results) without the filling.
   """
   batch_size = mesh.round_up(batch_size, devices)
-  total = len(jax.tree.leaves(arrays)[0])
+  own = mesh.own_rows(batch_size, devices)
   for start in range(0, total, batch_size):
     count = min(batch_size, total - start)
-    rows = np.resize(np.arange(start, start + count), batch_size)
-    batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
+    batch = load(start + own % count)
     with jax.set_mesh(devices):
-      out = jax.device_get(run(mesh.to_global(batch, devices)))
-    yield jax.tree.map(lambda x, count=count: x[:count], out)
+      out = jax.tree.map(mesh.to_host, run(mesh.to_global(batch, devices)))
+    kept = own < count
+
+    def unfilled(x: np.ndarray, count: int = count, kept: np.ndarray = kept) -> np.ndarray:
+      return x[:count] if len(x) == batch_size else x[kept]
+
+    yield start + own[kept], jax.tree.map(unfilled, out)
 
 
 def as_fits(

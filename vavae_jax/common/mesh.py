@@ -6,6 +6,7 @@ One mesh ("data", "fsdp"). The batch goes over both axes; parameters, EMA and op
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -96,11 +97,32 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
   return -(-batch_size // mesh.size) * mesh.size
 
 
+def batches(mesh: Mesh) -> NamedSharding:
+  """The leading axis over the whole mesh."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+  """The rows of a batch that the devices of this process hold, ascending; together the processes of
+  the mesh have each row once.
+  """
+  held = batches(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in held]))
+
+
 def to_global(batch: Any, mesh: Mesh) -> Any:
   """This process's part of a batch, a pytree of host arrays [B / processes, ...] -> global arrays
   [B, ...], the leading axis over the whole mesh.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-  )
+  place = functools.partial(jax.make_array_from_process_local_data, batches(mesh))
+  return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The rows of `own_rows` of a global array [B, ...] over the whole mesh; all rows of one that is
+  whole on every device.
+  """
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start)
+  return np.concatenate([shard.data for shard in shards])

@@ -1,0 +1,108 @@
+"""What the evaluators of both trainings give on a layout of processes and devices.
+
+  python -m tests.evaluators_everywhere PIPELINE OUTPUT LAYOUT,...
+
+A layout is PROCESSES:DATA:FSDP, such as 2:1:2, of one device a process. The models are those of the
+tiny pipeline, with weights of noise. The first process of each layout writes OUTPUT/LAYOUT.npz with
+all that they return, by EVALUATOR/NAME. The processes are forks of one, which imports all once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from configs import quickstart
+from launch import tasks
+from launch.engine import processes
+from launch.engine.step import jit_init
+from vavae_jax.common import mesh
+from vavae_jax.common.optimizer import averaged
+
+HELD_OUT = 11  # which no number of devices divides
+
+
+def configurations(pipeline: Path) -> list[ConfigDict]:
+  """Of both trainings, on what the tiny pipeline has."""
+  diffusion = quickstart.diffusion(tiny=True)
+  diffusion.latents.path = diffusion.latents.valid_path = str(pipeline / "latents")
+  diffusion.latents.valid_samples = HELD_OUT
+  return [diffusion]
+
+
+def state_of(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
+  """A fresh state, with noise on it, since fresh models give zero."""
+
+  def init(key: jax.Array) -> Any:
+    state = tasks.of(config).init_state(config, key)
+    leaves, treedef = jax.tree.flatten(averaged(config.optimizer, state))
+    keys = jax.random.split(key, len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(treedef, noisy)
+    return dataclasses.replace(state, ema=dict.fromkeys(state.ema, params))
+
+  key = jax.random.key(config.seed)
+  places = mesh.parameter_shardings(jax.eval_shape(init, key), devices)
+  return jit_init(init, places)(key)
+
+
+def evaluate(config: ConfigDict) -> dict[str, Any]:
+  """All that a training's evaluators give, by EVALUATOR/NAME."""
+  frozen = tasks.resolve(config)
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  with jax.set_mesh(devices):
+    state = state_of(frozen, devices)
+    found = {name: run(state) for name, (_, run) in tasks.of(frozen).evaluators(frozen).items()}
+  return {f"{name}/{key}": value for name, told in found.items() for key, value in told.items()}
+
+
+def one(pipeline: Path, output: Path, data: int, fsdp: int) -> None:
+  """What one process does."""
+  processes.start()
+  mesh.MIN_SHARDED_SIZE = 2**11  # so that the arrays of tiny models are sharded too
+  found: dict[str, Any] = {}
+  for config in configurations(pipeline):
+    config.mesh.update(data=data, fsdp=fsdp)
+    found |= evaluate(config)
+  if not jax.process_index():
+    np.savez(output, **found)
+  processes.end(0, together=processes.several())
+
+
+def main() -> None:
+  """The command."""
+  pipeline, output, layouts = *map(Path, sys.argv[1:3]), sys.argv[3].split(",")
+  for layout in layouts:
+    count, data, fsdp = map(int, layout.split(":"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for index in range(count):
+      children.append(os.fork())
+      if children[-1]:
+        continue
+      if count > 1:
+        os.environ.update(
+          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)
+        )
+      try:
+        one(pipeline, output / f"{layout}.npz", data, fsdp)
+      except BaseException:
+        traceback.print_exc()
+      os._exit(1)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+      sys.exit(f"{layout}: exit codes {codes}")
+
+
+if __name__ == "__main__":
+  main()
