@@ -78,6 +78,11 @@ MEMORY = {
 }
 # Bytes/s of a device's memory, by the makers' data sheets.
 BANDWIDTH = {
+  "TPU v4": 1.228e12,
+  "TPU v5 lite": 0.819e12,
+  "TPU v5": 2.765e12,
+  "TPU v6 lite": 1.638e12,
+  "TPU7x": 3.69e12,  # of 7.38 a chip, which is two devices
   "NVIDIA H100": 3.35e12,
   "NVIDIA H200": 4.8e12,
 }

@@ -1,17 +1,16 @@
-"""What a compiled program's HLO text says: traffic between devices, and bytes that kernels move.
+"""A compiled program as its HLO text says it: instructions, loops, traffic between devices.
 
 XLA's own cost analysis counts the body of a loop once. Here every computation counts as often as it
-runs, which for a scan is the constant that its condition compares with. If a loop keeps an array
-for all layers, only the layer that a kernel touches counts.
+runs, which for a scan is the constant that its condition compares with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -24,22 +23,17 @@ _BYTES = {
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
 # Computations of a call, the branches of a condition, the body of a loop.
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-# They name memory and move nothing.
-_FREE = frozenset(
-  (
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
-    *("after-all", "partition-id", "replica-id", "opt-barrier"),
-  )
-)
-_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
-_UPDATE = "dynamic-update-slice"
+_INDEX = re.compile(r"index=(\d+)")
+_TILE = re.compile(r"^([\d,]+):T\(([\d,]+)\)")
+# The tables at the head of the text: which line of which function made an instruction.
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_ENTRY = re.compile(r"(\w+)=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +45,51 @@ class Traffic:
   bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-  """One operation of a program for a GPU."""
+class Array(NamedTuple):
+  """One array in the text of a shape."""
 
-  name: str
-  operation: str  # its place in the model
-  runs: int  # in one run of the program
-  bytes: int  # read and written by each
+  dtype: str
+  dims: tuple[int, ...]
+  layout: str  # order of the axes, tiles, and S(n) outside of the device's main memory
+
+  @property
+  def size(self) -> int:
+    """Bytes, with what a TPU's tiles add."""
+    dims = list(self.dims)
+    if tiled := _TILE.match(self.layout):
+      order, tile = ([int(x) for x in text.split(",")] for text in tiled.groups())
+      for axis, side in zip(order, reversed(tile), strict=False):
+        dims[axis] = -(-dims[axis] // side) * side
+    return math.prod(dims) * _BYTES.get(self.dtype, 4)
+
+  @property
+  def in_memory(self) -> bool:
+    """Whether it lies in the device's main memory, which on a TPU is not its VMEM."""
+    return "S(" not in self.layout
 
 
-class _Instruction(NamedTuple):
+class Frame(NamedTuple):
+  """A place in the code."""
+
+  file: str
+  function: str
+  line: int
+
+
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
   name: str
   code: str
-  shapes: str  # of the results
-  size: int  # of the results, bytes
+  arrays: tuple[Array, ...]  # the results
   operands: list[str]
   attributes: str
   root: bool
+
+  @property
+  def size(self) -> int:
+    """Bytes of the results that lie in the device's memory."""
+    return sum(x.size for x in self.arrays if x.in_memory)
 
   @property
   def called(self) -> list[str]:
@@ -77,26 +98,113 @@ class _Instruction(NamedTuple):
     return [word.strip().lstrip("%") for words in found for word in words.split(",")]
 
 
-_Body = dict[str, _Instruction]  # the instructions of a computation by name
+Body = dict[str, Instruction]  # the instructions of a computation by name
 
 
-def collectives(text: str) -> dict[str, Traffic]:
-  """The collectives of a program by kind; `text` is its `compiled.as_text()`."""
-  bodies, entry = _parsed(text)
-  runs_of = _times(bodies, entry)
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The computations by name."""
+
+  bodies: dict[str, Body]
+  entry: str
+  tables: dict[str, dict[int, str]]
+
+  @functools.cached_property
+  def runs(self) -> dict[str, int]:
+    """How often each computation runs in one run of the program."""
+    found: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, factor: int) -> None:
+      if factor <= found[name]:
+        return  # visited already, by a caller that runs it as often
+      found[name] = factor
+      body = self.bodies.get(name, {})
+      for x in body.values():
+        if called := x.called:
+          count = self.trips(x, body) if x.code == "while" else 1
+          for inner in called:
+            visit(inner, factor * count)
+
+    visit(self.entry, 1)
+    return found
+
+  def trips(self, loop: Instruction, body: Body) -> int:
+    """How often a loop in `body` runs: XLA's note, or the constant its counter is compared with.
+
+    The constant is in the condition, or the loop carries it in from `body`.
+    """
+    if noted := _NOTED.search(loop.attributes):
+      return int(noted[1])
+    named = _CONDITION.search(loop.attributes)
+    condition = self.bodies.get(named[1], {}) if named else {}
+    limits = [_constant(x) for x in condition.values()]
+    carried = body.get(loop.operands[0]) if loop.operands else None
+    for x in condition.values():
+      if x.code == "get-tuple-element" and carried and carried.code == "tuple":
+        index = _INDEX.search(x.attributes)
+        origin = body.get(carried.operands[int(index[1])]) if index else None
+        while origin is not None and origin.code in ("copy", "bitcast"):
+          origin = body.get(origin.operands[0])
+        limits.append(_constant(origin))
+    return max(limits, default=0) or 1
+
+  def frames(self, number: int) -> list[Frame]:
+    """The places that an instruction's `stack_frame_id` stands for, the innermost first."""
+    found = []
+    while number in self.tables["StackFrames"]:
+      frame = dict(_ENTRY.findall(self.tables["StackFrames"][number]))
+      place = dict(_ENTRY.findall(self.tables["FileLocations"][int(frame["file_location_id"])]))
+      file = self.tables["FileNames"][int(place["file_name_id"])]
+      function = self.tables["FunctionNames"][int(place["function_name_id"])]
+      found.append(Frame(file, function, int(place["line"])))
+      # One more than the caller's number; 1 or none where there is no caller.
+      caller = int(frame.get("parent_frame_id", 0)) - 1
+      if caller >= number:
+        break
+      number = caller
+    return found
+
+
+def parse(text: str) -> Program:
+  """A program; `text` is its `compiled.as_text()`."""
+  bodies: dict[str, Body] = {}
+  tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+  entry, current, table = "", "", ""
+  for line in text.splitlines():
+    if line in tables or not line.strip():
+      table = line.strip()
+    elif table:
+      number, _, content = line.partition(" ")
+      tables[table][int(number)] = content.strip('"')
+    elif not line[0].isspace() and (head := _HEAD.match(line)):
+      current = head[2]
+      bodies[current] = {}
+      entry = current if head[1] else entry
+    elif current and (match := _INSTRUCTION.match(line)):
+      root, name, shapes, code, operands, rest = match.groups()
+      given = [operands] if code in ("parameter", "constant") else _NAME.findall(operands)
+      bodies[current][name] = Instruction(
+        name, code, _arrays(shapes), given, rest or "", bool(root)
+      )
+  return Program(bodies, entry, tables)
+
+
+def collectives(program: Program) -> dict[str, Traffic]:
+  """The collectives of a program by kind."""
   # One operation may be in several computations: pieces of it run beside other work.
   found: dict[tuple[str, str], tuple[int, int]] = {}
-  for computation, body in bodies.items():
+  for computation, body in program.bodies.items():
     for x in body.values():
       kind = x.code.removesuffix("-start")
-      if kind in KINDS and runs_of.get(computation):
+      if kind in KINDS and program.runs.get(computation):
         channel = _CHANNEL.search(x.attributes)
         key = (kind, channel[1] if channel else x.name)
         starts = kind != x.code
-        sizes = _sizes(x.shapes, scalars=not starts)  # a scalar counts asynchronous operations
+        # A scalar counts asynchronous operations.
+        sizes = [_unpadded(array) for array in x.arrays if array.dims or not starts]
         if starts and kind != "all-reduce":
           sizes = sizes[len(sizes) // 2 :]  # such an operation lists its inputs before its results
-        here = (runs_of[computation], sum(sizes))
+        here = (program.runs[computation], sum(sizes))
         found[key] = max(found.get(key, (0, 0)), here)
   of_kind: dict[str, list[tuple[int, int]]] = defaultdict(list)
   for (kind, _), here in found.items():
@@ -108,136 +216,20 @@ def collectives(text: str) -> dict[str, Traffic]:
   }
 
 
-def kernels(text: str) -> list[Kernel]:
-  """The kernels of a program for a GPU, largest first; `text` is its `compiled.as_text()`.
-
-  Of a condition only the branch that moves most counts. Bytes that one kernel writes and the next
-  reads count twice, though caches may serve them.
-  """
-  bodies, entry = _parsed(text)
-
-  def within(name: str, runs: int) -> Iterator[Kernel]:
-    for x in bodies[name].values():
-      if x.code == "while":
-        yield from within(x.called[-1], runs * _trips(x, bodies))
-      elif x.code in ("call", "async-start"):
-        yield from within(x.called[0], runs)
-      elif x.code == "conditional":
-        yield from max((list(within(branch, runs)) for branch in x.called), key=moved)
-      elif x.code not in _FREE and not x.code.endswith(("-done", "-update")):
-        source = _OP_NAME.search(x.attributes)
-        yield Kernel(x.name, source[1] if source else x.code, runs, _moved(x, bodies[name], bodies))
-
-  return sorted(within(entry, 1), key=lambda kernel: -kernel.runs * kernel.bytes)
+def _arrays(shapes: str) -> tuple[Array, ...]:
+  """The arrays in the text of a shape, or of a tuple of them."""
+  return tuple(
+    Array(dtype, tuple(int(dim) for dim in dims.split(",") if dim), layout)
+    for dtype, dims, layout in _SHAPE.findall(shapes)
+  )
 
 
-def moved(found: Iterable[Kernel]) -> int:
-  """Bytes that kernels read and write in one run of the program."""
-  return sum(x.runs * x.bytes for x in found)
+def _unpadded(array: Array) -> int:
+  return math.prod(array.dims) * _BYTES.get(array.dtype, 4)
 
 
-def grouped(found: Sequence[Kernel]) -> list[Kernel]:
-  """Joins kernels that differ only by the number in their name, such as those of each layer."""
-  runs: dict[tuple[str, str, int], int] = defaultdict(int)
-  for x in found:
-    runs[re.sub(r"[.\d]+$", "", x.name), x.operation, x.bytes] += x.runs
-  together = [Kernel(name, operation, n, size) for (name, operation, size), n in runs.items()]
-  return sorted(together, key=lambda x: -x.runs * x.bytes)
-
-
-def _parsed(text: str) -> tuple[dict[str, _Body], str]:
-  """The computations by name, and the name of the entry computation."""
-  bodies: dict[str, _Body] = {}
-  entry, current = "", ""
-  for line in text.splitlines():
-    if line and not line[0].isspace() and (head := _HEAD.match(line)):
-      current = head[2]
-      bodies[current] = {}
-      entry = current if head[1] else entry
-    elif current and (match := _INSTRUCTION.match(line)):
-      root, name, shapes, code, operands, rest = match.groups()
-      given = [operands] if code in ("parameter", "constant") else _NAME.findall(operands)
-      bodies[current][name] = _Instruction(
-        name, code, shapes, sum(_sizes(shapes)), given, rest or "", bool(root)
-      )
-  return bodies, entry
-
-
-def _times(bodies: dict[str, _Body], entry: str) -> dict[str, int]:
-  """How often each computation runs in one run of the program."""
-  found: dict[str, int] = defaultdict(int)
-
-  def visit(name: str, factor: int) -> None:
-    if factor <= found[name]:
-      return  # visited already, by a caller that runs it as often
-    found[name] = factor
-    for x in bodies.get(name, {}).values():
-      if called := x.called:
-        count = _trips(x, bodies) if x.code == "while" else 1
-        for inner in called:
-          visit(inner, factor * count)
-
-  visit(entry, 1)
-  return found
-
-
-def _trips(loop: _Instruction, bodies: dict[str, _Body]) -> int:
-  """How often a loop runs: XLA's note, or the constant that its counter is compared with."""
-  if noted := _NOTED.search(loop.attributes):
-    return int(noted[1])
-  condition = _CONDITION.search(loop.attributes)
-  body = bodies.get(condition[1], {}) if condition else {}
-  limits = [x.operands[0] for x in body.values() if x.code == "constant" and "s32[]" in x.shapes]
-  return max((int(limit) for limit in limits if limit.isdigit()), default=1)
-
-
-def _sizes(shapes: str, scalars: bool = True) -> list[int]:
-  """Bytes of each array in the text of a shape, or of a tuple of them."""
-  return [
-    math.prod(int(dim) for dim in dims.split(",") if dim) * _BYTES.get(dtype, 4)
-    for dtype, dims in _SHAPE.findall(shapes)
-    if scalars or dims
-  ]
-
-
-def _moved(x: _Instruction, body: _Body, bodies: dict[str, _Body]) -> int:
-  """Bytes that an instruction of `body` reads and writes."""
-  read = [body[name].size if name in body else 0 for name in x.operands]
-  if x.code in _SLICES:
-    return 2 * x.size
-  if x.code == _UPDATE:
-    return 2 * read[1]
-  if x.code != "fusion":
-    return sum(read) + x.size
-  inner = bodies[x.called[0]]
-  for y in inner.values():
-    if y.code == "parameter":
-      number = int(y.operands[0])
-      read[number] = min(read[number], _read_of(y.name, inner))
-  return sum(read) + _written_of(next(y for y in inner.values() if y.root), inner)
-
-
-def _read_of(name: str, body: _Body) -> int:
-  """Bytes of an array that a fusion reads; only the slices, where it takes slices."""
-  size = 0
-  for x in body.values():
-    if name not in x.operands:
-      continue
-    if x.code == "bitcast":
-      size += _read_of(x.name, body)
-    elif x.code in _SLICES and x.operands[0] == name:
-      size += x.size
-    elif x.code == _UPDATE and x.operands[0] == name:
-      continue  # written in place
-    else:
-      return body[name].size
-  return size
-
-
-def _written_of(x: _Instruction, body: _Body) -> int:
-  """Bytes that a fusion writes; only the update, where it updates an array in place."""
-  if x.code == "tuple":
-    return sum(_written_of(body[name], body) for name in x.operands)
-  if x.code == "bitcast":
-    return _written_of(body[x.operands[0]], body)
-  return body[x.operands[1]].size if x.code == _UPDATE else x.size
+def _constant(x: Instruction | None) -> int:
+  """An integer constant; 0 for anything else."""
+  if x is None or x.code != "constant" or [(a.dtype, a.dims) for a in x.arrays] != [("s32", ())]:
+    return 0
+  return int(x.operands[0]) if x.operands[0].isdigit() else 0

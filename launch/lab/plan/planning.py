@@ -1,4 +1,4 @@
-"""Plans: the memory, traffic, FLOPs and hours of a program on devices that this machine lacks."""
+"""Plans: what a program takes on devices that this machine lacks: memory, traffic, FLOPs, time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from launch import tasks
 from launch.engine import flops, hardware
 from launch.engine.step import without_recomputation
 from launch.lab import programs
-from launch.lab.plan import hlo, slices
+from launch.lab.plan import hlo, operations, slices, times
+from launch.lab.plan.operations import Operation
 from vavae_jax.common import functional
 
 IMAGENET = 1_281_167
@@ -40,15 +41,16 @@ class Plan:
   computed: float  # with the activations that are computed again
   compile_seconds: float
   traffic: dict[str, hlo.Traffic] = dataclasses.field(default_factory=dict)
-  hours: float = 0.0  # of all runs at the given share of the peak; 0 where it does not fit
+  operations: list[Operation] = dataclasses.field(default_factory=list)  # those alike joined
+  sources: list[times.Source] = dataclasses.field(default_factory=list)
+  seconds: times.Times | None = None  # of one run; None where it does not fit
+  hours: float = 0.0  # of all runs by the estimate; 0 where it does not fit
   images_per_second: float = 0.0
-  kernels: list[hlo.Kernel] = dataclasses.field(default_factory=list)  # GPUs only, grouped
-  bandwidth: float = 0.0  # of a GPU's memory, bytes/s
 
   @property
   def moved(self) -> int:
-    """Bytes that a device's kernels read and write in one run."""
-    return hlo.moved(self.kernels)
+    """Bytes that a device's operations read and write in one run."""
+    return operations.moved(self.operations)
 
   def to_dict(self) -> dict[str, Any]:
     """For a JSON file."""
@@ -60,15 +62,13 @@ def plan(
   topology: str,
   what: str = "train",
   *,
-  mfu: float = 0.4,
   num_images: int = IMAGENET,
   settings: Settings | None = None,
 ) -> Plan:
   """Compiles one of a task's programs for a slice, named as `slices.make_mesh` says.
 
-  `mfu` is the share of the chips' peak at which the hours are estimated, `num_images` how many are
-  encoded or sampled, and `settings` what was changed to get this configuration. Raises InputError
-  for an unknown slice, or a mesh or batch that does not fit it.
+  `num_images` is how many are encoded or sampled, and `settings` what was changed to get this
+  configuration. Raises InputError for an unknown slice, or a mesh or batch that does not fit it.
   """
   programs.check(config, what)
   devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
@@ -99,17 +99,17 @@ def plan(
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     result.needed = memory.argument_size_in_bytes + returned + own
     result.parts["other"] = int(result.needed) - sum(result.parts.values())
-    result.traffic = hlo.collectives(compiled.as_text())
+    text = hlo.parse(compiled.as_text())
+    result.traffic = hlo.collectives(text)
+    # XLA compiles programs for GPUs that do not fit, too.
     if topology.partition(":")[0] in slices.GPUS:
-      # XLA compiles programs for GPUs that do not fit, too.
       result.fits = result.needed <= result.available
-      result.kernels = hlo.grouped(hlo.kernels(compiled.as_text()))
-      result.bandwidth = hardware.bandwidth(devices)
-  if result.fits:
-    peak = hardware.peak_flops(devices) / devices.size
-    seconds = program.runs * one_run / (peak * mfu)
-    result.hours = seconds / 3600
-    result.images_per_second = program.runs * program.images / seconds
+    found, chip = operations.of(text), slices.chip_of(topology, devices)
+    result.operations, result.sources = operations.joined(found), times.by_source(found, chip)
+    if result.fits:
+      result.seconds = times.times(found, result.traffic, chip, one_run)
+      result.hours = program.runs * result.seconds.estimate / 3600
+      result.images_per_second = program.images / result.seconds.estimate
   return result
 
 
@@ -167,7 +167,6 @@ def plans(
   *,
   search: bool = False,
   num_images: int = IMAGENET,
-  mfu: float = 0.4,
 ) -> Iterator[Plan]:
   """The plan of a configuration and, with `search`, of remedies until one fits."""
   tries: Iterable[Settings] = ()
@@ -179,7 +178,7 @@ def plans(
     resolved = tasks.resolve(changed, num_images)
     if config.task == "tokenizer":
       functional.outline(vavae_jax.training.build_autoencoder(resolved), "config.model")
-    found = plan(resolved, topology, what, mfu=mfu, num_images=num_images, settings=settings)
+    found = plan(resolved, topology, what, num_images=num_images, settings=settings)
     yield found
     if found.fits:
       return

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from launch.engine import hardware
+from launch.lab.plan.times import Chip
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.mesh import axis_sizes
 from vavae_jax.common.sharding import BATCH_AXES
@@ -30,6 +31,10 @@ SLICES = {
   "v4": ("2x2x4", "2x2x1"),
   "tpu7x": ("2x2x4", "2x2x1"),
 }
+# Of one jax device: Hz, at which the multipliers of its matrix units give the data sheet's FLOP/s;
+# and bytes/s to other devices, by the data sheet, all links of one direction.
+_CLOCKS = {"v5e": 1.5e9, "v6e": 1.75e9, "v5p": 1.75e9, "v4": 1.05e9, "tpu7x": 2.2e9}
+_LINKS = {"v5e": 200e9, "v6e": 448e9, "v5p": 600e9, "v4": 300e9, "tpu7x": 600e9}
 # XLA's description of an absent GPU, from NVIDIA's data sheets and programming guide.
 _HOPPER = {
   "threads_per_block_limit": 1024,
@@ -95,6 +100,17 @@ def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
       "product of sides of the slice."
     ) from error
   return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def chip_of(topology: str, devices: Mesh) -> Chip:
+  """The rates of one device of a slice that `make_mesh` made."""
+  name = topology.partition(":")[0]
+  return Chip(
+    flops=hardware.peak_flops(devices) / devices.size,
+    bandwidth=hardware.bandwidth(devices),
+    clock=_CLOCKS.get(name, 0.0),
+    links=_LINKS.get(name, 0.0),
+  )
 
 
 def _tpus(chip: str, chips: str) -> Any:

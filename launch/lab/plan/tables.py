@@ -14,6 +14,7 @@ from launch.engine.circumstances import circumstances
 from launch.lab import markdown
 from launch.lab.plan import hlo, slices
 from launch.lab.plan.planning import Plan, Settings
+from launch.lab.plan.times import Chip, Times
 from vavae_jax.common.files import read_note, write_json
 
 # Every published recipe, and the sizes of LightningDiT.
@@ -24,6 +25,8 @@ PUBLISHED = (
   ("configs/vavae_f16d32.py", "encode"),
   ("configs/vavae_f16d32.py", "train"),  # last: these take ten minutes each on two cores
 )
+SOURCES = ("source", "ms", "share", "roofline ms", "GiB", "TFLOP", "runs")
+OPERATIONS = ("operation", "ms", "roofline ms", "runs", "MiB", "GFLOP", "source", "where")
 HEADER = ("recipe", "what", "slice", "settings", "GiB a device", "of", "gathered, reduced GiB")
 
 
@@ -36,8 +39,11 @@ def shown(settings: Settings) -> str:
   return " ".join(f"--config.{key}={value}" for key, value in settings.items()) or "as given"
 
 
-def show(topology: str, what: str, found: list[Plan], mfu: float, largest: int = 0) -> None:
-  """Prints the plans of one configuration on one slice, with the `largest` kernels of the last."""
+def show(topology: str, what: str, found: list[Plan], chip: Chip, largest: int = 0) -> None:
+  """Prints the plans of one configuration on one slice, and of the last where its time goes.
+
+  That is by source and, of the `largest` operations, by operation.
+  """
   chosen = found[-1]
   if len(found) > 1:
     tried = [
@@ -45,19 +51,16 @@ def show(topology: str, what: str, found: list[Plan], mfu: float, largest: int =
       for p in found
     ]
     console.table("Tried", ("settings", "fits", "GiB", "compiled in s"), tried)
-  console.table(f"{what} on {topology}", ("", ""), _rows(chosen, mfu))
+  console.table(f"{what} on {topology}", ("", ""), _rows(chosen, chip))
+  if chosen.sources:
+    console.table("By source, estimated", SOURCES, _sources(chosen))
   if largest:
-    cells = [
-      (x.name, f"{x.runs:,}", f"{x.bytes / 2**20:,.1f}", _gib(x.runs * x.bytes), x.operation)
-      for x in chosen.kernels[:largest]
-    ]
-    header = ("kernel", "runs", "MiB", "GiB", "operation")
-    console.table("Kernels that move the most bytes", header, cells)
+    console.table("By operation, estimated", OPERATIONS, _operations(chosen, chip, largest))
   if not chosen.fits and len(found) == 1:
     console.say("--search looks for settings that fit.")
 
 
-def _rows(chosen: Plan, mfu: float) -> list[tuple[str, str]]:
+def _rows(chosen: Plan, chip: Chip) -> list[tuple[str, str]]:
   verdict = "fits" if chosen.fits else "DOES NOT FIT"
   rows = [
     (
@@ -75,18 +78,70 @@ def _rows(chosen: Plan, mfu: float) -> list[tuple[str, str]]:
   ]
   work = f"{chosen.flops / 1e12:.2f} TFLOP a device and run"
   rows.append(("work", f"{work}, {chosen.computed / 1e12:.2f} with recomputation"))
-  if chosen.kernels:
-    launched = sum(x.runs for x in chosen.kernels)
-    milliseconds = 1e3 * chosen.moved / chosen.bandwidth
+  if chosen.operations:
+    launched = sum(x.runs for x in chosen.operations)
+    milliseconds = 1e3 * chosen.moved / chip.bandwidth
     text = f"{launched:,} runs move {_gib(chosen.moved)} GiB: {milliseconds:.1f} ms"
-    rows.append(("kernels", f"{text} at {chosen.bandwidth / 1e12:g} TB/s"))
-  if chosen.fits:
-    rows.append((f"at {mfu:.0%} of the peak", f"{chosen.images_per_second:,.0f} images/s"))
-    rows.append(("in total", f"{chosen.hours:,.1f} hours"))
+    rows.append(("operations", f"{text} at {chip.bandwidth / 1e12:g} TB/s"))
+  if chosen.seconds:
+    rows += _times(chosen, chosen.seconds)
   return [*rows, ("compiled in", f"{chosen.compile_seconds:.0f} s")]
 
 
-def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
+def _times(chosen: Plan, seconds: Times) -> list[tuple[str, str]]:
+  lines = {
+    "compiler's estimate": seconds.compiler,
+    "  Pallas kernels, as they declare": seconds.declared,
+    "  collectives at the links' rate": seconds.network,
+    "roofline": seconds.roofline,
+    "ideal": seconds.ideal,
+  }
+  rows = [(name, f"{1e3 * value:,.1f} ms") for name, value in lines.items() if value]
+  if seconds.compiler:
+    reached = f"estimated; {seconds.ideal / seconds.estimate:.0%} of the peak"
+  else:
+    reached = "at the most; the compiler for GPUs gives no estimate"
+  return [
+    *rows,
+    ("images/s", f"{chosen.images_per_second:,.0f}, {reached}"),
+    ("in total", f"{chosen.hours:,.2f} hours"),
+  ]
+
+
+def _sources(chosen: Plan) -> list[tuple[str, ...]]:
+  whole = sum(part.seconds for part in chosen.sources)
+  return [
+    (
+      part.group,
+      f"{1e3 * part.seconds:,.2f}",
+      f"{part.seconds / whole:.1%}",
+      f"{1e3 * part.roofline:,.2f}",
+      f"{part.bytes / 2**30:,.1f}",
+      f"{part.flops / 1e12:.2f}",
+      f"{part.runs:,}",
+    )
+    for part in chosen.sources
+  ]
+
+
+def _operations(chosen: Plan, chip: Chip, largest: int) -> list[tuple[str, ...]]:
+  found = sorted(chosen.operations, key=lambda x: -x.runs * chip.seconds(x))
+  return [
+    (
+      f"{x.name} (declared)" if x.declared else x.name,
+      f"{1e3 * x.runs * chip.seconds(x):,.2f}",
+      f"{1e3 * x.runs * chip.roofline(x):,.2f}",
+      f"{x.runs:,}",
+      f"{x.bytes / 2**20:,.1f}",
+      f"{x.flops / 1e9:,.2f}",
+      x.group,
+      x.source,
+    )
+    for x in found[:largest]
+  ]
+
+
+def make_table(output: Path) -> list[dict[str, Any]]:
   """Plans of every published recipe on every slice.
 
   The JSON file `output` is written after each; the plans that it has already are kept.
@@ -101,19 +156,19 @@ def make_table(output: Path, mfu: float) -> list[dict[str, Any]]:
   ]
   for spec, what, topology in console.tracked(wanted, "plans", len(wanted)):
     if (spec, what, topology) not in done:
-      found = _search_apart(spec, what, topology, mfu)
+      found = _search_apart(spec, what, topology)
       rows.append({"config": spec, "what": what, "topology": topology, **found})
-      write_json(output, {**circumstances(), "mfu": mfu, "rows": rows})
+      write_json(output, {**circumstances(), "rows": rows})
   output.with_suffix(".md").write_text(markdown_of(rows))
   return rows
 
 
-def _search_apart(spec: str, what: str, topology: str, mfu: float) -> dict[str, Any]:
+def _search_apart(spec: str, what: str, topology: str) -> dict[str, Any]:
   """The last plan of a search, in a process of its own since the TPU compiler can crash."""
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "plans.json"
     words = ["--search", f"--config={spec}", f"--what={what}", f"--topology={topology}"]
-    words += [f"--mfu={mfu}", f"--output={file}"]
+    words += [f"--output={file}"]
     done = subprocess.run(
       [sys.executable, "-m", "launch.lab.plan", *words], capture_output=True, text=True, check=False
     )
