@@ -5,13 +5,14 @@ r"""The whole pipeline on your pictures, or on the package's: from pictures to s
 
 Trains a small VA-VAE aligned with EfficientNet-Lite0, encodes the pictures, trains a small
 LightningDiT on the latents, samples with guidance, evaluates, and writes report.html and a model
-folder. About a quarter of an hour on two CPU cores. Stopped at any point, the same command goes on
+folder. Stopped at any point, the same command goes on
 where it was.
 
 --pictures is a folder of class folders, a .zip or .tar of such, or any source of docs/data.md.
-Number and names of the classes come from it; configs/pictures.py has the sizes, chosen for the
-machine and told before the start. Without it the pictures are 1,852 emoji that the package carries,
-and configs/quickstart.py holds the settings. Each can be set with --config.PART.KEY=VALUE.
+Number and names of the classes come from it; configs/pictures.py chooses sizes and steps for the
+machine and the number of pictures: five minutes to an hour on two CPU cores, told before the
+start. Without it the pictures are 1,852 emoji that the package carries, and configs/quickstart.py
+holds the settings: a quarter of an hour. Each can be set with --config.PART.KEY=VALUE.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -35,6 +37,7 @@ from configs import pictures, quickstart
 from launch import export, restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, hardware, loop
+from launch.engine.checkpoint import read_config
 from launch.engine.ownership import owned
 from launch.evaluation import generation, overview, reconstruction
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
@@ -48,7 +51,7 @@ from launch.train import train
 from vavae_jax import folder
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home, check_outputs, local_place, read_note, write_json
-from vavae_jax.data import selection
+from vavae_jax.data import selection, sources
 
 CONFIG = f"{quickstart.__file__}:pipeline"
 OWN = f"{pictures.__file__}:"
@@ -117,32 +120,53 @@ def _seconds(timings: Path) -> dict[str, float]:
   return read_note(timings, **numbers)
 
 
-def fit(config: ConfigDict, spec: str) -> None:
-  """Fits a configuration of `configs.pictures` to somebody's pictures and says what it will do."""
+def fit(config: ConfigDict, spec: str, workdir: Path) -> None:
+  """Fits a configuration of `configs.pictures` to somebody's pictures and says what it will do.
+
+  What was begun in the workdir goes on with its own numbers, whatever was added to the pictures.
+  """
   spec = _source_of(spec)
   source = selection.opened(spec)
   count, names = len(source), source.class_names
   if count < pictures.LEAST:
     raise InputError(f"{spec} has {count} pictures; the pipeline needs {pictures.LEAST} or more.")
-  data = config.tokenizer.data
-  for share in (data.held_out, *(x for x in (0.15, 0.2, 0.3, 0.5) if x > data.held_out)):
-    data.update(source=spec, held_out=share)
-    train, held_out = selection.split(source, FrozenConfigDict(data))
-    if len(held_out) >= 2:
-      break
-  pictures.fit(config, spec, len(names), len(train), share)
   first, second = config.tokenizer, config.diffusion
+  for part in (first, second):
+    if (workdir / part.task / configuration.NAME).exists():
+      pictures.go_on(part, read_config(workdir / part.task))
+  first.data.source = spec
+  train, held_out = _split(source, first.data)
+  seconds = pictures.fit(
+    config,
+    classes=len(names),
+    train=len(train),
+    machine="cpu" if jax.default_backend() == "cpu" else "accelerator",
+    rate=hardware.product_rate(),
+    memory=hardware.limit(),
+  )
   shown = ", ".join(names[: pictures.CLASSES_SHOWN])
   more = ", ..." if len(names) > pictures.CLASSES_SHOWN else ""
   rows = [
-    ("pictures", f"{count:,} from {spec}, {len(held_out)} of them held out"),
+    ("pictures", f"{count:,} from {spec}, {len(held_out):,} of them held out"),
     ("classes", f"{len(names)}: {shown}{more}"),
-    ("tokenizer", f"{first.num_steps:,} steps of {first.batch_size}, {data.image_size} px"),
+    ("tokenizer", f"{first.num_steps:,} steps of {first.batch_size}, {first.data.image_size} px"),
     ("diffusion model", f"{second.num_steps:,} steps of {second.batch_size}"),
     ("samples", f"{config.sample.num_samples:,}"),
-    ("time", _time(config)),
+    ("time", f"{_about(seconds)}, an estimate"),
+    ("to change it", "--config.tokenizer.num_steps=N --config.diffusion.num_steps=N"),
   ]
   console.table("Your pictures", ("what", "how"), rows)
+
+
+def _split(source: sources.Source, data: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+  """Indices for training and held out; sets the share, where nobody did, to hold out two."""
+  shares = pictures.SHARES if data.held_out is None else (data.held_out,)
+  for share in shares:
+    data.held_out = min(share, pictures.MOST_HELD_OUT / len(source)) if shares[1:] else share
+    train, held_out = selection.split(source, FrozenConfigDict(data))
+    if len(held_out) >= 2:
+      break
+  return train, held_out
 
 
 def _source_of(given: str) -> str:
@@ -161,16 +185,10 @@ def _source_of(given: str) -> str:
   return given
 
 
-def _time(config: ConfigDict) -> str:
-  """An estimate, from the quickstart's time and this machine's rate of products."""
-  if jax.default_backend() != "cpu":
-    return "not measured yet on such a machine; each bar tells its own"
-  seconds = pictures.SECONDS["rest"]
-  for name in ("tokenizer", "diffusion"):
-    part = config[name]
-    seconds += pictures.SECONDS[name] * part.num_steps * part.batch_size
-  minutes = seconds * pictures.PRODUCT_RATE / hardware.product_rate() / 60
-  return f"about {minutes:.0f} minutes, an estimate" if minutes >= 1 else "about a minute"
+def _about(seconds: float) -> str:
+  """A time as people say it."""
+  minutes = max(1, round(seconds / 60))
+  return f"about {seconds / 3600:.1f} hours" if minutes > 99 else f"about {minutes} minutes"
 
 
 def _check(config: FrozenConfigDict, workdir: Path) -> None:
@@ -233,7 +251,7 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
   held_out = own_pictures(tokenizer, held_out=True)
   output = Output(workdir / "reconstruction", "reconstruction")
   rebuilt = reconstruction.evaluate(tokenizer, held_out, None, output, posterior="mode")
-  training = own_pictures(tokenizer, held_out=False)
+  training = own_pictures(tokenizer, held_out=False, limit=pictures.MOST_JUDGED)
   reference = reference_of(training, network, keep=True)
   generated = generation.evaluate(
     Npz(workdir / "samples.npz"),
@@ -254,7 +272,7 @@ def _evaluate(tokenizer: restore.Trained, network: Network, workdir: Path) -> di
 def main() -> None:
   workdir = local_place(FLAGS.workdir or (OWN_RUN if FLAGS.pictures else EMOJI_RUN))
   if FLAGS.pictures:
-    fit(FLAGS.config, FLAGS.pictures)
+    fit(FLAGS.config, FLAGS.pictures, workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(owned(workdir))
     # What later stages write too; each of the trainings asks for its own folder.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +10,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
-import pytest
-from PIL import Image
-
-import launch.quickstart
-from configs import pictures
 from launch import __main__ as commands
 from tests.conftest import ROOT
-from vavae_jax.common.errors import InputError
 
 
 def test_a_wheel_trains_samples_and_exports_away_from_the_checkout(tmp_path, environment, pipeline):
@@ -80,45 +73,6 @@ def test_every_command_is_listed_with_its_first_line():
     [sys.executable, "-m", "launch", "trian"], cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert (wrong.returncode, wrong.stderr) == (2, "error: no command 'trian'; did you mean train?\n")
-
-
-def make_pictures(root: Path, **counts: int) -> Path:
-  for name, count in counts.items():
-    (root / name).mkdir(parents=True)
-    for i in range(count):
-      Image.new("RGB", (20, 20)).save(root / name / f"{i}.png")
-  return root
-
-
-def test_own_pictures_fix_classes_batches_and_what_is_held_out(tmp_path):
-  config = pictures.get_config("cpu")
-  launch.quickstart.fit(config, str(make_pictures(tmp_path / "own", cat=12, dog=11)))
-  assert config.diffusion.model.num_classes == 2
-  assert config.tokenizer.batch_size == config.diffusion.batch_size == 16
-  assert config.sample.num_samples == 80
-  assert config.tokenizer.data.source == f"folder:{tmp_path / 'own'}"
-  with pytest.raises(InputError, match="has 3 pictures; the pipeline needs 16 or more"):
-    launch.quickstart.fit(config, str(make_pictures(tmp_path / "few", cat=3)))
-
-
-def test_what_somebody_set_beside_own_pictures_stays(tmp_path, capsys):
-  config = pictures.get_config("cpu")
-  config.tokenizer.data.held_out = 0.4
-  config.diffusion.model.num_classes, config.sample.num_samples = 3, 10
-  launch.quickstart.fit(config, str(make_pictures(tmp_path / "own", cat=12, dog=11)))
-  kept = (config.tokenizer.data.held_out, config.sample.num_samples)
-  assert (*kept, config.diffusion.model.num_classes) == (0.4, 10, 3)
-  assert re.search("time .* about [0-9]+ minutes, an estimate", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-  ("given", "message"),
-  [("nowhere", "which does not exist; give a folder"), ("a.rar", "which is no folder, .zip or")],
-)
-def test_what_are_no_pictures_is_told(given, message, tmp_path):
-  (tmp_path / "a.rar").touch()
-  with pytest.raises(InputError, match=message):
-    launch.quickstart.fit(pictures.get_config("cpu"), str(tmp_path / given))
 
 
 def test_a_recipe_is_found_where_it_is_installed(tmp_path, monkeypatch):

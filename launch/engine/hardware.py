@@ -103,9 +103,19 @@ def bandwidth(mesh: Mesh) -> float:
   return _of_kind(BANDWIDTH, mesh.devices.flat[0].device_kind)
 
 
+def limit() -> float:
+  """Bytes of the first device that a program can use, as its driver says; 0 where none does."""
+  return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+
+
 def product_rate() -> float:
-  """FLOP/s of float32 products of 512 x 512 on a CPU, the fastest of a few: without other work."""
-  x = jnp.ones((512, 512))
+  """FLOP/s of products on all devices, the fastest of a few: without other work.
+
+  On a CPU float32 of 512 x 512, elsewhere bfloat16 of 4096 x 4096.
+  """
+  cpu = jax.default_backend() == "cpu"  # all cores work on one product, however many devices
+  size, dtype, devices = (512, jnp.float32, 1) if cpu else (4096, jnp.bfloat16, jax.device_count())
+  x = jnp.ones((size, size), dtype)
   run = jax.jit(jnp.matmul)
   run(x, x).block_until_ready()
   best = math.inf
@@ -113,7 +123,7 @@ def product_rate() -> float:
     began = time.perf_counter()
     run(x, x).block_until_ready()
     best = min(best, time.perf_counter() - began)
-  return 2 * 512**3 / best
+  return 2 * size**3 / best * devices
 
 
 def _of_kind(table: dict[str, float], kind: str) -> float:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
+from configs.pictures import MOST_JUDGED
 from launch import restore
 from launch.engine.writers import curve, read_metrics
 from launch.evaluation import figures
@@ -24,6 +25,7 @@ from launch.report.html import Figure, Section
 from lightningdit_jax.store import latents
 
 SHOWN_RECONSTRUCTIONS, SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_AT_HEAD = 24, 12, 10, 40
+MAPPED = 2_000  # latents at most: the time of t-SNE and the page grow with them
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -53,10 +55,11 @@ def write(
   spread = np.unique(np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).astype(int))
   originals = take(held_out, spread.tolist())
   rebuilt = restore.reconstruct(tokenizer, originals)
-  every = (store[i]["latent"] for i in range(len(store)))
-  flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in every])
+  mapped = np.sort(np.random.default_rng(0).permutation(len(store))[:MAPPED])
+  each = (store[i]["latent"] for i in mapped.tolist())
+  flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in each])
   plane = tsne(flat, seed=0, perplexity=min(PERPLEXITY, (len(flat) - 1) / 3))
-  counts = (len(pictures), len(store), len(held_out))
+  counts = (len(pictures), min(len(store), MOST_JUDGED), len(held_out))
   shown = _figures(results, network, *counts)
   versions = {"python": platform.python_version()}
   versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -76,9 +79,9 @@ def write(
     training_section(_curves(workdir)),
     Section(
       "Latents",
-      "Each training picture at the place of its latent: the normalised latents of all positions, "
-      "brought to the plane by t-SNE (perplexity 30, PCA start).",
-      [scatter(plane, store.labels, classes, training.read(0, len(training)))],
+      f"{len(mapped):,} training pictures at the places of their latents: the normalised latents "
+      "of all positions, brought to the plane by t-SNE (perplexity 30, PCA start).",
+      [scatter(plane, store.labels[mapped], classes, take(training, mapped.tolist()))],
     ),
     Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
     Section(
