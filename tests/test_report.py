@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import math
 import os
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
+from launch.evaluation import sweep
 from launch.report import html, plots
 from launch.report.charts import Curve, line_chart, scatter, training_section
 from launch.report.html import Figure, Section, number, write_page
@@ -197,6 +202,75 @@ def test_a_log_axis_drops_what_has_no_logarithm_and_a_legend_shows_last_values()
   for tick in ("0.01", "1", "100"):
     assert f">{tick}</text>" in chart
   assert "<b>100</b>" in chart
+
+
+def crowded(figure) -> list[str]:
+  """What a reader cannot see of a figure's texts: those that leave it, and pairs that overlap."""
+  figure.draw_without_rendering()
+  canvas = FigureCanvasAgg(figure)
+  renderer, (width, height) = canvas.get_renderer(), canvas.get_width_height()
+  hidden = set()
+  for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis)):
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    hidden |= {t.label1 for t in ticks if not low - 1e-9 <= t.get_loc() <= high + 1e-9}
+  texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and t not in hidden]
+  boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+  boxes = [(text, box) for text, box in boxes if box.width > 1]
+  cut = [t for t, b in boxes if min(b.x0, b.y0, width - b.x1, height - b.y1) < -1]
+  pairs = itertools.combinations(boxes, 2)
+  return cut + [f"{a} on {b}" for (a, one), (b, other) in pairs if one.overlaps(other)]
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+  """The figures that a test makes."""
+  figures, panels = [], plots.panels
+
+  def keep(*sizes, **options):
+    figure, axes = panels(*sizes, **options)
+    figures.append(figure)
+    return figure, axes
+
+  monkeypatch.setattr(plots, "panels", keep)
+  return figures
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize("last", [1, 2, 500, 1000, 12345, 80_000, 2_600_000])
+def test_all_numbers_at_a_chart_can_be_read(drawn, last, log_y):
+  steps = np.unique(np.linspace(min(last, 10), last, 100).astype(int)).tolist()
+  values = [(step, 3 * math.exp(-i / 50) + 0.2) for i, step in enumerate(steps)]
+  half = [(step, value / 2) for step, value in values]
+  assert line_chart(Curve("Loss", "loss", {"a": values, "b": half}, log_y=log_y))
+  (figure,) = drawn
+  figure.draw_without_rendering()
+  figure.set_layout_engine("none")  # the page changes only the size of the texts
+  for size in (11, 15):  # of style.css, for wide pages and for phones
+    for text in figure.findobj(Text):
+      text.set_fontsize(size)
+    assert crowded(figure) == [], size
+
+
+def test_no_dot_at_the_edge_of_a_chart_is_cut(drawn):
+  assert line_chart(Curve("Loss", "loss", {"a": [(0, 1.0), (9, 2.0)]}))
+  assert not any(line.get_clip_on() for line in drawn[0].axes[0].lines)
+
+
+def test_names_of_tokenizers_near_each_other_can_be_read(drawn, tmp_path):
+  points = {"plain/d4": (21.4, 7.3), "aligned/d4": (21.3, 7.6), "plain/d16": (26.7, 1.3)}
+  points |= {"aligned/d16": (26.6, 1.5), "plain/d128": (49.0, 3.0), "aligned/d128": (48.6, 3.2)}
+  figure, ((axis,),) = plots.panels(size=(7, 5))
+  plots.frontier(axis, points)
+  axis.set(xlabel="PSNR", ylabel="FD", yscale="log")
+  assert crowded(figure) == []
+
+
+def test_all_cells_of_a_sweep_can_be_read(drawn, tmp_path):
+  grid = {"cfg_scale": (1.0, 1.25, 10.5), "num_steps": (50, 250), "timestep_shift": (0.1, 0.3)}
+  points = [dict(zip(grid, x, strict=True), fid=1234.5) for x in itertools.product(*grid.values())]
+  sweep._heat_map(grid, points, "fid", tmp_path / "sweep.png")
+  assert crowded(drawn[0]) == []
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,9 @@ def _svg(curve: Curve, series: list[np.ndarray], smooth: list[np.ndarray]) -> st
   """The lines with grid and ticks; `series` are [points, 2] of x and value, `smooth` averages."""
   from matplotlib import rc_context
 
-  # Ids come from the salt: they must differ between the charts of a page, not between runs.
-  style: Any = {"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 11}
+  # Ids come from the salt: they must differ between the charts of a page, not between runs. Texts
+  # get the room that they take on a phone, where the style sheet has them that large.
+  style: Any = {"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 15}
   with rc_context(style), io.StringIO() as file:
     figure, ((axis,),) = plots.panels(size=(6.4, 3.5))
     _draw(axis, curve.log_y, series, smooth)
@@ -85,12 +86,14 @@ def _draw(axis: Any, log_y: bool, series: list[np.ndarray], smooth: list[np.ndar
   axis.patch.set_visible(False)
   axis.spines[:].set_visible(False)
   axis.tick_params(which="both", length=0, labelcolor=_TEXT)
+  axis.tick_params(axis="x", pad=9)  # below the lowest label of the other axis
   axis.grid(axis="y", which="both", color=_GRID)
   if log_y:
     axis.set_yscale("log")
   for i, (points, average) in enumerate(zip(series, smooth, strict=True)):
     dots = "o" if len(points) <= _MAX_DOTTED else ""
-    axis.plot(points[:, 0], average, marker=dots, color=f"{_SERIES}{i % _NUM_COLOURS}", lw=2)
+    colour = f"{_SERIES}{i % _NUM_COLOURS}"
+    axis.plot(points[:, 0], average, marker=dots, color=colour, lw=2, clip_on=False)
     # The strong lines set the frame; a few spikes of the faint ones may leave it.
     axis.update_datalim([(points[0, 0], y) for y in np.percentile(points[:, 1], [1, 99])])
   low, high = axis.get_ylim()
