@@ -25,9 +25,10 @@ from vavae_jax import frozen, stages
 from vavae_jax.common import functional, mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import BATCH_AXES
+from vavae_jax.metrics import inception
 
-ALL = ("train", "sample", "encode", "decode")
-WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode")}
+ALL = ("train", "sample", "encode", "decode", "features")
+WHAT = {"diffusion": ("train", "sample"), "tokenizer": ("train", "encode", "decode", "features")}
 CODED_PER_DEVICE = 64  # pictures
 
 
@@ -62,14 +63,14 @@ def of(
 ) -> Program:
   """One of `WHAT`, not traced yet; InputError if its batch does not divide over the devices.
 
-  `num_images` are sampled, encoded or decoded in all, `coded` in a batch to encode or decode (0:
-  `CODED_PER_DEVICE`).
+  `num_images` are sampled, encoded, decoded or looked at in all, `coded` of them in a batch to
+  encode, decode or look at (0: `CODED_PER_DEVICE`).
   """
   if what == "train":
     return _train(config, devices)
   if what == "sample":
     return _sample(config, devices, num_images)
-  make = _encode if what == "encode" else _decode
+  make = {"encode": _encode, "decode": _decode, "features": _features}[what]
   return make(config, devices, coded or CODED_PER_DEVICE * devices.size, num_images)
 
 
@@ -159,6 +160,21 @@ def _decode(config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images
 
   parts = {"parameters": params, "batch": z_BhwZ}
   return Program(jax.jit(run), (params, z_BhwZ), parts, num_images / batch_size, batch_size)
+
+
+def _features(config: FrozenConfigDict, devices: Mesh, batch_size: int, num_images: int) -> Program:
+  """Features and probabilities of pictures by Inception, as `launch.evaluate` takes them."""
+  network = functional.abstract(lambda rngs: inception.InceptionV3(rngs=rngs))
+  graph, state = nnx.split(network)
+  params = everywhere(nnx.to_pure_dict(state), devices)
+
+  def run(params: Any, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
+    out = nnx.merge(graph, params)(inception.adm_input(image_BHWC))
+    return out["pool3"], out["spatial"], jax.nn.softmax(out["logits_unbiased"])
+
+  images = _batch(config, batch_size, devices)["image"]
+  parts = {"parameters": params, "batch": images}
+  return Program(jax.jit(run), (params, images), parts, num_images / batch_size, batch_size)
 
 
 def _params(config: FrozenConfigDict, devices: Mesh) -> Any:

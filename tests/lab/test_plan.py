@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops
-from launch.lab.plan import hlo, operations, planning, slices, tables, times
+from launch.lab.plan import calibration, fid, hlo, operations, page, planning, slices, times
 from vavae_jax.common.errors import InputError
 
 
@@ -377,36 +377,82 @@ def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attent
   assert "all-gather" not in plan["traffic"]
 
 
-def test_the_table_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_path):
-  searched = []
+SECONDS = {"compiler": 0.2, "declared": 0.04, "network": 0.01, "roofline": 0.1, "ideal": 0.05}
 
-  def search(spec, what, topology):
-    searched.append((spec, what, topology))
+
+def _planned(topology, **changes):
+  sources = [{"group": "attention", "seconds": 0.1}, {"group": "products", "seconds": 0.15}]
+  return {
+    "fits": topology != "v4:2x2x1",
+    "settings": {"mesh.fsdp": -1},
+    "needed": 2.0 * 2**30,
+    "available": 2**34,
+    "images_per_second": 4096.0,
+    "hours": 1234.5,
+    "sources": sources,
+    "seconds": None if topology == "v4:2x2x1" else SECONDS,
+  } | changes
+
+
+def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_path):
+  made = []
+
+  def apart(spec, what, topology):
+    made.append((spec, what, topology))
     if what == "encode":
       return {"error": "the compiler crashed (signal 11)"}
-    traffic = {"all-gather": {"bytes": 2**30}}
-    return {"fits": topology != "v4:2x2x1", "settings": {"mesh.fsdp": -1}, "traffic": traffic} | {
-      "needed": 2.0 * 2**30,
-      "available": 2**34,
-      "hours": 1234.5,
-    }
+    if what == "published":
+      held = calibration.Held("A run", topology, "https://a.b", 300.0, 200.0, 400.0)
+      return {"plans": [dataclasses.asdict(held)]}
+    if what == "fid50k":
+      parts = ("sample", "decode", "features", "fid50k")
+      return {"plans": [_planned(topology, what=part) for part in parts]}
+    return {"plans": [_planned(topology, fits=False, seconds=None), _planned(topology)]}
 
-  monkeypatch.setattr(tables, "_search_apart", search)
-  output = tmp_path / "plans.json"
-  rows = tables.make_table(output)
-  assert len(searched) == len(rows) == len(tables.PUBLISHED) * 2 * len(slices.SLICES)
-  lines = output.with_suffix(".md").read_text().splitlines()
-  cells = "mesh.fsdp=-1 | 2.0 | 16.0 | 1.0, 0.0 | 1,234.5 |"
-  assert f"| lightningdit_xl_64ep | train | v5e:4x4 | {cells}" in lines
-  cells = "no setting that was tried fits | 2.0 | 16.0 | 1.0, 0.0 |  |"
-  assert f"| lightningdit_xl_64ep | sample | v4:2x2x1 | {cells}" in lines
-  cells = "the compiler crashed (signal 11) |  |  |  |  |"
-  assert f"| vavae_f16d32 | encode | v4:2x2x1 | {cells}" in lines
+  monkeypatch.setattr(page, "_apart", apart)
+  output, markdown = tmp_path / "plans.json", tmp_path / "tpu.md"
+  page.make(output, markdown)
+  assert made == page.wanted()
+  lines = markdown.read_text().splitlines()
+  cells = "mesh.fsdp=-1 | 2.0 | 16.0 | 250.0 | 100.0 | 50.0 | 20% | 4,096 | 1,234.50 |"
+  for what in ("train", "sample", "fid50k"):
+    assert f"| lightningdit_xl_64ep | {what} | v5e:4x4 | {cells}" in lines
+  empty = " |" * 7
+  cells = f"no setting that was tried fits | 2.0 | 16.0{empty}".replace("|  |", "| |")
+  assert f"| lightningdit_xl_64ep | train | v4:2x2x1 | {cells}" in [
+    x.replace("  ", " ") for x in lines
+  ]
+  assert any(
+    "| vavae_f16d32 | encode | v4:2x2x4 | the compiler crashed (signal 11) |" in x for x in lines
+  )
+  assert (
+    "| products | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 |" in lines
+  )
+  assert "| [A run](https://a.b) | v6e:16x16 | 300 TFLOP/s | 200 | 1.50 | 400 | 0.75 |" in lines
   content = json.loads(output.read_text())
-  output.write_text(json.dumps(content | {"rows": rows[1:]}))
-  searched.clear()
-  tables.make_table(output)
-  assert searched == [("configs/lightningdit_xl_64ep.py", "train", "v5e:4x4")]
+  output.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
+  markdown.write_text(markdown.read_text().replace("# TPU slices", "# By hand"))
+  made.clear()
+  page.make(output, markdown)
+  assert made == [page.wanted()[0]]
+  assert markdown.read_text().startswith("# By hand")
+
+
+def test_programs_for_a_fid_run_in_turn():
+  def one(images, needed, hours):
+    seconds = times.Times(1.0, 0.5, 0.25, 0.75, 0.1)
+    return planning.Plan(
+      *({}, images, "8 x 1", True, needed, 100.0, {}, 10.0, 10.0, 1.0),
+      **{"seconds": seconds, "hours": hours, "images_per_second": images / seconds.estimate},
+    )
+
+  found = {"sample": one(256, 50.0, 3.0), "decode": one(512, 70.0, 1.0)}
+  whole = fid.together(found)
+  assert (whole.needed, whole.hours, whole.flops) == (70.0, 4.0, 15.0)
+  assert whole.seconds == times.Times(1.5, 0.75, 0.375, 1.125, 0.15000000000000002)
+  assert whole.images_per_second == pytest.approx(256 / (1.75 * 1.5))
+  found["decode"].fits = False
+  assert fid.together(found).seconds is None
 
 
 @pytest.mark.tpu_aot

@@ -42,7 +42,7 @@ class Operation:
   bytes: int  # from and to the device's memory
   flops: float = 0.0  # of products
   cycles: int | None = None  # the compiler's estimate
-  declared: bool = False  # whether bytes and FLOPs are what a Pallas kernel declares
+  declared: bool = False  # a Pallas kernel: bytes and FLOPs as it declares, if it does
 
 
 def of(program: Program) -> list[Operation]:
@@ -87,14 +87,14 @@ def _operation(x: Instruction, body: Body, runs: int, program: Program) -> Opera
   if "transpose(" in place:
     source += ", backward"
   group = _group(x, place, frames, program)
-  if _PALLAS in x.attributes and (noted := _DECLARED.search(x.attributes)):
-    cost = {name: int(value) for name, value in _COST.findall(noted[1])}
-    read_and_written, work = cost.get("bytes_accessed", 0), float(cost.get("flops", 0))
-    return Operation(x.name, source, group, runs, read_and_written, work, declared=True)
-  noted = _CYCLES.search(x.attributes)
-  cycles = int(noted[1]) if noted else None
   size, work = costs.moved(x, body, program), costs.flops(x, body, program)
-  return Operation(x.name, source, group, runs, size, work, cycles)
+  if _PALLAS in x.attributes:
+    if noted := _DECLARED.search(x.attributes):
+      cost = {name: int(value) for name, value in _COST.findall(noted[1])}
+      size, work = cost.get("bytes_accessed", size), float(cost.get("flops", 0))
+    return Operation(x.name, source, group, runs, size, work, declared=True)
+  noted = _CYCLES.search(x.attributes)
+  return Operation(x.name, source, group, runs, size, work, int(noted[1]) if noted else None)
 
 
 def _origin(x: Instruction, program: Program) -> tuple[str, list[Frame]]:

@@ -30,6 +30,7 @@ class Plan:
   """The cost of a program on a slice; bytes and FLOPs are of one device and one run."""
 
   settings: Settings  # changes to the configuration
+  images: int  # of one run
   mesh: str  # "data x fsdp"
   fits: bool  # as the compiler says
   # Of all parts, which need not all exist at one time: it can exceed `available` where the program
@@ -82,6 +83,7 @@ def plan(
     one_run = programs.count(programs.of(plain, devices, what, num_images), devices) / devices.size
   result = Plan(
     settings=settings or {},
+    images=program.images,
     mesh=f"{devices.shape['data']} x {devices.shape['fsdp']}",
     fits=compiled is not None,
     needed=needed,

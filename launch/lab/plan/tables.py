@@ -1,33 +1,14 @@
-"""Plans as tables: of one program on the terminal, of all published recipes in a file."""
+"""Plans as tables on the terminal."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
-
 from launch.engine import console
-from launch.engine.circumstances import circumstances
-from launch.lab import markdown
-from launch.lab.plan import hlo, slices
+from launch.lab.plan.calibration import Held
 from launch.lab.plan.planning import Plan, Settings
 from launch.lab.plan.times import Chip, Times
-from vavae_jax.common.files import read_note, write_json
 
-# Every published recipe, and the sizes of LightningDiT.
-PUBLISHED = (
-  *((f"configs/lightningdit_{name}.py", "train") for name in ("xl_64ep", "xl_800ep", "sdvae")),
-  *((f"configs/lightningdit.py:{size}/1", "train") for size in ("B", "L", "1p0B", "1p6B")),
-  ("configs/lightningdit_xl_64ep.py", "sample"),
-  ("configs/vavae_f16d32.py", "encode"),
-  ("configs/vavae_f16d32.py", "train"),  # last: these take ten minutes each on two cores
-)
 SOURCES = ("source", "ms", "share", "roofline ms", "GiB", "TFLOP", "runs")
-OPERATIONS = ("operation", "ms", "roofline ms", "runs", "MiB", "GFLOP", "source", "where")
-HEADER = ("recipe", "what", "slice", "settings", "GiB a device", "of", "gathered, reduced GiB")
+OPERATIONS = ("operation", "ms", "roofline", "runs", "MiB", "GFLOP")
 
 
 def _gib(size: float) -> str:
@@ -128,70 +109,23 @@ def _operations(chosen: Plan, chip: Chip, largest: int) -> list[tuple[str, ...]]
   found = sorted(chosen.operations, key=lambda x: -x.runs * chip.seconds(x))
   return [
     (
-      f"{x.name} (declared)" if x.declared else x.name,
+      f"{x.group}: {x.source} ({x.name}{', as declared' if x.declared else ''})",
       f"{1e3 * x.runs * chip.seconds(x):,.2f}",
       f"{1e3 * x.runs * chip.roofline(x):,.2f}",
       f"{x.runs:,}",
       f"{x.bytes / 2**20:,.1f}",
       f"{x.flops / 1e9:,.2f}",
-      x.group,
-      x.source,
     )
     for x in found[:largest]
   ]
 
 
-def make_table(output: Path) -> list[dict[str, Any]]:
-  """Plans of every published recipe on every slice.
-
-  The JSON file `output` is written after each; the plans that it has already are kept.
-  """
-  rows = read_note(output, rows=list)["rows"] if output.is_file() else []
-  done = {(row["config"], row["what"], row["topology"]) for row in rows}
-  wanted = [
-    (spec, what, f"{chip}:{sides}")
-    for spec, what in PUBLISHED
-    for chip, shapes in slices.SLICES.items()
-    for sides in shapes
+def show_held(found: Held) -> None:
+  """Prints a published rate beside the estimates."""
+  rows = [
+    ("published", f"{found.published:.0f}", "", found.address),
+    ("by the compiler's cycles", f"{found.estimated:.0f}", f"{found.factor:.2f}", ""),
+    ("by the roofline", f"{found.roofline:.0f}", f"{found.published / found.roofline:.2f}", ""),
   ]
-  for spec, what, topology in console.tracked(wanted, "plans", len(wanted)):
-    if (spec, what, topology) not in done:
-      found = _search_apart(spec, what, topology)
-      rows.append({"config": spec, "what": what, "topology": topology, **found})
-      write_json(output, {**circumstances(), "rows": rows})
-  output.with_suffix(".md").write_text(markdown_of(rows))
-  return rows
-
-
-def _search_apart(spec: str, what: str, topology: str) -> dict[str, Any]:
-  """The last plan of a search, in a process of its own since the TPU compiler can crash."""
-  with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "plans.json"
-    words = ["--search", f"--config={spec}", f"--what={what}", f"--topology={topology}"]
-    words += [f"--output={file}"]
-    done = subprocess.run(
-      [sys.executable, "-m", "launch.lab.plan", *words], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0:
-      return json.loads(file.read_text())["plans"][-1]
-  if done.returncode < 0:
-    return {"error": f"the compiler crashed (signal {-done.returncode})"}
-  return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
-
-
-def markdown_of(rows: list[dict[str, Any]]) -> str:
-  """The table of docs/lab/tpu.md."""
-  cells = []
-  for row in rows:
-    name = row["config"].removeprefix("configs/").replace(".py", "")
-    head = [name, row["what"], row["topology"]]
-    if "error" in row:
-      cells.append([*head, row["error"], *[""] * 4])
-      continue
-    changes = shown(row["settings"]).replace("--config.", "")
-    moved = [row["traffic"].get(kind, {}).get("bytes", 0) / 2**30 for kind in hlo.KINDS[:2]]
-    memory = [f"{row[key] / 2**30:.1f}" for key in ("needed", "available")]
-    head.append(changes if row["fits"] else "no setting that was tried fits")
-    hours = f"{row['hours']:,.1f}" if row["fits"] else ""
-    cells.append([*head, *memory, ", ".join(f"{x:.1f}" for x in moved), hours])
-  return "\n".join(markdown.table((*HEADER, "hours"), cells)) + "\n"
+  header = ("", "TFLOP/s of a device", "times as long", "")
+  console.table(f"{found.name}, {found.topology}", header, rows)

@@ -1,0 +1,177 @@
+"""The page of TPU slices: published recipes on each, and published speeds beside estimates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launch.engine import console
+from launch.engine.circumstances import circumstances
+from launch.lab import markdown
+from launch.lab.plan import calibration, slices, tables
+from vavae_jax.common.files import read_note, write_json
+
+REGION = markdown.Region(
+  "<!-- plans: written by launch.lab.plan -->", "<!-- end of the plans -->", "TPU slices"
+)
+XL = "configs/lightningdit_xl_64ep.py"
+VAVAE = "configs/vavae_f16d32.py"
+# The rest of the published recipes; that of 800 epochs has the step of 64 epochs.
+OTHERS = (
+  "configs/lightningdit_sdvae.py",
+  *(f"configs/lightningdit.py:{size}/1" for size in ("B", "L", "1p0B", "1p6B")),
+)
+HEADER = (
+  *("recipe", "what", "slice", "settings", "GiB a device", "of", "estimate, ms", "roofline, ms"),
+  *("ideal, ms", "of the ideal", "images/s", "hours"),
+)
+Row = dict[str, Any]
+
+
+def wanted() -> list[tuple[str, str, str]]:
+  """(configuration or published run, what, slice), the most wanted first, the longest last."""
+  pods, hosts = ([f"{chip}:{x[i]}" for chip, x in slices.SLICES.items()] for i in (0, 1))
+  return [
+    *((XL, "train", pod) for pod in pods),
+    *((key, "published", run.topology) for key, run in calibration.RUNS.items()),
+    *((XL, "fid50k", pod) for pod in pods),
+    *((other, "train", pod) for other in OTHERS for pod in pods),
+    *((XL, "train", host) for host in hosts),
+    *((VAVAE, what, pod) for what in ("encode", "train") for pod in pods),
+  ]
+
+
+def make(output: Path, page: Path | None) -> None:
+  """Plans all that is wanted; what `output` has already is kept.
+
+  The JSON file `output`, and of a page its region, are written after each.
+  """
+  rows = read_note(output, rows=list)["rows"] if output.is_file() else []
+  about = read_note(output) if output.is_file() else circumstances()
+  if page:
+    REGION.check(page)
+  names = wanted()
+  done = {(row["config"], row["what"], row["topology"]) for row in rows}
+  for name in console.tracked(names, "plans", len(names)):
+    if name not in done:
+      rows.append(dict(zip(("config", "what", "topology"), name, strict=True)) | _apart(*name))
+      about = circumstances()
+      write_json(output, {**about, "rows": rows})
+    if page:
+      REGION.write(page, lines_of(rows, about))
+
+
+def _apart(spec: str, what: str, topology: str) -> Row:
+  """A plan by a process of its own, since the TPU compiler can crash."""
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "plans.json"
+    words = [f"--topology={topology}", f"--output={file}"]
+    if what == "published":
+      words.append(f"--published={spec}")
+    else:
+      words += ["--search", f"--config={spec}", f"--what={what}"]
+    done = subprocess.run(
+      [sys.executable, "-m", "launch.lab.plan", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+      found = json.loads(file.read_text())
+      return {"plans": [_slim(plan) for plan in found["plans"]]}
+  if done.returncode < 0:
+    return {"error": f"the compiler crashed (signal {-done.returncode})"}
+  return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
+
+
+def _slim(plan: Row) -> Row:
+  return {name: value for name, value in plan.items() if name != "operations"}
+
+
+def lines_of(rows: list[Row], about: dict[str, str]) -> list[str]:
+  """The lines of the page's region."""
+  plans = [row for row in rows if row["what"] != "published"]
+  held = [row for row in rows if row["what"] == "published"]
+  return [
+    f"Compiled with jax {about['jax']}, commit {about['commit']}, {about['date']}:"
+    f" `{about['command']}`.",
+    "",
+    *markdown.table(HEADER, (cells for row in plans for cells in _cells(row))),
+    "",
+    *_by_source([row for row in plans if row["config"] == XL and row["what"] == "train"]),
+    "### Published speeds and what is estimated for them",
+    "",
+    *markdown.table(
+      ("run", "slice", "published", "compiler", "times as long", "roofline", "times as long"),
+      map(_held, held),
+    ),
+    "",
+  ]
+
+
+def _cells(row: Row) -> Iterable[list[str]]:
+  name = row["config"].removeprefix("configs/").replace(".py", "")
+  if "error" in row:
+    yield [name, row["what"], row["topology"], row["error"], *[""] * 8]
+    return
+  for plan in row["plans"] if row["what"] == "fid50k" else row["plans"][-1:]:
+    changes = tables.shown(plan["settings"]).replace("--config.", "")
+    yield [
+      *(name, plan.get("what", row["what"]), row["topology"]),
+      changes if plan["fits"] else "no setting that was tried fits",
+      *(f"{plan[key] / 2**30:.1f}" if plan[key] else "" for key in ("needed", "available")),
+      *_speeds(plan),
+    ]
+
+
+def _speeds(plan: Row) -> list[str]:
+  seconds = plan["seconds"]
+  if not seconds:
+    return [""] * 6
+  estimate = seconds["compiler"] + seconds["declared"] + seconds["network"]
+  times = (estimate, seconds["roofline"], seconds["ideal"])
+  return [
+    *(f"{1e3 * value:,.1f}" for value in times),
+    f"{seconds['ideal'] / estimate:.0%}",
+    f"{plan['images_per_second']:,.0f}",
+    f"{plan['hours']:,.2f}",
+  ]
+
+
+def _by_source(rows: list[Row]) -> list[str]:
+  """Where the time of one recipe goes, by slice."""
+  found = {
+    row["topology"]: {part["group"]: part["seconds"] for part in row["plans"][-1]["sources"]}
+    for row in rows
+    if "plans" in row and row["plans"][-1]["fits"]
+  }
+  if not found:
+    return []
+  groups = sorted(
+    {group for parts in found.values() for group in parts},
+    key=lambda group: -max(parts.get(group, 0.0) for parts in found.values()),
+  )
+  cells = [
+    [group, *(f"{1e3 * parts.get(group, 0.0):,.1f}" for parts in found.values())]
+    for group in groups
+  ]
+  title = "### Where the time of a training step of XL/1 goes, in estimated ms"
+  return [title, "", *markdown.table(("source", *found), cells), ""]
+
+
+def _held(row: Row) -> list[str]:
+  if "error" in row:
+    return [row["config"], row["topology"], row["error"], *[""] * 4]
+  (held,) = row["plans"]
+  return [
+    f"[{held['name']}]({held['address']})",
+    row["topology"],
+    f"{held['published']:.0f} TFLOP/s",
+    *(
+      text
+      for rate in (held["estimated"], held["roofline"])
+      for text in (f"{rate:.0f}", f"{held['published'] / rate:.2f}")
+    ),
+  ]
