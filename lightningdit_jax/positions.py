@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vavae_jax.common.sharding import platform
+
 Rope = tuple[np.ndarray, np.ndarray]
 
 
@@ -41,8 +43,22 @@ def _angles(height: int, width: int, count: int) -> list[np.ndarray]:
 
 
 def rotate(x_BKNE: jax.Array, rope: Rope) -> jax.Array:
-  """Turns channels (2i, 2i+1) as points of a plane, with rolls: a stride would split TPU lanes."""
+  """Turns channels (2i, 2i+1) as points of a plane.
+
+  The partner of a channel comes by rolls, as a stride would split a CPU's vectors. TPUs, whose
+  lanes a roll moves as slowly, multiply with a signed permutation: each result is one input times 1
+  or -1 and so exact, in bfloat16 as in float32.
+  """
   cos_NE, sin_NE = rope
-  is_first = np.arange(x_BKNE.shape[-1]) % 2 == 0
-  turned_BKNE = jnp.where(is_first, -jnp.roll(x_BKNE, -1, axis=-1), jnp.roll(x_BKNE, 1, axis=-1))
+  if platform() == "tpu":
+    matrix_EE = jnp.asarray(quarter_turn(x_BKNE.shape[-1]), x_BKNE.dtype)
+    turned_BKNE = jnp.matmul(x_BKNE, matrix_EE, precision=jax.lax.Precision.HIGHEST)
+  else:
+    is_first = np.arange(x_BKNE.shape[-1]) % 2 == 0
+    turned_BKNE = jnp.where(is_first, -jnp.roll(x_BKNE, -1, axis=-1), jnp.roll(x_BKNE, 1, axis=-1))
   return x_BKNE * cos_NE + turned_BKNE * sin_NE
+
+
+def quarter_turn(head_size: int) -> np.ndarray:
+  """P, float32 [head_size, head_size]: x P has -x[2i+1] in channel 2i, and x[2i] in 2i+1."""
+  return np.kron(np.eye(head_size // 2), [[0, 1], [-1, 0]]).astype(np.float32)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lightningdit_jax import convert
+from lightningdit_jax import convert, positions
 from lightningdit_jax.dense import REMAT_POLICIES
 from lightningdit_jax.model import PRESETS, LightningDiT, preset
-from lightningdit_jax.positions import position_embedding, rope_tables
+from lightningdit_jax.positions import position_embedding, rope_tables, rotate
 from tests import cases
 from tests.reference import procedural
 from vavae_jax.common import functional
@@ -129,6 +129,19 @@ def test_positions_of_an_oblong_grid():
   angles = np.repeat([2, 2 * slow, 3, 3 * slow], 2)
   for table, expected in zip(rope_tables(3, 5, 8), (np.cos(angles), np.sin(angles)), strict=True):
     np.testing.assert_allclose(table[token], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpus_rotate_to_the_same_bits(monkeypatch, dtype):
+  """By a product with a permutation instead of rolls."""
+  rope = rope_tables(4, 6, 12)
+  x = jax.random.normal(jax.random.key(0), (2, 3, 24, 12), jnp.dtype(dtype))
+  expected, pull = jax.vjp(lambda x: rotate(x, rope), x)
+  monkeypatch.setattr(positions, "platform", lambda: "tpu")
+  assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, rope))(x))
+  rotated, pull_tpu = jax.vjp(lambda x: rotate(x, rope), x)
+  np.testing.assert_array_equal(rotated, expected)
+  np.testing.assert_array_equal(pull_tpu(expected)[0], pull(expected)[0])
 
 
 @pytest.mark.parametrize(
