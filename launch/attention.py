@@ -42,7 +42,7 @@ def choose(config: FrozenConfigDict, workdir: Path) -> str:
   except (RuntimeError, ValueError, NotImplementedError) as error:
     console.say(f"attention: cuDNN's does not run here ({str(error).splitlines()[0]})")
     fused = math.inf
-  chosen = "cudnn" if processes.first_says(fused < WORTH * ours) else "xla"
+  chosen = "cudnn" if processes.first_does(lambda: fused < WORTH * ours) else "xla"
   console.say(
     f"attention: {chosen} (a layer takes {ours * 1e3:.2f} ms by xla, {fused * 1e3:.2f} ms by cudnn)"
   )

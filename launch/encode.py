@@ -155,10 +155,10 @@ def encode(
       if batch.piece.ends:
         _write(paths[batch.piece.shard], parts)
         parts = []
-  processes.wait_for_all("latents are encoded")
+  processes.wait_for_all()
   if jax.process_index() == 0:
     latents.finish_store(output, manifest, seed, paths)
-  processes.wait_for_all("the store is finished")
+  processes.wait_for_all()
   return latents.LatentStore(output)
 
 
@@ -231,7 +231,7 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
         f"{output} holds latents that launch.encode did not write; give another one."
       )
     write_json(path, manifest)
-  processes.wait_for_all("the folder is claimed")
+  processes.wait_for_all()
   if not path.is_file():
     raise InputError(
       f"Process {jax.process_index()} does not see {path}, which the first one wrote: put --output "

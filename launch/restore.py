@@ -34,7 +34,7 @@ from vavae_jax import folder
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional, mesh
 from vavae_jax.common.addresses import local_file
-from vavae_jax.common.batches import in_batches
+from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import is_url, place
@@ -228,8 +228,9 @@ def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64
     model = autoencoder(tokenizer.config, params)
     return model.decode_uint8(model.encode(images.to_float(batch)).mode())
 
-  rebuild = functools.partial(run, tokenizer.params)
-  return np.concatenate(list(in_batches(rebuild, image_BHWC, batch_size, mesh.make_mesh())))
+  devices = mesh.local_mesh()
+  rebuild = functools.partial(run, tokenizer.on(devices).params)
+  return as_fits(rebuild, image_BHWC, batch_size, devices)
 
 
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:

@@ -4,15 +4,15 @@ r"""Samples pictures with a trained LightningDiT and its tokenizer.
 
 Writes one npz as ADM's evaluator reads it (arr_0 uint8 pictures, arr_1 labels), a contact sheet
 beside it (.png), the settings (.json), and with --png a folder of the pictures (no suffix). Sample
-i is a function of the seed and i alone, whatever the batch size and the number of devices. A run
-that was stopped goes on when started again. The settings are the training's config.sample, changed
-by the flags given here; --guide is autoguidance by another training on the same latents.
+i is a function of the seed and i alone, to the bit on any number of devices and processes, which
+share the work (launch/engine/processes.py). A run that was stopped goes on when started again, with
+as many as there are then. The settings are the training's config.sample, changed by the flags given
+here; --guide is autoguidance by another training on the same latents.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,17 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore
-from launch.engine import console
+from launch.engine import console, processes
 from launch.engine.configuration import check_begun, claim_folder
 from launch.engine.log import NotFinite
 from launch.engine.ownership import owned
-from launch.evaluation.sample_files import part_path, write_npz, write_part, write_pngs
+from launch.engine.parts import Parts, items_in
+from launch.evaluation.sample_files import PART, write_npz, write_part, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.space import Space, labels_for
 from vavae_jax.common import mesh
-from vavae_jax.common.batches import in_batches
+from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
@@ -41,9 +42,11 @@ from vavae_jax.common.files import (
   local_place,
   place,
   read_note,
+  remove_folder,
   write_json,
 )
 from vavae_jax.common.keys import LAST_SEED
+from vavae_jax.common.sharding import pin_batch, whole
 from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
@@ -70,9 +73,10 @@ def make_sampler(
   second model to be guided away from.
 
   Returns:
-    (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; it runs
-    in batches of `settings.batch_size`, the last one filled up. NotFinite instead of pictures that
-    are black because of numbers that are not finite.
+    (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; each
+    device runs batches of `settings.batch_size`, the last one filled up. On a mesh of several
+    processes each gets the pictures of its devices. NotFinite instead of pictures that are black
+    because of numbers that are not finite.
   """
   mean, std = latents.statistics(space, latent_norm=config.latents.latent_norm)
 
@@ -91,12 +95,14 @@ def make_sampler(
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
     image_BHWC = restore.autoencoder(tokenizer.config, decoder).decode(z_BhwZ)
-    return to_uint8(image_BHWC), jnp.isfinite(image_BHWC).all((1, 2, 3))
+    return pin_batch(to_uint8(image_BHWC)), whole(jnp.isfinite(image_BHWC).all((1, 2, 3)))
+
+  batches = Batches(run, settings.batch_size, devices, console.say_here)
+  away = guide.params if guide else None
 
   def sample(params: Any, index_B: np.ndarray, label_B: np.ndarray) -> np.ndarray:
     batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
-    decode = functools.partial(run, params, guide.params if guide else None, tokenizer.params)
-    found = in_batches(decode, batch, settings.batch_size, devices)
+    found = batches(batch, params, away, tokenizer.params)
     pictures, finite = (np.concatenate(parts) for parts in zip(*found, strict=True))
     if not finite.all():
       raise NotFinite(
@@ -129,8 +135,6 @@ def sample_set(
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
-  if jax.process_count() > 1:
-    raise InputError("Sampling cannot run in several processes yet; start it in one.")
   checks.check_sampling(settings, diffusion.config.model, has_guide=guide is not None)
   if guide:
     _check_guide(diffusion, guide)
@@ -148,38 +152,53 @@ def sample_set(
     "seed": seed,
     **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
   }
-  listed = {"label": label_N.tolist(), "class_names": list(names)}
-  parts, about = output.with_suffix(".parts"), output.with_suffix(".json")
-  check_outputs((output, about, output.with_suffix(".png")), (parts,))
-  if output.is_file() or parts.is_dir() or about.is_file():
-    check_begun(output, read_note(about) if about.is_file() else {}, noted)
-  if png:
-    claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
-  if not output.is_file():
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = sum(part.lstat().st_size for part in parts.iterdir()) if parts.is_dir() else 0
-    size = 3 * tokenizer.config.data.image_size**2 * num_samples
-    check_free(output.parent, 2 * size - done, "for the samples in parts and as one file")
-    parts.mkdir(exist_ok=True)
-    write_json(about, noted | listed)
-    devices = mesh.make_mesh()
-    run = make_sampler(diffusion.config, space, tokenizer, settings, seed, devices, guide)
-    _sample_parts(functools.partial(run, diffusion.params), parts, label_N, settings.batch_size)
-    write_npz(output, parts, label_N, names)
-  shutil.rmtree(parts, ignore_errors=True)
-  if png:
-    write_pngs(output, output.with_suffix(""), names, seed)
+  parts = Parts(output.with_suffix(".parts"), num_samples, settings.batch_size, PART)
+
+  def begin() -> bool:
+    about = output.with_suffix(".json")
+    check_outputs((output, about, output.with_suffix(".png")), (parts.folder,))
+    if output.is_file() or parts.folder.is_dir() or about.is_file():
+      check_begun(output, read_note(about) if about.is_file() else {}, noted)
+    if png:
+      claim_folder(output.with_suffix(""), PNG_SETTINGS, noted)
+    if output.is_file():
+      return False
+    one = 3 * tokenizer.config.data.image_size**2
+    done = sum(map(len, parts.there()))
+    what = "for the samples in parts and as one file"
+    check_free(output.parent, one * (2 * num_samples - done), what)
+    write_json(about, noted | {"label": label_N.tolist(), "class_names": list(names)})
+    parts.folder.mkdir(exist_ok=True)
+    return True
+
+  def finish() -> None:
+    if not output.is_file():
+      parts.check_complete()
+      write_npz(output, parts, label_N, names)
+    remove_folder(parts.folder)
+    if png:
+      write_pngs(output, output.with_suffix(""), names, seed)
+
+  if processes.first_does(begin):
+    devices = mesh.local_mesh()
+    here = (space, tokenizer.on(devices), settings, seed, devices, guide and guide.on(devices))
+    run = functools.partial(make_sampler(diffusion.config, *here), diffusion.on(devices).params)
+    _sample_parts(run, parts, label_N, devices.size)
+    processes.wait_for_all()
+  processes.first_does(finish)
 
 
-def _sample_parts(run: Sampler, parts: Path, label_N: np.ndarray, size: int) -> None:
-  with console.Bar("sample", len(label_N)) as bar:
-    for start in range(0, len(label_N), size):
-      index_B = np.arange(start, min(start + size, len(label_N)))
-      path = part_path(parts, start, len(index_B))
-      if not path.is_file():
-        pictures = run(index_B, label_N[index_B])
-        write_part(path, pictures)
-      bar.update(start + len(index_B))
+def _sample_parts(run: Sampler, parts: Parts, label_N: np.ndarray, at_once: int) -> None:
+  """Samples this process's parts, one on each device."""
+  groups, done = parts.mine(at_once), 0
+  with console.Bar("sample", items_in(groups)) as bar:
+    for group in groups:
+      index_B = np.concatenate([np.asarray(part) for part in group])
+      pictures = run(index_B, label_N[index_B])
+      for part in group:
+        write_part(parts.path(part), pictures[: len(part)])
+        pictures = pictures[len(part) :]
+      bar.update(done := done + len(index_B))
 
 
 def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:

@@ -30,7 +30,7 @@ SAMPLE: dict[str, Key] = {
     DTYPES,
     "Of matrix products; float32 as the reference samples, whatever the training's is.",
   ),
-  "batch_size": Key(64, "[1, 1e6]", "Samples at once, over all devices."),
+  "batch_size": Key(64, "[1, 1e6]", "Samples at once on each device."),
 }
 
 # The keys of `config.published`: with `config.sample`, how the number that a recipe names was made.

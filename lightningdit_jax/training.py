@@ -198,9 +198,9 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
     open_store(config.latents.path, config.latents.cache), latent_norm=config.latents.latent_norm
   )
   count = min(config.latents.valid_samples, len(store))
-  size = min(config.batch_size // config.accumulate_steps, count)
   times = _validation_times(config)
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  size = -(-min(config.batch_size // config.accumulate_steps, count) // devices.size)
 
   def load(rows: np.ndarray) -> dict[str, np.ndarray]:
     records = [store[int(i)] for i in rows]

@@ -75,18 +75,12 @@ class Checkpoints:
     Raises:
       InputError: there are checkpoints, but every one is damaged.
     """
-    found = processes.first_says(self._sound_step() if jax.process_index() == 0 else _NONE)
-    if found == _ALL_DAMAGED:
-      raise InputError(
-        f"All checkpoints in {self.folder} are damaged, as reported above, and were renamed. Copy "
-        "a sound one there, give a new --workdir to begin anew, or delete the folder."
-      )
-    self.newest = None if found < 0 else found
+    self.newest = processes.first_does(self._sound_step)
     return self.newest
 
-  def _sound_step(self) -> int:
+  def _sound_step(self) -> int | None:
     if not self.folder.is_dir():
-      return _NONE
+      return None
     for path in self.folder.glob(f"*{_UNFINISHED}"):
       path.rmtree()
     damaged = False
@@ -103,7 +97,12 @@ class Checkpoints:
       path.rename(aside)
       damaged = True
       console.say(f"warning: the checkpoint of step {step} is damaged ({wrong}); it is now {aside}")
-    return _ALL_DAMAGED if damaged else _NONE
+    if damaged:
+      raise InputError(
+        f"All checkpoints in {self.folder} are damaged, as reported above, and were renamed. Copy "
+        "a sound one there, give a new --workdir to begin anew, or delete the folder."
+      )
+    return None
 
   def check_space(self, state: Any) -> None:
     """Raises InputError when the disk has no room for all kept checkpoints of a state and one more.
@@ -201,10 +200,6 @@ class Checkpoints:
     with as_oserror(Path(str(self.folder))):
       self._finish()
     self._writer.close()
-
-
-# Instead of a step where there is none; negative, since processes exchange numbers.
-_NONE, _ALL_DAMAGED = -1, -2
 
 
 def _items(state: Any) -> dict[str, Any]:

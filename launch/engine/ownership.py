@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from launch.engine import console, processes
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import hidden, is_url, place
@@ -51,21 +49,28 @@ def owned(output: Path, *, beside: bool = False) -> Iterator[None]:
     InputError: another process is at work there, or no file can be made there.
   """
   path = hidden(output.with_name(output.name.removesuffix(".npz")), "owner")
-  claim = _Claim(path if beside else output / ".owner") if jax.process_index() == 0 else None
-  try:
-    other = claim.make() if claim else None
-  except FileNotFoundError as error:  # of a file system that makes none, or a folder that went away
-    raise InputError(
-      f"{output} cannot be written ({error.strerror}: {error.filename}); give another one."
-    ) from error
-  if processes.first_says(other is not None):
-    raise InputError(
-      f"{output} is being written by {_described(other or '')}. Wait for its end or stop it, or "
-      "give another folder or name."
-    )
+  claim: _Claim | None = None
+
+  def make() -> None:
+    nonlocal claim
+    claim = _Claim(path if beside else output / ".owner")
+    try:
+      other = claim.make()
+    except FileNotFoundError as error:  # of a system that makes none, or a folder that went away
+      raise InputError(
+        f"{output} cannot be written ({error.strerror}: {error.filename}); give another one."
+      ) from error
+    if other is not None:
+      raise InputError(
+        f"{output} is being written by {_described(other)}. Wait for its end or stop it, or give "
+        "another folder or name."
+      )
+
+  processes.first_does(make)
   failed: OSError | None = None
   try:
     yield
+    processes.wait_for_all()  # the first may still write
   except OSError as raised:
     failed = raised  # perhaps only since the folder is gone
   finally:

@@ -1,13 +1,21 @@
-"""Several processes of one job: how they find each other, exchange arrays and wait."""
+"""Several processes of one job: how they find each other, agree, exchange arrays and wait.
+
+They agree and wait by JAX's coordination service, which needs no device, knows no time limit and
+ends all where one has died.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +29,13 @@ from vavae_jax.common.errors import InputError
 # The others give up after so long without a heartbeat of one process.
 HEARTBEAT_SECONDS = 30
 SECONDS_FOR_OTHERS = 3.0  # to end together
+# Another process's file is seen so late on some shared disks, which keep what they once said.
+SECONDS_UNTIL_SEEN = 90.0
+_FOR_EVER_MS = 2**31 - 1
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+T = TypeVar("T")
+_meetings = itertools.count()  # all processes have the same
 
 
 def start(settings: Mapping[str, Any] | None = None) -> None:
@@ -95,6 +109,7 @@ def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
   """
   if jax.process_count() == 1:
     return [tensors]
+  wait_for_all()  # collectives have time limits
   mine = np.frombuffer(safetensors.numpy.save(tensors), np.uint8)
   halves = np.array(divmod(len(mine), 2**30), np.int32)  # int64 would become int32
   sizes = [high * 2**30 + low for high, low in multihost_utils.process_allgather(halves).tolist()]
@@ -106,12 +121,43 @@ def gather(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
   ]
 
 
-def first_says(answer: int) -> int:
-  """The first process's answer, in all of them."""
-  return int(gather({"answer": np.array([answer])})[0]["answer"][0])
+def first_does(act: Callable[[], T]) -> T:
+  """Calls a function in the first process and returns its JSON value in all, which wait for it.
+
+  All must come here; its InputError is raised in all.
+  """
+  if jax.process_count() == 1:
+    return act()
+  store: Any = distributed.global_state.client
+  key = f"first/{next(_meetings)}"
+  if jax.process_index() == 0:
+    try:
+      note: dict[str, Any] = {"value": act()}
+    except InputError as error:
+      note = {"error": str(error)}
+    store.key_value_set(key, json.dumps(note))
+  said = json.loads(store.blocking_key_value_get(key, _FOR_EVER_MS))
+  if "error" in said:
+    jax.distributed.shutdown()  # together, so that none is ended by another's end
+    raise InputError(said["error"])
+  return said["value"]
 
 
-def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here; jax names `what` where one does not."""
+def wait_for_all() -> None:
+  """Returns when all processes have come here."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+    client: Any = distributed.global_state.client
+    client.wait_at_barrier(f"all/{next(_meetings)}", _FOR_EVER_MS)
+
+
+def check_seen(paths: Iterable[Path]) -> None:
+  """Returns when this process sees files that others have written; InputError if it never does."""
+  until = time.monotonic() + SECONDS_UNTIL_SEEN
+  for path in paths:
+    while not path.exists():
+      if time.monotonic() > until:
+        raise InputError(
+          f"Process {jax.process_index()} does not see {path}, which another one wrote: put the "
+          "output on a disk that all processes share, or in a bucket."
+        )
+      time.sleep(0.5)

@@ -20,7 +20,7 @@ from launch.sample import make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
-from vavae_jax.common.batches import in_batches
+from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home
 from vavae_jax.data import changes, images, selection, sources
@@ -175,15 +175,15 @@ class Decoded:
 
   def __init__(self, store: LatentStore, tokenizer: restore.Trained, batch_size: int = 64):
     self.size = tokenizer.config.data.image_size if _side(store.shape[:2]) else 0
-    self._store, self._batch_size = store, batch_size
-    self._devices = mesh.local_mesh()
-    here = tokenizer.on(self._devices)
+    self._store = store
+    devices = mesh.local_mesh()
+    here = tokenizer.on(devices)
 
     @jax.jit
     def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
       return restore.autoencoder(here.config, params).decode_uint8(z_BhwZ)
 
-    self._decode = functools.partial(decode, here.params)
+    self._params, self._decode = here.params, Batches(decode, batch_size, devices)
     self.about = {
       "kind": "latents",
       "latents": store.sha256,
@@ -198,8 +198,7 @@ class Decoded:
   def read(self, start: int, stop: int) -> np.ndarray:
     z_BhwZ = np.empty((stop - start, *self._store.shape), np.float32)
     self._store.read(np.arange(start, stop), np.zeros(stop - start, bool), out=z_BhwZ)
-    batches = in_batches(self._decode, z_BhwZ, self._batch_size, self._devices)
-    return np.concatenate(list(batches))
+    return np.concatenate(list(self._decode(z_BhwZ, self._params)))
 
 
 def own_pictures(

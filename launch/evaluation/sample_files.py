@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from launch.engine import console
+from launch.engine.parts import Parts
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, read_note, sha256_of
 
@@ -27,14 +28,9 @@ SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
 _CAPTION = 14  # pixels above a picture
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
-_PART = re.compile(r"([0-9]{9,})_([0-9]+)\.npy")
+PART = ".npy"  # the kind of a part of the samples
 # What reading a damaged npz raises.
 DAMAGES = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
-
-
-def part_path(folder: Path, start: int, count: int) -> Path:
-  """The file of the samples from `start` on."""
-  return folder / f"{start:09d}_{count}.npy"
 
 
 def write_part(path: Path, pictures: np.ndarray) -> None:
@@ -45,27 +41,21 @@ def write_part(path: Path, pictures: np.ndarray) -> None:
     file.write(buffer.getbuffer())
 
 
-def _parts(folder: Path, num_samples: int) -> Iterator[np.ndarray]:
-  """The first samples in order. Parts may come from runs with other batch sizes and overlap."""
-  done = 0
-  for path in sorted(folder.iterdir()):
-    if not (named := _PART.fullmatch(path.name)):
-      continue  # what a person or a system put there
-    start, count = map(int, named.groups())
-    if done < min(start + count, num_samples):
-      try:
-        yield np.load(path, allow_pickle=False)[done - start : num_samples - start]
-      except DAMAGES as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
-      done = start + count
+def _pieces(parts: Parts, count: int) -> Iterator[np.ndarray]:
+  """The first samples in order."""
+  for path, some in parts.in_order(count):
+    try:
+      yield np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)[some]
+    except DAMAGES as error:
+      raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
 
 
-def write_npz(output: Path, parts: Path, labels: np.ndarray, names: Sequence[str] = ()) -> None:
-  """Joins the parts of a folder as `arr_0` of an npz, with labels int32 [N] as `arr_1`.
+def write_npz(output: Path, parts: Parts, labels: np.ndarray, names: Sequence[str] = ()) -> None:
+  """Joins parts as `arr_0` of an npz, with labels int32 [N] as `arr_1`.
 
   A contact sheet goes beside it, as .png; `names` are of the classes, where they have any.
   """
-  shown = np.concatenate(list(_parts(parts, min(len(labels), SHEET_PICTURES))))
+  shown = np.concatenate(list(_pieces(parts, min(len(labels), SHEET_PICTURES))))
   with atomic_file(output.with_suffix(".png")) as file:
     Image.fromarray(class_sheet(shown, labels[: len(shown)], names)).save(file, "PNG")
   header = {
@@ -77,7 +67,7 @@ def write_npz(output: Path, parts: Path, labels: np.ndarray, names: Sequence[str
   with atomic_file(output) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
     with archive.open(FIRST, "w", force_zip64=True) as array:
       np.lib.format.write_array_header_1_0(array, header)
-      for part in _parts(parts, len(labels)):
+      for part in _pieces(parts, len(labels)):
         array.write(part.tobytes())
     with archive.open(SECOND, "w", force_zip64=True) as array:
       np.lib.format.write_array(array, labels)
@@ -146,7 +136,8 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def write_pngs(output: Path, folder: Path, names: Sequence[str], seed: int) -> None:
   """Writes the pictures of an npz as FOLDER/000000_CLASS_seed0.png, ..., where they are missing."""
   folder.mkdir(parents=True, exist_ok=True)
-  labels = read_samples(output)[1]
+  pictures = Npz(output)
+  labels = pictures.classes[0]
 
   def write(index: int, picture: np.ndarray) -> None:
     name = re.sub(r"[^\w-]+", "-", class_name(labels[index], names))[:60].strip("-")
@@ -155,7 +146,6 @@ def write_pngs(output: Path, folder: Path, names: Sequence[str], seed: int) -> N
       with atomic_file(path) as file:
         Image.fromarray(picture).save(file, "PNG")
 
-  pictures = Npz(output)
   with ThreadPoolExecutor() as threads, console.Bar("png", len(pictures)) as bar:
     for start in range(0, len(pictures), PICTURES_AT_ONCE):
       stop = min(start + PICTURES_AT_ONCE, len(pictures))

@@ -6,7 +6,6 @@ needs no pictures: |x - y| / |y| of normalised latents.
 
 from __future__ import annotations
 
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore
-from launch.engine import console
+from launch.engine import console, processes
+from launch.engine.parts import share
 from launch.evaluation.output import Output, Point
 from launch.evaluation.sweep import points_of
 from launch.report import plots
@@ -26,7 +26,7 @@ from lightningdit_jax.sampling import sample_latents
 from lightningdit_jax.solvers import TABLEAUX
 from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
-from vavae_jax.common.batches import in_batches
+from vavae_jax.common.batches import Batches
 
 DEFAULT_SAMPLES = 64
 
@@ -67,6 +67,8 @@ def evaluate(
     }
     points.append(point | measured)
     console.say(f"[{len(points)}/{len(all_settings)}] {points[-1]}")
+  if jax.process_index():
+    return points
   _draw(points, list(grid), output.png)
   summary = f"{count} samples each, beside {_described(settings)}."
   output.write(
@@ -90,22 +92,32 @@ def evaluate(
 def _samples(
   diffusion: restore.Trained, settings: FrozenConfigDict, label_N: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float]:
-  """Normalised latents [N, h w Z], and seconds for one of them without compiling."""
-  devices = mesh.make_mesh()
+  """Normalised latents [N, h w Z], and seconds for one of them without compiling.
+
+  Each process draws some; the slowest one's time counts.
+  """
+  devices = mesh.local_mesh()
+  params = diffusion.on(devices).params
 
   @jax.jit
   def run(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     index, label = batch["index"], batch["label"]
     return sample_latents(diffusion.config, params, index, label, seed=seed, sample=settings)
 
-  batch = {"index": np.arange(len(label_N), dtype=np.int32), "label": label_N}
-  draw = functools.partial(
-    in_batches, functools.partial(run, diffusion.params), batch, settings.batch_size, devices
-  )
-  next(draw())  # compiles
+  size, model = settings.batch_size, diffusion.config.model
+  width = model.input_size**2 * model.in_channels
+  starts = share(range(0, len(label_N), size))
+  index = np.array([i for x in starts for i in range(len(label_N))[x : x + size]], np.int32)
+  batch = {"index": index, "label": label_N[index]}
+  batches = Batches(run, size, devices)
+  next(batches(batch, params), None)  # compiles
   began = time.perf_counter()
-  found = np.concatenate(list(draw()))
-  return found.reshape(len(found), -1), (time.perf_counter() - began) / len(found)
+  latents = [x.reshape(-1, width) for x in batches(batch, params)]
+  seconds = np.array([time.perf_counter() - began])
+  mine = {"latents": np.concatenate([np.empty((0, width), np.float32), *latents])}
+  gathered = processes.gather(mine | {"seconds": seconds})
+  slowest = max(float(each["seconds"][0]) for each in gathered)
+  return np.concatenate([each["latents"] for each in gathered]), slowest / len(label_N)
 
 
 def _evaluations(settings: FrozenConfigDict) -> int | None:

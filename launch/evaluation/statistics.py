@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from launch.engine import console, processes
 from launch.evaluation.pictures import PictureSet
 from vavae_jax.common import mesh
-from vavae_jax.common.batches import in_batches
+from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_safetensors
 from vavae_jax.metrics.distribution import Moments, ProbabilitySums
@@ -141,6 +141,7 @@ def compute(
   total = min(last * BLOCK, len(pictures)) - first * BLOCK
   devices = mesh.local_mesh()
   batch_size = CPU_BATCH if jax.default_backend() == "cpu" else BLOCK
+  batches = Batches(run, batch_size, devices, console.say_here)
   here = jax.device_put(params, mesh.replicated(devices))
   saved = time.monotonic()
   with (
@@ -156,7 +157,7 @@ def compute(
       if number < len(ranges):
         ahead.append(reader.submit(pictures.read, *ranges[number]))
       batch = {"image": image, "index": np.arange(start, stop, dtype=np.int32)}
-      parts = list(in_batches(lambda x: run(here, x), batch, batch_size, devices))
+      parts = list(batches(batch, here))
       try:
         found.add(parts)
       except ValueError as error:

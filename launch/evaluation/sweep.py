@@ -114,7 +114,7 @@ def _measured(
   noted = json.dumps([samples.about, network.about, reference.about, options], sort_keys=True)
   name = hashlib.sha256(noted.encode()).hexdigest()[:16]
   path = output.points / f"{name}.json"
-  if not processes.first_says(path.is_file()):
+  if not processes.first_does(path.is_file):
     found = statistics_of(
       samples, network, f"point {name}", keep=options.keep, progress=output.progress
     )
@@ -124,7 +124,7 @@ def _measured(
       write_json(path, {"figures": values, "warnings": warnings})
       for part in output.progress.glob(f"point_{name}-*.safetensors"):
         part.unlink()
-    processes.wait_for_all(f"point {name}")
+    processes.wait_for_all()
   return read_note(path, figures=dict, warnings=list)
 
 

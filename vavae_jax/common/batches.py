@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,25 +13,6 @@ import numpy as np
 from vavae_jax.common import mesh
 
 
-def in_batches(
-  run: Callable[..., Any], arrays: Any, batch_size: int, devices: jax.sharding.Mesh
-) -> Iterator[Any]:
-  """Runs a jitted function over the leading axis of a pytree of host arrays [N, ...].
-
-  `batch_size` is over all devices, rounded up to a multiple of their number; the last batch is
-  filled up by repetition.
-
-  Yields:
-    The results as host arrays without the filling: N rows in all; see `in_shares`.
-  """
-
-  def load(rows: np.ndarray) -> Any:
-    return jax.tree.map(lambda x: x[rows], arrays)
-
-  total = len(jax.tree.leaves(arrays)[0])
-  return (out for _, out in in_shares(run, load, total, batch_size, devices))
-
-
 def in_shares(
   run: Callable[..., Any],
   load: Callable[[np.ndarray], Any],
@@ -37,15 +20,17 @@ def in_shares(
   batch_size: int,
   devices: jax.sharding.Mesh,
 ) -> Iterator[tuple[np.ndarray, Any]]:
-  """`in_batches` over rows that are loaded when their turn comes: int64 [n] -> arrays [n, ...].
+  """Runs a jitted function over `total` rows, loaded when their turn comes: int64 [n] -> pytree of
+  host arrays [n, ...].
 
+  `batch_size` is of each device, whatever their number; the last batch is filled up by repetition.
   On a mesh of several processes all call it alike, and each loads, feeds and gets the rows of its
   own devices alone, perhaps none of the last batch. Every result of `run` must be `pin_batch`ed
   there, or be `whole`: then all processes get all its rows.
 
-  Yields (this process's rows of a batch, the results) without the filling.
+  Yields (this process's rows of a batch, the results as host arrays) without the filling.
   """
-  batch_size = mesh.round_up(batch_size, devices)
+  batch_size *= devices.size
   own = mesh.own_rows(batch_size, devices)
   for start in range(0, total, batch_size):
     count = min(batch_size, total - start)
@@ -60,23 +45,45 @@ def in_shares(
     yield start + own[kept], jax.tree.map(unfilled, out)
 
 
+@dataclasses.dataclass
+class Batches:
+  """A jitted function, which takes a pytree [B, ...] last, over the leading axis of host arrays.
+
+  Each device has `rows` at once, whatever their number: so a row comes out the same to the bit.
+  Where memory does not hold them they are halved, for good. For several processes see `in_shares`.
+  """
+
+  run: Callable[..., Any]
+  rows: int
+  devices: jax.sharding.Mesh
+  say: Callable[[str], None] = lambda _: None  # is told of halving
+
+  def __call__(self, arrays: Any, *params: Any) -> Iterator[Any]:
+    """Yields the results of `run(*params, batch)` for arrays [N, ...]."""
+    total, done, run = len(jax.tree.leaves(arrays)[0]), 0, functools.partial(self.run, *params)
+
+    def load(rows: np.ndarray) -> Any:
+      return jax.tree.map(lambda x: x[begin + rows], arrays)
+
+    while (begin := done) < total:
+      try:
+        for _, out in in_shares(run, load, total - begin, self.rows, self.devices):
+          yield out
+          done = min(done + self.rows * self.devices.size, total)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or self.rows == 1:
+          raise
+        self.say(f"{self.rows} at once are more than a device's memory holds: now half of them")
+        self.rows //= 2
+
+
 def as_fits(
   run: Callable[..., Any], arrays: Any, batch_size: int, devices: jax.sharding.Mesh
 ) -> Any:
-  """As `in_batches`, the results joined; batches are halved while memory does not hold one.
+  """The results for arrays [N, ...] joined, of `Batches` of `batch_size` over all devices.
 
   They are no larger than what there is to do.
   """
-  total = len(jax.tree.leaves(arrays)[0])
-  size, done, parts = min(batch_size, total), 0, []
-  while done < total:
-    rest = jax.tree.map(lambda x, done=done: x[done:], arrays)
-    try:
-      for part in in_batches(run, rest, size, devices):
-        parts.append(part)
-        done += len(jax.tree.leaves(part)[0])
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error) or size <= devices.size:
-        raise
-      size //= 2
+  size = min(batch_size, len(jax.tree.leaves(arrays)[0]))
+  parts = Batches(run, -(-size // devices.size), devices)(arrays)
   return jax.tree.map(lambda *x: np.concatenate(x), *parts)

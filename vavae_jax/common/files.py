@@ -75,6 +75,18 @@ class Place(gpath.PosixGPath):
       if fnmatch.fnmatchcase(path.name, name):
         yield from path.glob(below) if below else [path]
 
+  def exists(self) -> bool:
+    """Whether it is there by now; fsspec would keep what it once heard, but others write, too."""
+    if is_url(self):
+      self._backend.fs(self).invalidate_cache()
+    return super().exists()
+
+  def iterdir(self) -> Iterator[Place]:
+    """The entries of the folder, likewise."""
+    if is_url(self):
+      self._backend.fs(self).invalidate_cache()
+    return super().iterdir()
+
   def rmtree(self, missing_ok: bool = False) -> None:
     """Deletes the folder."""
     if not is_url(self):
@@ -230,7 +242,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
   """
   if is_url(path):
     with path.open("wb") as file:
-      yield file
+      try:
+        yield file
+      except BaseException:
+        file.discard()  # type: ignore[attr-defined]
+        file.closed = True  # type: ignore[misc]  # else what has come so far would be the object
+        raise
     return
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     yield file
@@ -277,8 +294,22 @@ def check_outputs(files: Iterable[Path] = (), folders: Iterable[Path] = ()) -> N
       raise InputError(f"{path} is to be a folder, but there is a file; name another output.")
 
 
+def remove_folder(folder: Path) -> None:
+  """Deletes a folder, on a disk or in a bucket, if it is there."""
+  if is_url(folder):
+    Place(folder).rmtree(missing_ok=True)
+  else:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_free(folder: Path, needed: int, why: str) -> None:
-  """Raises InputError where a disk lacks so many bytes; `why` says what for, and what to change."""
+  """Raises InputError where a disk lacks so many bytes; `why` says what for, and what to change.
+
+  The folder may be yet to be made.
+  """
+  if is_url(folder):
+    return
+  folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if (free := shutil.disk_usage(folder).free) < needed:
     raise InputError(f"{folder} has {_size(free)} free, but {_size(needed)} are needed {why}.")
 

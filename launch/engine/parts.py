@@ -1,0 +1,91 @@
+"""A numbered work list, done in parts by all processes of a job.
+
+Item i comes out alike whoever makes it. A part is one file of a folder that all processes see, on a
+disk or in a bucket, and is named by its first item and their number. So the names alone say what is
+missing, after any end and for any number of processes; what each was making when it was killed is
+all that is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+from launch.engine import processes
+
+T = TypeVar("T")
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+  """This process's of some items; those of all processes in their order are all items."""
+  count, mine = jax.process_count(), jax.process_index()
+  return items[len(items) * mine // count : len(items) * (mine + 1) // count]
+
+
+def items_in(groups: Sequence[Sequence[range]]) -> int:
+  """The number of items of groups of parts."""
+  return sum(len(part) for group in groups for part in group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """The files of `total` items in a folder, made `size` at a time; `kind` is the files' suffix.
+
+  Files of runs with other sizes count, too, and may overlap.
+  """
+
+  folder: Path
+  total: int
+  size: int
+  kind: str
+
+  def path(self, part: range) -> Path:
+    """The file of a part."""
+    return self.folder / f"{part.start:09d}_{len(part)}{self.kind}"
+
+  def there(self) -> list[range]:
+    """The parts that are there, by their first items."""
+    name = re.compile(f"([0-9]{{9,}})_([0-9]+){re.escape(self.kind)}")
+    files = self.folder.iterdir() if self.folder.is_dir() else ()
+    named = [found for file in files if (found := name.fullmatch(file.name))]
+    numbers = sorted((int(found[1]), int(found[2])) for found in named)
+    return [range(start, start + count) for start, count in numbers]
+
+  def missing(self, begin: int = 0) -> list[range]:
+    """The parts of this size that have an item from `begin` on that is in no file."""
+    done = bytearray(self.total)
+    for part in (range(begin), *self.there()):
+      done[part.start : part.stop] = b"\1" * len(range(self.total)[part.start : part.stop])
+    parts = (range(i, min(i + self.size, self.total)) for i in range(0, self.total, self.size))
+    return [part for part in parts if not all(done[part.start : part.stop])]
+
+  def mine(self, at_once: int = 1, begin: int = 0) -> list[list[range]]:
+    """This process's share of what is missing, in groups of `at_once` neighbours.
+
+    What is missing, and how many at once, is as the first process sees it. The groups go round
+    among the processes, so that what is there has few gaps.
+    """
+
+    def listed() -> list[list[int]]:
+      return [[at_once], *([part.start, part.stop] for part in self.missing(begin))]
+
+    (size,), *parts = processes.first_does(listed)
+    groups = [[range(*x) for x in parts[i : i + size]] for i in range(0, len(parts), size)]
+    return groups[jax.process_index() :: jax.process_count()]
+
+  def check_complete(self) -> None:
+    """Returns when this process sees all that was written; for the first, when all have ended."""
+    processes.check_seen(map(self.path, self.missing()))
+
+  def in_order(self, count: int) -> Iterator[tuple[Path, slice]]:
+    """The files that have the first `count` items, and which of the items of each to take."""
+    done = 0
+    for part in self.there():
+      if part.start <= done < min(part.stop, count):
+        yield self.path(part), slice(done - part.start, count - part.start)
+        done = part.stop

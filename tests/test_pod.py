@@ -1,0 +1,47 @@
+"""What commands write is the same to the bit by one process, and by others after a kill."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.conftest import start_job
+from tests.survive import ended
+
+
+@pytest.fixture
+def shared(environment, tmp_path):
+  """`shared(words, output, killed_at)`: the folder of an output of one process; that of two, of
+  which one dies as it gives a file the name `killed_at`, and then four; what the two had left.
+  """
+
+  def run(words, output, killed_at):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "pod").mkdir()
+    finish(start_job((*words, f"--output={tmp_path / 'one' / output}"), environment))
+    words = (*words, f"--output={tmp_path / 'pod' / output}")
+    both = start_job(("tests.killed", killed_at, *words), environment, 2)
+    assert ended(both[1])[0] == -signal.SIGKILL
+    both[0].kill()
+    both[0].communicate()
+    left = {path.name for path in (tmp_path / "pod").rglob("*_*.*")}
+    finish(start_job(words, environment, 4))
+    return tmp_path / "one", tmp_path / "pod", left
+
+  return run
+
+
+def finish(job):
+  for process in job:
+    code, printed = ended(process)
+    assert code == 0, printed
+
+
+def test_samples(shared, pipeline):
+  words = ("launch.sample", f"--workdir={pipeline / 'diffusion'}", "--num_samples=21")
+  one, pod, left = shared((*words, "--batch_size=4"), "x.npz", "*/000000012_4.npy")
+  assert "000000004_4.npy" in left  # of the one that was killed
+  files = {path.name: path.read_bytes() for path in one.iterdir()}
+  assert sorted(files) == ["x.json", "x.npz", "x.png"]
+  assert files == {path.name: path.read_bytes() for path in pod.iterdir()}
