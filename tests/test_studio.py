@@ -9,6 +9,7 @@ import threading
 import time
 from urllib.parse import urlsplit
 
+import jax
 import numpy as np
 import pytest
 
@@ -53,7 +54,7 @@ def test_the_ways_ends_are_the_seeds_own_samples(studio):
 
 
 def test_the_command_and_the_python_give_the_pictures_of_the_page(studio, command, tmp_path):
-  names = studio.classes()
+  names = studio.classes
   chosen, controls = [names[4], names[1]], (2.5, 0.2, "heun", 4)
   *_, shown = generate.frames(studio, chosen, *controls, seed=3)
   shell, python = generate.command(studio, chosen, *controls, seed=3)
@@ -66,6 +67,19 @@ def test_the_command_and_the_python_give_the_pictures_of_the_page(studio, comman
   assert done.returncode == 0, done.stderr
   drawn, _ = read_samples(tmp_path / "x.npz")
   assert np.abs(drawn.astype(int) - np.stack(shown)).max() <= 1
+
+
+def test_no_control_but_the_solver_compiles(studio, caplog):
+  content.warm_up(studio)
+  solver = content.solver_of(studio.pipe)
+  with jax.log_compiles():
+    for guidance, interval, steps in ((2.5, 0.2, 4), (4.0, 0.0, 7), (1.0, 0.5, 3)):
+      controls = (guidance, interval, solver, steps)
+      list(generate.frames(studio, studio.classes[:1], *controls, seed=steps))
+      between.seeds(studio.pipe, 1, 5, 6, NUM, **content.settings(*controls))
+    assert "compil" not in caplog.text.lower()
+    studio.pipe.noise(0, NUM + 1)
+    assert "compil" in caplog.text.lower()  # it is told where there is some
 
 
 def test_a_map_of_cells_is_coloured_by_what_varies():
@@ -85,7 +99,7 @@ def test_a_point_of_the_map_is_its_own_latent(studio):
 
 
 def test_two_averages_differ_on_the_same_noise(studio):
-  other = compare.load(studio.source, 0.0)
+  other = compare.load(studio.source, ema=0.0)
   first, second = compare.compare(studio.pipe, other, [0, 1, 2], 4)
   assert first == studio.pipe.sample([0, 1, 2], seed=4, progress=False)
   assert second == other.sample([0, 1, 2], seed=4, progress=False) != first

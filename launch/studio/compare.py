@@ -10,78 +10,70 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from launch.studio import content
 from launch.studio.content import Studio, settings
-from launch.studio.parts import Controls, tile, told
+from launch.studio.parts import QUIET, Controls, sides, tile, tiles, told
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax.common.errors import InputError
 
-AVERAGE = "Decay of its average; empty: the first one, 0: none."
-
-
-@functools.lru_cache(maxsize=2)
-def load(source: str, ema: float | None) -> Pipeline:
-  """A model, which stays in memory; errors as of `Pipeline.load`."""
-  return Pipeline.load(source, ema=ema)
+load = functools.lru_cache(maxsize=2)(content.load)  # a model stays in memory
 
 
 def compare(
   first: Pipeline, second: Pipeline, labels: Sequence[int], seed: int, **changes: Any
-) -> tuple[list[Image.Image], list[Image.Image]]:
+) -> list[list[Image.Image]]:
   """Samples of both models, which begin with the same noise.
 
   InputError where their latents are of other shapes, or one lacks a class of the other.
   """
-  noise = first.noise(seed, len(labels))
-  other = second.noise(seed, len(labels))
-  if other.shape != noise.shape:
+  noises = [model.noise(seed, len(labels)) for model in (first, second)]
+  if len({noise.shape for noise in noises}) > 1:
     raise InputError(
-      f"The latents of the two models are {noise.shape[1:]} and {other.shape[1:]}; the same noise "
-      "needs one shape."
+      "The latents of the two models are {} and {}; the same noise needs one shape.".format(
+        *(noise.shape[1:] for noise in noises)
+      )
     )
-  given = {"noise": noise, "seed": seed, "batch_size": len(labels), "progress": False, **changes}
-  return first.sample(labels, **given), second.sample(labels, **given)
+  given = {"seed": seed, "batch_size": len(labels), "progress": False, **changes}
+  return [model.sample(labels, noise=noises[0], **given) for model in (first, second)]
 
 
-def show(
-  above: Sequence[Image.Image], below: Sequence[Image.Image], captions: Sequence[str]
-) -> str:
+def show(both: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> str:
   """The samples of both, those of the same noise one above the other."""
-  pairs = [
-    f'<div class="pair">{tile(a)}{tile(b, text)}</div>'
-    for a, b, text in zip(above, below, captions, strict=True)
-  ]
-  a, b = (np.stack([np.asarray(x, int) for x in row]) for row in (above, below))
-  apart = np.abs(a - b).mean()
-  note = f"Above this model, below the other. They differ by {apart:.1f} of 255 on average."
-  return f'<div class="tiles">{"".join(pairs)}</div><p class="note">{note}</p>'
+  first, second = (np.stack([np.asarray(x, int) for x in row]) for row in both)
+  note = "Above this model, below the other. They differ by {:.1f} of 255 on average."
+  pairs = (
+    f'<div class="pair">{tile(above)}{tile(below, text)}</div>'
+    for above, below, text in zip(*both, captions, strict=True)
+  )
+  return tiles(pairs, note.format(np.abs(first - second).mean()))
 
 
 def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> None:
   """The tab."""
-  names = studio.classes()
-  with gr.Row():
-    with gr.Column(scale=1, min_width=280):
-      second = gr.Textbox(
-        studio.second or studio.source, label="The other model",
-        info="A model folder, a workdir, or USER/NAME; --model2 gives one at the start.",
-        interactive=studio.is_local,
-      )  # fmt: skip
-      average = gr.Textbox(label="Its average", info=AVERAGE)
-      button = gr.Button("Draw both", variant="primary")
-      gr.Markdown("Classes, seed and settings are those of the tab Generate.")
-    with gr.Column(scale=2, min_width=320):
-      result = gr.HTML(elem_id="compared")
+  own = studio.second or studio.source
 
-  def run(source: str, ema: str, classes: list[str], *rest: Any) -> str:
+  @told
+  def run(source: str, average: str, classes: list[str], *rest: Any) -> str:
     *controls, seed = rest
-    if not studio.is_local:
-      source = studio.second or studio.source
     try:
-      decay = float(ema) if ema.strip() else None
+      ema = float(average) if average.strip() else None
     except ValueError as error:
-      raise InputError(f"The average is {ema!r}; give its decay, such as 0.9999.") from error
+      raise InputError(f"The average is {average!r}; give its decay, such as 0.9999.") from error
     labels = studio.labels(classes)
-    both = compare(studio.model, load(source, decay), labels, seed, **settings(*controls))
-    return show(*both, [names[label] for label in labels])
+    other = load(source if studio.is_local else own, ema=ema)
+    both = compare(studio.model, other, labels, seed, **settings(*controls))
+    return show(both, [studio.classes[label] for label in labels])
 
-  button.click(told(run), [second, average, *controls], result, show_progress="minimal")
+  asked, shown = sides()
+  with asked:
+    info = "A model folder, a workdir, or USER/NAME; --model2 gives one at the start."
+    local = studio.is_local
+    second = gr.Textbox(own, label="The other model", info=info, interactive=local)
+    info = "Decay of its average; empty: the first one, 0: none."
+    average = gr.Textbox(label="Its average", info=info)
+    button = gr.Button("Draw both", variant="primary")
+    gr.Markdown("Classes, seed and settings are those of the tab Generate.")
+  with shown:
+    hint = "Draw the same noise with both models."
+    result = gr.HTML(tiles([], hint), elem_id="compared")
+  button.click(run, [second, average, *controls], result, **QUIET)

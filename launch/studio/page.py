@@ -49,7 +49,7 @@ def compose(studio: Studio) -> gr.Blocks:
     with gr.Tabs(elem_id="tabs") as tabs:
       for name, module, needs in _TABS:
         with gr.Tab(name, id=name) as tab:
-          lacking = [_NEEDS[need] for need in needs if not has(studio, need)]
+          lacking = [_NEEDS[need] for need in needs if getattr(studio, need) in (None, (), [])]
           if lacking:
             gr.Markdown(f"This tab needs {', and '.join(lacking)}.", elem_classes="lacking")
           else:
@@ -57,12 +57,6 @@ def compose(studio: Studio) -> gr.Blocks:
         tab.select(None, js=_WRITE_TAB.replace("NAME", name))
     page.load(_opened, None, tabs, show_progress="hidden")
   return page
-
-
-def has(studio: Studio, need: str) -> bool:
-  """Whether a page has what a tab needs."""
-  value = getattr(studio, need)
-  return bool(value) if need == "workdirs" else value is not None
 
 
 def _opened(request: gr.Request) -> Any:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from launch.studio.content import Studio
-from launch.studio.parts import Controls, opened, tile, tiles, told
+from launch.studio.parts import Controls, opened, sides, tile, tiles, told
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.images import to_float
 from vavae_jax.metrics.pixels import psnr
@@ -22,27 +20,6 @@ from vavae_jax.tokenizer import Tokenizer
 
 TEACHER = "efficientnet_lite0"
 ENLARGED = 4  # times, of the difference
-
-
-class Rebuilt(NamedTuple):
-  """A picture and what a tokenizer makes of it, uint8 [H, W, 3]; the latent [h, w, 3]."""
-
-  original: np.ndarray
-  reconstruction: np.ndarray
-  difference: np.ndarray  # grey where there is none
-  latent: np.ndarray
-  psnr: float  # decibels
-
-
-def rebuild(tokenizer: Tokenizer, picture: Image.Image) -> Rebuilt:
-  """A picture, whose sides the tokenizer's cells divide, encoded and decoded."""
-  original = np.asarray(picture)
-  z = tokenizer.encode(original)
-  again = np.asarray(tokenizer.decode(z))
-  error = again.astype(int) - original
-  value = psnr(*(to_float(jnp.asarray(x)[None]) for x in (original, again)))
-  difference = np.clip(128 + ENLARGED * error, 0, 255).astype(np.uint8)
-  return Rebuilt(original, again, difference, pca_map(z), float(value[0]))
 
 
 def pca_map(features_hwF: np.ndarray) -> np.ndarray:
@@ -59,50 +36,47 @@ def pca_map(features_hwF: np.ndarray) -> np.ndarray:
   return np.clip(255 * colours, 0, 255).astype(np.uint8).reshape(height, width, 3)
 
 
-def teacher_map(picture: np.ndarray) -> np.ndarray | None:
-  """`pca_map` of a teacher's features of a picture uint8 [H, W, 3]; None where it is missing."""
-  run = _teacher()
-  return pca_map(np.asarray(run(picture[None]))[0]) if run else None
-
-
 @functools.cache
 def _teacher() -> Any:
+  """A function from pictures in [-1, 1] to features; None where the teacher is not installed."""
   try:
     graph, params = nnx.split(load_teacher(TEACHER))
   except InputError:
     return None  # the page says so
-  return jax.jit(lambda image_BHWC: nnx.merge(graph, params)(to_float(image_BHWC)))
+  return jax.jit(lambda image_BHWC: nnx.merge(graph, params)(image_BHWC))
 
 
-def show(studio: Studio, upload: Any) -> str:
+def show(tokenizer: Tokenizer, upload: dict[str, Any]) -> str:
   """The tab's pictures of an upload; InputError for a file that is no picture."""
-  tokenizer = studio.model.tokenizer
-  rebuilt = rebuild(tokenizer, opened(upload, tokenizer.image_size))
-  height, width, channels = (*rebuilt.latent.shape[:2], tokenizer.channels)
+  original = np.asarray(opened(upload, tokenizer.image_size))
+  z_hwZ = tokenizer.encode(original)
+  again = np.asarray(tokenizer.decode(z_hwZ))
+  error = np.clip(128 + ENLARGED * (again.astype(int) - original), 0, 255).astype(np.uint8)
+  first, second = (to_float(jax.numpy.asarray(x)[None]) for x in (original, again))
   pieces = [
-    tile(rebuilt.original, "Original"),
-    tile(rebuilt.reconstruction, f"Reconstruction, PSNR {rebuilt.psnr:.2f} dB"),
-    tile(rebuilt.difference, f"Difference, times {ENLARGED}"),
-    tile(rebuilt.latent, f"Latent, {height} x {width} x {channels}, as colours", "cells"),
+    tile(original, "Original"),
+    tile(again, f"Reconstruction, PSNR {psnr(first, second)[0]:.2f} dB"),
+    tile(error, f"Difference, times {ENLARGED}; grey: none"),
+    tile(pca_map(z_hwZ), "Latent, {} x {} x {}, as colours".format(*z_hwZ.shape), "cells"),
   ]
   note = "Maps show the first three principal components of their cells as red, green and blue."
-  if (teacher := teacher_map(rebuilt.original)) is None:
-    note += f" The teacher's stands beside them where {TEACHER} is installed."
+  if run := _teacher():
+    features = pca_map(np.asarray(run(first))[0])
+    pieces.append(tile(features, "Features of EfficientNet-Lite0, as colours", "cells"))
   else:
-    pieces.append(tile(teacher, "Features of EfficientNet-Lite0, as colours", "cells"))
-  return tiles(pieces, note)
+    note += f" The teacher's stands beside them where {TEACHER} is installed."
+  return tiles(pieces, note, "large")
 
 
 def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> None:
   """The tab."""
-  size = studio.model.tokenizer.image_size
-  with gr.Row():
-    with gr.Column(scale=1, min_width=280):
-      picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=280)
-      gr.Markdown(f"Its middle is brought to {size} x {size} pixels. It stays on this machine.")
-    with gr.Column(scale=2, min_width=320):
-      result = gr.HTML(tiles([], "Drop a picture, and see what the tokenizer keeps of it."))
+  tokenizer = studio.model.tokenizer
+  asked, shown = sides()
+  with asked:
+    picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=280)
+    size = tokenizer.image_size
+    gr.Markdown(f"Its middle is brought to {size} x {size} pixels. It stays on this machine.")
+  with shown:
+    result = gr.HTML(tiles([], "Drop a picture, and see what the tokenizer keeps of it."))
   # As it was uploaded: our own reading names what is wrong with a file.
-  picture.upload(
-    told(lambda upload: show(studio, upload)), picture, result, preprocess=False
-  )  # fmt: skip
+  picture.upload(told(lambda x: show(tokenizer, x)), picture, result, preprocess=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ CHIEF = ("loss", "mse", "cosine", "reconstruction/psnr", "teacher_cosine", "kl")
 
 def names_of(workdir: Path) -> list[str]:
   """Metrics that a training has written."""
-  found = {name for line in read_metrics(workdir) for name in line if name != "step"}
-  return sorted(found)
+  return sorted({name for line in read_metrics(workdir) for name in line} - {"step"})
 
 
 def state_of(workdir: Path) -> list[tuple[str, int]]:
@@ -41,14 +41,13 @@ def _pictures(workdir: Path) -> list[Path]:
 
 def filmstrips(workdir: Path) -> str:
   """A strip of pictures for each evaluation that wrote some."""
-  groups: dict[str, list[Path]] = {}
-  for path in _pictures(workdir):
-    groups.setdefault(path.parent.name, []).append(path)
   strips = []
-  for name, paths in groups.items():
+  for name, group in groupby(_pictures(workdir), lambda path: path.parent.name):
+    paths = list(group)
     shown = np.unique(np.linspace(0, len(paths) - 1, PICTURES).round().astype(int))
     pieces = [_film(paths[i], paths[i].stat().st_mtime_ns) for i in shown]
-    strips.append(f'<h3>{escape(name)}</h3><div class="film">{"".join(pieces)}</div>')
+    title = escape(name.replace("_", " "))
+    strips.append(f'<h3>{title}</h3><div class="film">{"".join(pieces)}</div>')
   return "".join(strips) or '<p class="note">No pictures yet: the first evaluation draws some.</p>'
 
 
@@ -71,24 +70,26 @@ def curves(workdir: Path, chosen: Sequence[str]) -> str:
 def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> None:
   """The tab."""
   choices = [str(path) for path in studio.workdirs]
-  with gr.Row():
-    workdir = gr.Dropdown(choices, value=choices[0], label="Workdir", min_width=280)
-    metrics = gr.Dropdown([], multiselect=True, label="Curves", min_width=280)
-  gr.Markdown(f"It looks for news every {SECONDS:g} seconds.")
-  strips, charts, seen = gr.HTML(), gr.HTML(elem_classes="curves"), gr.State()
 
+  @told
   def choose(workdir: str) -> Any:
     names = names_of(Path(workdir))
     return gr.Dropdown(choices=names, value=[name for name in CHIEF if name in names])
 
+  @told
   def update(workdir: str, chosen: list[str], seen: Any) -> Any:
     now = (workdir, chosen, state_of(Path(workdir)))
     if now == seen:
       return gr.skip(), gr.skip(), gr.skip()
     return filmstrips(Path(workdir)), curves(Path(workdir), chosen), now
 
-  given, results = [workdir, metrics, seen], [strips, charts, seen]
+  with gr.Row():
+    workdir = gr.Dropdown(choices, value=choices[0], label="Workdir", min_width=280)
+    metrics = gr.Dropdown([], multiselect=True, label="Curves", min_width=280)
+  gr.Markdown(f"It looks for news every {SECONDS:g} seconds.")
+  strips, charts, seen = gr.HTML(), gr.HTML(elem_classes="curves"), gr.State()
+  given = {"inputs": [workdir, metrics, seen], "outputs": [strips, charts, seen], **QUIET}
   for event in (page.load, workdir.input):
-    event(told(choose), workdir, metrics, **QUIET).then(told(update), given, results, **QUIET)
-  metrics.input(told(update), given, results, **QUIET)
-  gr.Timer(SECONDS).tick(told(update), given, results, **QUIET)
+    event(choose, workdir, metrics, **QUIET).then(update, **given)
+  for event in (metrics.input, gr.Timer(SECONDS).tick):
+    event(update, **given)
