@@ -12,7 +12,7 @@ r"""Converts weights: published files to what the commands here take, and ours t
 
 SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/NAME/FILE on the Hugging
 Face hub, one of the short names above (and lightningdit-xl-800ep), a workdir of a training, or a
-model folder (--part=tokenizer or diffusion).
+model folder or USER/NAME of one on the hub (--part=tokenizer or diffusion).
 The command recognises LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
 diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, and FID's Inception.
 DEST is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for
@@ -52,7 +52,7 @@ from vavae_jax import folder
 from vavae_jax.common import functional
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, local_place, place, sha256_of, write_safetensors
+from vavae_jax.common.files import is_url, local_place, sha256_of, write_safetensors
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.weights.state_dicts import SUFFIXES, TORCH_SUFFIXES, read_content, read_state_dict
 from vavae_jax.weights.torch_pickles import StandIn
@@ -93,7 +93,7 @@ def convert(
   if to != "folder":
     _check_free(dest)
   path = released.find(source)
-  if path.is_dir():
+  if not path.is_file():
     _refuse(f"{path} is a folder", heads=heads, latents=latents, tokenizer=tokenizer)
     task = _task_of(path, part)
     if to == "folder":
@@ -150,7 +150,7 @@ def _workdir_config(
 
 def _check_companions(latents: str, tokenizer: str) -> LatentStore | None:
   """The latents here that a workdir is to name; InputError if they or the tokenizer are none."""
-  path = place(tokenizer) if tokenizer else None
+  path = folder.find(tokenizer) if tokenizer else None
   if path and not folder.is_model(path) and (task := read_config(path)["task"]) != "tokenizer":
     raise InputError(f"--tokenizer={tokenizer} is the workdir of a {task}, not of a tokenizer.")
   remote = is_url(url_of_data(latents))  # which sampling fetches
@@ -244,13 +244,12 @@ def inspect_workdir(workdir: Path) -> None:
 
 def inspect(source: str) -> None:
   """Lists what a file or a training's workdir holds."""
-  path = place(source) if is_url(source) else released.find(source)
-  if not is_url(source) and folder.is_model(path):
+  path = released.find(source)
+  if not path.is_file():
+    if not folder.is_model(path):
+      return inspect_workdir(path)
     for name in folder.parts_of(path):
       _list(path / folder.WEIGHTS[name])
-    return
-  if is_url(source) or path.is_dir():
-    inspect_workdir(path)
     return
   content = _list(path)
   try:
@@ -339,7 +338,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("part", "", "Where in SOURCE, as --inspect names it; the average, if any.")
   flags.DEFINE_string("heads", "", "LPIPS' heads, where SOURCE is VGG16.")
   flags.DEFINE_string("latents", "", "Folder with the statistics of LightningDiT's latents.")
-  flags.DEFINE_string("tokenizer", "", "Workdir of LightningDiT's tokenizer.")
+  flags.DEFINE_string("tokenizer", "", f"LightningDiT's tokenizer: {folder.TAKEN}")
   flags.DEFINE_integer("step", None, "Step of a workdir's checkpoint; the newest if not given.")
   flags.DEFINE_float("ema", None, "Decay of a workdir's average; the first if not given, 0: none.")
   console.run_command(main, arguments=2)

@@ -32,14 +32,13 @@ from launch.engine.ownership import owned
 from launch.evaluation import check_latents
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
+from vavae_jax import folder
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
   check_outputs,
-  is_url,
   local_place,
-  place,
   read_note,
   remove_partial,
   write_json,
@@ -98,14 +97,13 @@ def encode(
       settings.
   """
   check_outputs(output / name for name in _NOTES)
-  home = tokenizer.workdir
   data = tokenizer.config.data if source else restore.data_of(tokenizer)
   spec = source or data.source
   pictures = sources.open_source(spec)
   indices = _indices(tokenizer, spec, pictures, held_out)
   manifest = {
     "tokenizer": {
-      "workdir": str(home if is_url(home) else home.absolute()),
+      "workdir": folder.address(tokenizer.workdir),
       "step": tokenizer.step,
       "sha256": tokenizer.sha256,
     },
@@ -310,7 +308,7 @@ def main() -> None:
   names: tuple[str, ...] = ("source", "held_out", "batch_size", "shard_size", "seed", "dtype")
   names += ("moments", "max_corrupt", "threads")
   settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
-  tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
+  tokenizer = restore.load(folder.find(FLAGS.workdir), "tokenizer", FLAGS.step)
   with owned(local_place(FLAGS.output)):
     store = encode(tokenizer, local_place(FLAGS.output), **settings)
   height, width, channels = store.shape
@@ -339,7 +337,7 @@ def main() -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "", "The tokenizer's workdir.")
+  flags.DEFINE_string("workdir", "", f"The tokenizer: {folder.TAKEN}")
   flags.DEFINE_string("output", "", "The latent store's folder.")
   flags.DEFINE_string("check", "", "Verify this store instead of making one.")
   flags.DEFINE_string("source", "", "Other pictures, such as folder:DIR.")

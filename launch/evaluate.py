@@ -43,15 +43,23 @@ from launch.evaluation.pictures import (
 from launch.evaluation.reference import Reference, open_reference, statistics_of
 from launch.sample import given_settings
 from lightningdit_jax import checks, transport
+from vavae_jax import folder
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, local_place, place
+from vavae_jax.common.files import atomic_file, check_outputs, local_place
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
 FLAGS = flags.FLAGS
+# Of settings in messages: the flags of the same meaning.
+_NAMES = {
+  **launch.sample.SETTINGS,
+  "config.teacher.weights": "--weights",
+  "config.perceptual.vgg": "--lpips_vgg",
+  "config.perceptual.heads": "--lpips_heads",
+}
 
 
 def _network() -> Network:
@@ -75,9 +83,8 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
 
   @functools.lru_cache(maxsize=1)
   def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
-    diffusion = restore.load(place(FLAGS.workdir), "diffusion", step, ema)
-    override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
-    return diffusion, restore.tokenizer_of(diffusion, override)
+    diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", step, ema)
+    return diffusion, restore.tokenizer_of(diffusion, FLAGS.tokenizer)
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
@@ -121,7 +128,7 @@ def _generation() -> None:
     network,
     output,
     options=options,
-    workdir=place(FLAGS.workdir) if FLAGS.workdir else None,
+    workdir=folder.find(FLAGS.workdir) if FLAGS.workdir else None,
   )
 
 
@@ -132,7 +139,7 @@ def _reconstruction() -> None:
       --output=RUNS/reconstruction
   """
   output = Output(local_place(FLAGS.output), "reconstruction")
-  tokenizer = restore.load(place(FLAGS.workdir), "tokenizer", FLAGS.step)
+  tokenizer = restore.load(folder.find(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
   source = FLAGS.source or data.valid_source
@@ -186,9 +193,11 @@ def _sweep() -> None:
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   output, network, draw = Output(local_place(FLAGS.output), "sweep"), _network(), _drawer()
-  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step)
-  averages = (0.0, *diffusion.config.optimizer.ema_decays)
-  steps = steps_of(place(FLAGS.workdir))
+  path = folder.find(FLAGS.workdir)
+  diffusion = restore.load(path, "diffusion", FLAGS.step)
+  averages, steps = (0.0, *diffusion.config.optimizer.ema_decays), steps_of(path)
+  if folder.is_model(path):
+    averages, steps = (diffusion.ema,), [diffusion.step]
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
     if point.pop("ema", 0.0) not in averages:
       raise InputError(f"{FLAGS.workdir} keeps averages of decays {averages}, no others.")
@@ -211,7 +220,7 @@ def _solvers() -> None:
 
   The latents of each point of the grid are compared with those of the settings given by flags.
   """
-  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   solvers.evaluate(
     diffusion,
     given_settings(diffusion),
@@ -273,7 +282,9 @@ def _reference_flags() -> None:
   flags.DEFINE_string("reference", None, text, required=True)
   text = "ADM's crop of folders and sources; 0: the size of the samples."
   flags.DEFINE_integer("image_size", 0, text)
-  flags.DEFINE_string("tokenizer", "", "The tokenizer's workdir, if the latents do not name it.")
+  flags.DEFINE_string(
+    "tokenizer", "", f"The tokenizer, if the latents do not name it: {folder.TAKEN}"
+  )
 
 
 def _drawn_flags() -> None:
@@ -282,13 +293,13 @@ def _drawn_flags() -> None:
 
 
 def _grid_flags() -> None:
-  flags.DEFINE_string("workdir", None, "The diffusion model's workdir.", required=True)
+  flags.DEFINE_string("workdir", None, f"The diffusion model: {folder.TAKEN}", required=True)
   flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
 
 
 def _generation_flags() -> None:
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
-  flags.DEFINE_string("workdir", "", "Workdir of a diffusion model that draws the samples.")
+  flags.DEFINE_string("workdir", "", f"A diffusion model that draws the samples: {folder.TAKEN}")
   flags.DEFINE_integer(
     "bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.", lower_bound=0
   )
@@ -299,7 +310,7 @@ def _reconstruction_flags() -> None:
   none = ("none", *PROTOCOLS)
   flags.DEFINE_enum("protocol", "adm", none, "Feature network of the rFID; none: no rFID.")
   flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-  flags.DEFINE_string("workdir", None, "The tokenizer's workdir.", required=True)
+  flags.DEFINE_string("workdir", None, f"The tokenizer: {folder.TAKEN}", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
   flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
@@ -349,7 +360,7 @@ def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...])
       define()
 
   def owning() -> None:
-    with owned(local_place(FLAGS.output), beside=True):
+    with owned(local_place(FLAGS.output), beside=True), console.naming(_NAMES):
       run()
 
   return Subcommand(inspect.getdoc(run) or "", owning, define_flags)

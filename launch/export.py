@@ -39,7 +39,7 @@ from vavae_jax import folder
 from vavae_jax.common import keys
 from vavae_jax.common.addresses import with_hub
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import local_place, place, read_note, remove_partial
+from vavae_jax.common.files import local_place, read_note, remove_partial
 from vavae_jax.common.keys import DTYPES
 from vavae_jax.data import changes
 from vavae_jax.tokenizer import Tokenizer
@@ -193,7 +193,7 @@ def _evaluated(path: Path) -> dict[str, Any]:
 
 
 def load(
-  workdir: Path, tokenizer: Path | None, step: int | None, ema: float | None
+  workdir: Path, tokenizer: str, step: int | None, ema: float | None
 ) -> Pipeline | Tokenizer:
   """The model of a workdir or folder of either task."""
   task = _task_of(workdir)
@@ -202,7 +202,7 @@ def load(
   if folder.is_model(workdir):
     if task == "tokenizer":
       return Tokenizer.load(workdir, step=step, ema=ema)
-    return Pipeline.load(workdir, tokenizer=tokenizer or "", step=step, ema=ema)
+    return Pipeline.load(workdir, tokenizer=tokenizer, step=step, ema=ema)
   if task == "tokenizer":
     return restore.for_use(restore.load(workdir, "tokenizer", step, ema))
   diffusion = restore.load(workdir, "diffusion", step, ema)
@@ -225,14 +225,14 @@ def main() -> None:
   output = local_place(FLAGS.output)
   if FLAGS.push:
     check_name(FLAGS.push)
-  tokenizer = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
+  workdir = folder.find(FLAGS.workdir)
   with owned(output, beside=True):
     folder.check_free_name(output)
-    model = load(place(FLAGS.workdir), tokenizer, FLAGS.step, FLAGS.ema)
+    model = load(workdir, FLAGS.tokenizer, FLAGS.step, FLAGS.ema)
     export(
       model,
       output,
-      workdir=place(FLAGS.workdir),
+      workdir=workdir,
       dtype=FLAGS.dtype,
       samples=FLAGS.samples,
       licence=FLAGS.licence,
@@ -251,9 +251,9 @@ def main() -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The training's workdir, or a model folder.", required=True)
+  flags.DEFINE_string("workdir", None, f"The model: {folder.TAKEN}", required=True)
   flags.DEFINE_string("output", None, "The model folder to write.", required=True)
-  text = "The tokenizer's workdir or model folder, where it is not at its place any more."
+  text = f"The tokenizer, where it is not at its place any more: {folder.TAKEN}"
   flags.DEFINE_string("tokenizer", "", text)
   flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
   flags.DEFINE_float("ema", None, "Decay of the average to use; the first if not given, 0: none.")

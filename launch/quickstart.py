@@ -22,7 +22,8 @@ import itertools
 import operator
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ EMOJI_RUN, OWN_RUN = "runs/quickstart", "runs/pictures"
 TIMINGS = "timings.json"  # seconds of each stage, over all runs in a workdir
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def run(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> dict[str, float]:
   """Runs all stages, or the remaining ones, of `configs/quickstart.py:pipeline` in a workdir.
+
+  `with_changes` is of both trainings; see `launch.train`.
 
   Returns:
     The figures: {"psnr": ..., "ssim": ..., "fd_efficientnet": ..., "precision": ..., ...}.
@@ -84,19 +87,22 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
       seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
       write_json(timings, seconds)
 
-  stage("Tokenizer", lambda: train(config.tokenizer, workdir / "tokenizer"))
-  tokenizer = restore.load(workdir / "tokenizer", "tokenizer")
-  store = stage(
-    "Latents", lambda: encode(tokenizer, workdir / "latents", **resolved.encode.to_dict())
-  )
-  stage("Diffusion", lambda: train(config.diffusion, workdir / "diffusion"))
-  diffusion = restore.load(workdir / "diffusion", "diffusion")
-  stage(
-    "Samples",
-    lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **resolved.sample.to_dict()),
-  )
+  def trained(task: str) -> restore.Trained:
+    with _names_of(task):
+      train(config[task], workdir / task, with_changes=with_changes)
+    return restore.load(workdir / task, task)
+
+  tokenizer = stage("Tokenizer", lambda: trained("tokenizer"))
+  encoding = resolved.encode.to_dict() | {"max_corrupt": resolved.tokenizer.data.max_corrupt}
+  with _names_of("tokenizer", {"--max_corrupt": "config.tokenizer.data.max_corrupt"}):
+    store = stage("Latents", lambda: encode(tokenizer, workdir / "latents", **encoding))
+  diffusion = stage("Diffusion", lambda: trained("diffusion"))
+  drawing = resolved.sample.to_dict()
+  with _names_of("diffusion", {f"--{name}": f"config.sample.{name}" for name in drawing}):
+    stage("Samples", lambda: sample_set(diffusion, tokenizer, workdir / "samples.npz", **drawing))
   network = load_network(EFFICIENTNET)
-  results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
+  with _names_of("tokenizer"):
+    results = stage("Evaluation", lambda: _evaluate(tokenizer, network, workdir))
 
   def report() -> None:
     overview.write(resolved, workdir, tokenizer, store, results, network, seconds)
@@ -112,6 +118,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
   stage("Report", report)
   return results
+
+
+def _names_of(task: str, more: Mapping[str, str] | None = None) -> AbstractContextManager[None]:
+  """In messages of a stage: the keys of a training, and flags, as the whole configuration has them.
+
+  Folders inside of the workdir are the pipeline's own to choose.
+  """
+  return console.naming({"config.": f"config.{task}.", "--output": "--workdir", **(more or {})})
 
 
 def _seconds(timings: Path) -> dict[str, float]:
@@ -198,14 +212,18 @@ def _check(config: FrozenConfigDict, workdir: Path) -> None:
   files = ("samples.npz", "samples.json", "samples.png", "report.html")
   folders = ("tokenizer", "latents", "diffusion", "samples.parts")
   check_outputs(*([workdir / name for name in names] for names in (files, folders)))
-  first, second = tasks.resolve(config.tokenizer), tasks.frozen(config.diffusion)
-  loop.check(first)
-  vavae_jax.training.check(first)
-  loop.check(second)
-  lightningdit_jax.checks.check_model(second)
+  with _names_of("tokenizer"):
+    first = tasks.resolve(config.tokenizer)
+    loop.check(first)
+    vavae_jax.training.check(first)
+  with _names_of("diffusion"):
+    second = tasks.frozen(config.diffusion)
+    loop.check(second)
+    lightningdit_jax.checks.check_model(second)
   _check_pictures(first, second)
   if second.latents.valid_path:
-    lightningdit_jax.checks.check_store(second, restore.open_latents(second.latents.valid_path))
+    with _names_of("diffusion"):
+      lightningdit_jax.checks.check_store(second, restore.open_latents(second.latents.valid_path))
   for key in ("latents.path", "latents.sha256", "tokenizer"):
     value, usual = map(operator.attrgetter(key), (second, quickstart.diffusion()))
     if value != usual:
@@ -215,7 +233,8 @@ def _check(config: FrozenConfigDict, workdir: Path) -> None:
       )
   for part in (first, second):
     if not (workdir / part.task / configuration.NAME).exists():  # what was begun goes on as it is
-      restore.check_initial_weights(part)
+      with _names_of(part.task):
+        restore.check_initial_weights(part)
   shape = vavae_jax.training.latent_shape(first)
   wanted = (second.model.input_size, second.model.input_size, second.model.in_channels)
   if shape != wanted:
@@ -279,7 +298,7 @@ def main() -> None:
     stack.enter_context(owned(workdir / "latents"))
     for name in ("samples", "reconstruction", "generation"):
       stack.enter_context(owned(workdir / name, beside=True))
-    results = run(FLAGS.config, workdir)
+    results = run(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
   seconds, model = _seconds(workdir / TIMINGS), workdir / "diffusion" / "model"
   console.table(
     "Quickstart",
@@ -306,5 +325,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, text)
   text = "Your pictures: a folder of class folders, a .zip, a .tar, or a source such as hf:NAME."
   flags.DEFINE_string("pictures", "", text)
+  text = "Goes on in a workdir with another configuration, as launch.train does."
+  flags.DEFINE_boolean("resume_with_changes", False, text)
   given = any(word.split("=")[0].lstrip("-") == "pictures" for word in sys.argv)
   console.run_command(main, config=f"{OWN}{hardware.expected()}" if given else CONFIG)

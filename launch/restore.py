@@ -33,11 +33,9 @@ from lightningdit_jax.store.space import Space, find_tokenizer
 from vavae_jax import folder
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional, mesh
-from vavae_jax.common.addresses import local_file
 from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url, place
 from vavae_jax.common.optimizer import start_emas
 from vavae_jax.data import images
 from vavae_jax.tokenizer import SETTINGS as TOKENIZER
@@ -139,7 +137,8 @@ def _of_folder(path: Path, task_name: str, step: int | None, ema: float | None) 
 def data_of(tokenizer: Trained) -> FrozenConfigDict:
   """The pictures that it was trained on, `config.data`; InputError for a model folder's."""
   if not tokenizer.config.data.source:
-    raise InputError(f"{tokenizer.workdir} does not know its pictures; give some by --source.")
+    where = folder.address(tokenizer.workdir)
+    raise InputError(f"{where} does not know its pictures; give some by --source.")
   return tokenizer.config.data
 
 
@@ -154,17 +153,17 @@ def space_of(model: Trained) -> Space:
   return model.space or Space.of(check_latents(model.config))
 
 
-def tokenizer_of(model: Trained, override: Path | None = None) -> Trained:
+def tokenizer_of(model: Trained, override: Path | str = "") -> Trained:
   """The tokenizer whose latents a diffusion model was trained on.
 
-  `override` is its workdir or model folder, where it is not at its place. For errors see below.
+  `override` names it as for `folder.find`, where it is not at its place. For errors see below.
   """
   if folder.is_model(model.workdir) and not override:
     return load(model.workdir, "tokenizer")
   noted = space_of(model).tokenizer
   beside = model.workdir.parent / Path(noted.get("workdir", "")).name
-  given = str(override or model.config.tokenizer)
-  return find_tokenizer(noted, _load_tokenizer, of=str(model.workdir), given=given, beside=beside)
+  given, of = str(override or model.config.tokenizer), folder.address(model.workdir)
+  return find_tokenizer(noted, _load_tokenizer, of=of, given=given, beside=beside)
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:
@@ -243,24 +242,22 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   """
   if not config.get("init_from"):
     return None
-  path = place(config.init_from) if is_url(config.init_from) else local_file(config.init_from)
-  if path.is_dir():
-    # As in the reference the weights themselves, whose averages begin anew.
-    given = load(path, config.task, ema=None if folder.is_model(path) else 0.0).params
-  elif path.is_file():
+  try:
+    path = folder.find(config.init_from, files=SUFFIXES)
+  except InputError as error:
+    raise InputError(f"config.init_from: {error}") from error
+  if path.is_file():
     warm_start = _WARM_STARTS[config.task]
     given = warm_start.from_state_dict(read_state_dict(path, warm_start.MARKS), config.model)
   else:
-    raise InputError(
-      f"config.init_from is {path}, which does not exist; give a training's workdir, or a file of "
-      f"weights ({', '.join(SUFFIXES)})."
-    )
+    # As in the reference the weights themselves, whose averages begin anew.
+    given = load(path, config.task, ema=None if folder.is_model(path) else 0.0).params
 
   def adopt(state: Any) -> Any:
     params, notes = _WARM_STARTS[config.task].adapt(state.params, given)
     for note in notes:
       console.say(f"initial weights: {note}")
-    console.say(f"initial weights: from {path}")
+    console.say(f"initial weights: from {folder.address(path) if path.is_dir() else path}")
     emas = start_emas(params, config.optimizer.ema_decays)
     return dataclasses.replace(state, params=params, ema=emas)
 

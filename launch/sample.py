@@ -33,6 +33,7 @@ from launch.evaluation.sample_files import PART, write_npz, write_part, write_pn
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.space import Space, labels_for
+from vavae_jax import folder
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
@@ -40,7 +41,6 @@ from vavae_jax.common.files import (
   check_free,
   check_outputs,
   local_place,
-  place,
   read_note,
   remove_folder,
   write_json,
@@ -51,6 +51,7 @@ from vavae_jax.data.images import to_uint8
 
 Sampler = Callable[..., np.ndarray]
 PNG_SETTINGS = "settings.json"  # of a folder of pictures
+SETTINGS = {"config.sample.": "--"}  # in messages: the flags that change them
 SHARED_WITH_GUIDE = (
   *("model.input_size", "model.in_channels", "model.num_classes"),
   *("transport.path_type", "transport.prediction"),
@@ -242,9 +243,10 @@ def main() -> None:
   fixed = ("num_samples", "labels", "guide", *checks.SAMPLE.keys() - {"batch_size"})
   if FLAGS.published and (given := sorted(name for name in fixed if FLAGS[name].present)):
     raise InputError(f"--published and --{given[0]} exclude each other; leave one of them out.")
-  diffusion = restore.load(place(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
-  guide = restore.load(place(FLAGS.guide), "diffusion", FLAGS.guide_step) if FLAGS.guide else None
-  override = place(FLAGS.tokenizer) if FLAGS.tokenizer else None
+  diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
+  guide = None
+  if FLAGS.guide:
+    guide = restore.load(folder.find(FLAGS.guide), "diffusion", FLAGS.guide_step)
   drawn = {"num_samples": FLAGS.num_samples, "labels": FLAGS.labels}
   if FLAGS.published:
     if "published" not in diffusion.config:
@@ -253,8 +255,8 @@ def main() -> None:
   output = local_place(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
-  tokenizer = restore.tokenizer_of(diffusion, override)
-  with owned(output, beside=True):
+  tokenizer = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
+  with owned(output, beside=True), console.naming(SETTINGS):
     sample_set(
       diffusion,
       tokenizer,
@@ -277,12 +279,12 @@ def main() -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The model's workdir, or a model folder.", required=True)
+  flags.DEFINE_string("workdir", None, folder.TAKEN, required=True)
   flags.DEFINE_string("output", None, "The npz to write.", required=True)
-  flags.DEFINE_string(
-    "tokenizer", "", "The tokenizer's workdir, or a model folder, where it has moved."
-  )
-  flags.DEFINE_string("guide", "", "Workdir of a second, weaker model to be guided away from.")
+  text = f"The tokenizer, where it has moved: {folder.TAKEN}"
+  flags.DEFINE_string("tokenizer", "", text)
+  text = f"A second, weaker model to be guided away from: {folder.TAKEN}"
+  flags.DEFINE_string("guide", "", text)
   flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
   flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")
   text = "Draws as the number that the recipe names was made: count, labels and sampler."

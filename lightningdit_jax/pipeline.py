@@ -33,7 +33,7 @@ from vavae_jax import folder
 from vavae_jax.common import functional, keys, mesh
 from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
-from vavae_jax.common.errors import InputError
+from vavae_jax.common.errors import InputError, naming
 from vavae_jax.common.files import at_home
 from vavae_jax.common.keys import DTYPES, LAST_SEED, Key
 from vavae_jax.tokenizer import Tokenizer
@@ -313,7 +313,10 @@ class Pipeline:
       raise InputError(f"{unknown[0]} is no setting of sampling; they are {known}.")
     plain = {k: _plain(v) for k, v in named.items() if v is not None}
     chosen = FrozenConfigDict(ConfigDict(self.config.sample.to_dict() | plain))
-    checks.check_sampling(chosen, self.config.model)
+    given = {_OURS[name]: name for name in changes if name in _OURS}
+    names = {f"config.sample.{name}": own for name, own in given.items()}
+    with naming(names | {"config.sample.": ""}):
+      checks.check_sampling(chosen, self.config.model)
     return chosen
 
 

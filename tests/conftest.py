@@ -14,15 +14,19 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A name that nothing here has may be one of the hub, which no test asks: tests have their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA compiles in a fifth less time with its older emitters of kernels.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+import dataclasses
 import fcntl
 import gc
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,6 +171,41 @@ def command(environment: dict[str, str]) -> Command:
       timeout=600,
       check=False,
     )
+
+  return run
+
+
+@dataclasses.dataclass
+class Done:
+  """What a command left: its exit code, its output, and the modules that it had imported."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+  modules: set[str]
+
+
+@pytest.fixture(scope="session")
+def forked(
+  environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Done]]:
+  """`forked([["launch.train", ...], ...], imported="jax")` runs command lines; see forked.py.
+
+  These variables are added to those of the session.
+  """
+
+  def run(lines: Iterable[Sequence[object]], imported: str, **variables: str) -> list[Done]:
+    lines = list(lines)
+    folder = tmp_path_factory.mktemp("forked")
+    words = [sys.executable, "-m", "tests.forked", str(folder), imported]
+    given = json.dumps([list(map(str, line)) for line in lines])
+    subprocess.run(words, cwd=ROOT, env=environment | variables, input=given, text=True, check=True)
+    answers = []
+    for number in range(len(lines)):
+      told = json.loads((folder / f"{number}.json").read_text())
+      streams = ((folder / f"{number}.{suffix}").read_text() for suffix in ("out", "err"))
+      answers.append(Done(told["code"], *streams, set(told["modules"])))
+    return answers
 
   return run
 

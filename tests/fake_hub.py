@@ -17,16 +17,23 @@ COMMIT = "0" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-  """What huggingface_hub asks for to push and to fetch a model; any token but "wrong" is good."""
+  """What huggingface_hub asks for to push and to fetch a model; any token but "wrong" is good.
+
+  Nobody sees a model that is called private or gated.
+  """
 
   root: Path
 
   def log_message(self, *_: object) -> None:
     """Nothing."""
 
-  def _answer(self, value: Any = None, content: bytes = b"", status: int = 200) -> None:
+  def _answer(
+    self, value: Any = None, content: bytes = b"", status: int = 200, **headers: str
+  ) -> None:
     body = json.dumps(value).encode() if value is not None else content
     self.send_response(status)
+    for name, text in headers.items():
+      self.send_header(name.replace("_", "-"), text)
     self.send_header("X-Repo-Commit", COMMIT)
     self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
     self.send_header("Content-Length", str(len(body)))
@@ -60,6 +67,16 @@ class Hub(BaseHTTPRequestHandler):
       self._answer({"error": self.path}, status=404)
 
   def do_GET(self) -> None:
+    if self.headers.get("Authorization") == "Bearer wrong":
+      wrong = "Invalid credentials in Authorization header"
+      self._answer({"error": wrong}, status=401, X_Error_Message=wrong)
+      return
+    if "/me/private" in self.path:
+      self._answer({"error": "Repository not found"}, status=401, X_Error_Code="RepoNotFound")
+      return
+    if "/me/gated" in self.path:
+      self._answer({"error": "Ask"}, status=403, X_Error_Code="GatedRepo")
+      return
     if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", self.path):
       files = sorted(path.name for path in (self.root / found[1]).glob("*"))
       if files:
@@ -92,3 +109,13 @@ def running(root: Path) -> Iterator[str]:
   finally:
     server.shutdown()
     thread.join()
+
+
+def variables(address: str, cache: Path) -> dict[str, str]:
+  """Of a process that asks the hub at an address."""
+  return {
+    "HF_ENDPOINT": address,
+    "HF_HOME": str(cache),
+    "HF_TOKEN": "good",
+    "HF_HUB_OFFLINE": "0",
+  }

@@ -34,6 +34,8 @@ from lightningdit_jax.store.latents import MANIFEST, STATISTICS, LatentStore
 from tests import cases
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import write_json
+from vavae_jax.data import changes
 
 BENCHMARKS = ("steps", "page", "parts", "loading", "fid")
 EVALUATIONS = (
@@ -137,7 +139,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     ({"sample__num_steps": 1}, "num_steps is 1"),
     ({"sample__cfg_channels": 49}, "cfg_channels is 49"),
     ({"sample__batch_size": 0}, "batch_size is 0"),
-    ({"tokenizer": "no/such/workdir"}, "no/such/workdir is not a training's workdir"),
+    ({"tokenizer": "no/such/workdir"}, "no/such/workdir does not exist; give a workdir, a model"),
   ],
 )
 def test_wrong_diffusion_settings_are_refused(pipeline, tmp_path, changes, named):
@@ -239,7 +241,7 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
     ({"diffusion__latents__valid_path": "no/such"}, "no/such holds no latent shards"),
     ({"diffusion__tokenizer": "mine"}, r"config\.diffusion\.tokenizer is 'mine'"),
     ({"diffusion__evaluate_samples": 1}, "evaluate_samples is 1"),
-    ({"diffusion__init_from": "no/such.pt"}, r"init_from is no/such\.pt"),
+    ({"diffusion__init_from": "no/such.pt"}, r"init_from: no/such\.pt does not exist"),
     ({"diffusion__init_from": str(WEIGHTS / "vavae_lightning.ckpt")}, "not a LightningDiT's"),
     (
       {"diffusion__init_from": str(WEIGHTS / "lightningdit_bare_state_dict.pt")},
@@ -252,6 +254,16 @@ def test_quickstart_checks_all_stages_before_the_first(tmp_path, changes, named)
   with pytest.raises(InputError, match=named):
     launch.quickstart.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_quickstart_names_keys_as_its_configuration_has_them(pictures, tmp_path):
+  config = changed(quickstart.pipeline(tiny=True), tokenizer__data__source=f"folder:{pictures}")
+  config.tokenizer.data.split = "name"
+  note = changes.check(tmp_path, config.tokenizer.data)
+  note["source"]["listing"] = "another"
+  write_json(tmp_path / "tokenizer" / changes.NOTE, note)
+  with pytest.raises(InputError, match=r"by --config\.tokenizer\.data\.changed=allow"):
+    launch.quickstart.run(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["report.html", "samples.npz", "generation.json"])
@@ -346,36 +358,6 @@ def test_a_training_may_change_the_options_that_leave_the_numbers(monkeypatch, t
 
 
 # As a person meets them: real processes, forks of one that has imported the libraries.
-
-
-@dataclasses.dataclass
-class Done:
-  """What a command left: its exit code, its output, and the modules that it had imported."""
-
-  returncode: int
-  stdout: str
-  stderr: str
-  modules: set[str]
-
-
-@pytest.fixture(scope="module")
-def forked(environment, tmp_path_factory):
-  """`forked([["launch.train", ...], ...], imported="jax")` runs command lines; see forked.py."""
-
-  def run(lines, imported):
-    lines = list(lines)
-    folder = tmp_path_factory.mktemp("forked")
-    words = [sys.executable, "-m", "tests.forked", str(folder), imported]
-    given = json.dumps([list(map(str, line)) for line in lines])
-    subprocess.run(words, cwd=ROOT, env=environment, input=given, text=True, check=True)
-    answers = []
-    for number in range(len(lines)):
-      told = json.loads((folder / f"{number}.json").read_text())
-      streams = ((folder / f"{number}.{suffix}").read_text() for suffix in ("out", "err"))
-      answers.append(Done(told["code"], *streams, set(told["modules"])))
-    return answers
-
-  return run
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import pytest
 
 from launch.engine import command_line, console
+from vavae_jax.common.errors import InputError
 
 
 def test_without_a_terminal_the_end_of_a_work_is_told_once(monkeypatch, capsys):
@@ -12,6 +13,35 @@ def test_without_a_terminal_the_end_of_a_work_is_told_once(monkeypatch, capsys):
         bar.update(2)
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in told] == ["1/2", "2/2"][:ends]
+
+
+@pytest.mark.parametrize(
+  ("told", "wanted"),
+  [
+    ("by --config.data.changed=allow", "by --config.tokenizer.data.changed=allow"),
+    (
+      "/x/config.json: config.a, config.b",
+      "/x/config.json: config.tokenizer.a, config.tokenizer.b",
+    ),
+    ("its config.json and configs.base", "its config.json and configs.base"),
+    ("another --output, or --outputs", "another --workdir, or --outputs"),
+    ("config.sample.num_steps is 1", "--num_steps is 1"),
+  ],
+)
+def test_messages_name_settings_as_who_gave_them_knows_them(told, wanted, capsys):
+  names = {"config.": "config.tokenizer.", "config.sample.": "--", "--output": "--workdir"}
+
+  @console.naming(names)
+  @console.naming(names)
+  def fail():
+    console.say(told)
+    raise InputError(told)
+
+  with pytest.raises(InputError) as caught:
+    fail()
+  assert str(caught.value) == wanted
+  console.say(told)
+  assert capsys.readouterr().out == f"{wanted}\n{told}\n"
 
 
 @pytest.mark.parametrize("called", ["vavae encode", "python -m launch.encode"])

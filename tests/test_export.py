@@ -100,7 +100,8 @@ def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
     ([9], {}, "There is no class 9; they are 0 to 8"),
     ([], {}, "There are no classes"),
     ([0], {"stepz": 3}, "stepz is no setting of sampling; they are"),
-    ([0], {"steps": 1}, "num_steps is 1"),
+    ([0], {"steps": 1}, "^steps is 1; give"),
+    ([0], {"num_steps": 1}, "^num_steps is 1; give"),
     ([0], {"seed": -1}, "seed is -1"),
     ([0], {"trajectory": True, "method": "dopri5"}, "give another method"),
     ([0], {"noise": np.zeros((2, 4, 4, 48))}, "noise is .* these samples need"),
@@ -287,7 +288,7 @@ def test_commands_take_a_folder_as_they_take_a_workdir(saved, diffusion, tokeniz
 
 def test_what_is_pushed_to_the_hub_comes_back(command, saved, pipeline, environment, tmp_path):
   with fake_hub.running(tmp_path / "hub") as address:
-    hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "good"}
+    hub = fake_hub.variables(address, tmp_path / "cache")
     words = ("launch.export", f"--workdir={saved}", "--samples=1", "--push=me/model")
     words += (f"--evaluations={pipeline / 'generation.json'}",)
     done = command(*words, f"--output={tmp_path / 'out'}", **hub)
@@ -306,6 +307,49 @@ def test_what_is_pushed_to_the_hub_comes_back(command, saved, pipeline, environm
     assert "Animals & Nature" in online.stdout
   offline = subprocess.run([sys.executable, "-c", load], check=True, **run)
   assert offline.stdout == online.stdout
+
+
+def test_every_command_takes_a_name_of_the_hub_as_it_takes_a_folder(
+  forked, saved, pictures, tmp_path
+):
+  shutil.copytree(saved, tmp_path / "hub" / "me" / "model")
+  (tmp_path / "hub" / "me" / "other").mkdir()
+  (tmp_path / "hub" / "me" / "other" / "config.json").write_text("{}")
+  model, out = "--workdir=me/model", f"--output={tmp_path}"
+  lines = {
+    "sample": ["launch.sample", model, f"{out}/x.npz", "--num_samples=2", "--num_steps=2"],
+    "encode": ["launch.encode", model, f"{out}/latents", f"--source=folder:{pictures}"],
+    "export": ["launch.export", "--workdir=hf:me/model", f"{out}/copy", "--samples=0"],
+    "convert": ["launch.convert", "me/model", f"{tmp_path}/x.safetensors", "--part=diffusion"],
+  }
+  wrong = {
+    "me/private": "(the hub has no such model, or it is private and the token does not open it)",
+    "me/gated": "(its owner admits people one by one: ask on its page)",
+    "me/other": "me/other on the Hugging Face hub is no model folder",
+  }
+  lines |= {x: ["launch.export", f"--workdir={x}", f"{out}/none"] for x in wrong}
+  wrong["sweep"] = "me/model has checkpoints of the steps [6], no others"
+  lines["sweep"] = ["launch.evaluate", "sweep", model, f"{out}/sweep", "--grid=step=4"]
+  lines["sweep"] += ["--reference=x.npz", "--protocol=efficientnet_lite0"]
+  imported = "launch.evaluate,launch.quickstart"
+  with fake_hub.running(tmp_path / "hub") as address:
+    hub = fake_hub.variables(address, tmp_path / "cache")
+    answers = dict(zip(lines, forked(lines.values(), imported, **hub), strict=True))
+    new = hub | {"HF_HOME": str(tmp_path / "new")}  # what was fetched serves on
+    refused = forked([lines["export"]], imported, **new | {"HF_TOKEN": "wrong"})[0]
+  gone = forked([lines["export"]], imported, **new)[0]
+  for name in lines.keys() - wrong.keys():
+    assert answers[name].returncode == 0, answers[name].stderr
+  told = {name: answers[name] for name in wrong}
+  told |= {"token": refused, "offline": gone}
+  wrong |= {"token": "401 Unauthorized", "offline": "(the hub is not reached, and nothing of it is"}
+  for name, done in told.items():
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert wrong[name] in done.stderr
+  noted = json.loads((tmp_path / "latents" / "manifest.json").read_text())["tokenizer"]
+  assert noted["workdir"] == "hf:me/model"  # so that sampling finds it, wherever the cache is
+  kept = [path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")]
+  assert {*kept} == {path.name for path in saved.iterdir()} | {"config.json"}
 
 
 def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tmp_path):

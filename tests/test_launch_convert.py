@@ -476,7 +476,7 @@ def test_inspection_lists_tensors_and_values(capsys):
     ("x.npz", {}, "are read, not written"),
     ("x.pt", {"to": "safetensors"}, "contradict each other"),
     ("run", {"latents": "no/such"}, "no/such holds no latent shards"),
-    ("run", {"tokenizer": "no/such"}, "no/such is not a training's workdir"),
+    ("run", {"tokenizer": "no/such"}, "no/such is no folder here, and could not be fetched"),
     ("run", {"part": "ema"}, "no part 'ema' with a known model; it has the file itself"),
   ],
 )

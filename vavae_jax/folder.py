@@ -18,7 +18,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vavae_jax.common import functional, keys
-from vavae_jax.common.addresses import HUB, with_hub
+from vavae_jax.common.addresses import HUB, local_file, with_hub
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
+  at_home,
   check_free,
   hidden,
+  is_url,
+  place,
   read_note,
   sha256_of,
   write_json,
@@ -57,7 +60,9 @@ ORIGIN: dict[str, Key] = {
   "data": Key("", text="What they were trained on, for people."),
   "figures": Key((), text="Name, value and protocol of each, by |.", kind=str, is_list=True),
 }
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_IN_CACHE = re.compile(r".*[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]\w+")
+TAKEN = "a workdir, a model folder, or USER/NAME of a model on the hub"  # by `find`
 _NUMBERS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -87,22 +92,41 @@ def parts_of(folder: Path) -> list[str]:
   return [name for name in WEIGHTS if name in read_note(folder / CONFIG)]
 
 
-def find(source: str | os.PathLike[str]) -> Path:
-  """The folder that a person named by its path, or as USER/NAME or hf:USER/NAME on the hub.
+def find(source: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
+  """The model folder or workdir that a person named; every command, key and call asks here.
 
-  Of the hub the files of a model folder alone are downloaded, once, into the hub's cache. A path
-  that exists comes first. InputError where there is neither.
+  A path of this machine or of a bucket; a model on the hub by USER/NAME or hf:USER/NAME, of which
+  the files of a model folder alone are downloaded, once, into the hub's cache. A path that exists
+  comes first. With the endings of `files` also such a file, by its path or hf:OWNER/NAME/FILE.
+  InputError where there is none.
   """
-  name = os.fspath(source)
-  path = Path(name).expanduser()
-  if path.exists():
-    return path
-  if not _REPOSITORY.fullmatch(name.removeprefix(HUB)):
-    raise InputError(f"{name} does not exist; give a model folder, a workdir, or USER/NAME.")
-  advice = "There is no folder of that name here either; where there is no network, give a path"
-  with with_hub(name, "fetched", advice):
-    repository = name.removeprefix(HUB)
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(FILES)))
+  name = at_home(os.fspath(source))
+  if is_url(name):
+    return place(name)
+  if Path(name).exists():
+    return Path(name)
+  repository = name.removeprefix(HUB)
+  is_repository = _REPOSITORY.fullmatch(repository) and not name.endswith(tuple(files))
+  if files and name.startswith(HUB) and not is_repository:
+    return local_file(name)
+  if is_repository:
+    what = name if name.startswith(HUB) else f"{name} is no folder here, and"
+    advice = f"Give {TAKEN}; private ones need the token of hf auth login or HF_TOKEN"
+    with with_hub(what, "fetched from the Hugging Face hub", advice):
+      found = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(FILES)))
+    if not is_model(found):
+      raise InputError(f"{name} on the Hugging Face hub is no model folder; give {TAKEN}.")
+    return found
+  also = f", or a file of weights ({', '.join(files)})" if files else ""
+  raise InputError(f"{name} does not exist; give {TAKEN}{also}.")
+
+
+def address(path: Path) -> str:
+  """What names a folder that `find` gave, to be found again: its path, or hf:USER/NAME."""
+  if is_url(path):
+    return str(path)
+  cached = _IN_CACHE.fullmatch(str(path.absolute()))
+  return f"{HUB}{cached[1]}/{cached[2]}" if cached else str(path.absolute())
 
 
 def save(

@@ -6,6 +6,7 @@ command that resumes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -15,12 +16,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
 from typing import Any, TypeVar
 
 import jax
 from absl import app, flags, logging
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
@@ -30,6 +32,7 @@ from rich.text import Text
 from launch.engine import command_line, hardware, output, processes, tracing, watchdog
 from launch.engine.command_line import resume_command
 from launch.engine.configuration import flat
+from vavae_jax.common import errors
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import ADVICE, BUCKETS, allow_open_files, at_home
 
@@ -38,6 +41,7 @@ flags.disclaim_key_flags()
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+_names: dict[str, str] = {}  # of settings in messages; see `naming`
 # The packages of clients of buckets, with errors of their own.
 CLIENTS = ("aiohttp", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure")
 
@@ -129,10 +133,22 @@ def clock(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@contextlib.contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+  """Messages and InputErrors of this block name settings as by `errors.naming`."""
+  global _names
+  before, _names = _names, dict(names)
+  try:
+    with errors.naming(names):
+      yield
+  finally:
+    _names = before
+
+
 def say(text: str) -> None:
   """Prints in the first process."""
   if jax.process_index() == 0:
-    console.print(printable(text), markup=False)
+    console.print(printable(errors.renamed(text, _names) if _names else text), markup=False)
 
 
 def say_here(text: str) -> None:
@@ -239,6 +255,8 @@ def run_command(
     logging.set_verbosity(logging.WARNING)
     # What Pillow minds of a picture's metadata, which nobody here reads; errors are not among them.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    if not console.is_terminal:
+      disable_progress_bars()  # of downloads, which would fill a log
     for name in BUCKETS.values():  # which log every retry with its traceback
       getLogger(name).setLevel("CRITICAL")
     try:

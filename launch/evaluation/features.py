@@ -80,10 +80,8 @@ def load_network(protocol: str, path: str = "") -> Network:
     return _inception(protocol, path)
   if protocol == CLASSIFIER:
     return _classifier(path)
-  try:  # by the mean and deviation of their publishers
-    teacher = load_teacher(protocol, path or None, normalize=True)
-  except InputError as error:
-    raise InputError(f"{error} Here it is --weights=PATH.") from error
+  # By the mean and deviation of their publishers.
+  teacher = load_teacher(protocol, path or None, normalize=True)
   graph, state = nnx.split(teacher)
   pooled = isinstance(teacher, EfficientNetLite)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vavae_jax.common.addresses import HUB, local_file
+from vavae_jax import folder
+from vavae_jax.common.addresses import HUB
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import is_url
+from vavae_jax.weights.state_dicts import SUFFIXES
 
 
 class Released(NamedTuple):
@@ -42,20 +45,16 @@ def config_of(source: str) -> str:
 
 
 def find(source: str) -> Path:
-  """The path of a file or folder, downloaded from the hub if it is not yet in the cache.
+  """The path of weights: a key of `RELEASED`, or whatever `folder.find` takes, a file too.
 
-  `source` is a path, "hf:OWNER/NAME/FILE", or a key of `RELEASED`; a path that exists comes first.
-
-  Raises:
-    InputError: it does not exist, or the hub cannot be reached; the message says what to put where.
+  A path that exists comes first. InputError, which says what to put where, if there is none.
   """
-  if Path(source).exists():
-    return Path(source)
-  if source in RELEASED:
+  if source in RELEASED and not Path(source).exists():
     source = HUB + RELEASED[source].file
-  if not source.startswith(HUB):
-    raise InputError(
-      f"{source} does not exist; give a file or folder, {HUB}OWNER/NAME/FILE, or one of "
-      f"{', '.join(RELEASED)}."
-    )
-  return local_file(source)
+  try:
+    path = folder.find(source, files=SUFFIXES)
+  except InputError as error:
+    raise InputError(f"{error} Or give one of {', '.join(RELEASED)}.") from error
+  if is_url(path) and path.is_file():
+    raise InputError(f"{source} is a file in a bucket; copy it here, and give its path.")
+  return path

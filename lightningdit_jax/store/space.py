@@ -15,6 +15,7 @@ import numpy as np
 
 from lightningdit_jax.store.latents import LatentStore, mean_and_std
 from vavae_jax import folder
+from vavae_jax.common.addresses import HUB
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place, read_note
 from vavae_jax.tokenizer import SETTINGS as TOKENIZER
@@ -165,7 +166,8 @@ def find_tokenizer(
     InputError: the tokenizer is unknown, gone, or another one.
   """
   places = (given,) if given else (noted.get("workdir", ""), str(beside or ""))
-  paths = [place(text) for text in places if text]
+  is_named = bool(given)
+  paths = [folder.find(x) if is_named or x.startswith(HUB) else place(x) for x in places if x]
   if not paths:
     raise InputError(
       f"{of} does not say which tokenizer made its latents; give --tokenizer=WORKDIR."

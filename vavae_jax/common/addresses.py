@@ -1,5 +1,6 @@
 """Addresses of the Hugging Face hub, which every flag and key takes that names weights or latents.
 
+USER/NAME               a model; `vavae_jax.folder.find` also knows those on the disk
 hf:OWNER/NAME/FILE      a file of a model
 hf:OWNER/NAME           the files of a data set
 """
@@ -12,13 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+  GatedRepoError,
+  LocalEntryNotFoundError,
+  OfflineModeIsEnabled,
+  RepositoryNotFoundError,
+)
 from huggingface_hub.utils import logging as hub_logging
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home
 
 HUB = "hf:"
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2")  # with errors of their own
 
 
 def local_file(name: str | os.PathLike[str]) -> Path:
@@ -48,9 +55,21 @@ def with_hub(name: str, done: str, advice: str) -> Iterator[None]:
   hub_logging.set_verbosity_error()  # it logs every retry
   try:
     yield
-  except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-    reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-    raise InputError(f"{name} could not be {done} ({reason}). {advice}.") from error
+  except Exception as error:
+    theirs = type(error).__module__.partition(".")[0] in _CLIENTS
+    if not theirs and not isinstance(error, OSError | ValueError):
+      raise
+    raise InputError(f"{name} could not be {done} ({_reason(error)}). {advice}.") from error
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, GatedRepoError):
+    return "its owner admits people one by one: ask on its page"
+  if isinstance(error, RepositoryNotFoundError):
+    return "the hub has no such model, or it is private and the token does not open it"
+  if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+    return "the hub is not reached, and nothing of it is in the hub's cache"
+  return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def url_of_data(name: str) -> str:
