@@ -328,6 +328,13 @@ def main(*words: str) -> None:
     ("sha256", done.sha256),
   ]
   console.table("Converted", ("", ""), rows)
+  if done.path.is_file():
+    console.say_next("convert", str(done.path), "--inspect")
+  elif done.weights.kind == "LightningDiT":
+    console.say_next("sample", f"--workdir={done.path}", f"--output={done.path}_samples.npz")
+  else:
+    words = (f"--workdir={done.path}", f"--output={done.path}_latents", "--source=PICTURES")
+    console.say_next("encode", *words)
 
 
 FLAGS = flags.FLAGS

@@ -301,7 +301,9 @@ def _encoder(
 
 def main() -> None:
   if FLAGS.check:
-    check_latents.check(fetching.local_folder(FLAGS.check))
+    path = fetching.local_folder(FLAGS.check)
+    check_latents.check(path)
+    _say_training(latents.LatentStore(path))
     return
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
@@ -326,7 +328,17 @@ def main() -> None:
       ("folder", str(store.path)),
     ],
   )
-  if not FLAGS.held_out and height == width:
+  if FLAGS.held_out:
+    words = (f"--latents={store.path}", f"--output={store.path}_figures")
+    console.say_next("evaluate", "latents", *words)
+  else:
+    _say_training(store)
+
+
+def _say_training(store: latents.LatentStore) -> None:
+  """Prints the command that trains on latents, which have to be squares."""
+  height, width, channels = store.shape
+  if height == width:
     name = f"{store.path.name}_diffusion"
     shape = [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
     recipe = "--config=configs/lightningdit.py:B/1"

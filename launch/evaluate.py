@@ -352,7 +352,28 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
 }
 
 
-def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...]) -> Subcommand:
+def _say_next(evaluation: str) -> None:
+  """Prints the command that usually follows an evaluation."""
+  output = local_place(FLAGS.output)
+  if evaluation in ("generation", "reconstruction"):
+    where = (f"--workdir={FLAGS.workdir or 'WORKDIR'}", f"--output={output}_model")
+    console.say_next("export", *where, f"--evaluations={output}.json")
+  elif evaluation in ("sweep", "solvers"):
+    console.say_next("sample", f"--workdir={FLAGS.workdir}", f"--output={output}_samples.npz")
+  elif evaluation == "statistics":
+    words = ("--samples=SAMPLES.npz", f"--reference={output}", f"--protocol={FLAGS.protocol}")
+    to = f"--output={output.with_suffix('')}_generation"
+    console.say_next("evaluate", "generation", *words, to)
+  elif evaluation == "latents":
+    recipe, to = "--config=configs/lightningdit.py:B/1", f"--workdir={FLAGS.latents}_diffusion"
+    console.say_next("train", recipe, to, f"--config.latents.path={FLAGS.latents}")
+  else:
+    console.say_next("encode", "--workdir=TOKENIZER", "--output=LATENTS")
+
+
+def _subcommand(
+  name: str, run: Callable[[], None], groups: tuple[Callable[[], None], ...]
+) -> Subcommand:
   def define_flags() -> None:
     text = "Path of the results without suffix; of statistics, the npz."
     flags.DEFINE_string("output", None, text, required=True)
@@ -362,9 +383,10 @@ def _subcommand(run: Callable[[], None], groups: tuple[Callable[[], None], ...])
   def owning() -> None:
     with owned(local_place(FLAGS.output), beside=True), console.naming(_NAMES):
       run()
+    _say_next(name)
 
   return Subcommand(inspect.getdoc(run) or "", owning, define_flags)
 
 
 if __name__ == "__main__":
-  subcommands.run(__doc__, {name: _subcommand(*both) for name, both in COMMANDS.items()})
+  subcommands.run(__doc__, {name: _subcommand(name, *both) for name, both in COMMANDS.items()})

@@ -246,6 +246,12 @@ def main() -> None:
   package = "lightningdit_jax" if isinstance(model, Pipeline) else "vavae_jax"
   rows.append(("in Python", f"from {package} import {kind}; {kind}.load({str(output)!r})"))
   console.table(f"Model folder {output}", ("what", "value"), rows)
+  if isinstance(model, Pipeline):
+    console.say_next("sample", f"--workdir={output}", f"--output={output}_samples.npz")
+    console.say_studio(output)
+  else:
+    words = (f"--workdir={output}", f"--output={output}_latents", "--source=PICTURES")
+    console.say_next("encode", *words)
 
 
 FLAGS = flags.FLAGS

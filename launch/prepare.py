@@ -135,6 +135,9 @@ def main() -> None:
     ("source for a configuration", f"arrayrecord:{FLAGS.output}"),
   ]
   console.table("Prepared", ("what", "value"), rows)
+  where = f"--workdir={folder.with_name(f'{folder.name}_tokenizer')}"
+  source = f"--config.data.source=arrayrecord:{FLAGS.output}"
+  console.say_next("train", "--config=configs/vavae_f16d32.py", where, source)
 
 
 FLAGS = flags.FLAGS

@@ -315,6 +315,7 @@ def main() -> None:
   )
   where = (f"--workdir={workdir / 'diffusion'}", f"--output={workdir / 'more.npz'}")
   console.say_next("sample", *where, "--num_samples=90")
+  console.say_studio(workdir / "diffusion")
 
 
 FLAGS = flags.FLAGS

@@ -126,6 +126,9 @@ def main() -> None:
   elif FLAGS.config.task == "diffusion":
     output = f"--output={beside}_samples.npz"
     console.say_next("sample", f"--workdir={workdir}", output, "--num_samples=64")
+  else:
+    words = (f"--weights={workdir}", f"--output={beside}_statistics.npz", "--reference=PICTURES")
+    console.say_next("evaluate", "statistics", "--protocol=classifier", *words)
 
 
 FLAGS = flags.FLAGS

@@ -509,6 +509,12 @@ def test_help_of_every_command_says_what_it_does_without_slow_imports(forked):
     assert not SLOW & done.modules, name
 
 
+def test_every_command_tells_the_next_one():
+  for name in COMMANDS:
+    if not name.startswith(("lab.", "studio")):  # which end with a page, or when they are stopped
+      assert "console.say_next(" in (ROOT / "launch" / f"{name}.py").read_text(), name
+
+
 @pytest.mark.parametrize("words", ["launch", "launch.sample --helpfull"])
 def test_a_reader_that_stops_reading_is_no_error(words, environment):
   reader, writer = os.pipe()

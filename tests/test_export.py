@@ -340,6 +340,8 @@ def test_every_command_takes_a_name_of_the_hub_as_it_takes_a_folder(
   gone = forked([lines["export"]], imported, **new)[0]
   for name in lines.keys() - wrong.keys():
     assert answers[name].returncode == 0, answers[name].stderr
+    assert "\nnext: python -m launch." in answers[name].stdout
+  assert f"next: python -m launch.studio --model={tmp_path / 'copy'}\n" in answers["export"].stdout
   told = {name: answers[name] for name in wrong}
   told |= {"token": refused, "offline": gone}
   wrong |= {"token": "401 Unauthorized", "offline": "(the hub is not reached, and nothing of it is"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -41,6 +43,7 @@ flags.disclaim_key_flags()
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0
+GRADIO = "pip install 'gradio>=6,<7'"
 _names: dict[str, str] = {}  # of settings in messages; see `naming`
 # The packages of clients of buckets, with errors of their own.
 CLIENTS = ("aiohttp", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure")
@@ -171,6 +174,13 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> N
 def say_next(name: str, *options: str) -> None:
   """Prints the command that usually follows, as a line that can be copied."""
   say(f"next: {command_line.command(name, *options)}")
+
+
+def say_studio(model: Path | str) -> None:
+  """Prints the command that opens the studio on a model, and what it needs and lacks."""
+  say_next("studio", f"--model={model}")
+  if importlib.util.find_spec("gradio") is None:
+    say(f"      the studio needs Gradio: {GRADIO}")
 
 
 def number(value: float) -> str:

@@ -26,7 +26,7 @@ from vavae_jax.common.files import place
 
 def main() -> None:
   if importlib.util.find_spec("gradio") is None:
-    raise InputError("The studio needs Gradio, of the extra [studio]: pip install 'gradio>=6,<7'.")
+    raise InputError(f"The studio needs Gradio, of the extra [studio]: {console.GRADIO}.")
   if not FLAGS.model and not FLAGS.workdir:
     raise InputError("Give --model=MODEL, or --workdir=WORKDIR to follow a training.")
   with content.listen(FLAGS.host, FLAGS.port) as listening:
