@@ -199,7 +199,7 @@ def _sweep() -> None:
   if folder.is_model(path):
     averages, steps = (diffusion.ema,), [diffusion.step]
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
-    if point.pop("ema", 0.0) not in averages:
+    if point.pop("ema", averages[0]) not in averages:
       raise InputError(f"{FLAGS.workdir} keeps averages of decays {averages}, no others.")
     if point.pop("step", steps[0]) not in steps:
       raise InputError(f"{FLAGS.workdir} has checkpoints of the steps {steps}, no others.")

@@ -15,6 +15,7 @@ Face hub, by the token of `hf auth login` or HF_TOKEN.
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,15 +67,18 @@ def export(
   """Writes a model folder with its card and picture; the arguments are the command's.
 
   `workdir` is of the training, whose notes the card is made from; `samples` of each class are
-  drawn, 0: none, unless there is a `picture`. InputError if one of the `evaluations` is no result
-  of launch.evaluate.
+  drawn, 0: none, unless there is a `picture`. Evaluations on the card of a folder in that place, or
+  of the one that is exported, stay where the weights are the same. InputError if one of the
+  `evaluations` is no result of launch.evaluate, or is of other weights.
   """
-  evaluated = [_evaluated(path) for path in evaluations]
+  evaluated = _merged(_kept(output, model), [_evaluated(path, model) for path in evaluations])
   if output.parent.is_dir():
     remove_partial(output.parent, output.name)  # left by a run that was killed
   if not folder.is_model(workdir):  # which brings its own
     rows = [" | ".join(row) for row in _figures(workdir)][: keys.LONGEST_LIST]
     model.origin = {**model.origin, "data": _data(model, workdir), "figures": rows}
+  if evaluated:
+    model.origin = {**model.origin, "evaluations": [json.dumps(x) for x in evaluated]}
   if samples and isinstance(model, Pipeline) and not picture:
     picture = _png(_sheet(model, samples))
   files = {folder.PICTURE: picture} if picture else {}
@@ -175,9 +179,47 @@ def _figures(workdir: Path) -> list[tuple[str, str, str]]:
   return [(name, f"{x[-1][1]:.4g}", f"while training, step {x[-1][0]}") for name, x in last if x]
 
 
-def _evaluated(path: Path) -> dict[str, Any]:
+def _identity(model: Pipeline | Tokenizer) -> dict[str, str]:
+  """Hashes of a model's weights, by the names of `folder.WEIGHTS`."""
+  if isinstance(model, Tokenizer):
+    return {"tokenizer": model.sha256}
+  return {"tokenizer": model.tokenizer.sha256, "diffusion": model.origin["sha256"]}
+
+
+def _kept(output: Path, model: Pipeline | Tokenizer) -> list[dict[str, Any]]:
+  """The evaluations of the model, and of the folder that is there if it has the same weights."""
+  mine = [json.loads(text) for text in model.origin.get("evaluations", ())]
+  if not folder.is_model(output):
+    return mine
+  config, parts = read_note(output / folder.CONFIG), folder.parts_of(output)
+  origins = {name: config[name].get("origin", {}) for name in parts}
+  there = [json.loads(text) for text in origins[parts[-1]].get("evaluations", ())]
+  if {name: origin.get("sha256") for name, origin in origins.items()} == _identity(model):
+    return _merged(there, mine)
+  if gone := ", ".join(each["kind"] for each in there):
+    console.say(f"evaluations of other weights leave the card of {output}: {gone}")
+  return mine
+
+
+def _merged(
+  before: Sequence[dict[str, Any]], later: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """All evaluations; of two of the same kind and figures the later one."""
+  both = [*before, *later]
+  return [*{(x["kind"], *(name for name, _ in x["figures"])): x for x in both}.values()]
+
+
+def _evaluated(path: Path, model: Pipeline | Tokenizer) -> dict[str, Any]:
   """Figures and protocol of a result of `launch.evaluate`, without the paths in it."""
   note = read_note(path, evaluation=str, figures=dict)
+  samples = note.get("samples") or {}
+  of_model = _identity(model).get("diffusion", "")
+  if samples.get("kind") == "sampled" and samples.get("diffusion") != of_model:
+    raise InputError(
+      f"{path} is of samples of other weights (step {samples.get('diffusion_step')}, average "
+      f"{samples.get('ema')}) than those of the model; evaluate these, or export the others by "
+      "--step and --ema."
+    )
   network = note.get("network") or {}
   of = {"samples": "samples", "reference": "reference pictures", "pictures": "pictures"}
   counts = ((what, note.get(name) or {}) for name, what in of.items())

@@ -203,7 +203,8 @@ def forked(
     answers = []
     for number in range(len(lines)):
       told = json.loads((folder / f"{number}.json").read_text())
-      streams = ((folder / f"{number}.{suffix}").read_text() for suffix in ("out", "err"))
+      files = (folder / f"{number}.{suffix}" for suffix in ("out", "err"))
+      streams = [file.read_text() if file.exists() else "" for file in files]
       answers.append(Done(told["code"], *streams, set(told["modules"])))
     return answers
 

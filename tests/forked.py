@@ -41,11 +41,20 @@ def main() -> None:
   for number, words in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if not child:
-      for stream, suffix in ((1, "out"), (2, "err")):
+      streams = ((1, "out"), (2, "err"))
+      if os.environ.get("READER") == "gone":  # as `| head -1` does
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        streams = streams[1:]
+      for stream, suffix in streams:
         os.dup2(os.open(folder / f"{number}.{suffix}", os.O_WRONLY | os.O_CREAT), stream)
       code = run(words)
-      sys.stdout.flush()
-      sys.stderr.flush()
+      try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+      except OSError:
+        code = 120  # as Python ends then
       (folder / f"{number}.json").write_text(json.dumps({"code": code, "modules": [*sys.modules]}))
       os._exit(code)
     os.waitpid(child, 0)

@@ -531,6 +531,15 @@ def test_a_reader_that_stops_reading_is_no_error(words, environment):
   assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_help_is_no_error_for_a_reader_that_stops_reading_by_any_command(forked):
+  lines = [*(f"launch.{name}" for name in COMMANDS), "launch"]
+  lines += [f"launch.evaluate {name}" for name in EVALUATIONS]
+  words = [[*line.split(), "--help"] for line in lines]
+  answers = forked(words, "launch.evaluate,launch.quickstart", READER="gone")
+  for line, done in zip(lines, answers, strict=True):
+    assert (done.returncode, done.stderr) == (0, ""), line
+
+
 GIVEN = "launch.sample --workdir=a --output=a.npz "
 WRONG_FLAGS = {
   "launch.sample": "--workdir and --output are missing; give --workdir=RUNS/diffusion "

@@ -379,6 +379,36 @@ def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tm
     assert f"- data: latents of {len(LatentStore(pipeline / 'latents')):,} pictures" in card
 
 
+def test_evaluations_stay_on_the_card_of_the_same_weights_and_leave_that_of_others(
+  tokenizer, pipe, tmp_path, capsys
+):
+  own, model = restore.for_use(tokenizer), tmp_path / "model"
+  result = {"evaluation": "reconstruction", "figures": {"psnr": 20.5}, "run": {"commit": "abc"}}
+  (tmp_path / "r.json").write_text(json.dumps(result))
+
+  def card(path, model, **more):
+    export.export(model, path, workdir=tokenizer.workdir, samples=0, **more)
+    return (path / folder.CARD).read_text()
+
+  shown = "## Evaluation: reconstruction\n\n| figure | value |\n|---|---|\n| psnr | 20.5 |"
+  assert shown in card(model, own, evaluations=[tmp_path / "r.json"])
+  for path, again in (
+    (model, restore.for_use(tokenizer)),  # as a training does at its end
+    (tmp_path / "other", Tokenizer.load(model)),
+  ):
+    assert shown in card(path, again)
+  (tmp_path / "r.json").write_text(json.dumps(result | {"figures": {"psnr": 21.5}}))
+  newer = card(model, own, evaluations=[tmp_path / "r.json"])
+  assert ("| psnr | 21.5 |" in newer, newer.count("## Evaluation")) == (True, 1)
+  later = Tokenizer(own.config, jax.tree.map(lambda x: x + 1, own.params))
+  assert "Evaluation" not in card(model, later)
+  assert f"other weights leave the card of {model}: reconstruction\n" in capsys.readouterr().out
+  sampled = {"kind": "sampled", "diffusion": "0" * 64, "diffusion_step": 4, "ema": 0.5}
+  (tmp_path / "r.json").write_text(json.dumps(result | {"samples": sampled}))
+  with pytest.raises(InputError, match="of samples of other weights"):
+    card(tmp_path / "none", pipe, evaluations=[tmp_path / "r.json"])
+
+
 def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
   names = ("cat", "dog", "7")
   np.testing.assert_array_equal(labels_for("dog,0,cat", 4, 3, 0, names), [1, 0, 0, 1])

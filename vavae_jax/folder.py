@@ -59,6 +59,7 @@ ORIGIN: dict[str, Key] = {
   "sha256": Key("", text="Of the weights in float32, as their training has them."),
   "data": Key("", text="What they were trained on, for people."),
   "figures": Key((), text="Name, value and protocol of each, by |.", kind=str, is_list=True),
+  "evaluations": Key((), text="JSON of each that the card shows.", kind=str, is_list=True),
 }
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _IN_CACHE = re.compile(r".*[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]\w+")
