@@ -125,7 +125,8 @@ def _names_of(task: str, more: Mapping[str, str] | None = None) -> AbstractConte
 
   Folders inside of the workdir are the pipeline's own to choose.
   """
-  return console.naming({"config.": f"config.{task}.", "--output": "--workdir", **(more or {})})
+  own = {"config.": f"config.{task}.", "--tokenizer": f"--config.{task}.tokenizer"}
+  return console.naming({**own, "--output": "--workdir", **(more or {})})
 
 
 def _seconds(timings: Path) -> dict[str, float]:

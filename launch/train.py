@@ -112,7 +112,8 @@ def _cache_features(config: FrozenConfigDict) -> None:
 
 def main() -> None:
   workdir = place(FLAGS.workdir)
-  state = train(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
+  with console.naming({"--tokenizer": "--config.tokenizer"}):
+    state = train(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
   rows = [
     ("steps", str(int(state.step))),
     ("checkpoints", str(workdir / "checkpoints")),
