@@ -371,7 +371,7 @@ def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tm
   write(state)
   loaded = restore.load(tmp_path / "model", "diffusion")
   assert (loaded.step, loaded.ema, loaded.sha256) == (3, 0.5, diffusion.sha256)
-  again = export.load(tmp_path / "model", None, None, None)
+  again = export.load(tmp_path / "model", "", None, None)
   export.export(again, tmp_path / "again", workdir=tmp_path / "model", samples=0)
   for name in ("model", "again"):
     card = (tmp_path / name / folder.CARD).read_text()
