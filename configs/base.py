@@ -142,8 +142,8 @@ def _tokenizer() -> Keys:
     "export": EXPORT,
     "init_from": Key(
       "",
-      text="Initial weights: a training's workdir, a model folder, or a PyTorch or safetensors "
-      "file of an AutoencoderKL. The discriminator starts afresh.",
+      text="Initial weights: a training's workdir, a model folder, USER/NAME on the hub, or a "
+      "PyTorch or safetensors file of an AutoencoderKL. The discriminator starts afresh.",
     ),
     "train": Key(
       "all",
@@ -291,9 +291,9 @@ def _diffusion() -> Keys:
     "export": EXPORT,
     "init_from": Key(
       "",
-      text="Initial weights: a training's workdir, a model folder, or a PyTorch or safetensors "
-      "file of LightningDiT. Layers that depend on the number of channels or classes start "
-      "afresh where that differs.",
+      text="Initial weights: a training's workdir, a model folder, USER/NAME on the hub, or a "
+      "PyTorch or safetensors file of LightningDiT. Layers that depend on the number of channels "
+      "or classes start afresh where that differs.",
     ),
     "evaluate_samples": Key(
       0,
@@ -303,8 +303,8 @@ def _diffusion() -> Keys:
     "latents": _latents(),
     "tokenizer": Key(
       "",
-      text='A tokenizer\'s workdir, to see samples as pictures while training; "": the one that '
-      "the latents name, if it is still there.",
+      text="A tokenizer's workdir, model folder or USER/NAME, to see samples as pictures while "
+      'training; "": the one that the latents name, if it is still there.',
     ),
     "model": keys.of(Options),
     "transport": TRANSPORT,
