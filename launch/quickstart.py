@@ -18,6 +18,7 @@ holds the settings: a quarter of an hour. Each can be set with --config.PART.KEY
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 import sys
@@ -235,7 +236,7 @@ def _check(config: FrozenConfigDict, workdir: Path) -> None:
   for part in (first, second):
     if not (workdir / part.task / configuration.NAME).exists():  # what was begun goes on as it is
       with _names_of(part.task):
-        restore.check_initial_weights(part)
+        _check_initial_weights(part)
   shape = vavae_jax.training.latent_shape(first)
   wanted = (second.model.input_size, second.model.input_size, second.model.in_channels)
   if shape != wanted:
@@ -243,6 +244,13 @@ def _check(config: FrozenConfigDict, workdir: Path) -> None:
       f"config.tokenizer makes latents of {shape}, config.diffusion takes {wanted} (height, width, "
       "channels): change config.diffusion.model.input_size and in_channels, or the tokenizer."
     )
+
+
+def _check_initial_weights(config: FrozenConfigDict) -> None:
+  """Raises InputError where a training could not begin with the weights of `config.init_from`."""
+  if adopt := restore.initial_weights(config):
+    init = functools.partial(tasks.TASKS[config.task].init_state, config)
+    jax.eval_shape(adopt, jax.eval_shape(init, jax.random.key(0)))
 
 
 def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:

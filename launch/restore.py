@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -33,11 +32,9 @@ from lightningdit_jax.store.space import Space, find_tokenizer
 from vavae_jax import folder
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional, mesh
-from vavae_jax.common.batches import as_fits
 from vavae_jax.common.checkpoints import load_weights
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import start_emas
-from vavae_jax.data import images
 from vavae_jax.tokenizer import SETTINGS as TOKENIZER
 from vavae_jax.tokenizer import Tokenizer
 from vavae_jax.update import build_autoencoder
@@ -137,8 +134,7 @@ def _of_folder(path: Path, task_name: str, step: int | None, ema: float | None) 
 def data_of(tokenizer: Trained) -> FrozenConfigDict:
   """The pictures that it was trained on, `config.data`; InputError for a model folder's."""
   if not tokenizer.config.data.source:
-    where = folder.address(tokenizer.workdir)
-    raise InputError(f"{where} does not know its pictures; give some by --source.")
+    raise InputError(f"{folder.address(tokenizer.workdir)} knows no pictures; give some: --source.")
   return tokenizer.config.data
 
 
@@ -219,19 +215,6 @@ def check_latents(config: FrozenConfigDict) -> LatentStore:
   return store
 
 
-def reconstruct(tokenizer: Trained, image_BHWC: np.ndarray, batch_size: int = 64) -> np.ndarray:
-  """uint8 pictures through the autoencoder and back, by the posterior's mode."""
-
-  @jax.jit
-  def run(params: Any, batch: jax.Array) -> jax.Array:
-    model = autoencoder(tokenizer.config, params)
-    return model.decode_uint8(model.encode(images.to_float(batch)).mode())
-
-  devices = mesh.local_mesh()
-  rebuild = functools.partial(run, tokenizer.on(devices).params)
-  return as_fits(rebuild, image_BHWC, batch_size, devices)
-
-
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   """A function from a fresh state to one with the weights of `config.init_from`, in the averages
   too; None where it names none.
@@ -262,10 +245,3 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
     return dataclasses.replace(state, params=params, ema=emas)
 
   return adopt
-
-
-def check_initial_weights(config: FrozenConfigDict) -> None:
-  """Raises InputError where a training could not begin with the weights of `config.init_from`."""
-  if adopt := initial_weights(config):
-    init = functools.partial(tasks.TASKS[config.task].init_state, config)
-    jax.eval_shape(adopt, jax.eval_shape(init, jax.random.key(0)))

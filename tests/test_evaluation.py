@@ -14,7 +14,6 @@ import pytest
 from ml_collections import FrozenConfigDict
 from PIL import Image
 
-from launch import restore
 from launch.evaluation import (
   figures,
   frontier,
@@ -372,7 +371,7 @@ def test_reconstruction_measures_what_the_tokenizer_makes(tokenizer, tmp_path):
   own = pictures.own_pictures(tokenizer, held_out=True)
   output = Output(tmp_path / "rebuilt", "reconstruction")
   found = reconstruction.evaluate(tokenizer, own, None, output, posterior="mode")
-  rebuilt = restore.reconstruct(tokenizer, own.read(0, len(own)))
+  rebuilt = reconstruction.reconstruct(tokenizer, own.read(0, len(own)))
   squares = np.square(own.read(0, len(own)).astype(float) - rebuilt).mean((1, 2, 3))
   np.testing.assert_allclose(found["psnr"], np.mean(10 * np.log10(255**2 / squares)), rtol=1e-4)
   assert json.loads(output.json.read_text())["exact"] == 0

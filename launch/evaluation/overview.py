@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from configs.pictures import MOST_JUDGED
 from launch import restore
 from launch.engine.writers import curve, read_metrics
-from launch.evaluation import figures
+from launch.evaluation import figures, reconstruction
 from launch.evaluation.features import Network
 from launch.evaluation.pictures import own_pictures, take
 from launch.evaluation.sample_files import read_samples
@@ -54,7 +54,7 @@ def write(
   # Spread over the set, which is sorted by class.
   spread = np.unique(np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).astype(int))
   originals = take(held_out, spread.tolist())
-  rebuilt = restore.reconstruct(tokenizer, originals)
+  rebuilt = reconstruction.reconstruct(tokenizer, originals)
   mapped = np.sort(np.random.default_rng(0).permutation(len(store))[:MAPPED])
   each = (store[i]["latent"] for i in mapped.tolist())
   flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in each])

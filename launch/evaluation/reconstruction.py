@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part, compute
 from launch.report.html import Section, picture_pairs
 from vavae_jax.common import functional, mesh
+from vavae_jax.common.batches import as_fits
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images
 from vavae_jax.metrics import pixels
@@ -173,3 +175,18 @@ def _rebuild(
   original = take(pictures, indices.tolist())
   batch = {"image": original, "index": indices.astype(np.int32)}
   return original, np.asarray(run(params, batch)[1])
+
+
+def reconstruct(
+  tokenizer: restore.Trained, image_BHWC: np.ndarray, batch_size: int = 64
+) -> np.ndarray:
+  """uint8 pictures through the autoencoder and back, by the posterior's mode."""
+
+  @jax.jit
+  def run(params: Any, batch: jax.Array) -> jax.Array:
+    model = restore.autoencoder(tokenizer.config, params)
+    return model.decode_uint8(model.encode(images.to_float(batch)).mode())
+
+  devices = mesh.local_mesh()
+  rebuild = functools.partial(run, tokenizer.on(devices).params)
+  return as_fits(rebuild, image_BHWC, batch_size, devices)
