@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from launch.engine import console
 from launch.engine.parts import Parts
-from vavae_jax.common.errors import InputError
+from launch.report import fonts
+from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import atomic_file, read_note, sha256_of
 
 SHEET_COLUMNS = 12
@@ -141,7 +142,7 @@ def write_pngs(output: Path, folder: Path, names: Sequence[str], seed: int) -> N
 
   def write(index: int, picture: np.ndarray) -> None:
     name = re.sub(r"[^\w-]+", "-", class_name(labels[index], names))[:60].strip("-")
-    path = folder / f"{index:06d}_{name}_seed{seed}.png"
+    path = folder / f"{index:06d}_{name or labels[index]}_seed{seed}.png"
     if not path.is_file():
       with atomic_file(path) as file:
         Image.fromarray(picture).save(file, "PNG")
@@ -159,12 +160,16 @@ def class_name(label: int, names: Sequence[str]) -> str:
 
 
 @functools.cache
-def _font() -> Any:
-  import matplotlib  # whose letters are more than Pillow's
-
-  return ImageFont.truetype(
-    Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10
+def _written(label: int, name: str) -> tuple[str, Any]:
+  """A class's name and a font that has its letters, else its number, which each font has."""
+  name = printable(name)
+  if path := fonts.font_of(name):
+    return fonts.visible(name), ImageFont.truetype(path, fonts.SIZE)
+  console.say(
+    f"note: no font of this system has all letters of {name}; sheets show the class's "
+    f"number, {label}; pages and samples.json its name"
   )
+  return str(label), ImageFont.truetype(fonts.font_of("0"), fonts.SIZE)
 
 
 def class_sheet(
@@ -182,7 +187,7 @@ def class_sheet(
   captioned = np.pad(pictures_NHWC[order], above, constant_values=255)
   canvas = Image.fromarray(contact_sheet(captioned, columns))
   height, width = captioned.shape[1:3]
-  draw, font = ImageDraw.Draw(canvas), _font()
+  draw = ImageDraw.Draw(canvas)
   right = canvas.width
   for place in reversed(range(len(labels))):
     row, column = divmod(place, columns)
@@ -190,7 +195,8 @@ def class_sheet(
       right = canvas.width  # of what the text may take
     if column and labels[order[place]] == labels[order[place - 1]]:
       continue
-    text = class_name(labels[order[place]], names)
+    label = int(labels[order[place]])
+    text, font = _written(label, class_name(label, names))
     while text and draw.textlength(text, font) > right - column * width - 2:
       text = text[:-1]
     draw.text((column * width + 1, row * height), text, "black", font)

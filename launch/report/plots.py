@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.report import fonts
 from vavae_jax.common.errors import printable
 from vavae_jax.common.files import atomic_file
 
@@ -45,13 +46,17 @@ def frontier(
   for first, *others in sizes.values():
     for name in (first, *others):
       below = others and name == first
+      text = fonts.visible(printable(name.replace("/", " ")))
+      if not (font := fonts.font_of(text)):
+        text = text.encode("ascii", "backslashreplace").decode()
       axis.annotate(
-        printable(name.replace("/", " ")),
+        text,
         points[name],
         xytext=(0, -9 if below else 9),
         textcoords="offset points",
         ha="center",
         va="top" if below else "bottom",
+        font=font or fonts.font_of("0"),
         fontsize=8,
         parse_math=False,  # $ is no formula
         path_effects=[withStroke(linewidth=3, foreground="white")],  # readable across lines
