@@ -169,7 +169,7 @@ def _written(label: int, name: str) -> tuple[str, Any]:
     f"note: no font of this system has all letters of {name}; sheets show the class's "
     f"number, {label}; pages and samples.json its name"
   )
-  return str(label), ImageFont.truetype(fonts.font_of("0"), fonts.SIZE)
+  return str(label), ImageFont.truetype(fonts.usual(), fonts.SIZE)
 
 
 def class_sheet(

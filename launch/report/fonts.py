@@ -30,12 +30,18 @@ def font_of(text: str) -> Path | None:
   return next((path for path in _files() if needed <= _letters(path)), None)
 
 
+def usual() -> Path:
+  """DejaVu Sans, which has all numbers."""
+  import matplotlib  # which takes half a second
+
+  return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
 def _files() -> Iterator[Path]:
   """DejaVu Sans, then the system's fonts, plain ones first."""
-  import matplotlib  # which takes half a second
   from matplotlib import font_manager
 
-  yield Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+  yield usual()
   system = font_manager.fontManager.ttflist
   plain = sorted(system, key=lambda x: (x.style != "normal", abs(_weight(x.weight) - 400), x.fname))
   for path in dict.fromkeys(Path(entry.fname) for entry in plain):

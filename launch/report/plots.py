@@ -56,7 +56,7 @@ def frontier(
         textcoords="offset points",
         ha="center",
         va="top" if below else "bottom",
-        font=font or fonts.font_of("0"),
+        font=font or fonts.usual(),
         fontsize=8,
         parse_math=False,  # $ is no formula
         path_effects=[withStroke(linewidth=3, foreground="white")],  # readable across lines
