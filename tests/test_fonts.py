@@ -64,6 +64,7 @@ def files(monkeypatch) -> Iterator[list[Path]]:
 
 
 def test_a_name_that_no_font_has_becomes_its_number_and_that_is_told_once(files, capsys):
+  files[:] = [fonts.usual()]
   np.testing.assert_array_equal(sheet("cat", "狗"), sheet("cat", "1"))
   sheet("cat", "狗")
   assert capsys.readouterr().out.count("note: no font of this system has all letters of") == 1
