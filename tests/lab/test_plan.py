@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,17 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from launch.engine import flops
-from launch.lab.plan import calibration, fid, hlo, operations, page, planning, slices, times
+from launch.lab.plan import (
+  calibration,
+  fid,
+  hlo,
+  operations,
+  page,
+  planning,
+  schedule,
+  slices,
+  times,
+)
 from vavae_jax.common.errors import InputError
 
 
@@ -298,9 +310,19 @@ def test_bytes_count_tiles_and_slices_and_nothing_in_vmem(of_tpu):
   assert of_tpu["looked"].bytes == 3 * 7 * layer
 
 
-def test_a_kernel_of_pallas_counts_as_it_declares(of_tpu):
+def test_a_kernel_of_pallas_counts_as_it_declares_and_by_its_schedule(of_tpu):
   kernel = of_tpu["kernel.7"]
-  assert (kernel.bytes, kernel.flops, kernel.cycles, kernel.declared) == (8000, 640, None, True)
+  assert (kernel.bytes, kernel.flops, kernel.cycles, kernel.pallas) == (8000, 640, None, True)
+  lines = TPU.replace("\\\n", "").splitlines()
+  (line,) = [x for x in lines if "%kernel.7" in x]
+  again = line.replace("kernel.7", "kernel.8").replace("stack_frame_id=2", "stack_frame_id=3")
+  other = line.replace("kernel.7", "kernel.9").replace('"body":"x"', '"body":"y"')
+  lines[lines.index(line) : lines.index(line) + 1] = [line, again, other]
+  found = operations.of(hlo.parse("\n".join(lines)), {"kernel.7": 5000, "fusion.1": 1})
+  cycles = {x.name: x.cycles for x in found}
+  # The compiler names one of those that are equal.
+  assert [cycles[f"kernel.{i}"] for i in (7, 8, 9)] == [5000, 5000, None]
+  assert cycles["fusion.1"] == 1000
 
 
 def test_step_times_stand_side_by_side(of_tpu):
@@ -309,15 +331,33 @@ def test_step_times_stand_side_by_side(of_tpu):
   kernel, product = of_tpu["kernel.7"], of_tpu["fusion.1"]
   found = times.times([kernel, product], traffic, chip, 1e6)
   assert found.compiler == pytest.approx(28 * 1000 / 1e6)
-  assert found.declared == pytest.approx(28 * 8000 / 0.8e9)
+  assert found.kernels == pytest.approx(28 * 8000 / 0.8e9)
   assert found.network == pytest.approx(3000 / 1e6)  # what is reduced goes around twice
   slow = max(product.bytes / 0.8e9, product.flops / 1e9)
-  assert found.roofline == pytest.approx(28 * slow + found.declared)
+  assert found.roofline == pytest.approx(28 * slow + found.kernels)
   assert found.ideal == pytest.approx(1e-3)
-  assert found.estimate == pytest.approx(found.compiler + found.declared + found.network)
+  assert found.estimate == pytest.approx(found.compiler + found.kernels + found.network)
+  slower = dataclasses.replace(kernel, cycles=9000)
+  assert times.times([slower], {}, chip, 0).kernels == pytest.approx(28 * 9000 / 1e6)
   (part,) = times.by_source([kernel, product], chip)
-  assert part.seconds == pytest.approx(found.compiler + found.declared)
+  assert part.seconds == pytest.approx(found.compiler + found.kernels)
   assert (part.group, part.runs, part.flops) == ("attention", 56, 28 * (640 + product.flops))
+
+
+def test_cycles_of_schedules_are_those_of_the_last_program(monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
+  schedule.prepare()
+  schedule.prepare()
+  other, flag = os.environ["LIBTPU_INIT_ARGS"].split()
+  assert other == "--other=1"
+  folder = Path(flag.partition("=")[2])
+  entry = '  hlo_op_name: "{}"\n  estimated_cycles: {}\n  scalar_inputs: 0\n'
+  for name, cycles in (("kernel.7", 2554), ("add.6", 479)):
+    (folder / f"{name}.textproto").write_text(
+      f"hlo_op_estimate {{\n{entry.format(name, cycles)}}}\n"
+    )
+  assert schedule.take() == {"kernel.7": 2554, "add.6": 479}
+  assert schedule.take() == {}
 
 
 def test_a_gpu_takes_at_least_what_its_limits_say():
@@ -377,7 +417,7 @@ def test_the_published_step_is_compiled_for_eight_gpus(command, tmp_path, attent
   assert "all-gather" not in plan["traffic"]
 
 
-SECONDS = {"compiler": 0.2, "declared": 0.04, "network": 0.01, "roofline": 0.1, "ideal": 0.05}
+SECONDS = {"compiler": 0.2, "kernels": 0.04, "network": 0.01, "roofline": 0.1, "ideal": 0.05}
 
 
 def _planned(topology, **changes):

@@ -23,10 +23,11 @@ published.
 Three times stand side by side, none of them measured: the TPU compiler's, from the cycles that it
 notes in each operation; the roofline, which lets each operation take as long as its products at the
 data sheet's rate or its bytes at 0.8 of the data sheet's bandwidth; and the model's FLOPs at the
-data sheet's rate. What the compiler gives no cycles for counts beside it: Pallas kernels by the
-cost that they declare, collectives at the rate of the links. --operations lists the longest
-operations. For GPUs there are no cycles, and what is shown is the least that a run can take; on the
-device XLA may tune other kernels, but they have the same bytes to move.
+data sheet's rate. What the compiler notes no cycles for counts beside it: Pallas kernels by their
+schedules, or by the cost that they declare if that is more; collectives at the links' rate.
+--operations lists the longest operations. For GPUs there are no cycles, and what is shown is the
+least that a run can take; on the device XLA may tune other kernels, but they have the same bytes to
+move.
 """
 
 from __future__ import annotations

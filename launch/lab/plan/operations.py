@@ -1,7 +1,8 @@
 """The operations of a compiled program: what each costs, and which part of the model made it.
 
 The TPU compiler notes an estimate of cycles in each operation, but not in copies beside other work,
-in collectives and in Pallas kernels. Of a Pallas kernel the cost that it declares counts instead.
+in collectives and in Pallas kernels. Of a Pallas kernel the schedule's cycles count instead, and
+the cost that it declares.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from launch.lab.plan import costs, hlo
 from launch.lab.plan.hlo import Body, Frame, Instruction, Program
@@ -19,6 +20,7 @@ _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _DECLARED = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _COST = re.compile(r'"(\w+)":"(\d+)"')
+_METADATA = re.compile(r"metadata=\{[^}]*\}")
 _PALLAS = 'custom_call_target="tpu_custom_call"'
 _OURS = re.compile(r"/(?:vavae_jax|lightningdit_jax|launch|configs|tests)/")
 _NUMBER = re.compile(r"(?:\.clone|\.\d+|\.remat\d*)+$")
@@ -42,11 +44,11 @@ class Operation:
   bytes: int  # from and to the device's memory
   flops: float = 0.0  # of products
   cycles: int | None = None  # the compiler's estimate
-  declared: bool = False  # a Pallas kernel: bytes and FLOPs as it declares, if it does
+  pallas: bool = False  # a kernel: bytes and FLOPs as it declares, cycles by its schedule
 
 
-def of(program: Program) -> list[Operation]:
-  """The operations of a program, those that move most first.
+def of(program: Program, scheduled: Mapping[str, int] | None = None) -> list[Operation]:
+  """The operations of a program, those that move most first; `scheduled` is by `schedule.take`.
 
   Of a condition only the branch that moves most counts. Bytes that one operation writes and the
   next reads count twice, though caches may serve them.
@@ -62,8 +64,9 @@ def of(program: Program) -> list[Operation]:
       elif x.code == "conditional":
         yield from max((list(within(branch, runs)) for branch in x.called), key=moved)
       elif not costs.is_free(x):
-        yield _operation(x, body, runs, program)
+        yield _operation(x, body, runs, program, cycles_of)
 
+  cycles_of = _kernels(program, scheduled or {})
   return sorted(within(program.entry, 1), key=lambda one: -one.runs * one.bytes)
 
 
@@ -81,7 +84,24 @@ def joined(found: Iterable[Operation]) -> list[Operation]:
   return sorted(together, key=lambda one: -one.runs * one.bytes)
 
 
-def _operation(x: Instruction, body: Body, runs: int, program: Program) -> Operation:
+def _kernels(program: Program, scheduled: Mapping[str, int]) -> dict[str, int]:
+  """The cycles of each Pallas kernel by what it does."""
+  return {
+    _identity(x): scheduled[x.name]
+    for body in program.bodies.values()
+    for x in body.values()
+    if _PALLAS in x.attributes and x.name in scheduled
+  }
+
+
+def _identity(kernel: Instruction) -> str:
+  """A kernel's program and the types of its results."""
+  return f"{kernel.arrays} {_METADATA.sub('', kernel.attributes)}"
+
+
+def _operation(
+  x: Instruction, body: Body, runs: int, program: Program, cycles_of: Mapping[str, int]
+) -> Operation:
   place, frames = _origin(x, program)
   source = " ".join(part for part in (_where(frames), place.rpartition("/")[2] or x.code) if part)
   if "transpose(" in place:
@@ -92,7 +112,8 @@ def _operation(x: Instruction, body: Body, runs: int, program: Program) -> Opera
     if noted := _DECLARED.search(x.attributes):
       cost = {name: int(value) for name, value in _COST.findall(noted[1])}
       size, work = cost.get("bytes_accessed", size), float(cost.get("flops", 0))
-    return Operation(x.name, source, group, runs, size, work, declared=True)
+    cycles = cycles_of.get(_identity(x))
+    return Operation(x.name, source, group, runs, size, work, cycles, pallas=True)
   noted = _CYCLES.search(x.attributes)
   return Operation(x.name, source, group, runs, size, work, int(noted[1]) if noted else None)
 

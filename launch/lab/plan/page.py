@@ -130,7 +130,7 @@ def _speeds(plan: Row) -> list[str]:
   seconds = plan["seconds"]
   if not seconds:
     return [""] * 6
-  estimate = seconds["compiler"] + seconds["declared"] + seconds["network"]
+  estimate = seconds["compiler"] + seconds["kernels"] + seconds["network"]
   times = (estimate, seconds["roofline"], seconds["ideal"])
   return [
     *(f"{1e3 * value:,.1f}" for value in times),

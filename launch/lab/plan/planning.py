@@ -17,7 +17,7 @@ from launch import tasks
 from launch.engine import flops, hardware
 from launch.engine.step import without_recomputation
 from launch.lab import programs
-from launch.lab.plan import hlo, operations, slices, times
+from launch.lab.plan import hlo, operations, schedule, slices, times
 from launch.lab.plan.operations import Operation
 from vavae_jax.common import functional
 
@@ -106,7 +106,7 @@ def plan(
     # XLA compiles programs for GPUs that do not fit, too.
     if topology.partition(":")[0] in slices.GPUS:
       result.fits = result.needed <= result.available
-    found, chip = operations.of(text), slices.chip_of(topology, devices)
+    found, chip = operations.of(text, schedule.take()), slices.chip_of(topology, devices)
     result.operations, result.sources = operations.joined(found), times.by_source(found, chip)
     if result.fits:
       result.seconds = times.times(found, result.traffic, chip, one_run)

@@ -8,6 +8,7 @@ from launch.lab.plan.planning import Plan, Settings
 from launch.lab.plan.times import Chip, Times
 
 SOURCES = ("source", "ms", "share", "roofline ms", "GiB", "TFLOP", "runs")
+_PALLAS = (", Pallas, by its schedule", ", Pallas, as it declares")
 OPERATIONS = ("operation", "ms", "roofline", "runs", "MiB", "GFLOP")
 
 
@@ -72,7 +73,7 @@ def _rows(chosen: Plan, chip: Chip) -> list[tuple[str, str]]:
 def _times(chosen: Plan, seconds: Times) -> list[tuple[str, str]]:
   lines = {
     "compiler's estimate": seconds.compiler,
-    "  Pallas kernels, as they declare": seconds.declared,
+    "  Pallas kernels by their schedules": seconds.kernels,
     "  collectives at the links' rate": seconds.network,
     "roofline": seconds.roofline,
     "ideal": seconds.ideal,
@@ -109,7 +110,7 @@ def _operations(chosen: Plan, chip: Chip, largest: int) -> list[tuple[str, ...]]
   found = sorted(chosen.operations, key=lambda x: -x.runs * chip.seconds(x))
   return [
     (
-      f"{x.group}: {x.source} ({x.name}{', as declared' if x.declared else ''})",
+      f"{x.group}: {x.source} ({x.name}{_PALLAS[x.cycles is None] if x.pallas else ''})",
       f"{1e3 * x.runs * chip.seconds(x):,.2f}",
       f"{1e3 * x.runs * chip.roofline(x):,.2f}",
       f"{x.runs:,}",

@@ -34,10 +34,13 @@ class Chip:
     return max(one.flops / self.flops, one.bytes / (REACHED * self.bandwidth))
 
   def seconds(self, one: Operation) -> float:
-    """Estimated seconds of one run: the compiler's, or of a Pallas kernel by what it declares."""
-    if one.declared or not self.clock:
+    """Estimated seconds of one run: the compiler's cycles, and of a Pallas kernel no less than the
+    roofline of what it declares.
+    """
+    if not self.clock:
       return self.roofline(one)
-    return (one.cycles or 0) / self.clock
+    seconds = (one.cycles or 0) / self.clock
+    return max(seconds, self.roofline(one)) if one.pallas else seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Times:
   """Seconds of one run of a program on a device."""
 
   compiler: float  # by its cycles
-  declared: float  # Pallas kernels by the cost that they declare, for which there are no cycles
+  kernels: float  # of Pallas, by their schedules and what they declare
   network: float  # collectives at the data sheet's rate of all links, for which there are none
   roofline: float
   ideal: float
@@ -53,7 +56,7 @@ class Times:
   @property
   def estimate(self) -> float:
     """Of a whole run, its parts one after the other; of a GPU's, at the least."""
-    known = self.compiler + self.declared + self.network
+    known = self.compiler + self.kernels + self.network
     return known if self.compiler else max(self.roofline, self.ideal)
 
 
@@ -75,10 +78,12 @@ def times(
   """The step times of a program; `model_flops` are those of one device in a run."""
   found = list(found)
   carried = sum(_PASSES.get(kind, 1.0) * t.bytes for kind, t in traffic.items())
-  kernels = [one for one in found if one.declared]
+  known = dict.fromkeys((False, True), 0.0)
+  for one in found if chip.clock else ():
+    known[one.pallas] += one.runs * chip.seconds(one)
   return Times(
-    compiler=sum(one.runs * (one.cycles or 0) for one in found) / chip.clock if chip.clock else 0.0,
-    declared=sum(one.runs * chip.seconds(one) for one in kernels),
+    compiler=known[False],
+    kernels=known[True],
     network=carried / chip.links if chip.links else 0.0,
     roofline=sum(one.runs * chip.roofline(one) for one in found),
     ideal=model_flops / chip.flops,
