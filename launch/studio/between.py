@@ -11,7 +11,7 @@ from PIL import Image
 
 from launch.evaluation.sample_files import contact_sheet
 from launch.studio.content import Studio, settings
-from launch.studio.parts import QUIET, Controls, opened, sides, tile, tiles, told, uri
+from launch.studio.parts import WAITING, Controls, opened, sides, tile, tiles, told, uri
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax.common.keys import LAST_SEED
 
@@ -88,6 +88,6 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
       ends = [gr.Image(label=text, **sources) for text in ("From", "To")]
   with shown:
     result = gr.HTML(tiles([], "Draw the way from one seed to another, or drop two pictures."))
-  draw.click(of_seeds, given, result, **QUIET)
+  draw.click(of_seeds, given, result, **WAITING)
   for picture in ends:
-    picture.upload(of_pictures, ends, result, preprocess=False, **QUIET)
+    picture.upload(of_pictures, ends, result, preprocess=False, **WAITING)

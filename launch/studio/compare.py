@@ -12,7 +12,7 @@ from PIL import Image
 
 from launch.studio import content
 from launch.studio.content import Studio, settings
-from launch.studio.parts import QUIET, Controls, sides, tile, tiles, told
+from launch.studio.parts import WAITING, Controls, sides, tile, tiles, told
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax.common.errors import InputError
 
@@ -76,4 +76,4 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
   with shown:
     hint = "Draw the same noise with both models."
     result = gr.HTML(tiles([], hint), elem_id="compared")
-  button.click(run, [second, average, *controls], result, **QUIET)
+  button.click(run, [second, average, *controls], result, **WAITING)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from launch.studio.content import Studio
-from launch.studio.parts import Controls, opened, sides, tile, tiles, told
+from launch.studio.parts import WAITING, Controls, opened, sides, tile, tiles, told
 from vavae_jax.common.errors import InputError
 from vavae_jax.data.images import to_float
 from vavae_jax.metrics.pixels import psnr
@@ -79,4 +79,6 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
   with shown:
     result = gr.HTML(tiles([], "Drop a picture, and see what the tokenizer keeps of it."))
   # As it was uploaded: our own reading names what is wrong with a file.
-  picture.upload(told(lambda x: show(tokenizer, x)), picture, result, preprocess=False)
+  rebuild = told(lambda upload: show(tokenizer, upload))
+  event = picture.upload(rebuild, picture, result, preprocess=False, **WAITING)
+  event.failure(lambda: None, None, picture)  # room for another
