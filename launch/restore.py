@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -76,7 +77,7 @@ class Trained:
 
   def on(self, devices: jax.sharding.Mesh) -> Trained:
     """The same, the parameters on every device of a mesh: of several processes each has its own."""
-    here = jax.tree.map(lambda x: x.addressable_data(0), self.params)
+    here = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), self.params)
     return dataclasses.replace(self, params=jax.device_put(here, mesh.replicated(devices)))
 
 

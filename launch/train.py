@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
     notes[space.NOTE] = space.Space.of(store).note()
     noted.model.attention = choose(frozen, workdir)
     frozen = FrozenConfigDict(noted)
-    more = samples(frozen, store)
+    more = samples(frozen, store, workdir)
   more |= exports(frozen, workdir)
   return loop.run(
     tasks.of(config),

@@ -21,22 +21,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from configs import quickstart
-from launch import tasks
+from launch import restore, tasks
 from launch.engine import processes
 from launch.engine.step import jit_init
+from launch.evaluation import training
 from vavae_jax.common import mesh
 from vavae_jax.common.optimizer import averaged
 
-HELD_OUT = 11  # which no number of devices divides
+HELD_OUT, SAMPLES = 11, 41  # which no number of devices divides
 
 
 def configurations(pipeline: Path) -> list[ConfigDict]:
-  """Of both trainings, on what the tiny pipeline has."""
-  diffusion = quickstart.diffusion(tiny=True)
-  diffusion.latents.path = diffusion.latents.valid_path = str(pipeline / "latents")
-  diffusion.latents.valid_samples = HELD_OUT
-  return [diffusion]
+  """Those of both trainings, to evaluate more."""
+  found = [tasks.noted(pipeline / name) for name in ("tokenizer", "diffusion")]
+  tokenizer, diffusion = (ConfigDict(config.to_dict()) for config in found)
+  diffusion.latents.update(valid_path=diffusion.latents.path, valid_samples=HELD_OUT)
+  diffusion.evaluate_samples = SAMPLES
+  return [tokenizer, diffusion]
 
 
 def state_of(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
@@ -55,14 +56,20 @@ def state_of(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
   return jit_init(init, places)(key)
 
 
-def evaluate(config: ConfigDict) -> dict[str, Any]:
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """All that a training's evaluators give, by EVALUATOR/NAME."""
   frozen = tasks.resolve(config)
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  evaluators = tasks.of(frozen).evaluators(frozen)
+  if config.task == "diffusion":
+    evaluators |= training.samples(frozen, restore.check_latents(frozen), workdir)
   with jax.set_mesh(devices):
-    state = state_of(frozen, devices)
-    found = {name: run(state) for name, (_, run) in tasks.of(frozen).evaluators(frozen).items()}
-  return {f"{name}/{key}": value for name, told in found.items() for key, value in told.items()}
+    state, results = state_of(frozen, devices), {}
+    for name, (_, run) in evaluators.items():
+      told = run(state)
+      for some in [told] if isinstance(told, dict) else told:
+        results |= {f"{name}/{key}": value for key, value in (some or {}).items()}
+  return results
 
 
 def one(pipeline: Path, output: Path, data: int, fsdp: int) -> None:
@@ -72,7 +79,7 @@ def one(pipeline: Path, output: Path, data: int, fsdp: int) -> None:
   found: dict[str, Any] = {}
   for config in configurations(pipeline):
     config.mesh.update(data=data, fsdp=fsdp)
-    found |= evaluate(config)
+    found |= evaluate(config, output.with_suffix(""))
   if not jax.process_index():
     np.savez(output, **found)
   processes.end(0, together=processes.several())

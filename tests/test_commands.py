@@ -26,7 +26,7 @@ from launch import restore, tasks
 from launch.encode import encode
 from launch.engine import configuration, console, loop, ownership
 from launch.evaluation.sample_files import read_samples
-from launch.evaluation.training import _distance
+from launch.evaluation.training import _Distance
 from launch.prepare import prepare
 from launch.sample import sample_set
 from launch.train import train
@@ -304,13 +304,11 @@ def test_samples_that_cannot_be_written_are_refused_at_once(name, diffusion, tok
 
 
 def test_pictures_of_a_distance_are_missed_before_training(tokenizer):
-  config = base.diffusion()
-  config.evaluate_samples = 2
-  assert _distance(config, tokenizer)
+  assert _Distance(tokenizer, 2)
   data = tokenizer.config.data.to_dict() | {"source": "folder:no/such"}
   lost = FrozenConfigDict({"data": data})
   with pytest.raises(InputError, match="no/such does not exist"):
-    _distance(config, dataclasses.replace(tokenizer, config=lost))
+    _Distance(dataclasses.replace(tokenizer, config=lost), 2)
 
 
 def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, capsys):

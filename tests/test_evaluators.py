@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from launch.engine.parts import Parts
+from launch.evaluation import drawn
 from tests.evaluators_everywhere import HELD_OUT
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
@@ -29,6 +32,73 @@ def test_validation_losses_of_several_processes_are_those_of_one(found, layout):
   assert len(names) == 18
   for name in names:
     assert found[layout][name] == pytest.approx(found["1:1:1"][name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_and_their_distance_of_several_processes_are_those_of_one(found, layout):
+  """Each device draws as many at once as the only one does."""
+  for name in ("samples/grid", "samples/fd_efficientnet"):
+    np.testing.assert_array_equal(found[layout][name], found["1:1:1"][name], name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reconstructions_of_several_processes_are_those_of_one(found, layout):
+  names = [name for name in found[layout] if name.startswith("reconstruction/")]
+  assert len(names) == 5
+  for name in names:
+    # Statistics of norms are summed in another order where a device has fewer pictures.
+    tolerance = 1.0 if name.endswith("/pictures") else 1e-6
+    np.testing.assert_allclose(
+      found[layout][name].astype(float), found["1:1:1"][name], atol=tolerance, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("left", [[], [range(3)], [range(2), range(4, 7)], [range(1, 4), range(5)]])
+def test_samples_that_are_there_are_not_drawn_again(left, tmp_path):
+  """And of the pictures that overlap, as where a lost disk came back, one counts."""
+  parts = Parts(tmp_path / "parts", 7, 2, ".x.safetensors")
+  parts.folder.mkdir()
+  pictures = np.arange(7, dtype=np.uint8).repeat(3).reshape(7, 1, 1, 3)
+  for part in left:
+    shown = pictures[part.start : min(part.stop, 3)]
+    some = {"pool": np.float32(part)[:, None] + 0.5, drawn.SHOWN: shown}
+    parts.path(part).write_bytes(safetensors.numpy.save(some))
+  parts.path(range(6, 7)).write_bytes(b"damaged")
+  batches = []
+
+  def sample(index):
+    batches.append(index.tolist())
+    return pictures[index]
+
+  def keep(some):
+    return {"pool": np.float32(some[:, 0, 0, :1]) + 0.5}
+
+  work, pieces = drawn.draw(sample, keep, parts, mesh.make_mesh(), 3), 0
+  while True:
+    try:
+      assert next(work) is None
+      pieces += 1
+    except StopIteration as end:
+      found = end.value
+      break
+  missing = sorted({*range(7)}.difference(*left))
+  assert [index for batch in batches for index in batch] == missing
+  assert [len(batch) for batch in batches] == [2] * (len(missing) // 2) + [1] * (len(missing) % 2)
+  assert pieces == len(batches)
+  features = np.concatenate(list(drawn.in_order(found, "pool", 7)))
+  np.testing.assert_array_equal(features[:, 0], np.arange(7) + 0.5)
+  shown = np.concatenate(list(drawn.in_order(found, drawn.SHOWN, 3)))
+  np.testing.assert_array_equal(shown, pictures[:3])
+  drawn.remove(parts.folder)
+  assert not parts.folder.exists()
+
+
+def test_weights_are_named_by_their_bits():
+  weights = {"a": np.float32([1, 2]), "b": np.float32([3])}
+  name = drawn.identity(weights, [1])
+  assert name == drawn.identity(weights, [1]) != drawn.identity(weights, [2])
+  weights["b"] = np.nextafter(weights["b"], 4)
+  assert drawn.identity(weights, [1]) != name
 
 
 def test_rows_of_a_share_are_loaded_when_their_turn_comes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from launch.engine import processes, rendezvous
-from launch.engine.writers import read_metrics
+from launch.engine.writers import curve, read_metrics
 from lightningdit_jax import Pipeline
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_job
+from tests.survive import ended
 from vavae_jax.common.errors import InputError
 
 
@@ -24,28 +27,43 @@ def training(pipeline):
   settings = ["--config.num_steps=4", "--config.save_every_steps=2", "--config.log_every_steps=1"]
   return [
     *("launch.train", "--config=configs/quickstart.py:diffusion,tiny", *settings),
-    *("--config.evaluate_every_steps=0", f"--config.latents.path={pipeline / 'latents'}"),
-    "--config.export=end",
+    *("--config.evaluate_every_steps=2", f"--config.latents.path={pipeline / 'latents'}"),
+    *(f"--config.latents.valid_path={pipeline / 'latents'}", "--config.export=end"),
   ]
 
 
-def losses(workdir):
-  return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
+def figures(workdir, name):
+  return dict(curve(read_metrics(workdir), name))
 
 
-def test_two_processes_train_as_one(training, two_processes, command, tmp_path):
-  """The second half also by one process, from the checkpoint of two."""
+def test_two_processes_train_as_one(training, two_processes, environment, command, tmp_path):
+  """They are killed while they draw samples; and the second half is one process's."""
   done = command(*training, f"--workdir={tmp_path / 'one'}")
   assert done.returncode == 0, done.stderr
   half = [word.replace("num_steps=4", "num_steps=2") for word in training]
-  two_processes(*half, f"--workdir={tmp_path / 'two'}")
+  half.append(f"--workdir={tmp_path / 'two'}")
+  # Of 36 samples 18 are drawn at once.
+  both = start_job(("tests.killed", "*/samples.parts/000000027_9.*", *half), environment, 2)
+  assert ended(both[1])[0] == -signal.SIGKILL
+  both[0].kill()
+  both[0].communicate()
+  parts = tmp_path / "two" / "samples.parts"
+  assert {"000000000_9", "000000009_9"} <= {path.name.partition(".")[0] for path in parts.iterdir()}
+  # What is done is not made again, or this would be killed too.
+  two_processes("tests.killed", "*/samples.parts/000000009_9.*", *half)
+  assert not parts.exists()
   assert Pipeline.load(tmp_path / "two" / "model").origin["step"] == 2
   done = command(*training, f"--workdir={tmp_path / 'two'}")
   assert done.returncode == 0, done.stderr
-  one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-  assert list(one) == list(two) == [1, 2, 3, 4]
-  # Sums over devices are taken in another order.
-  np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+  for name, steps in {"loss": [1, 2, 3, 4], "validation/mse": [2, 4]}.items():
+    one, two = (figures(tmp_path / workdir, name) for workdir in ("one", "two"))
+    assert list(one) == list(two) == steps
+    # Sums over devices are taken in another order.
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+  for step in (2, 4):
+    path = f"pictures/samples_grid/{step:08d}.png"
+    one, two = (np.asarray(Image.open(tmp_path / x / path), int) for x in ("one", "two"))
+    assert abs(one - two).max() <= 1, step
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,9 @@ def waits(signals, seconds=2.0):
 def test_where_none_began_the_step_that_waits_all_stop_before_it(job):
   signals, other = job
   signals.go_on(1)
-  other.stops_before((1, 0), wanted=False)
+  other.stops_before((1, 0, 0), wanted=False)
   assert not signals.waiting(0.0)
-  assert other.stops_before((2, 0), wanted=True)
+  assert other.stops_before((2, 0, 0), wanted=True)
   with pytest.raises(Interrupted) as raised:
     signals.waiting(0.0)
   assert raised.value.together
@@ -125,20 +125,20 @@ def test_where_none_began_the_step_that_waits_all_stop_before_it(job):
 def test_where_another_began_it_the_last_batch_serves_again(job, capsys):
   signals, other = job
   signals.go_on(1)
-  other.stops_before((1, 0), wanted=False)
-  other.stops_before((2, 0), wanted=False)
+  other.stops_before((1, 0, 0), wanted=False)
+  other.stops_before((2, 0, 0), wanted=False)
   signal.raise_signal(signal.SIGTERM)
   assert waits(signals) > 0.25
   assert "no data for step 2, which others began" in capsys.readouterr().out
   signals.go_on(2)
   with pytest.raises(Interrupted):
     signals.waiting(0.0)
-  assert other.stops_before((3, 0), wanted=False)
+  assert other.stops_before((3, 0, 0), wanted=False)
 
 
 def test_without_a_batch_before_there_is_nothing_to_save(job):
   signals, other = job
-  other.stops_before((1, 0), wanted=False)
+  other.stops_before((1, 0, 0), wanted=False)
   signal.raise_signal(signal.SIGTERM)
   with pytest.raises(Interrupted) as raised:
     waits(signals)

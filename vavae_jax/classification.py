@@ -13,10 +13,12 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax.common import functional, optimizer
+from vavae_jax.common import functional, mesh, optimizer
+from vavae_jax.common.batches import in_shares
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import State, averaged, learning_rate
-from vavae_jax.data import images, selection
+from vavae_jax.common.sharding import whole
+from vavae_jax.data import images, selection, sources
 from vavae_jax.metrics.classifier import Classifier
 
 EVALUATION_BATCH = 500
@@ -89,26 +91,32 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   """The accuracy on held-out pictures."""
   graph = functional.graph_of(build(config))
 
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+
   @jax.jit
-  def correct(params: Any, image_BHWC: jax.Array, label_B: jax.Array) -> jax.Array:
-    _, logits_BC = nnx.merge(graph, params)(images.to_float(image_BHWC))
-    return jnp.sum(logits_BC.argmax(-1) == label_B)
+  def correct(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    _, logits_BC = nnx.merge(graph, params)(images.to_float(batch["image"]))
+    return whole(logits_BC.argmax(-1) == batch["label"])
 
   @functools.cache
-  def held_out() -> tuple[np.ndarray, np.ndarray]:
+  def held_out() -> tuple[sources.Source, np.ndarray]:
     source, _ = selection.training_pictures(config)
     rest = selection.share(config.data, held_out=True)  # sorted, perhaps by class
-    chosen = rest[:: math.ceil(len(rest) / MOST_EVALUATED)]
-    labels = np.array([source.picture(int(i))[1] for i in chosen], np.int32)
-    return images.load_crops(source, chosen, config.data.image_size), labels
+    return source, rest[:: math.ceil(len(rest) / MOST_EVALUATED)]
+
+  @functools.cache  # they stay in memory
+  def loaded(*rows: int) -> dict[str, np.ndarray]:
+    source, chosen = held_out()
+    some = chosen[list(rows)]
+    labels = np.array([source.picture(int(i))[1] for i in some], np.int32)
+    return {"image": images.load_crops(source, some, config.data.image_size), "label": labels}
 
   def evaluate(state: State) -> dict[str, Any]:
-    params, (pictures, labels) = averaged(config.optimizer, state), held_out()
-    found = 0
-    for start in range(0, len(labels), EVALUATION_BATCH):
-      some = slice(start, start + EVALUATION_BATCH)
-      found += int(correct(params, pictures[some], labels[some]))
-    return {"accuracy": found / len(labels), "pictures": len(labels)}
+    run = functools.partial(correct, averaged(config.optimizer, state))
+    count = len(held_out()[1])
+    size = -(-min(EVALUATION_BATCH, count) // devices.size)
+    shares = in_shares(run, lambda rows: loaded(*rows.tolist()), count, size, devices)
+    return {"accuracy": sum(int(x.sum()) for _, x in shares) / count, "pictures": count}
 
   return {"held_out": (config.evaluate_every_steps, evaluate)}
 

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from vavae_jax import frozen, losses, stages
-from vavae_jax.common import functional, optimizer
+from vavae_jax.common import functional, mesh, optimizer
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import averaged, learning_rate, make_optimizer
 from vavae_jax.common.sharding import whole
@@ -152,11 +152,20 @@ def train_data(
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   """Figures of how fixed pictures are rebuilt, and the pictures.
 
-  They are those of `data.valid_source`, else held-out ones, else some that are trained on.
+  They are those of `data.valid_source`, else held-out ones, else some that are trained on; each
+  process loads those of its devices.
   """
-  crops = jnp.asarray(selection.evaluation_crops(config))
+  source, chosen = selection.evaluation_pictures(config)
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  count = len(chosen)
+  rows = mesh.own_rows(mesh.round_up(count, devices), devices) % count  # filled up
+  crops = images.load_crops(source, chosen[rows], config.data.image_size)
   graph = functional.graph_of(build_autoencoder(config))
-  networks_on_device = functools.cache(lambda: jax.device_put(frozen.load(config)))
+
+  @functools.cache
+  def on_devices() -> tuple[Any, jax.Array]:
+    weights = jax.device_put(frozen.load(config), mesh.replicated(devices))
+    return weights, mesh.to_global(crops, devices)
 
   @jax.jit
   def rebuild(params: Any, weights: Any, image_BHWC: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -165,6 +174,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
     image = images.to_float(image_BHWC)
     z_BhwZ = model.encode(image).mode()
     recon = model.decode_uint8(z_BhwZ)
+    image, z_BhwZ, recon = (x[:count] for x in (image, z_BhwZ, recon))
     seen = images.to_float(recon)
     figures = {
       "l1": jnp.mean(jnp.abs(image - seen)),
@@ -178,13 +188,14 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
       features = networks["teacher"](image)
       aligned = project(params["projection"], z_BhwZ, features, config.teacher.reverse_proj)
       figures["teacher_cosine"] = jnp.mean(losses.cosine(*aligned))
-    return whole(recon), figures
+    shown = [x[: min(PICTURE_IMAGES, count)] for x in (image_BHWC, recon)]
+    return whole(jnp.stack(shown)), figures
 
   def evaluate(state: State) -> dict[str, Any]:
-    recon, figures = rebuild(averaged(config.optimizer, state), networks_on_device(), crops)
-    rows = [
-      np.concatenate(list(x[:PICTURE_IMAGES]), axis=1) for x in jax.device_get((crops, recon))
-    ]
+    params = averaged(config.optimizer, state)
+    with jax.set_mesh(devices):
+      shown, figures = jax.device_get(rebuild(params, *on_devices()))
+    rows = [np.concatenate(list(pictures), axis=1) for pictures in shown]
     return {name: float(x) for name, x in figures.items()} | {"pictures": np.concatenate(rows)}
 
   return {"reconstruction": (config.evaluate_every_steps, evaluate)}

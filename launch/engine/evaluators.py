@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from launch.engine import console
+from launch.engine import console, processes
 from launch.engine.writers import Writer, curve, read_metrics
 
-# (every how many steps; 0: never, state -> {name: float or uint8 picture [H, W, 3]}).
-Evaluator = tuple[int, Callable[[Any], dict[str, Any]]]
+Results = dict[str, Any]  # {name: float or uint8 picture [H, W, 3]}
+# (every how many steps; 0: never, state -> results). A long one gives an iterator that yields None
+# after each piece of its work, where it may be left, then the results, which are written before it
+# goes on to tidy up.
+Evaluator = tuple[int, Callable[[Any], Results | Iterator[Results | None]]]
 _TOOK = "took_seconds"
 
 
@@ -32,26 +33,45 @@ def not_recorded(
   evaluators: dict[str, Evaluator], workdir: Path, step: int, num_steps: int
 ) -> list[str]:
   """Which of the evaluators due at `step` did not finish; the same on all processes."""
-  there = {name for line in read_metrics(workdir) if line["step"] == step for name in line}
-  names = due(evaluators, step, num_steps)
-  missing = np.array([f"{name}/{_TOOK}" not in there for name in names], bool)
-  if jax.process_count() > 1:  # the first one writes, perhaps to a disk of its own
-    missing = multihost_utils.broadcast_one_to_all(missing)
-  return [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
+
+  def missing() -> list[str]:
+    there = {name for line in read_metrics(workdir) if line["step"] == step for name in line}
+    return [name for name in due(evaluators, step, num_steps) if f"{name}/{_TOOK}" not in there]
+
+  return processes.first_does(missing)  # it writes, perhaps to a disk of its own
 
 
 def evaluate(
-  evaluators: dict[str, Evaluator], name: str, writer: Writer, step: int, state: Any
+  evaluators: dict[str, Evaluator],
+  names: list[str],
+  writer: Writer,
+  step: int,
+  state: Any,
+  go_on: Callable[[int, int, int], None],
 ) -> None:
-  """Runs one; pictures are written first, since the line with its seconds marks it finished."""
-  began = time.monotonic()
-  results = evaluators[name][1](state)
+  """Runs those named and writes their results; `go_on` is called before each piece of the work with
+  the step, the evaluator's place, from 1 on, and the number of its pieces that are done.
+  """
+  for place, name in enumerate(names, 1):
+    go_on(step, place, 0)
+    began = time.monotonic()
+    results = evaluators[name][1](state)
+    for piece, found in enumerate([results] if isinstance(results, dict) else results, 1):
+      if found is None:
+        go_on(step, place, piece)
+      else:
+        _write(writer, step, name, found, time.monotonic() - began)
+
+
+def _write(writer: Writer, step: int, name: str, results: Results, seconds: float) -> None:
+  """Pictures are written first, since the line with the seconds marks the evaluation finished."""
   for key, value in results.items():
     if np.ndim(value) == 3:
       writer.picture(step, f"{name}/{key}", value)
   scalars = {key: value for key, value in results.items() if np.ndim(value) == 0}
-  scalars[_TOOK] = time.monotonic() - began
+  scalars[_TOOK] = seconds
   writer.scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+  writer.flush()  # it decides which checkpoint is the best, and whether this is done again
 
 
 def best_step(workdir: Path, metric: str, steps: list[int]) -> int | None:

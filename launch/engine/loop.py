@@ -75,8 +75,8 @@ class Task(Protocol):
     """
 
   def evaluators(self, config: FrozenConfigDict) -> dict[str, Evaluator]:
-    """`{name: (every_steps, fn(state) -> {name: float or uint8 picture [H, W, 3]})}`; they run at
-    those steps and at the last one, after the checkpoint of the step is safe.
+    """Those of `evaluators.Evaluator` by their names; they run at their steps and at the last one,
+    after the checkpoint of the step is safe. Of several processes all run them alike.
     """
 
 
@@ -148,8 +148,7 @@ def run(
     stack.enter_context(contextlib.closing(writer))
     stack.enter_context(contextlib.closing(checkpoints))
     with signals.at_once():
-      for evaluator in missing:
-        evaluate(evaluators, evaluator, writer, start, state)
+      evaluate(evaluators, missing, writer, start, state, signals.go_on)
     log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
 
     def save(wait: bool = False) -> None:
@@ -175,9 +174,9 @@ def run(
         signals.done()
         if step % config.save_every_steps == 0 or last:
           save()
-        for evaluator in signals.after(step, due(evaluators, step, config.num_steps)):
+        if names := due(evaluators, step, config.num_steps):
           with log.paused(), signals.at_once(save_whole):
-            evaluate(evaluators, evaluator, writer, step, state)
+            evaluate(evaluators, names, writer, step, state, signals.go_on)
   return state
 
 

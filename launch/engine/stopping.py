@@ -1,4 +1,4 @@
-"""A signal ends a training before its next step or evaluation, in all processes before the same.
+"""A signal ends a training before its next step or piece of an evaluation, in all processes alike.
 
 A signal to one process is enough. It asks by the key-value store of JAX's distributed runtime; each
 process answers with what it has begun, and begins nothing more until all have answered. They stop
@@ -15,7 +15,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ ANSWERED_WITHIN_MS = 60_000
 _LISTENED_MS = 1_000
 _LAST_BATCH = 3.0  # seconds in which the data of a step that others have begun may yet come
 _rounds = itertools.count()
-# A step and how many of the evaluations after it.
-Place = tuple[int, int]
+# A step, which of the evaluations after it, and how many pieces of that are done.
+Place = tuple[int, ...]
 
 
 class Signals:
@@ -112,17 +112,11 @@ class Signals:
       self._reported = seconds
       console.say_here(f"waiting for {self._source} since {seconds:.0f} s")
 
-  def after(self, step: int, evaluations: Iterable[str]) -> Iterator[str]:
-    """The evaluations after a step; all processes can stop before each."""
-    for number, evaluation in enumerate(evaluations, 1):
-      self.go_on(step, number)
-      yield evaluation
-
-  def go_on(self, step: int, evaluation: int = 0) -> None:
-    """Called before a step, or one of the evaluations after it; raises Interrupted where all
-    processes stop before it.
+  def go_on(self, step: int, evaluation: int = 0, pieces: int = 0) -> None:
+    """Called before a step, or one of the evaluations after it of which so many pieces are done;
+    raises Interrupted where all processes stop before it.
     """
-    place = step, evaluation
+    place = step, evaluation, pieces
     if self._together:
       stops = self._together.stops_before(place, bool(self.received))
     else:
@@ -152,7 +146,7 @@ class Together:
     """`store` is JAX's, `name` this agreement's in it."""
     self._store, self._name, self._process, self._count = store, name, process, count
     self._lock = threading.Lock()
-    self._begun = (0, 0)
+    self._begun: Place = (0, 0)
     self._asked = self._answered = False
     self._closed = threading.Event()
     self._listener = threading.Thread(target=self._listen, name="stopping", daemon=True)
@@ -171,7 +165,7 @@ class Together:
         continue
       break
     with self._lock:  # also when closed, since others may ask later
-      answer = "{} {}".format(*self._begun)
+      answer = " ".join(map(str, self._begun))
       self._store.key_value_set(f"{self._name}/{self._process}", answer)
       self._answered = True
 
@@ -192,7 +186,7 @@ class Together:
       self._store.blocking_key_value_get(f"{self._name}/{process}", ANSWERED_WITHIN_MS)
       for process in range(self._count)
     ]
-    return max((int(step), int(evaluation)) for step, evaluation in map(str.split, answers))
+    return max(tuple(map(int, answer.split())) for answer in answers)
 
   def stops_before(self, place: Place, wanted: bool) -> bool:
     """Whether all do; else it counts as begun. `wanted` as above."""

@@ -86,6 +86,11 @@ class Writer:
     if self._wandb:
       self._wandb.picture(step, name, image_HWC)
 
+  def flush(self) -> None:
+    """What was written can be read now, also in a bucket."""
+    if self._active:
+      self._metrics.flush()
+
   def _event(self, step: int, **what: Any) -> None:
     """Here and not by a thread of tensorboardX, which a full disk ends and which is then waited for
     in vain.
@@ -124,6 +129,11 @@ class _Growing:
       return
     self._parts.append(data)
     if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+      self._write_anew()
+
+  def flush(self) -> None:
+    """Appended data are flushed at once."""
+    if not self._appended:
       self._write_anew()
 
   def _write_anew(self) -> None:

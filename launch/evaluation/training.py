@@ -1,48 +1,57 @@
-"""What a training shows, measures and writes on its way: samples, a distance, model folders."""
+"""What a training shows, measures and writes on its way: samples, a distance, model folders.
+
+All processes of a job come here alike; the first one's results count.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
 from launch import export, restore
-from launch.engine import console
-from launch.engine.evaluators import Evaluator, best_step
+from launch.engine import console, processes
+from launch.engine.evaluators import Evaluator, Results, best_step
 from launch.engine.log import NotFinite
+from launch.engine.parts import Parts
 from launch.engine.writers import read_metrics
+from launch.evaluation import drawn
 from launch.evaluation.features import EFFICIENTNET, load_network
-from launch.evaluation.pictures import Array, own_pictures
-from launch.evaluation.reference import gaussian_of, statistics_of
+from launch.evaluation.pictures import own_pictures
+from launch.evaluation.reference import compiled, gaussian_of, statistics_of
 from launch.evaluation.sample_files import contact_sheet
-from launch.sample import make_sampler
+from launch.evaluation.statistics import Part
+from launch.sample import Sampler, make_sampler
+from lightningdit_jax.pipeline import Pipeline
 from lightningdit_jax.store import space
 from lightningdit_jax.store.latents import LatentStore
+from vavae_jax import folder
 from vavae_jax.common import mesh
+from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import is_url
+from vavae_jax.common.files import atomic_file, is_url
 from vavae_jax.common.optimizer import averaged
-from vavae_jax.metrics.distribution import Gaussian
+from vavae_jax.metrics.distribution import Gaussian, Moments
+from vavae_jax.tokenizer import Tokenizer
 
 PICTURE_SAMPLES = 36
 REFERENCE_PICTURES = 10_000
+FEATURES_AT_ONCE = 50  # pictures on each device
 
 
-def samples(config: FrozenConfigDict, store: LatentStore) -> dict[str, Evaluator]:
+def samples(config: FrozenConfigDict, store: LatentStore, workdir: Path) -> dict[str, Evaluator]:
   """Samples of the EMA as one picture and, if asked, their Frechet distance to training pictures.
 
   Always from the same noise; none where the tokenizer is gone.
   """
   if not config.evaluate_every_steps:
-    return {}
-  if jax.process_count() > 1:
-    console.say("training shows no samples: with several processes it cannot sample yet")
     return {}
   try:
     tokenizer = restore.tokenizer_of_latents(store, config.tokenizer)
@@ -53,22 +62,36 @@ def samples(config: FrozenConfigDict, store: LatentStore) -> dict[str, Evaluator
     console.say(f"training shows no samples: {error}")
     return {}
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  known = space.Space.of(store)
-  sampler = make_sampler(config, known, tokenizer, config.sample, seed=0, devices=devices)
-  distance = _distance(config, tokenizer) if config.evaluate_samples else None
-  index = np.arange(max(PICTURE_SAMPLES, config.evaluate_samples))
-  label = index % config.model.num_classes
+  total = max(PICTURE_SAMPLES, config.evaluate_samples)
+  size = min(config.sample.batch_size, -(-total // devices.size))
+  settings = FrozenConfigDict(config.sample.to_dict() | {"batch_size": size})
+  sampler = make_sampler(
+    config, space.Space.of(store), tokenizer.on(devices), settings, seed=0, devices=devices
+  )
+  distance = _Distance(tokenizer, config.evaluate_samples) if config.evaluate_samples else None
+  about = [total, settings.to_dict(), tokenizer.sha256, distance and distance.network.about]
 
-  def show(state: Any) -> dict[str, Any]:
+  def show(state: Any) -> Iterator[Results | None]:
+    params = averaged(config.optimizer, state)
+    kind = f".{drawn.identity(params, about)}.safetensors"
+    parts = Parts(workdir / "samples.parts", total, size, kind)
+    sample = functools.partial(_labelled, sampler, params, config.model.num_classes)
+    keep = distance.features if distance else lambda _: {}
     try:
-      pictures = sampler(averaged(config.optimizer, state), index, label)
+      found = yield from drawn.draw(sample, keep, parts, devices, PICTURE_SAMPLES)
+      pictures = np.concatenate(list(drawn.in_order(found, drawn.SHOWN, PICTURE_SAMPLES)))
+      yield {"grid": contact_sheet(pictures)} | (distance.of(found) if distance else {})
     except NotFinite as error:  # training goes on: its own numbers are watched by the loop
       console.say(f"warning: {error}")
-      return {}
-    result = {"grid": contact_sheet(pictures[:PICTURE_SAMPLES])}
-    return result | (distance(pictures) if distance else {})
+      yield {}
+    drawn.remove(parts.folder)
 
   return {"samples": (config.evaluate_every_steps, show)}
+
+
+def _labelled(sampler: Sampler, params: Any, classes: int, index_B: np.ndarray) -> np.ndarray:
+  """The samples of these indices, of the classes in turn."""
+  return sampler(params, index_B, index_B % classes)
 
 
 def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
@@ -80,11 +103,6 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
       'config.export is "best", which needs config.keep_best, the metric to choose by, and '
       "config.evaluate_every_steps."
     )
-  if is_url(workdir):
-    raise InputError(
-      f"config.export writes folders of this machine, but {workdir} is in a bucket; leave it "
-      "empty, and use python -m launch.export when the training has ended."
-    )
   tokenizer = None
   if config.task == "diffusion":
     found = restore.tokenizer_of_latents(restore.check_latents(config), config.tokenizer)
@@ -93,48 +111,79 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
   whole = jax.jit(lambda params: params, out_shardings=mesh.replicated(devices))
   decay = (*config.optimizer.ema_decays, 0.0)[0]
 
-  def write(state: Any) -> dict[str, Any]:
+  def is_best(step: int) -> bool:
+    steps = [line["step"] for line in read_metrics(workdir)]
+    return best_step(workdir, config.keep_best, steps) == step
+
+  def write(state: Any) -> Results:
     step = int(state.step)
-    if config.export == "best":
-      steps = [line["step"] for line in read_metrics(workdir)]
-      is_best = np.array(best_step(workdir, config.keep_best, steps) == step)
-      if jax.process_count() > 1:  # the first one writes the metrics, perhaps to its own disk
-        is_best = multihost_utils.broadcast_one_to_all(is_best)
-      if not is_best:
-        return {}
+    if config.export == "best" and not processes.first_does(functools.partial(is_best, step)):
+      return {}
     params = jax.tree.map(lambda x: x.addressable_data(0), whole(averaged(config.optimizer, state)))
     trained = restore.Trained(workdir, config, step, params, decay)
     if jax.process_index() == 0:
       model = restore.for_use(trained, tokenizer)
-      samples = 0 if jax.process_count() > 1 else export.SAMPLES
       try:
-        export.export(model, Path(workdir) / "model", workdir=workdir, samples=samples)
+        _export(model, workdir)
       except InputError as error:  # the training itself is sound
         console.say(f"warning: no model folder was written: {error}")
+    processes.wait_for_all()
     return {}
 
   every = config.evaluate_every_steps if config.export == "best" else config.num_steps
   return {"export": (every, write)}
 
 
-def _distance(
-  config: FrozenConfigDict, tokenizer: restore.Trained
-) -> Callable[[np.ndarray], dict[str, float]]:
+def _export(model: Pipeline | Tokenizer, workdir: Path) -> None:
+  """Writes the folder "model" of a workdir; in a bucket config.json, by which it is one, last."""
+  if not is_url(workdir):
+    export.export(model, workdir / "model", workdir=workdir)
+    return
+  with tempfile.TemporaryDirectory() as name:
+    made, target = Path(name) / "model", workdir / "model"
+    export.export(model, made, workdir=workdir)
+    (target / folder.CONFIG).unlink(missing_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == folder.CONFIG):
+      with path.open("rb") as source, atomic_file(target / path.name) as file:
+        shutil.copyfileobj(source, file)
+
+
+class _Distance:
   """FD-EfficientNet of few samples to pictures that the tokenizer saw, to compare steps by.
 
   Few samples bias it upwards, so it compares only with sets of the same size.
   """
-  # What is not there is missed now, not at the first evaluation.
-  network = load_network(EFFICIENTNET)
-  real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
 
-  @functools.cache
-  def reference() -> Gaussian:
-    return gaussian_of(statistics_of(real, network, "reference"))
+  def __init__(self, tokenizer: restore.Trained, count: int):
+    # What is not there is missed now, not at the first evaluation.
+    self.network = load_network(EFFICIENTNET)
+    self._real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
+    self._count = count
 
-  def distance(pictures: np.ndarray) -> dict[str, float]:
-    drawn = Array(pictures[: config.evaluate_samples])
-    moments = statistics_of(drawn, network, "samples").moments["pool"]
-    return {network.key: reference().distance(moments.mean, moments.cov).distance}
+  @functools.cached_property
+  def _reference(self) -> Gaussian | None:
+    """In the first process."""
+    found = statistics_of(self._real, self.network, "reference")
+    return None if jax.process_index() else gaussian_of(found)
 
-  return distance
+  @functools.cached_property
+  def _run(self) -> Callable[[np.ndarray], Iterator[Part]]:
+    """Pictures to their features, by this process's devices."""
+    devices = mesh.local_mesh()
+    params = jax.device_put(self.network.params, mesh.replicated(devices))
+    run = Batches(compiled(self.network, False), FEATURES_AT_ONCE, devices, console.say_here)
+    return lambda image: run({"image": image}, params)
+
+  def features(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    """Those of some samples, [n, F]."""
+    return {"pool": np.concatenate([part.moments["pool"] for part in self._run(pictures)])}
+
+  def of(self, found: drawn.Drawn) -> dict[str, float]:
+    """That of the samples that all processes have."""
+    reference, moments = self._reference, Moments()
+    for features in drawn.in_order(found, "pool", self._count):
+      if reference:
+        moments.update(features)
+    if not reference:
+      return {}
+    return {self.network.key: reference.distance(moments.mean, moments.cov).distance}

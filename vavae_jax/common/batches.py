@@ -50,7 +50,8 @@ class Batches:
   """A jitted function, which takes a pytree [B, ...] last, over the leading axis of host arrays.
 
   Each device has `rows` at once, whatever their number: so a row comes out the same to the bit.
-  Where memory does not hold them they are halved, for good. For several processes see `in_shares`.
+  Where memory does not hold them they are halved, for good; not on a mesh of several processes, for
+  which see `in_shares`.
   """
 
   run: Callable[..., Any]
@@ -71,7 +72,8 @@ class Batches:
           yield out
           done = min(done + self.rows * self.devices.size, total)
       except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or self.rows == 1:
+        full = "RESOURCE_EXHAUSTED" in str(error) and self.rows > 1
+        if not full or self.devices.is_multi_process:  # others may wait inside of the program
           raise
         self.say(f"{self.rows} at once are more than a device's memory holds: now half of them")
         self.rows //= 2

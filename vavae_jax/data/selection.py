@@ -108,8 +108,8 @@ def check_pictures(config: FrozenConfigDict) -> None:
     )
 
 
-def evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
-  """Some pictures to look at while training, uint8 [n, image_size, image_size, 3].
+def evaluation_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.ndarray]:
+  """Some pictures to look at while training, as `training_pictures`.
 
   They are of `data.valid_source`, else held out, else some that are trained on.
   """
@@ -120,4 +120,4 @@ def evaluation_crops(config: FrozenConfigDict) -> np.ndarray:
     chosen = np.unique(np.linspace(0, last, EVALUATION_IMAGES).astype(int))
   else:
     chosen = share(config.data, held_out=True)[:EVALUATION_IMAGES]
-  return images.load_crops(_source(config.data, spec, chosen), chosen, config.data.image_size)
+  return _source(config.data, spec, chosen), chosen
