@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from ml_collections import FrozenConfigDict
 import configs.base
 import launch.sample
 from launch import restore
-from launch.engine import console, subcommands
+from launch.engine import console, processes, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
@@ -47,7 +46,7 @@ from vavae_jax import folder
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, local_place
+from vavae_jax.common.files import atomic_file, check_outputs, local_place, remove_folder
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
@@ -253,21 +252,28 @@ def _statistics() -> None:
   network = _network()
   pictures = open_pictures(FLAGS.reference, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   about = json.dumps({"network": network.about, "pictures": pictures.about})
-  if path.exists():
+
+  def there() -> bool:
+    if not path.exists():
+      return False
     if str(stored_statistics(FLAGS.output).get("about")) != about:
       raise InputError(f"{path} holds something else; give --output the name of a new file.")
     console.say(f"{path} has these statistics already")
+    return True
+
+  if processes.first_does(there):
     return
   found = statistics_of(pictures, network, "reference", progress=progress)
+  if jax.process_index():
+    return
   arrays: dict[str, Any] = {"about": np.array(about)}
   for name, ending in (("pool", ""), ("spatial", "_s")):
     if name in found.moments:
       arrays[f"mu{ending}"] = found.moments[name].mean
       arrays[f"sigma{ending}"] = found.moments[name].cov
-  if jax.process_index() == 0:
-    with atomic_file(path) as file:
-      np.savez(file, **arrays)
-    shutil.rmtree(progress, ignore_errors=True)
+  with atomic_file(path) as file:
+    np.savez(file, **arrays)
+  remove_folder(progress)
   console.table(
     "Statistics",
     ("what", "value"),

@@ -102,13 +102,18 @@ class Dying(pictures.Array):
     return super().read(start, stop)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(network, tmp_path, monkeypatch):
-  monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", 0.0)
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(
+  network, tmp_path, monkeypatch, seconds
+):
+  monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", seconds)
   compute = functools.partial(
     statistics_of, network=network, name="samples", keep=True, progress=tmp_path
   )
   with pytest.raises(KeyboardInterrupt):
     compute(Dying(alive=False))
+  blocks = sorted(path.name[:12] for path in (tmp_path / "samples").glob("0*"))
+  assert blocks == (["000000000_10", "000000010_10"] if seconds else [])  # or joined
   again = Dying(alive=True)
   found = compute(again)
   assert again.reads == [20]
@@ -118,15 +123,26 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(network, tmp_p
 
 
 @pytest.mark.parametrize("change", ["other pictures", "damage"])
-def test_what_was_found_of_others_or_is_damaged_is_computed_anew(network, tmp_path, change):
+def test_what_was_found_of_others_or_is_damaged_is_computed_anew(
+  network, tmp_path, monkeypatch, change
+):
+  monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", 0.0)
   compute = functools.partial(statistics_of, network=network, name="x", progress=tmp_path)
   compute(pictures.Array(PICTURES[::-1] if change == "other pictures" else PICTURES))
-  (file,) = tmp_path.iterdir()
+  file = tmp_path / "x" / statistics.JOINED
   if change == "damage":
     file.write_bytes(file.read_bytes()[:-100])
   found = compute(pictures.Array(PICTURES))
   expected = statistics_of(pictures.Array(PICTURES), network, "x")
   np.testing.assert_array_equal(found.moments["pool"].mean, expected.moments["pool"].mean)
+
+
+def test_a_damaged_block_is_named(network, tmp_path):
+  compute = functools.partial(statistics_of, network=network, name="x", progress=tmp_path)
+  compute(pictures.Array(PICTURES))
+  (tmp_path / "x" / "000000010_10.safetensors").write_bytes(b"x")
+  with pytest.raises(InputError, match=r"000000010_10\.safetensors is damaged"):
+    compute(pictures.Array(PICTURES))
 
 
 def test_files_that_were_written_anew_are_other_pictures(network, tmp_path):
@@ -539,7 +555,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipelin
   one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
   assert len(one["points"]) == 2
   for ours, theirs in zip(one["points"], two["points"], strict=True):
-    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert theirs == ours
   assert "30 samples are fewer" in one["warnings"][1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -45,3 +46,25 @@ def test_samples(shared, pipeline):
   files = {path.name: path.read_bytes() for path in one.iterdir()}
   assert sorted(files) == ["x.json", "x.npz", "x.png"]
   assert files == {path.name: path.read_bytes() for path in pod.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def evaluations(command, pipeline, tmp_path_factory):
+  """The folder of what `tests.evaluations_everywhere` writes, and what it prints."""
+  output = tmp_path_factory.mktemp("evaluations")
+  runs = "one:1,pod:2:*/samples/000000010_10.*,pod:3"
+  done = command("tests.evaluations_everywhere", pipeline, output, runs)
+  assert done.returncode == 0, done.stderr
+  return output, done.stdout
+
+
+@pytest.mark.parametrize("kind", ["generation", "reconstruction", "latents", "solvers"])
+def test_evaluations(evaluations, kind):
+  output, printed = evaluations
+  assert "left by pod:2:*/samples/000000010_10.*: ['reference', " in printed
+  one, pod = (json.loads((output / run / f"{kind}.json").read_text()) for run in ("one", "pod"))
+  for found in (one, pod):
+    del found["run"]
+    for point in found.get("points", ()):
+      del point["seconds"]
+  assert one == pod

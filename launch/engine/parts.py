@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +30,20 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def items_in(groups: Sequence[Sequence[range]]) -> int:
   """The number of items of groups of parts."""
   return sum(len(part) for group in groups for part in group)
+
+
+def shared_out(missing: Callable[[], list[range]], at_once: int) -> list[list[range]]:
+  """This process's of the parts that the first process finds missing, `at_once` neighbours a group.
+
+  The groups go round among the processes: of what is there, little is behind a gap.
+  """
+
+  def listed() -> list[list[int]]:
+    return [[at_once], *([part.start, part.stop] for part in missing())]
+
+  (size,), *parts = processes.first_does(listed)
+  groups = [[range(*x) for x in parts[i : i + size]] for i in range(0, len(parts), size)]
+  return groups[jax.process_index() :: jax.process_count()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +70,22 @@ class Parts:
     numbers = sorted((int(found[1]), int(found[2])) for found in named)
     return [range(start, start + count) for start, count in numbers]
 
+  @property
+  def all(self) -> list[range]:
+    """The parts of this size."""
+    starts = range(0, self.total, self.size)
+    return [range(start, min(start + self.size, self.total)) for start in starts]
+
   def missing(self, begin: int = 0) -> list[range]:
-    """The parts of this size that have an item from `begin` on that is in no file."""
+    """Those of them that have an item from `begin` on that is in no file."""
     done = bytearray(self.total)
     for part in (range(begin), *self.there()):
       done[part.start : part.stop] = b"\1" * len(range(self.total)[part.start : part.stop])
-    parts = (range(i, min(i + self.size, self.total)) for i in range(0, self.total, self.size))
-    return [part for part in parts if not all(done[part.start : part.stop])]
+    return [part for part in self.all if not all(done[part.start : part.stop])]
 
   def mine(self, at_once: int = 1, begin: int = 0) -> list[list[range]]:
-    """This process's share of what is missing, in groups of `at_once` neighbours.
-
-    What is missing, and how many at once, is as the first process sees it. The groups go round
-    among the processes, so that what is there has few gaps.
-    """
-
-    def listed() -> list[list[int]]:
-      return [[at_once], *([part.start, part.stop] for part in self.missing(begin))]
-
-    (size,), *parts = processes.first_does(listed)
-    groups = [[range(*x) for x in parts[i : i + size]] for i in range(0, len(parts), size)]
-    return groups[jax.process_index() :: jax.process_count()]
+    """This process's of what is `missing`, as `shared_out` gives it."""
+    return shared_out(lambda: self.missing(begin), at_once)
 
   def check_complete(self) -> None:
     """Returns when this process sees all that was written; for the first, when all have ended."""

@@ -15,7 +15,7 @@ from flax import nnx
 from launch import restore
 from launch.weights import recognition
 from vavae_jax import classification
-from vavae_jax.common import functional
+from vavae_jax.common import functional, mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home, place, sha256_of
@@ -109,7 +109,7 @@ def _classifier(path: str) -> Network:
       "Give --weights=WORKDIR of a classifier: python -m launch.train "
       "--config=configs/lab/dilemma.py:judge --workdir=WORKDIR trains one."
     )
-  judge = restore.load(place(path), "classifier")
+  judge = restore.load(place(path), "classifier").on(mesh.local_mesh())
   graph = functional.graph_of(classification.build(judge.config))
 
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:

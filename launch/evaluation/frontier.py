@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from launch.evaluation.output import Output, Point
 from launch.report import plots
 from launch.report.html import Section, picture_file
@@ -48,6 +50,8 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
     points.append(point)
   if not points:
     raise InputError("Give --point=NAME:RECONSTRUCTION.json:GENERATION.json once or more.")
+  if jax.process_index():
+    return points
   _, across, down = points[0]
   drawing, ((axes,),) = plots.panels(size=(7, 5))
   plots.frontier(axes, {point["name"]: (point[across], point[down]) for point in points})

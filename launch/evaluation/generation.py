@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from launch.engine import console
@@ -49,18 +50,21 @@ def evaluate(
 ) -> dict[str, float]:
   """All figures of a set of samples, with JSON, sheet and page; InputError if sizes do not fit.
 
-  The reference has features where precision and recall are wanted; `workdir` is of the training
-  that the samples are of, for its curves.
+  Of several processes the first has the figures and writes. The reference has features where
+  precision and recall are wanted; `workdir` is of the training that the samples are of, for its
+  curves.
   """
   check(samples, options)
   if reference.pictures is not None and reference.pictures.size != samples.size:
     check_sizes(reference.pictures, samples.size, network)
     sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
     console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
+  found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
+  if jax.process_index():
+    return {}
   first = samples.read(0, min(len(samples), SHOWN))
   labels, names = _classes(samples, len(first))
   rows = {class_name(x, names): first[labels == x] for x in np.unique(labels)} or {"": first}
-  found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
   gathered = Generated(found, reference, network, options)
   values, more = figures.compute("generation", gathered), gathered.more()
   notes = {

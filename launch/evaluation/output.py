@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -17,7 +15,7 @@ from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.report.html import Figure, Section, details, figures_table, table, write_page
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, read_note, write_json
+from vavae_jax.common.files import atomic_file, check_outputs, read_note, remove_folder, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn", "pillow")
 Point = dict[str, Any]
@@ -59,6 +57,8 @@ class Output:
   ) -> None:
     """Prints the results and writes the files, the numbers last; removes what was in progress.
 
+    Of several processes the first comes here.
+
     Args:
       result: of the JSON file, to which kind, versions and circumstances are added; its "warnings"
         are shown.
@@ -66,8 +66,6 @@ class Output:
       points: rows of a table to show, all with the same keys.
       picture: uint8 [H,W,3]; None if it exists already.
     """
-    if jax.process_index():
-      return
     warnings = result.get("warnings", ())
     for warning in warnings:
       console.say(f"note: {warning}")
@@ -87,7 +85,7 @@ class Output:
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     run = circumstances() | {"versions": versions}
     write_json(self.json, {"evaluation": self.kind, **result, "run": run})
-    shutil.rmtree(self.progress, ignore_errors=True)
+    remove_folder(self.progress)
     if rows:
       console.table(f"{len(rows)} points", header, rows)
     files = [("numbers", self.json), ("picture", self.png), ("page", self.html)]

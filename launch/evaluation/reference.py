@@ -26,11 +26,22 @@ class Reference:
   """Real pictures, or what was computed of them before."""
 
   about: dict[str, Any]  # what they are, for a JSON file
-  gaussian: Gaussian  # of their features
+  # Of their features "pool" and, of Inception, "spatial"; of several processes only the first has
+  # them, and `features`.
+  gaussians: dict[str, Gaussian]
   count: int | None = None  # of pictures, where the file of the statistics notes it
-  spatial: Gaussian | None = None  # of sFID's features
   features: np.ndarray | None = None  # [N,F]
   pictures: PictureSet | None = None
+
+  @property
+  def gaussian(self) -> Gaussian:
+    """Of their features."""
+    return self.gaussians["pool"]
+
+  @property
+  def spatial(self) -> Gaussian | None:
+    """Of sFID's features."""
+    return self.gaussians.get("spatial")
 
 
 def feature_options() -> dict[str, str]:
@@ -101,9 +112,9 @@ def reference_of(
   """Pictures as a reference, whose features are kept if `keep` and there are not too many."""
   keep = keep and len(pictures) <= MOST_KEPT
   found = statistics_of(pictures, network, "reference", keep=keep, progress=progress)
-  features = found.column("pool") if keep else None
-  spatial = gaussian_of(found, "spatial") if "spatial" in found.moments else None
-  return Reference(pictures.about, gaussian_of(found), len(pictures), spatial, features, pictures)
+  features = found.column("pool") if found.has("pool") else None
+  gaussians = {name: gaussian_of(found, name) for name in found.moments}
+  return Reference(pictures.about, gaussians, len(pictures), features, pictures)
 
 
 def open_reference(
@@ -137,7 +148,7 @@ def open_reference(
     check_sizes(reference.pictures, size, network)
     if keep and len(reference.pictures) <= MOST_KEPT:
       found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
-      reference.features = found.column("pool")
+      reference.features = found.column("pool") if found.has("pool") else None
   return reference
 
 
@@ -162,9 +173,9 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
       f"{json.dumps(network.about)}."
     )
   try:
-    both = "mu_s" in stored and "spatial" in sizes
-    spatial = Gaussian(stored["mu_s"], stored["sigma_s"]) if both else None
-    gaussian = Gaussian(stored["mu"], stored["sigma"])
+    gaussians = {"pool": Gaussian(stored["mu"], stored["sigma"])}
+    if "mu_s" in stored and "spatial" in sizes:
+      gaussians["spatial"] = Gaussian(stored["mu_s"], stored["sigma_s"])
   except (ValueError, KeyError) as error:
     raise InputError(f"The statistics in {spec} are not mean and covariance: {error}") from error
   pictures = about.get("pictures") or {
@@ -172,4 +183,4 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
     "note": "their protocol is not noted in the file",
     "mu_sum": float(stored["mu"].sum()),
   }
-  return Reference(pictures, gaussian, pictures.get("pictures"), spatial)
+  return Reference(pictures, gaussians, pictures.get("pictures"))

@@ -6,11 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from launch.engine import console
+from launch.engine import console, processes
+from launch.engine.parts import share
 from launch.evaluation import figures
 from launch.evaluation.figures import LatentSpace
 from launch.evaluation.output import Output
@@ -84,11 +86,19 @@ def evaluate(
   """All figures of a latent space, with JSON, picture and page; InputError if latents are too few.
 
   There are `runs` t-SNEs of `count` cells each, the first by `seed`, the next by the seeds that
-  follow; `path` is the transport's, for the curve of signal to noise.
+  follow; `path` is the transport's, for the curve of signal to noise. Several processes share the
+  runs, and the first has the figures and writes.
   """
   if len(store) < LEAST:
     raise InputError(f"{store.path} has {len(store)} latents; at least {LEAST} are needed.")
-  seeds = console.tracked(range(seed, seed + runs), "t-SNE", runs)
+  seeds = range(seed, seed + runs)
+  mine = share(seeds)
+  for each in console.tracked(mine, "t-SNE", len(mine)):
+    _run(store, count, each, output.progress)
+  processes.wait_for_all()
+  if jax.process_index():
+    return {}
+  processes.check_seen(_file(output.progress, each) for each in seeds)
   done = [_run(store, count, each, output.progress) for each in seeds]
   first, found = done[0], [uniformity(run.density) for run in done]
   values = first.values.astype(np.float64)
@@ -148,10 +158,14 @@ def _sections(
   ]
 
 
+def _file(progress: Path, seed: int) -> Path:
+  return progress / f"run-{seed}.safetensors"
+
+
 def _run(store: latents.LatentStore, count: int, seed: int, progress: Path) -> Run:
   """One t-SNE, or what a run before found of the same cells."""
   values, labels = draw_cells(store, count, seed)
-  path = progress / f"run-{seed}.safetensors"
+  path = _file(progress, seed)
   noted = {"cells": hashlib.sha256(values.tobytes()).hexdigest()}
   plane = None
   if path.is_file():

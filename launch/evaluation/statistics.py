@@ -1,30 +1,32 @@
 """Statistics of a set of pictures, read once, block by block.
 
-Each process takes a range of the blocks, and results are joined in the order of the blocks: figures
-depend neither on the number of devices nor, but for rounding, on that of processes. Results so far
-are saved every minute, so that a stopped evaluation resumes.
+The blocks are the parts of a work list (launch/engine/parts.py): each process computes features of
+some, and the first joins them in their order. So figures depend neither on the number of devices
+nor on that of processes, and an evaluation that was stopped resumes.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 from clu.metrics import CollectingMetric
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from launch.engine import console, processes
+from launch.engine.parts import Parts, items_in, shared_out
 from launch.evaluation.pictures import PictureSet
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_safetensors
+from vavae_jax.common.files import atomic_file, remove_folder, write_safetensors
 from vavae_jax.metrics.distribution import Moments, ProbabilitySums
 
 BLOCK = 250
@@ -32,6 +34,7 @@ CPU_BATCH = 50
 SPLIT = 5_000  # samples of which each inception score is
 SECONDS_BETWEEN_SAVES = 60.0
 SUMS = "sums of probabilities"  # each row is a `ProbabilitySums`
+JOINED = "joined.safetensors"  # of a folder of blocks, the statistics of the first ones
 
 
 class Part(NamedTuple):
@@ -52,22 +55,16 @@ class Statistics:
     self.moments: dict[str, Moments] = {}
     self.columns = CollectingMetric.empty()
 
-  def add(self, parts: list[Part]) -> None:
-    """Adds the next block, which was computed in several parts."""
-    for name in parts[0].moments:
-      features = np.concatenate([part.moments[name] for part in parts])
-      self.moments.setdefault(name, Moments()).update(features)
-    columns = {n: (np.concatenate([p.columns[n] for p in parts]),) for n in parts[0].columns}
-    if parts[0].probabilities is not None:
-      sums = ProbabilitySums.of(np.concatenate([part.probabilities for part in parts]))
-      columns[SUMS] = (np.concatenate([[sums.rows, sums.entropy], sums.total])[None],)
+  def add(self, block: dict[str, np.ndarray]) -> None:
+    """Adds the next block, as `_tensors_of` gives it."""
+    columns = {}
+    for key, x in block.items():
+      what, _, name = key.partition(".")
+      if what == "column":
+        columns[name] = (x,)
+      else:
+        self.moments.setdefault(name, Moments()).update(x)
     self.columns = self.columns.merge(CollectingMetric(columns))
-
-  def merge(self, other: Statistics) -> None:
-    """Adds those of the pictures that follow."""
-    for name, moments in other.moments.items():
-      self.moments.setdefault(name, Moments()).merge(moments)
-    self.columns = self.columns.merge(other.columns)
 
   def has(self, name: str) -> bool:
     """Whether something of this name was kept of each picture."""
@@ -120,72 +117,165 @@ def compute(
   about: Any,
   progress: Path | None = None,
 ) -> Statistics:
-  """The statistics of all pictures of a set, the same in all processes.
+  """The statistics of all pictures of a set, in the first process; in the others there are none.
 
   Args:
     run: jitted; (params, {"image" uint8 [B,H,W,3], "index" int32 [B]}) -> what is computed.
-    name: what the pictures are, for the bar and for the file in `progress`.
+    name: what the pictures are, for the bar and for the folder in `progress`.
     about: what else the statistics depend on, for JSON.
-    progress: a folder, where an evaluation that was stopped goes on from; None: it does not.
+    progress: a folder that all processes see, where an evaluation that was stopped goes on from;
+      None: it does not, and several processes exchange what they found, for all to have it.
 
   Raises:
     InputError: the pictures or their features are unusable.
   """
-  blocks = -(-len(pictures) // BLOCK)
-  count, mine = jax.process_count(), jax.process_index()
-  first, last = (blocks * i // count for i in (mine, mine + 1))
-  path = progress and progress / f"{name.replace(' ', '_')}-{mine}-of-{count}.safetensors"
-  noted = json.dumps([pictures.about, about], sort_keys=True)
-  found, done = _load(path, noted) if path else (Statistics(), 0)
-  ranges = [(i * BLOCK, min((i + 1) * BLOCK, len(pictures))) for i in range(first + done, last)]
-  total = min(last * BLOCK, len(pictures)) - first * BLOCK
+
+  def noted() -> str:  # a checksum of all pictures may be in it: by the first process alone
+    return json.dumps([pictures.about, about], sort_keys=True)
+
+  blocks = _Blocks(progress and progress / name.replace(" ", "_"), len(pictures), noted)
   devices = mesh.local_mesh()
-  batch_size = CPU_BATCH if jax.default_backend() == "cpu" else BLOCK
-  batches = Batches(run, batch_size, devices, console.say_here)
+  at_once = CPU_BATCH if jax.default_backend() == "cpu" else BLOCK
+  batches = Batches(run, at_once, devices, console.say_here)
   here = jax.device_put(params, mesh.replicated(devices))
-  saved = time.monotonic()
+  groups, done = blocks.mine(devices.size), 0
   with (
-    console.Bar(name, total, min(done * BLOCK, total)) as bar,
+    console.Bar(name, items_in(groups)) as bar,
     ThreadPoolExecutor(1) as reader,
   ):
-    ahead = [reader.submit(pictures.read, *ranges[0])] if ranges else []
-    for number, (start, stop) in enumerate(ranges, 1):
-      image = ahead.pop().result()
-      if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3 or image.size == 0:
-        given = f"{image.dtype} {image.shape}"
-        raise InputError(f"The pictures from {start} on are {given}; uint8 [N,H,W,3] is needed.")
-      if number < len(ranges):
-        ahead.append(reader.submit(pictures.read, *ranges[number]))
-      batch = {"image": image, "index": np.arange(start, stop, dtype=np.int32)}
-      parts = list(batches(batch, here))
-      try:
-        found.add(parts)
-      except ValueError as error:
-        raise InputError(
-          f"The features of the pictures {start}..{stop - 1} are unusable: {error}"
-        ) from error
-      bar.update(stop - first * BLOCK)
-      late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
-      if path and (late or number == len(ranges)):
-        write_safetensors(path, found.to_tensors(), {"noted": noted, "blocks": str(done + number)})
-        saved = time.monotonic()
-  result = Statistics()
-  for tensors in processes.gather(found.to_tensors()):  # in the order of the pictures
-    result.merge(Statistics.of_tensors(tensors))
-  return result
+    ahead = [reader.submit(_read, pictures, groups[0])] if groups else []
+    for number, group in enumerate(groups, 1):
+      image, index = ahead.pop().result()
+      if number < len(groups):
+        ahead.append(reader.submit(_read, pictures, groups[number]))
+      found = list(batches({"image": image, "index": index}, here))
+      for part, tensors in zip(group, _tensors_of(found, group), strict=True):
+        blocks.add(part, tensors)
+      bar.update(done := done + len(index))
+  return blocks.joined()
 
 
-def _load(path: Path, noted: str) -> tuple[Statistics, int]:
-  """The statistics that a stopped evaluation saved, and the number of their blocks."""
-  if not path.is_file():
-    return Statistics(), 0
-  try:
-    with safe_open(path, "numpy") as file:
-      metadata = file.metadata()
-      if metadata["noted"] != noted:
-        return Statistics(), 0
-      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Statistics.of_tensors(tensors), int(metadata["blocks"])
-  except (OSError, SafetensorError, KeyError, ValueError) as error:
-    console.say(f"{path} is damaged ({error}); its part is computed again")
-    return Statistics(), 0
+def _read(pictures: PictureSet, group: list[range]) -> tuple[np.ndarray, np.ndarray]:
+  """The pictures of some blocks, and their indices."""
+  runs: list[range] = []
+  for part in group:
+    if runs and runs[-1].stop == part.start:
+      part = range(runs.pop().start, part.stop)
+    runs.append(part)
+  read = [pictures.read(part.start, part.stop) for part in runs]
+  for image, part in zip(read, runs, strict=True):
+    if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3 or image.size == 0:
+      given = f"{image.dtype} {image.shape}"
+      raise InputError(f"The pictures from {part.start} on are {given}; uint8 [N,H,W,3] is needed.")
+  return np.concatenate(read), np.concatenate([np.asarray(part, np.int32) for part in runs])
+
+
+def _tensors_of(found: list[Part], group: list[range]) -> Iterator[dict[str, np.ndarray]]:
+  """What is kept of each block of a group that was computed in batches."""
+  whole = jax.tree.map(lambda *x: np.concatenate(x), *found)
+  begin = 0
+  for part in group:
+    rows = slice(begin, begin := begin + len(part))
+    block = jax.tree.map(lambda x, rows=rows: x[rows], whole)
+    try:
+      if broken := [name for name, x in block.moments.items() if not np.isfinite(x).all()]:
+        raise ValueError(f"{', '.join(broken)} hold NaN or infinity")
+      columns = dict(block.columns)
+      if block.probabilities is not None:
+        sums = ProbabilitySums.of(block.probabilities)
+        columns[SUMS] = np.concatenate([[sums.rows, sums.entropy], sums.total])[None]
+    except ValueError as error:
+      raise InputError(
+        f"The features of the pictures {part.start}..{part.stop - 1} are unusable: {error}"
+      ) from error
+    kinds = {"features": block.moments, "column": columns}
+    yield {f"{what}.{name}": x for what, named in kinds.items() for name, x in named.items()}
+
+
+class _Blocks:
+  """The blocks that are there, as files of a folder or in memory, and the statistics of the first
+  ones, which are joined as they come.
+  """
+
+  def __init__(self, folder: Path | None, total: int, noted: Callable[[], str]):
+    self._parts = Parts(folder or Path(), total, BLOCK, ".safetensors")
+    self._noted, self._in_files = noted, folder is not None
+    self._kept: dict[int, dict[str, np.ndarray]] = {}  # by their first pictures, if not in files
+    self._found, self._saved = Statistics(), time.monotonic()
+    # How many pictures are joined.
+    self._done = processes.first_does(self._resume) if folder else 0
+
+  def mine(self, at_once: int) -> list[list[range]]:
+    """This process's of the blocks that are missing."""
+    if self._in_files:
+      return self._parts.mine(at_once, self._done)
+    return shared_out(lambda: self._parts.all, at_once)
+
+  def add(self, part: range, tensors: dict[str, np.ndarray]) -> None:
+    """Takes one block."""
+    if self._in_files:
+      write_safetensors(self._parts.path(part), tensors)
+    else:
+      self._kept[part.start] = tensors
+    if jax.process_count() == 1 or (self._in_files and jax.process_index() == 0):
+      self._join()
+
+  def joined(self) -> Statistics:
+    """The statistics, when all processes have come here."""
+    if self._in_files:
+      processes.wait_for_all()
+      if jax.process_index() == 0:
+        processes.check_seen(map(self._parts.path, self._parts.missing(self._done)))
+        self._join()
+      return self._found
+    for each in processes.gather(
+      {f"{start}.{key}": x for start, block in self._kept.items() for key, x in block.items()}
+    ):
+      for name, x in each.items():
+        start, _, key = name.partition(".")
+        self._kept.setdefault(int(start), {})[key] = x
+    self._join()
+    return self._found
+
+  def _join(self) -> None:
+    """Joins the blocks that are next, and saves where that has led now and then."""
+    while tensors := self._next():
+      self._found.add(tensors)
+      self._done = min(self._done + BLOCK, self._parts.total)
+    if self._in_files and time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+      whole = self._found.to_tensors() | {"done": np.array([self._done])}
+      write_safetensors(self._parts.folder / JOINED, whole)
+      for part in self._parts.there():
+        if part.stop <= self._done:
+          self._parts.path(part).unlink()
+      self._saved = time.monotonic()
+
+  def _next(self) -> dict[str, np.ndarray] | None:
+    if not self._in_files:
+      return self._kept.pop(self._done, None)
+    path = self._parts.path(range(self._parts.total)[self._done : self._done + BLOCK])
+    if self._done == self._parts.total or not path.exists():
+      return None
+    try:
+      return safetensors.numpy.load(path.read_bytes())
+    except SafetensorError as error:
+      raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
+
+  def _resume(self) -> int:
+    """Finds what a stopped evaluation has joined; deletes what another one has left."""
+    folder = self._parts.folder
+    note, joined, about = folder / "about.json", folder / JOINED, self._noted().encode()
+    if not note.is_file() or note.read_bytes() != about:
+      remove_folder(folder)
+      with atomic_file(note) as file:
+        file.write(about)
+    if not joined.is_file():
+      return 0
+    try:
+      tensors = safetensors.numpy.load(joined.read_bytes())
+      done = int(tensors.pop("done")[0])
+      self._found = Statistics.of_tensors(tensors)
+    except (SafetensorError, KeyError, ValueError) as error:
+      console.say(f"{joined} is damaged ({error}); its part is computed again")
+      return 0
+    return done

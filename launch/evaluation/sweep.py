@@ -22,7 +22,7 @@ from launch.evaluation.reference import Reference, statistics_of
 from launch.report import plots
 from launch.report.html import Section, picture_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, write_json
+from vavae_jax.common.files import read_note, remove_folder, write_json
 
 
 def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list[Any]]:
@@ -81,6 +81,8 @@ def sweep(
     warnings |= set(noted["warnings"])
     done.append(point | noted["figures"])
   best = min(done, key=lambda point: point[network.key])
+  if jax.process_index():
+    return done
   _heat_map(grid, done, network.key, output.png)
   output.write(
     {
@@ -114,18 +116,21 @@ def _measured(
   noted = json.dumps([samples.about, network.about, reference.about, options], sort_keys=True)
   name = hashlib.sha256(noted.encode()).hexdigest()[:16]
   path = output.points / f"{name}.json"
-  if not processes.first_does(path.is_file):
-    found = statistics_of(
-      samples, network, f"point {name}", keep=options.keep, progress=output.progress
-    )
+  if processes.first_does(path.is_file):
+    return processes.first_does(lambda: read_note(path, figures=dict, warnings=list))
+  found = statistics_of(
+    samples, network, f"point {name}", keep=options.keep, progress=output.progress
+  )
+
+  def measure() -> dict[str, Any]:
     gathered = Generated(found, reference, network, options)
-    values, warnings = figures.compute("generation", gathered), gathered.more()["warnings"]
-    if jax.process_index() == 0:
-      write_json(path, {"figures": values, "warnings": warnings})
-      for part in output.progress.glob(f"point_{name}-*.safetensors"):
-        part.unlink()
-    processes.wait_for_all()
-  return read_note(path, figures=dict, warnings=list)
+    values = figures.compute("generation", gathered)
+    note = {"figures": values, "warnings": gathered.more()["warnings"]}
+    write_json(path, note)
+    remove_folder(output.progress / f"point_{name}")
+    return note
+
+  return processes.first_does(measure)
 
 
 def _heat_map(grid: dict[str, list[Any]], points: list[Point], key: str, path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Evaluations on several numbers of processes, and by others after a kill.
+
+  python -m tests.evaluations_everywhere PIPELINE OUTPUT RUN,...
+
+A run is FOLDER:PROCESSES, or FOLDER:PROCESSES:PATTERN, in which the last process is killed just
+before a file gets a name of that pattern, and the others with it. The evaluations of a run write
+into OUTPUT/FOLDER. The processes are forks of one, which imports all once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch import restore
+from launch.engine import processes
+from launch.evaluation import generation, reconstruction, solvers, space, statistics
+from launch.evaluation.features import Network
+from launch.evaluation.figures import Options
+from launch.evaluation.output import Output
+from launch.evaluation.pictures import Sampled, own_pictures
+from launch.evaluation.reference import reference_of
+from lightningdit_jax.store.latents import LatentStore
+
+FEATURES = 6
+GRID = {"method": ["euler"], "num_steps": [3, 5]}
+
+
+def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+  """Few features and classes, all that Inception's figures need."""
+  small = image_BHWC[:, ::8, ::8].astype(jnp.float32)
+  x = small.reshape(len(small), -1) @ params["w"] / 1e3
+  return {"pool": x, "spatial": jnp.cos(x), "probabilities": jax.nn.softmax(x)}
+
+
+def evaluate(pipeline: Path, output: Path) -> None:
+  """All evaluations that processes share."""
+  statistics.BLOCK, statistics.CPU_BATCH, statistics.SPLIT = 10, 4, 20
+  space.tsne = lambda values, seed: values[:, seed : seed + 2].astype(np.float64)  # for time
+  weights = np.random.default_rng(1).standard_normal((8 * 8 * 3, FEATURES), np.float32)
+  network = Network("adm", "FID", {"protocol": "adm", "weights_sha256": "0"}, {"w": weights}, apply)
+  diffusion = restore.load(pipeline / "diffusion", "diffusion")
+  tokenizer = restore.tokenizer_of(diffusion)
+  settings = diffusion.config.sample
+  seen, held_out = (own_pictures(tokenizer, held_out=x) for x in (False, True))
+  drawn = Sampled(diffusion, tokenizer, settings, count=43, labels="balanced", seed=0)
+  of = Output(output / "generation", "generation")
+  reference = reference_of(seen, network, keep=True, progress=of.progress)
+  generation.evaluate(drawn, reference, network, of, options=Options())
+  of = Output(output / "reconstruction", "reconstruction")
+  reconstruction.evaluate(tokenizer, held_out, network, of)
+  store = LatentStore(pipeline / "latents")
+  space.evaluate(store, Output(output / "latents", "latents"), runs=2, count=55)
+  solvers.evaluate(diffusion, settings, GRID, Output(output / "solvers", "solvers"), count=20)
+  processes.wait_for_all()
+
+
+def one(pipeline: Path, output: Path, pattern: str) -> None:
+  """What one process does."""
+
+  def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "os.rename" and fnmatch.fnmatch(os.fsdecode(arguments[1]), pattern):
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  if pattern:
+    sys.addaudithook(watch)
+  processes.start()
+  evaluate(pipeline, output)
+  processes.end(0, together=processes.several())
+
+
+def main() -> None:
+  """The command."""
+  pipeline, output = map(Path, sys.argv[1:3])
+  for run in sys.argv[3].split(","):
+    folder, number, *pattern = run.split(":")
+    count = int(number)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for index in range(count):
+      children.append(os.fork())
+      if children[-1]:
+        continue
+      if count > 1:
+        os.environ.update(
+          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=number, JAX_PROCESS_ID=str(index)
+        )
+      try:
+        one(pipeline, output / folder, pattern[0] if pattern and index == count - 1 else "")
+      except BaseException:
+        traceback.print_exc()
+      os._exit(1)
+    last = os.waitstatus_to_exitcode(os.waitpid(children.pop(), 0)[1])
+    if pattern:
+      for child in children:
+        os.kill(child, signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if {last, *codes} != ({-signal.SIGKILL} if pattern else {0}):
+      sys.exit(f"{run}: exit codes {[*codes, last]}")
+    left = sorted(path.parent.name for path in (output / folder).rglob("*_10.safetensors"))
+    print(f"left by {run}: {left}")
+
+
+if __name__ == "__main__":
+  main()
