@@ -46,7 +46,7 @@ from vavae_jax import folder
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, local_place, remove_folder
+from vavae_jax.common.files import atomic_file, check_outputs, place, remove_folder
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
@@ -114,7 +114,7 @@ def _generation() -> None:
     for name in sorted({"step", "ema", "num_samples", "labels", "seed", *checks.SAMPLE}):
       if FLAGS[name].present:
         raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
-  output, network = Output(local_place(FLAGS.output), "generation"), _network()
+  output, network = Output(place(FLAGS.output), "generation"), _network()
   if FLAGS.samples:
     drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   else:
@@ -137,7 +137,7 @@ def _reconstruction() -> None:
     python -m launch.evaluate reconstruction --workdir=RUNS/tokenizer --source=folder:VALIDATION \
       --output=RUNS/reconstruction
   """
-  output = Output(local_place(FLAGS.output), "reconstruction")
+  output = Output(place(FLAGS.output), "reconstruction")
   tokenizer = restore.load(folder.find(FLAGS.workdir), "tokenizer", FLAGS.step)
   data = tokenizer.config.data
   size = FLAGS.image_size or data.image_size
@@ -175,7 +175,7 @@ def _latents() -> None:
 
   Figures are those of the paper's table 6, by t-SNE.
   """
-  output, store = Output(local_place(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
+  output, store = Output(place(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
   space.evaluate(
     store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
@@ -191,7 +191,7 @@ def _sweep() -> None:
   """
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
-  output, network, draw = Output(local_place(FLAGS.output), "sweep"), _network(), _drawer()
+  output, network, draw = Output(place(FLAGS.output), "sweep"), _network(), _drawer()
   path = folder.find(FLAGS.workdir)
   diffusion = restore.load(path, "diffusion", FLAGS.step)
   averages, steps = (0.0, *diffusion.config.optimizer.ema_decays), steps_of(path)
@@ -224,7 +224,7 @@ def _solvers() -> None:
     diffusion,
     given_settings(diffusion),
     sweep.parse_grid(FLAGS.grid, configs.base.sample().to_dict()),
-    Output(local_place(FLAGS.output), "solvers"),
+    Output(place(FLAGS.output), "solvers"),
     count=FLAGS.num_samples,
     labels=FLAGS.labels,
     seed=FLAGS.seed,
@@ -236,7 +236,7 @@ def _frontier() -> None:
 
   python -m launch.evaluate frontier --point=plain/d16:A.json:B.json --output=RUNS/frontier
   """
-  frontier(FLAGS.point, Output(local_place(FLAGS.output), "frontier"), FLAGS.x, FLAGS.y)
+  frontier(FLAGS.point, Output(place(FLAGS.output), "frontier"), FLAGS.x, FLAGS.y)
 
 
 def _statistics() -> None:
@@ -244,7 +244,7 @@ def _statistics() -> None:
 
   python -m launch.evaluate statistics --reference=folder:DIR --output=REFERENCE.npz
   """
-  path = local_place(FLAGS.output)
+  path = place(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
   progress = path.with_suffix(".progress")
@@ -360,7 +360,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
 
 def _say_next(evaluation: str) -> None:
   """Prints the command that usually follows an evaluation."""
-  output = local_place(FLAGS.output)
+  output = place(FLAGS.output)
   if evaluation in ("generation", "reconstruction"):
     where = (f"--workdir={FLAGS.workdir or 'WORKDIR'}", f"--output={output}_model")
     console.say_next("export", *where, f"--evaluations={output}.json")
@@ -387,7 +387,7 @@ def _subcommand(
       define()
 
   def owning() -> None:
-    with owned(local_place(FLAGS.output), beside=True), console.naming(_NAMES):
+    with owned(place(FLAGS.output), beside=True), console.naming(_NAMES):
       run()
     _say_next(name)
 

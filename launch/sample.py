@@ -40,7 +40,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
   check_outputs,
-  local_place,
+  place,
   read_note,
   remove_folder,
   write_json,
@@ -252,7 +252,7 @@ def main() -> None:
     if "published" not in diffusion.config:
       raise InputError(f"--published: {FLAGS.workdir} is older than this flag and names no labels.")
     drawn = diffusion.config.published.to_dict()
-  output = local_place(FLAGS.output)
+  output = place(FLAGS.output)
   if output.suffix != ".npz":
     raise InputError(f"--output is {output}; its name must end in .npz.")
   tokenizer = restore.tokenizer_of(diffusion, FLAGS.tokenizer)

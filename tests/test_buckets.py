@@ -1,13 +1,21 @@
-"""A workdir in a bucket: written, damaged, resumed, by the real clients and a stand-in server."""
+"""Workdirs, samples and evaluations in a bucket, by the real clients and a stand-in server."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from tests.conftest import CLOCK
+from launch.evaluation.sample_files import read_samples
+from tests.conftest import CLOCK, ROOT, start_job
 from tests.fake_gcs import FakeGcs
+from tests.survive import ended
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 
@@ -53,6 +61,48 @@ def test_a_run_in_a_bucket_goes_on_from_its_newest_sound_checkpoint(gcs, command
   metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
   assert told(gcs.objects["lr[1e-4]/metrics.jsonl"][0].decode()) == told(metrics)
   assert any(name.startswith("lr[1e-4]/tensorboard/events") for name in gcs.objects)
+
+
+def test_samples_and_evaluations_are_made_in_a_bucket(
+  gcs, command, environment, pipeline, tmp_path
+):
+  """Of a model there, by two processes; a file that was not finished is none."""
+  model = pipeline / "diffusion"
+  for path in model.rglob("*"):
+    if path.is_file():
+      gcs.write(f"run/{path.relative_to(model)}", path.read_bytes())
+  before = {*gcs.objects}
+  words = ("launch.sample", "--num_samples=9", "--batch_size=4")
+  there = ("--workdir=gs://bucket/run", "--output=gs://bucket/x.npz")
+  for process in start_job((*words, *there), environment | gcs.variables, 2):
+    code, printed = ended(process)
+    assert code == 0, printed
+  done = command(*words, f"--workdir={model}", f"--output={tmp_path / 'x.npz'}")
+  assert done.returncode == 0, done.stderr
+  drawn, _ = read_samples(tmp_path / "x.npz")
+  with np.load(io.BytesIO(gcs.objects["x.npz"][0])) as stored:
+    np.testing.assert_array_equal(stored["arr_0"], drawn)
+  words = ("launch.evaluate", "generation", "--protocol=efficientnet_lite0")
+  both = ("--samples=gs://bucket/x.npz", f"--reference={pipeline / 'samples.npz'}")
+  done = command(*words, *both, "--output=gs://bucket/found", **gcs.variables)
+  assert done.returncode == 0, done.stderr
+  assert json.loads(gcs.objects["found.json"][0])["figures"]["fd_efficientnet"] > 0
+  made = {f"x.{kind}" for kind in ("npz", "json", "png")}
+  made |= {f"found.{kind}" for kind in ("json", "png", "html")}
+  assert {*gcs.objects} - before == made
+
+
+def test_an_object_whose_writing_fails_is_none(gcs):
+  script = (
+    "from vavae_jax.common.files import atomic_file, place\n"
+    "with atomic_file(place('gs://bucket/x')) as file:\n"
+    "  file.write(b'half')\n"
+    "  raise KeyboardInterrupt\n"
+  )
+  words = [sys.executable, "-c", script]
+  done = subprocess.run(words, cwd=ROOT, env=os.environ | gcs.variables, check=False)
+  assert done.returncode == -signal.SIGINT
+  assert not gcs.objects
 
 
 def test_a_url_of_no_bucket_is_refused():

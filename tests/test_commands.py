@@ -450,7 +450,7 @@ def _owned(root, pipeline):
     ("a word too many", "Unexpected argument 'again'"),
     ("an empty word", "An argument is empty"),
     ("no such file at home", f"error: {Path.home()}/nothing_here does not exist"),
-    ("a model in a bucket", "gs://bucket/model: only a training writes to a bucket"),
+    ("a model in a bucket", "gs://bucket/model: only trainings, samples and evaluations"),
     ("no name on the hub", "a b could not be pushed (Repo id must"),
     ("an empty key", "config.data.source is ''; give a text that is not empty"),
     ("nothing to evaluate", "invalid choice: 'everything'"),

@@ -22,7 +22,7 @@ from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import at_home
+from vavae_jax.common.files import BUCKETS, at_home, is_url, place
 from vavae_jax.data import changes, images, selection, sources
 
 STATISTICS = ("mu", "sigma")
@@ -226,6 +226,11 @@ def own_pictures(
   )
 
 
+def _place(spec: str) -> Path:
+  """Of a file or folder that is named without the kind of its source."""
+  return place(spec) if spec.partition("://")[0] in BUCKETS else Path(at_home(spec))
+
+
 def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> PictureSet:
   """An existing set of pictures; InputError if there are none.
 
@@ -233,13 +238,13 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
   `image_size` the side of ADM's centre crop, of folders and sources, 0: as they are; `tokenizer`
   the workdir of the latents' tokenizer, "": as the latents say.
   """
-  path = Path(at_home(spec))
+  path = _place(spec)
   if path.is_dir() and shard_files(path):
     store = LatentStore(path)
     pictures: PictureSet = Decoded(store, restore.tokenizer_of_latents(store, tokenizer))
   elif path.is_dir():
     pictures = FromSource(f"folder:{path}", image_size)
-  elif path.suffix == ".npz" and ":" not in spec:
+  elif path.suffix == ".npz" and (is_url(path) or ":" not in spec):
     if not path.is_file():
       raise InputError(f"There is no file {path}.")
     pictures = Npz(path)
@@ -256,11 +261,11 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
   If the file has them, also "mu_s", "sigma_s" of sFID's features, and "about", a JSON text that
   `launch.evaluate statistics` wrote; {} for any other file.
   """
-  path = Path(at_home(spec))
+  path = _place(spec)
   if path.suffix != ".npz" or not path.is_file():
     return {}
   try:
-    with np.load(path, allow_pickle=False) as stored:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       names = (*STATISTICS, "mu_s", "sigma_s", "about")
       found = {name: stored[name] for name in names if name in stored}
   except DAMAGES as error:
@@ -270,5 +275,5 @@ def stored_statistics(spec: str) -> dict[str, np.ndarray]:
 
 def has_pictures(spec: str) -> bool:
   """Whether an npz has pictures beside or instead of statistics."""
-  with zipfile.ZipFile(Path(at_home(spec))) as archive:
+  with _place(spec).open("rb") as file, zipfile.ZipFile(file) as archive:
     return FIRST in archive.namelist()

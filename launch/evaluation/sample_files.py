@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -82,11 +83,18 @@ class Npz:
     self._path = path
     try:
       # Stays open: seeking back in a compressed file starts anew.
-      self._array = zipfile.ZipFile(path).open(FIRST)  # noqa: SIM115
+      self._file = path.open("rb")
+      archive = zipfile.ZipFile(self._file)
+      self._array = archive.open(FIRST)
       major, _ = np.lib.format.read_magic(self._array)
       read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
       self._shape, fortran, dtype = read[major](self._array)
       self._begin = self._array.tell()
+      if (entry := archive.getinfo(FIRST)).compress_type == zipfile.ZIP_STORED:
+        # Read directly: a member of an archive is read through to where one seeks.
+        self._file.seek(entry.header_offset + 26)
+        self._begin += entry.header_offset + 30 + sum(struct.unpack("<HH", self._file.read(4)))
+        self._array = self._file
     except DAMAGES as error:
       raise InputError(
         f"{path} is not a file of pictures ({error}); give an npz with uint8 [N,H,W,3] as arr_0, "
@@ -107,7 +115,7 @@ class Npz:
   @functools.cached_property
   def classes(self) -> tuple[np.ndarray, list[str]]:
     """(label of each, names of the classes), both empty where nobody wrote them down."""
-    with np.load(self._path, allow_pickle=False) as stored:
+    with self._path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       labels = stored.get("arr_1", np.zeros(0, np.int32))
     try:
       names = read_note(self._path.with_suffix(".json"), class_names=list)["class_names"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+import safetensors.numpy
 
 from launch.engine import console, processes
 from launch.engine.parts import share
@@ -166,14 +166,12 @@ def _run(store: latents.LatentStore, count: int, seed: int, progress: Path) -> R
   """One t-SNE, or what a run before found of the same cells."""
   values, labels = draw_cells(store, count, seed)
   path = _file(progress, seed)
-  noted = {"cells": hashlib.sha256(values.tobytes()).hexdigest()}
-  plane = None
-  if path.is_file():
-    with safe_open(path, "numpy") as file:
-      plane = file.get_tensor("plane") if file.metadata() == noted else None
-  if plane is None:
+  cells = np.frombuffer(hashlib.sha256(values.tobytes()).digest(), np.uint8)
+  found = safetensors.numpy.load(path.read_bytes()) if path.exists() else {}
+  plane = found.get("plane")
+  if plane is None or not np.array_equal(found.get("cells", 0), cells):
     plane = tsne(values, seed)
-    write_safetensors(path, {"plane": plane}, noted)
+    write_safetensors(path, {"plane": plane, "cells": cells})
   return Run(values, labels, plane, density(plane))
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 import numpy as np
 from etils.epath import gpath
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from vavae_jax.common.errors import InputError
 
@@ -156,7 +156,10 @@ def at_home(text: str) -> str:
 def local_place(text: str) -> Path:
   """The path of an output that a person named; InputError for a bucket, into which it cannot go."""
   if is_url(text):
-    raise InputError(f"{text}: only a training writes to a bucket; give a path of this machine.")
+    raise InputError(
+      f"{text}: only trainings, samples and evaluations are written to a bucket; give a "
+      "path of this machine."
+    )
   return Path(at_home(text))
 
 
@@ -265,6 +268,10 @@ def write_safetensors(
   """Writes arrays, atomically; OSError if the system refuses, as for other files."""
   # As they lie in memory, where ascontiguousarray would give a scalar an axis.
   contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+  if is_url(path):
+    with atomic_file(path) as file:
+      file.write(save(contiguous, metadata))
+    return
   with atomic_path(path) as temporary, as_oserror(path):
     save_file(contiguous, temporary, metadata)
 
