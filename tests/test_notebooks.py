@@ -7,6 +7,8 @@ import configparser
 import json
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -44,9 +46,10 @@ def test_a_notebook_runs(path, pipeline, pictures, tmp_path, monkeypatch):
   for source, tags in code_of(path):
     if "install" in tags:
       # From the checkout: what an index has under the project's name would be somebody else's.
-      ((where, extra),) = re.findall(r"pip install -q \"?([./]+)(?:\[(\w+)\])?", source)
-      assert (path.parent / where).resolve() == ROOT
+      (extra,) = re.findall(r"pip install -q \"?\{CHECKOUT\}(?:\[(\w+)\])?", source)
       assert extra in {"", *extras["options.extras_require"]}
+    elif "checkout" in tags:
+      continue  # has a test of its own
     elif source.startswith("!"):
       program, command, *flags = shlex.split(source[1:])
       module = ROOT / f"{COMMANDS[command].replace('.', '/')}.py"
@@ -60,6 +63,28 @@ def test_a_notebook_runs(path, pipeline, pictures, tmp_path, monkeypatch):
   seen = [picture for picture in shown if isinstance(picture, Image.Image)]
   assert len(seen) >= 5
   assert all(min(picture.size) >= 96 for picture in seen)
+
+
+def test_a_notebook_finds_its_checkout_or_clones_it(tmp_path, monkeypatch):
+  (source,) = (source for source, tags in code_of(NOTEBOOKS[1]) if "checkout" in tags)
+  monkeypatch.chdir(NOTEBOOKS[1].parent)
+  run(source, found := {})
+  assert Path(found["CHECKOUT"]).resolve() == ROOT
+
+  monkeypatch.chdir(tmp_path)  # as Colab opens it
+  with pytest.raises(ValueError, match="set REPOSITORY above"):
+    run(source, {})
+  copy = tmp_path / "copy"
+  copy.mkdir()
+  (copy / "setup.cfg").write_text("here")
+  git = ("git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@x")
+  for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "one")):
+    subprocess.run([*git, *words], check=True)
+  source = source.replace('REPOSITORY = ""', f'REPOSITORY = "{copy.as_uri()}"')
+  for _ in range(2):  # a session that starts again has it already
+    run(source, cloned := {})
+  assert (tmp_path / cloned["CHECKOUT"] / "setup.cfg").read_text() == "here"
+  assert cloned["CHECKOUT"].startswith("./")  # without it pip asks an index for a package "checkout"
 
 
 def test_there_are_two():
