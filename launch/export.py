@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def export(
   of the one that is exported, stay where the weights are the same. InputError if one of the
   `evaluations` is no result of launch.evaluate, or is of other weights.
   """
-  evaluated = _merged(_kept(output, model), [_evaluated(path, model) for path in evaluations])
+  new = [_evaluated(path, model) for path in evaluations]
+  evaluated = _merged(_kept(output, model, workdir), new)
   if output.parent.is_dir():
     remove_partial(output.parent, output.name)  # left by a run that was killed
   if not folder.is_model(workdir):  # which brings its own
@@ -186,19 +187,38 @@ def _identity(model: Pipeline | Tokenizer) -> dict[str, str]:
   return {"tokenizer": model.tokenizer.sha256, "diffusion": model.origin["sha256"]}
 
 
-def _kept(output: Path, model: Pipeline | Tokenizer) -> list[dict[str, Any]]:
+def _kept(output: Path, model: Pipeline | Tokenizer, source: Path) -> list[dict[str, Any]]:
   """The evaluations of the model, and of the folder that is there if it has the same weights."""
-  mine = [json.loads(text) for text in model.origin.get("evaluations", ())]
+  mine = _noted(model.origin, source)
   if not folder.is_model(output):
     return mine
-  config, parts = read_note(output / folder.CONFIG), folder.parts_of(output)
-  origins = {name: config[name].get("origin", {}) for name in parts}
-  there = [json.loads(text) for text in origins[parts[-1]].get("evaluations", ())]
-  if {name: origin.get("sha256") for name, origin in origins.items()} == _identity(model):
-    return _merged(there, mine)
-  if gone := ", ".join(each["kind"] for each in there):
+  maybe: dict[str, Any] = dict.fromkeys(folder.WEIGHTS, dict | None)
+  config = read_note(output / folder.CONFIG, **maybe)
+  given = {x: {"origin": config[x].get("origin", {})} for x in maybe if x in config}
+  table = {name: {"origin": folder.ORIGIN} for name in given}
+  there = keys.complete(table, given, f"{output / folder.CONFIG}: ")
+  origins = {name: part["origin"] for name, part in there.items()}
+  shown = [_noted(origin, output) for origin in origins.values()][-1] if origins else []
+  if {name: origin["sha256"] for name, origin in origins.items()} == _identity(model):
+    return _merged(shown, mine)
+  if gone := ", ".join(each["kind"] for each in shown):
     console.say(f"evaluations of other weights leave the card of {output}: {gone}")
   return mine
+
+
+def _noted(origin: Mapping[str, Any], source: Path) -> list[dict[str, Any]]:
+  """The evaluations in a config.json; InputError where somebody has changed them."""
+  try:
+    noted = [json.loads(text) for text in origin.get("evaluations", ())]
+    rows = [(x["kind"], x["protocol"], *(y for row in x["figures"] for y in row)) for x in noted]
+    if not all(isinstance(text, str) for row in rows for text in row):
+      raise ValueError("a number where a text is needed")
+  except (ValueError, LookupError, TypeError, RecursionError) as error:
+    raise InputError(
+      f"{source / folder.CONFIG} is damaged (origin.evaluations: {error!r}); bring back the file "
+      "as it was."
+    ) from error
+  return noted
 
 
 def _merged(
@@ -211,7 +231,9 @@ def _merged(
 
 def _evaluated(path: Path, model: Pipeline | Tokenizer) -> dict[str, Any]:
   """Figures and protocol of a result of `launch.evaluate`, without the paths in it."""
-  note = read_note(path, evaluation=str, figures=dict)
+  sections = ("samples", "reference", "pictures", "network", "run")
+  maybe: dict[str, Any] = dict.fromkeys(sections, dict | None)
+  note = read_note(path, evaluation=str, figures=dict, **maybe)
   samples = note.get("samples") or {}
   of_model = _identity(model).get("diffusion", "")
   if samples.get("kind") == "sampled" and samples.get("diffusion") != of_model:

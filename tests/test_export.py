@@ -409,6 +409,49 @@ def test_evaluations_stay_on_the_card_of_the_same_weights_and_leave_that_of_othe
     card(tmp_path / "none", pipe, evaluations=[tmp_path / "r.json"])
 
 
+GOOD = {"kind": "reconstruction", "figures": [["psnr", "20.5"]], "protocol": "by hand"}
+
+
+@pytest.mark.parametrize(
+  ("evaluations", "message"),
+  [
+    (5, r"tokenizer\.origin\.evaluations is 5"),
+    ([{"kind": "reconstruction"}], r"tokenizer\.origin\.evaluations\[?0?\]? is "),
+    (["no JSON"], "is damaged .origin.evaluations"),
+    (["[" * 2_000], "is damaged .origin.evaluations"),
+    (["3"], "is damaged .origin.evaluations"),
+    ([json.dumps(GOOD | {"figures": [["psnr", 20.5]]})], "is damaged .origin.evaluations"),
+    ([json.dumps({"kind": "reconstruction"})], "is damaged .origin.evaluations"),
+  ],
+)
+def test_evaluations_changed_by_hand_are_one_line_of_the_folder_read_or_replaced(
+  tokenizer, tmp_path, evaluations, message
+):
+  own, model = restore.for_use(tokenizer), tmp_path / "model"
+  own.save(model)
+  rewrite(model, tokenizer__origin__evaluations=evaluations)
+  with pytest.raises(InputError, match=message) as replaced:
+    export.export(own, model, workdir=tokenizer.workdir, samples=0)
+  with pytest.raises(InputError, match=message):
+    export.export(Tokenizer.load(model), tmp_path / "other", workdir=model, samples=0)
+  assert str(model / folder.CONFIG) in str(replaced.value)
+  assert "\n" not in str(replaced.value)
+
+
+@pytest.mark.parametrize("damage", [{"samples": "cats"}, {"run": []}, {"network": 1}])
+def test_a_result_changed_by_hand_is_one_line(tokenizer, tmp_path, damage):
+  result = {"evaluation": "reconstruction", "figures": {"psnr": 20.5}} | damage
+  (tmp_path / "r.json").write_text(json.dumps(result))
+  with pytest.raises(InputError, match=f"r.json is damaged .{next(iter(damage))}: "):
+    export.export(
+      restore.for_use(tokenizer),
+      tmp_path / "model",
+      workdir=tokenizer.workdir,
+      samples=0,
+      evaluations=[tmp_path / "r.json"],
+    )
+
+
 def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
   names = ("cat", "dog", "7")
   np.testing.assert_array_equal(labels_for("dog,0,cat", 4, 3, 0, names), [1, 0, 0, 1])

@@ -84,7 +84,7 @@ def test_a_notebook_finds_its_checkout_or_clones_it(tmp_path, monkeypatch):
   for _ in range(2):  # a session that starts again has it already
     run(source, cloned := {})
   assert (tmp_path / cloned["CHECKOUT"] / "setup.cfg").read_text() == "here"
-  assert cloned["CHECKOUT"].startswith("./")  # without it pip asks an index for a package "checkout"
+  assert cloned["CHECKOUT"].startswith("./")  # else pip asks an index for that package
 
 
 def test_there_are_two():
