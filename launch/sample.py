@@ -228,7 +228,9 @@ def define_flags(num_samples: int, least: int) -> None:
   flags.DEFINE_integer("seed", 0, "Seed of noise and labels.", lower_bound=0, upper_bound=LAST_SEED)
   for name, key in checks.SAMPLE.items():
     kind = {int: "integer", float: "float", str: "string"}[type(key.default)]
-    getattr(flags, f"DEFINE_{kind}")(name, None, f"{key.text} {key.needed().capitalize()}.")
+    possible = key.needed()
+    text = f"{key.text} {possible[0].upper()}{possible[1:]}."
+    getattr(flags, f"DEFINE_{kind}")(name, None, text)
     flags.FLAGS[name].default_as_str = f"the model's own, usually {key.default!r}"  # for --help
 
 
