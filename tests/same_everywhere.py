@@ -1,10 +1,12 @@
-"""How far both trainings' losses differ from one device's on all meshes and numbers of processes.
+"""How far both trainings' losses and evaluations differ from one device's on all meshes and numbers
+of processes.
 
   python -m tests.same_everywhere --output=same.json
 
 The tiny trainings of the quickstart, 20 steps, on one device; on 8 virtual devices as 1x8, 2x4, 4x2
-and 8x1 (data x fsdp); and on 2 and 4 processes. The suite checks 4x2 and two processes for fewer
-steps; docs/reliability.md has the table of all.
+and 8x1 (data x fsdp); and on 2 and 4 processes. All that their evaluators give, by noisy weights,
+on 1, 2 and 4 processes. The suite checks these, and 4x2 and two processes for fewer steps;
+docs/reliability.md has the tables.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def main() -> None:
         for task in ("tokenizer", "diffusion")
       }
       console.say(f"{layout}: {losses[layout]['diffusion'][-1]:.6f}")
+    evaluated = evaluations(folder / "pipeline", folder, variables)
   rows, results = [], {}
   for layout, found in losses.items():
     told = {}
@@ -78,8 +81,32 @@ def main() -> None:
     rows.append([layout, *(f"{x:.1e}" for one in told.values() for x in one.values())])
   header = ("layout", "tokenizer, step 1", "largest", "diffusion, step 1", "largest")
   console.table("Relative distance of losses to one device", header, rows)
+  header = ("processes, data x fsdp", "figure or picture", "apart")
+  console.table("Evaluations: relative distance, or of uint8", header, evaluated)
   if FLAGS.output:
-    write_json(Path(FLAGS.output), {**circumstances(), "steps": STEPS, "apart": results})
+    told = {"steps": STEPS, "apart": results, "evaluations": evaluated}
+    write_json(Path(FLAGS.output), circumstances() | told)
+
+
+def evaluations(pipeline: Path, output: Path, variables: dict[str, str]) -> list[list[str]]:
+  """Of each layout and each kind of result: how far it is from one device's at most."""
+  layouts = ["1:1:1", "2:1:2", "4:2:2"]
+  words = ("tests.evaluators_everywhere", pipeline, output, ",".join(layouts))
+  code, printed = ended(start_job(words, variables)[0], LIMIT)
+  assert code == 0, printed
+  one, *others = (dict(np.load(output / f"{layout}.npz")) for layout in layouts)
+  rows = []
+  for layout, found in zip(layouts[1:], others, strict=True):
+    apart: dict[str, float] = {}
+    for name, expected in one.items():
+      scale = 1.0 if expected.ndim else abs(expected)
+      distance = np.abs(found[name].astype(float) - expected).max() / scale
+      kind = name.split("_t0")[0]
+      apart[kind] = max(apart.get(kind, 0.0), float(distance))
+    processes, *axes = layout.split(":")
+    name = f"{processes}, {'x'.join(axes)}"
+    rows += [[name, kind, f"{x:.1e}" if x else "0"] for kind, x in apart.items()]
+  return rows
 
 
 FLAGS = flags.FLAGS

@@ -12,10 +12,14 @@ import sys
 import numpy as np
 import pytest
 
+from launch import restore
+from launch.engine.parts import Parts
+from launch.evaluation import drawn, training
 from launch.evaluation.sample_files import read_samples
 from tests.conftest import CLOCK, ROOT, start_job
 from tests.fake_gcs import FakeGcs
 from tests.survive import ended
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 
@@ -79,9 +83,9 @@ def test_samples_and_evaluations_are_made_in_a_bucket(
     assert code == 0, printed
   done = command(*words, f"--workdir={model}", f"--output={tmp_path / 'x.npz'}")
   assert done.returncode == 0, done.stderr
-  drawn, _ = read_samples(tmp_path / "x.npz")
+  pictures, _ = read_samples(tmp_path / "x.npz")
   with np.load(io.BytesIO(gcs.objects["x.npz"][0])) as stored:
-    np.testing.assert_array_equal(stored["arr_0"], drawn)
+    np.testing.assert_array_equal(stored["arr_0"], pictures)
   words = ("launch.evaluate", "generation", "--protocol=efficientnet_lite0")
   both = ("--samples=gs://bucket/x.npz", f"--reference={pipeline / 'samples.npz'}")
   done = command(*words, *both, "--output=gs://bucket/found", **gcs.variables)
@@ -103,6 +107,46 @@ def test_an_object_whose_writing_fails_is_none(gcs):
   done = subprocess.run(words, cwd=ROOT, env=os.environ | gcs.variables, check=False)
   assert done.returncode == -signal.SIGINT
   assert not gcs.objects
+
+
+@pytest.fixture
+def workdir(gcs, monkeypatch):
+  """One in the bucket, for this process."""
+  for name, value in gcs.variables.items():
+    monkeypatch.setenv(name, value)
+  return place("gs://bucket/run")
+
+
+def test_samples_of_a_stopped_evaluation_are_in_the_bucket(gcs, workdir):
+  parts = Parts(workdir / "samples.parts", 5, 2, ".x.safetensors")
+  gcs.write("run/samples.parts_of_a_neighbour", b"")
+  calls = []
+
+  def sample(index):
+    calls.append(index.tolist())
+    return np.uint8(index)[:, None, None, None]
+
+  first = drawn.draw(sample, lambda pictures: {"pool": pictures}, parts, mesh.make_mesh(), 3)
+  next(first)
+  first.close()
+  assert list(gcs.objects)[1:] == ["run/samples.parts/000000000_2.x.safetensors"]
+  list(drawn.draw(sample, lambda pictures: {"pool": pictures}, parts, mesh.make_mesh(), 3))
+  assert calls == [[0, 1], [2, 3], [4]]
+  assert [part.start for part in parts.there()] == [0, 2, 4]
+  drawn.remove(parts.folder)
+  assert list(gcs.objects) == ["run/samples.parts_of_a_neighbour"]
+
+
+def test_a_training_in_a_bucket_exports_its_model_there(gcs, workdir, tokenizer, tmp_path):
+  for _ in range(2):
+    training._export(restore.for_use(tokenizer), workdir)
+    by_age = sorted(gcs.objects, key=lambda name: gcs.objects[name][1])
+    assert by_age[-1] == "run/model/config.json"  # without which it is no model folder yet
+  for name, (content, _) in gcs.objects.items():
+    path = tmp_path / name.removeprefix("run/")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+  assert restore.load(tmp_path / "model", "tokenizer").sha256 == tokenizer.sha256
 
 
 def test_a_url_of_no_bucket_is_refused():
