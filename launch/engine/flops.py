@@ -46,12 +46,16 @@ def _of(equation: Any) -> float:
     batch, queries, heads, size = equation.invars[0].aval.shape
     keys = equation.invars[1].aval.shape[1]
     return 2.0 * CUDNN_PRODUCTS[name] * batch * heads * queries * keys * size
-  inner = [
-    count(x) for x in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)
-  ]
+  inner = [count(x) for x in inner_jaxprs(equation)]
   if name == "cond":
     return max(inner, default=0.0)
   return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+  """The jaxprs that an equation runs."""
+  found = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+  return [x for x in found if _is_jaxpr(x)]
 
 
 def _is_jaxpr(value: Any) -> bool:

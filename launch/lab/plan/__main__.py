@@ -54,7 +54,7 @@ def main() -> None:
   if FLAGS.all:
     if not FLAGS.output:
       raise InputError("--all needs --output=FILE.json, which also lets it continue.")
-    page.make(Path(FLAGS.output), Path(FLAGS.page) if FLAGS.page else None)
+    page.make(Path(FLAGS.output), Path(FLAGS.page) if FLAGS.page else None, FLAGS.workers)
     console.say(f"written to {FLAGS.output}" + (f" and {FLAGS.page}" if FLAGS.page else ""))
     return
   found = _published() if FLAGS.published else _plans()
@@ -111,5 +111,6 @@ if __name__ == "__main__":
   )
   flags.DEFINE_boolean("all", False, "Plan every published recipe on every TPU slice.")
   flags.DEFINE_string("page", "", "A Markdown page that --all writes, such as docs/lab/tpu.md.")
+  flags.DEFINE_integer("workers", 1, "Plans that --all makes at once; each takes 3 GB.", 1)
   flags.DEFINE_string("output", "", "A JSON file for the plans.")
   console.run_command(main)

@@ -19,7 +19,7 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from launch.lab.plan import hlo, operations, schedule, slices, times
+from launch.lab.plan import hlo, operations, slices, times
 from vavae_jax.common import mesh
 from vavae_jax.common.sharding import BATCH_AXES, pin_batch
 
@@ -121,9 +121,7 @@ def hold(run: Published) -> Held:
     compiled = _traced(run, devices).lower().compile()
   text = hlo.parse(compiled.as_text())
   chip = slices.chip_of(run.topology, devices)
-  seconds = times.times(
-    operations.of(text, schedule.take()), hlo.collectives(text), chip, run.flops
-  )
+  seconds = times.times(operations.of(text), hlo.collectives(text), chip, run.flops)
   # The links work beside the products in the published runs.
   rates = [run.flops / 1e12 / value for value in (seconds.compiler, seconds.roofline)]
   return Held(run.name, run.topology, run.address, run.tflops, *rates)

@@ -20,7 +20,6 @@ _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _DECLARED = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _COST = re.compile(r'"(\w+)":"(\d+)"')
-_METADATA = re.compile(r"metadata=\{[^}]*\}")
 _PALLAS = 'custom_call_target="tpu_custom_call"'
 _OURS = re.compile(r"/(?:vavae_jax|lightningdit_jax|launch|configs|tests)/")
 _NUMBER = re.compile(r"(?:\.clone|\.\d+|\.remat\d*)+$")
@@ -48,7 +47,7 @@ class Operation:
 
 
 def of(program: Program, scheduled: Mapping[str, int] | None = None) -> list[Operation]:
-  """The operations of a program, those that move most first; `scheduled` is by `schedule.take`.
+  """The operations of a program, those that move most first; `scheduled` is of `schedule.cycles`.
 
   Of a condition only the branch that moves most counts. Bytes that one operation writes and the
   next reads count twice, though caches may serve them.
@@ -64,9 +63,8 @@ def of(program: Program, scheduled: Mapping[str, int] | None = None) -> list[Ope
       elif x.code == "conditional":
         yield from max((list(within(branch, runs)) for branch in x.called), key=moved)
       elif not costs.is_free(x):
-        yield _operation(x, body, runs, program, cycles_of)
+        yield _operation(x, body, runs, program, scheduled or {})
 
-  cycles_of = _kernels(program, scheduled or {})
   return sorted(within(program.entry, 1), key=lambda one: -one.runs * one.bytes)
 
 
@@ -84,23 +82,19 @@ def joined(found: Iterable[Operation]) -> list[Operation]:
   return sorted(together, key=lambda one: -one.runs * one.bytes)
 
 
-def _kernels(program: Program, scheduled: Mapping[str, int]) -> dict[str, int]:
-  """The cycles of each Pallas kernel by what it does."""
-  return {
-    _identity(x): scheduled[x.name]
-    for body in program.bodies.values()
-    for x in body.values()
-    if _PALLAS in x.attributes and x.name in scheduled
-  }
+def is_pallas(x: Instruction) -> bool:
+  """Whether an instruction is a kernel by Pallas."""
+  return x.code == "custom-call" and _PALLAS in x.attributes
 
 
-def _identity(kernel: Instruction) -> str:
-  """A kernel's program and the types of its results."""
-  return f"{kernel.arrays} {_METADATA.sub('', kernel.attributes)}"
+def identity(kernel: Instruction) -> str:
+  """A kernel's name without its number, and the shapes of its results."""
+  shapes = (f"{x.dtype}{list(x.dims)}" for x in kernel.arrays)
+  return " ".join((_NUMBER.sub("", kernel.name), *shapes))
 
 
 def _operation(
-  x: Instruction, body: Body, runs: int, program: Program, cycles_of: Mapping[str, int]
+  x: Instruction, body: Body, runs: int, program: Program, scheduled: Mapping[str, int]
 ) -> Operation:
   place, frames = _origin(x, program)
   source = " ".join(part for part in (_where(frames), place.rpartition("/")[2] or x.code) if part)
@@ -108,11 +102,11 @@ def _operation(
     source += ", backward"
   group = _group(x, place, frames, program)
   size, work = costs.moved(x, body, program), costs.flops(x, body, program)
-  if _PALLAS in x.attributes:
+  if is_pallas(x):
     if noted := _DECLARED.search(x.attributes):
       cost = {name: int(value) for name, value in _COST.findall(noted[1])}
       size, work = cost.get("bytes_accessed", size), float(cost.get("flops", 0))
-    cycles = cycles_of.get(_identity(x))
+    cycles = scheduled.get(identity(x))
     return Operation(x.name, source, group, runs, size, work, cycles, pallas=True)
   noted = _CYCLES.search(x.attributes)
   return Operation(x.name, source, group, runs, size, work, int(noted[1]) if noted else None)

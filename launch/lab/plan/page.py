@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,35 @@ def wanted() -> list[tuple[str, str, str]]:
   ]
 
 
-def make(output: Path, page: Path | None) -> None:
-  """Plans all that is wanted; what `output` has already is kept.
+def make(output: Path, page: Path | None, workers: int = 1) -> None:
+  """Plans all that is wanted, `workers` at once; what `output` has already is kept.
 
   The JSON file `output`, and of a page its region, are written after each.
   """
   rows = read_note(output, rows=list)["rows"] if output.is_file() else []
-  about = read_note(output) if output.is_file() else circumstances()
+  about = circumstances()
   if page:
     REGION.check(page)
-  names = wanted()
-  done = {(row["config"], row["what"], row["topology"]) for row in rows}
-  for name in console.tracked(names, "plans", len(names)):
-    if name not in done:
-      rows.append(dict(zip(("config", "what", "topology"), name, strict=True)) | _apart(*name))
-      about = circumstances()
-      write_json(output, {**about, "rows": rows})
-    if page:
-      REGION.write(page, lines_of(rows, about))
+  order = {name: place for place, name in enumerate(wanted())}
+  rows = [row for row in rows if _name(row) in order]
+  missing = [name for name in order if name not in map(_name, rows)]
+  with ThreadPoolExecutor(workers) as pool:
+    running = {pool.submit(_apart, *name): name for name in missing}
+    try:
+      for done in console.tracked(as_completed(running), "plans", len(running)):
+        name = dict(zip(("config", "what", "topology"), running[done], strict=True))
+        rows = sorted([*rows, name | done.result()], key=lambda row: order[_name(row)])
+        write_json(output, {**about, "rows": rows})
+        if page:
+          REGION.write(page, lines_of(rows, about))
+    finally:
+      pool.shutdown(cancel_futures=True)
+  if page and not missing:
+    REGION.write(page, lines_of(rows, read_note(output)))
+
+
+def _name(row: Row) -> tuple[str, str, str]:
+  return row["config"], row["what"], row["topology"]
 
 
 def _apart(spec: str, what: str, topology: str) -> Row:

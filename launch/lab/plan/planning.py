@@ -106,7 +106,9 @@ def plan(
     # XLA compiles programs for GPUs that do not fit, too.
     if topology.partition(":")[0] in slices.GPUS:
       result.fits = result.needed <= result.available
-    found, chip = operations.of(text, schedule.take()), slices.chip_of(topology, devices)
+    found, chip = operations.of(text), slices.chip_of(topology, devices)
+    if any(one.pallas for one in found) and chip.clock:
+      found = operations.of(text, schedule.cycles(config, topology, what, num_images))
     result.operations, result.sources = operations.joined(found), times.by_source(found, chip)
     if result.fits:
       result.seconds = times.times(found, result.traffic, chip, one_run)

@@ -18,7 +18,6 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from launch.engine import hardware
-from launch.lab.plan import schedule
 from launch.lab.plan.times import Chip
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.mesh import axis_sizes
@@ -72,7 +71,6 @@ _ENVIRONMENT = {
 def prepare() -> None:
   """Lets this process compile for TPUs and run on its CPU; call it before jax has devices."""
   os.environ.update(_ENVIRONMENT)
-  schedule.prepare()
   jax.config.update("jax_platforms", "cpu")
 
 
