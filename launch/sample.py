@@ -12,7 +12,6 @@ here; --guide is autoguidance by another training on the same latents.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from launch.engine import console, processes
 from launch.engine.configuration import check_begun, claim_folder
 from launch.engine.log import NotFinite
 from launch.engine.ownership import owned
-from launch.engine.parts import Parts, items_in
-from launch.evaluation.sample_files import PART, write_npz, write_part, write_pngs
+from launch.engine.parts import ROWS, Parts, make_rows
+from launch.evaluation.sample_files import write_npz, write_pngs
 from lightningdit_jax import checks, sampling
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.space import Space, labels_for
@@ -153,7 +152,7 @@ def sample_set(
     "seed": seed,
     **{k: v for k, v in settings.to_dict().items() if k != "batch_size"},
   }
-  parts = Parts(output.with_suffix(".parts"), num_samples, settings.batch_size, PART)
+  parts = Parts(output.with_suffix(".parts"), num_samples, settings.batch_size, ROWS)
 
   def begin() -> bool:
     about = output.with_suffix(".json")
@@ -183,23 +182,10 @@ def sample_set(
   if processes.first_does(begin):
     devices = mesh.local_mesh()
     here = (space, tokenizer.on(devices), settings, seed, devices, guide and guide.on(devices))
-    run = functools.partial(make_sampler(diffusion.config, *here), diffusion.on(devices).params)
-    _sample_parts(run, parts, label_N, devices.size)
+    run, params = make_sampler(diffusion.config, *here), diffusion.on(devices).params
+    make_rows(parts, lambda index_B: run(params, index_B, label_N[index_B]), devices.size, "sample")
     processes.wait_for_all()
   processes.first_does(finish)
-
-
-def _sample_parts(run: Sampler, parts: Parts, label_N: np.ndarray, at_once: int) -> None:
-  """Samples this process's parts, one on each device."""
-  groups, done = parts.mine(at_once), 0
-  with console.Bar("sample", items_in(groups)) as bar:
-    for group in groups:
-      index_B = np.concatenate([np.asarray(part) for part in group])
-      pictures = run(index_B, label_N[index_B])
-      for part in group:
-        write_part(parts.path(part), pictures[: len(part)])
-        pictures = pictures[len(part) :]
-      bar.update(done := done + len(index_B))
 
 
 def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:

@@ -1,4 +1,4 @@
-"""Evaluations on several numbers of processes, and by others after a kill.
+"""Evaluations and a cache of features on several numbers of processes, and by others after a kill.
 
   python -m tests.evaluations_everywhere PIPELINE OUTPUT RUN,...
 
@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from launch import restore
+import vavae_jax.training
+from launch import restore, train
 from launch.engine import processes
 from launch.evaluation import generation, reconstruction, solvers, space, statistics
 from launch.evaluation.features import Network
@@ -31,6 +33,8 @@ from launch.evaluation.output import Output
 from launch.evaluation.pictures import Sampled, own_pictures
 from launch.evaluation.reference import reference_of
 from lightningdit_jax.store.latents import LatentStore
+from vavae_jax import frozen
+from vavae_jax.data import feature_cache
 
 FEATURES = 6
 GRID = {"method": ["euler"], "num_steps": [3, 5]}
@@ -62,7 +66,20 @@ def evaluate(pipeline: Path, output: Path) -> None:
   store = LatentStore(pipeline / "latents")
   space.evaluate(store, Output(output / "latents", "latents"), runs=2, count=55)
   solvers.evaluate(diffusion, settings, GRID, Output(output / "solvers", "solvers"), count=20)
+  cache_features(tokenizer.config.data.source, output / "cache")
   processes.wait_for_all()
+
+
+def cache_features(source: str, folder: Path) -> None:
+  """As a training does whose teacher is tiny."""
+  from tests.test_tokenizer_training import TinyNetwork, configuration  # which starts a backend
+
+  tiny = TinyNetwork(nnx.Rngs(3))
+  frozen._networks = lambda config: {"teacher": tiny}
+  vavae_jax.training.check = lambda config: None
+  feature_cache.BATCH = 5
+  changes = {"data.source": source, "data.crop": "center", "teacher.cache": str(folder)}
+  train._cache_features(configuration(**changes))
 
 
 def one(pipeline: Path, output: Path, pattern: str) -> None:

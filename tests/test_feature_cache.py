@@ -25,6 +25,8 @@ from vavae_jax.data import feature_cache, images, selection
 def cached(pictures, tmp_path, monkeypatch):
   tiny = TinyNetwork(nnx.Rngs(3))
   monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": tiny})
+  monkeypatch.setattr(vavae_jax.training, "check", lambda config: None)
+  monkeypatch.setattr(feature_cache, "BATCH", 5)
   config = configuration(
     **{
       "batch_size": 3,
@@ -36,18 +38,17 @@ def cached(pictures, tmp_path, monkeypatch):
   return config, tiny
 
 
-def test_features_go_with_their_pictures(cached):
+def test_features_go_with_their_pictures(cached, monkeypatch):
   config, tiny = cached
-  done = []
-  feature_cache.build(config, *selection.training_pictures(config), done.append, batch_size=5)
-  assert done[-1] == len(selection.training_pictures(config)[1])
+  train._cache_features(config)
   config = FrozenConfigDict(config.to_dict() | {"batch_size": 6})
   batches = [next(iter(training.train_data(config, process, 2, 0))) for process in (0, 1)]
   for batch in batches:
     expected = jax.jit(lambda image: tiny(images.to_float(image)))(batch["image"])
     np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
   # Made once: a second call has nothing to do, and another size is another file.
-  feature_cache.build(config, *selection.training_pictures(config), pytest.fail)
+  monkeypatch.setattr(feature_cache, "teacher_of", pytest.fail)
+  train._cache_features(config)
   source, indices = selection.training_pictures(config)
   with pytest.raises(InputError, match="There are no features of these pictures and weights in"):
     feature_cache.open_cache(config, source, indices[1:])
@@ -56,14 +57,13 @@ def test_features_go_with_their_pictures(cached):
 def test_changed_pictures_have_other_features(cached):
   config, _ = cached
   source, indices = selection.training_pictures(config)
-  before = feature_cache.build(config, source, indices, lambda done: None)
+  before = feature_cache.place_of(config, source, indices)
   os.utime(source.name(0), ns=(1, 1))
-  assert feature_cache.build(config, source, indices, lambda done: None) != before
+  assert feature_cache.place_of(config, source, indices) != before
 
 
-def test_one_training_at_a_time_makes_them(cached, monkeypatch):
+def test_one_training_at_a_time_makes_them(cached):
   config, _ = cached
-  monkeypatch.setattr(vavae_jax.training, "check", lambda config: None)
   path = feature_cache.place_of(config, *selection.training_pictures(config))
   with owned(path, beside=True), pytest.raises(InputError, match="is being written by"):
     train._cache_features(config)
@@ -75,15 +75,24 @@ def test_one_training_at_a_time_makes_them(cached, monkeypatch):
     train._cache_features(config)  # they are there
 
 
-def test_a_build_that_fails_leaves_nothing(cached, tmp_path):
+def test_a_build_that_was_stopped_goes_on(cached, tmp_path, monkeypatch):
   config, _ = cached
+  load, loaded = images.load_crops, []
 
-  def stop(done):
-    raise KeyboardInterrupt
+  def stop(source, indices, size):
+    loaded.append(len(indices))
+    if len(loaded) == 2:
+      raise KeyboardInterrupt
+    return load(source, indices, size)
 
+  monkeypatch.setattr(images, "load_crops", stop)
   with pytest.raises(KeyboardInterrupt):
-    feature_cache.build(config, *selection.training_pictures(config), stop, batch_size=5)
-  assert list((tmp_path / "cache").iterdir()) == []
+    train._cache_features(config)
+  (left,) = (tmp_path / "cache").iterdir()
+  assert [path.name for path in left.iterdir()] == ["000000000_5.npy"]
+  train._cache_features(config)
+  assert sum(loaded) == len(selection.training_pictures(config)[1]) + 5
+  assert not left.exists()
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
@@ -92,8 +101,8 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
   config, _ = cached
   monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
   with pytest.raises(InputError, match=r"0\.00 MiB free.* give another config\.teacher\.cache"):
-    feature_cache.build(config, *selection.training_pictures(config), pytest.fail)
-  assert list((tmp_path / "cache").iterdir()) == []
+    train._cache_features(config)
+  assert not (tmp_path / "cache").exists()
 
 
 def test_random_crops_have_no_cache(cached):

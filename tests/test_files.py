@@ -20,8 +20,8 @@ from tensorboardX.proto import event_pb2
 
 from launch.engine import command_line, console, output
 from launch.engine.checkpoint import save_weights
+from launch.engine.parts import write_rows
 from launch.engine.writers import Writer
-from launch.evaluation.sample_files import write_part
 from lightningdit_jax.store.fetching import local_folder
 from tests import toy_task
 from vavae_jax.common.addresses import local_file
@@ -108,7 +108,7 @@ NOISE = np.random.default_rng(0).bytes(2**20)
     lambda path: write_json(path, NOISE.hex()),
     lambda path: write_safetensors(path, {"x": np.frombuffer(NOISE, np.uint8)}),
     lambda path: write_records(path, [(NOISE, 0)]),
-    lambda path: write_part(path, np.frombuffer(NOISE, np.uint8)),
+    lambda path: write_rows(path, np.frombuffer(NOISE, np.uint8)),
   ],
 )
 def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path, limited, write):

@@ -68,3 +68,13 @@ def test_evaluations(evaluations, kind):
     for point in found.get("points", ()):
       del point["seconds"]
   assert one == pod
+
+
+def test_features(evaluations):
+  output, _ = evaluations
+  one, pod = (
+    {path.name: path.read_bytes() for path in (output / run / "cache").iterdir()}
+    for run in ("one", "pod")
+  )
+  assert {name.rpartition(".")[2] for name in one} == {"npy", "json"}
+  assert one == pod

@@ -13,8 +13,8 @@ from PIL import Image
 
 from launch import restore, sample
 from launch.engine.configuration import claim_folder
-from launch.engine.parts import Parts
-from launch.evaluation.sample_files import PART, contact_sheet, read_samples, write_npz, write_part
+from launch.engine.parts import ROWS, Parts, write_rows
+from launch.evaluation.sample_files import contact_sheet, read_samples, write_npz
 from lightningdit_jax.store import space
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
@@ -195,10 +195,10 @@ def test_a_folder_of_other_pictures_is_refused(diffusion, tokenizer, tmp_path):
 
 
 def test_a_folder_of_parts_may_hold_other_files_and_a_damaged_part_is_named(tmp_path):
-  write_part(tmp_path / "000000000_2.npy", np.zeros((2, 4, 4, 3), np.uint8))
+  write_rows(tmp_path / "000000000_2.npy", np.zeros((2, 4, 4, 3), np.uint8))
   for name in ("000000000_2 copy.npy", "x.npy", ".DS_Store"):
     (tmp_path / name).write_bytes(b"x")
-  parts = Parts(tmp_path, 2, 2, PART)
+  parts = Parts(tmp_path, 2, 2, ROWS)
   write_npz(tmp_path / "all.npz", parts, np.zeros(2, np.int32))
   (tmp_path / "000000000_2.npy").write_bytes(b"x")
   with pytest.raises(InputError, match=r"000000000_2\.npy is damaged"):
@@ -207,7 +207,7 @@ def test_a_folder_of_parts_may_hold_other_files_and_a_damaged_part_is_named(tmp_
 
 def test_parts_of_runs_with_other_batch_sizes_become_one_file(tmp_path):
   pictures = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-  parts = Parts(tmp_path, 11, 3, PART)
+  parts = Parts(tmp_path, 11, 3, ROWS)
   for start, count in ((0, 4), (4, 4), (3, 3), (9, 2)):
     np.save(parts.path(range(start, start + count)), pictures[start : start + count])
   assert parts.missing() == [range(6, 9)]

@@ -9,16 +9,21 @@ all that is lost.
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
+import numpy as np
 
-from launch.engine import processes
+from launch.engine import console, processes
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file
 
 T = TypeVar("T")
+ROWS = ".npy"  # the kind of parts that are an array with a row for each item
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -98,3 +103,38 @@ class Parts:
       if part.start <= done < min(part.stop, count):
         yield self.path(part), slice(done - part.start, count - part.start)
         done = part.stop
+
+
+def make_rows(
+  parts: Parts, compute: Callable[[np.ndarray], np.ndarray], at_once: int, name: str
+) -> None:
+  """Makes this process's parts that are missing, of the kind `ROWS`; `name` is for the bar.
+
+  `compute` maps items [n] to an array [n, ...]; it gets those of `at_once` parts.
+  """
+  groups, done = parts.mine(at_once), 0
+  with console.Bar(name, items_in(groups)) as bar:
+    for group in groups:
+      items = np.concatenate([np.asarray(part) for part in group])
+      found = compute(items)
+      for part in group:
+        write_rows(parts.path(part), found[: len(part)])
+        found = found[len(part) :]
+      bar.update(done := done + len(items))
+
+
+def write_rows(path: Path, array: np.ndarray) -> None:
+  """Writes a part of the kind `ROWS`."""
+  buffer = io.BytesIO()  # into a file NumPy would report a full disk without the system's number
+  np.save(buffer, array)
+  with atomic_file(path) as file:
+    file.write(buffer.getbuffer())
+
+
+def rows_of(parts: Parts, count: int) -> Iterator[np.ndarray]:
+  """The first `count` rows in order, a part at a time; InputError for a damaged file."""
+  for path, some in parts.in_order(count):
+    try:
+      yield np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)[some]
+    except (OSError, ValueError, EOFError) as error:
+      raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error

@@ -6,12 +6,11 @@ Only a part of the samples is in memory at a time.
 from __future__ import annotations
 
 import functools
-import io
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from launch.engine import console
-from launch.engine.parts import Parts
+from launch.engine.parts import Parts, rows_of
 from launch.report import fonts
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import atomic_file, read_note, sha256_of
@@ -30,26 +29,8 @@ SHEET_PICTURES = 96
 PICTURES_AT_ONCE = 256
 _CAPTION = 14  # pixels above a picture
 FIRST, SECOND = "arr_0.npy", "arr_1.npy"
-PART = ".npy"  # the kind of a part of the samples
 # What reading a damaged npz raises.
 DAMAGES = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
-
-
-def write_part(path: Path, pictures: np.ndarray) -> None:
-  """Writes samples as a part."""
-  buffer = io.BytesIO()  # into a file NumPy would report a full disk without the system's number
-  np.save(buffer, pictures)
-  with atomic_file(path) as file:
-    file.write(buffer.getbuffer())
-
-
-def _pieces(parts: Parts, count: int) -> Iterator[np.ndarray]:
-  """The first samples in order."""
-  for path, some in parts.in_order(count):
-    try:
-      yield np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)[some]
-    except DAMAGES as error:
-      raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
 
 
 def write_npz(output: Path, parts: Parts, labels: np.ndarray, names: Sequence[str] = ()) -> None:
@@ -57,7 +38,7 @@ def write_npz(output: Path, parts: Parts, labels: np.ndarray, names: Sequence[st
 
   A contact sheet goes beside it, as .png; `names` are of the classes, where they have any.
   """
-  shown = np.concatenate(list(_pieces(parts, min(len(labels), SHEET_PICTURES))))
+  shown = np.concatenate(list(rows_of(parts, min(len(labels), SHEET_PICTURES))))
   with atomic_file(output.with_suffix(".png")) as file:
     Image.fromarray(class_sheet(shown, labels[: len(shown)], names)).save(file, "PNG")
   header = {
@@ -69,7 +50,7 @@ def write_npz(output: Path, parts: Parts, labels: np.ndarray, names: Sequence[st
   with atomic_file(output) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
     with archive.open(FIRST, "w", force_zip64=True) as array:
       np.lib.format.write_array_header_1_0(array, header)
-      for part in _pieces(parts, len(labels)):
+      for part in rows_of(parts, len(labels)):
         array.write(part.tobytes())
     with archive.open(SECOND, "w", force_zip64=True) as array:
       np.lib.format.write_array(array, labels)

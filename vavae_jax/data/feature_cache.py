@@ -10,23 +10,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
 from vavae_jax import frozen
 from vavae_jax.autoencoder import downsampling
+from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
+from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import at_home, atomic_path, check_free, sha256_of, write_json
+from vavae_jax.common.files import at_home, atomic_file, sha256_of, write_json
 from vavae_jax.data import images, sources
+
+BATCH = 64  # pictures at once on a device
 
 
 class Features:
@@ -47,66 +49,61 @@ def _mapped(path: Path, process: int) -> np.ndarray:
 
 
 def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Features:
-  """The features of a configuration; InputError if `build` has not made them of these pictures and
+  """The features of a configuration; InputError if they have not been made of these pictures and
   weights.
   """
   path = place_of(config, source, indices)
   if not path.is_file():
     raise InputError(
-      f"There are no features of these pictures and weights in {path}; start launch.train on one "
-      "process first, which makes them, or leave config.teacher.cache empty."
+      f"There are no features of these pictures and weights in {path}, where launch.train makes "
+      "them; leave config.teacher.cache empty to do without."
     )
   return Features(path)
 
 
-def build(
+def teacher_of(config: FrozenConfigDict) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+  """(a function from crops, uint8 [n, H, W, 3], to features, float16 [n, h, w, F]; bytes of one).
+
+  Each device of this process runs `BATCH` at once. The function raises InputError for features that
+  are beyond float16.
+  """
+  devices, size = mesh.local_mesh(), config.data.image_size
+  weights = jax.device_put(frozen.load(config), mesh.replicated(devices))
+
+  @jax.jit
+  def run(weights: Any, image_BHWC: jax.Array) -> jax.Array:
+    return frozen.merge(config, weights)["teacher"](image_BHWC)
+
+  batches = Batches(run, BATCH, devices)
+
+  def features(image_BHWC: np.ndarray) -> np.ndarray:
+    found = np.concatenate([*batches(images.to_float(image_BHWC), weights)]).astype(np.float16)
+    if not np.isfinite(found).all():
+      raise InputError(
+        f"Features of {config.teacher.name} are beyond float16; leave config.teacher.cache empty."
+      )
+    return found
+
+  one = jax.eval_shape(run, weights, jax.ShapeDtypeStruct((1, size, size, 3), np.float32))
+  return features, one.size * np.dtype(np.float16).itemsize
+
+
+def write(
   config: FrozenConfigDict,
   source: sources.Source,
   indices: np.ndarray,
-  progress: Callable[[int], None],
-  batch_size: int = 64,
-) -> Path:
-  """Makes the features of a configuration unless they exist already; returns their file.
-
-  They lie in the order of `indices`; `progress` is called with the number of pictures done.
-  No other process may be making them. InputError if the disk is too small, or a feature is beyond
-  float16.
-  """
-  origin = _origin(config, source, indices)
+  pieces: Iterable[np.ndarray],
+) -> None:
+  """Writes the file of a configuration's features from all of them, a few rows at a time."""
   path = place_of(config, source, indices)
-  if path.is_file():
-    return path
-  weights = jax.device_put(frozen.load(config))
-  run = jax.jit(lambda weights, image: frozen.merge(config, weights)["teacher"](image))
-  size = config.data.image_size
-  features: np.memmap | None = None
-  with atomic_path(path) as partial:
-    for begin in range(0, len(indices), batch_size):
-      crops = images.load_crops(source, indices[begin : begin + batch_size], size)
-      # The last batch is filled up, so that one shape is compiled.
-      filled = np.concatenate([crops, np.repeat(crops[-1:], batch_size - len(crops), axis=0)])
-      found = np.asarray(run(weights, images.to_float(jnp.asarray(filled))))[: len(crops)].astype(
-        np.float16
-      )
-      if not np.isfinite(found).all():
-        raise InputError(
-          f"Features of {config.teacher.name} are beyond float16; leave config.teacher.cache empty."
-        )
-      if features is None:
-        shape = (len(indices), *found.shape[1:])
-        # A mapped file has holes: writing into one on a full disk kills the process without a word.
-        check_free(
-          path.parent,
-          math.prod(shape) * found.itemsize,
-          "for the features; give another config.teacher.cache, or leave it empty",
-        )
-        features = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
-      features[begin : begin + len(crops)] = found
-      progress(begin + len(crops))
-    if features is not None:
-      features.flush()
-    write_json(path.with_suffix(".json"), origin)
-  return path
+  with atomic_file(path) as file:
+    for number, piece in enumerate(pieces):
+      if not number:
+        shape = (len(indices), *piece.shape[1:])
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+      file.write(piece.astype("<f2").tobytes())
+    write_json(path.with_suffix(".json"), _origin(config, source, indices))
 
 
 def place_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
