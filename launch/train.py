@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import vavae_jax.training
 from launch import restore, tasks
 from launch.attention import choose
-from launch.engine import configuration, console, loop, processes
+from launch.engine import configuration, console, elastic, loop, processes
 from launch.engine.checkpoint import read_config
 from launch.engine.ownership import owned
 from launch.engine.parts import ROWS, Parts, make_rows, rows_of
@@ -41,7 +41,10 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
   `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it.
   """
   config = _with_classes(_with_split(config, workdir))
-  frozen, notes, more = tasks.frozen(config), {}, {}
+  tasks.frozen(config)  # checks its keys
+  config, note = elastic.adapted(config, workdir)
+  notes: dict[str, Any] = {elastic.NOTE: note}
+  frozen, more = tasks.frozen(config), {}
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
     frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])

@@ -54,6 +54,8 @@ CLOCK = {
   "data_wait_fraction",
   "model_tflops_per_second",
   "mfu",
+  "slowest_process",
+  "others_wait_fraction",
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from launch.engine.evaluators import evaluate
 from launch.engine.parts import Parts
 from launch.evaluation import drawn
 from tests.evaluators_everywhere import HELD_OUT
@@ -112,3 +115,48 @@ def test_rows_of_a_share_are_loaded_when_their_turn_comes():
   assert loaded == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
   assert [rows.tolist() for rows, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
   assert [out.tolist() for _, out in found] == [[0, 2, 4], [6, 8, 10], [12]]
+
+
+class Recorder:
+  """A writer that remembers what it is given."""
+
+  def __init__(self):
+    self.told = []
+
+  def picture(self, step, name, image_HWC):
+    self.told.append((step, name))
+
+  def scalars(self, step, values):
+    self.told.append((step, *sorted(values)))
+
+  def flush(self):
+    self.told.append("flushed")
+
+
+@pytest.mark.parametrize("stop", [None, (5, 2, 1)])
+def test_an_evaluation_may_be_left_between_its_pieces(stop):
+  writer, places = Recorder(), []
+
+  def long(state):
+    yield None
+    yield None
+    yield {"loss": state, "grid": np.zeros((1, 1, 3), np.uint8)}
+    writer.told.append("tidied up")
+
+  def go_on(*place):
+    places.append(place)
+    if place == stop:
+      raise KeyboardInterrupt
+
+  evaluators = {"short": (1, lambda state: {"loss": state}), "long": (1, long)}
+  stopped = pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext()
+  with stopped:
+    evaluate(evaluators, ["short", "long"], writer, 5, 1.0, go_on)
+  short = [(5, "short/loss", "short/took_seconds"), "flushed"]
+  if stop:
+    assert places == [(5, 1, 0), (5, 2, 0), (5, 2, 1)]
+    assert writer.told == short
+  else:
+    assert places == [(5, 1, 0), (5, 2, 0), (5, 2, 1), (5, 2, 2)]
+    told = [(5, "long/grid"), (5, "long/loss", "long/took_seconds"), "flushed", "tidied up"]
+    assert writer.told == short + told

@@ -55,6 +55,8 @@ def test_two_processes_train_as_one(training, two_processes, environment, comman
   assert Pipeline.load(tmp_path / "two" / "model").origin["step"] == 2
   done = command(*training, f"--workdir={tmp_path / 'two'}")
   assert done.returncode == 0, done.stderr
+  # Of 16 records in two parts, each of two devices had 4 at once.
+  assert "devices: 1, 2 before; config.accumulate_steps is 4" in " ".join(done.stdout.split())
   for name, steps in {"loss": [1, 2, 3, 4], "validation/mse": [2, 4]}.items():
     one, two = (figures(tmp_path / workdir, name) for workdir in ("one", "two"))
     assert list(one) == list(two) == steps

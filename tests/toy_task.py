@@ -4,7 +4,7 @@
 
 There is a file WORKDIR/evaluating while it evaluates, which takes five times as long as a step, or
 with TOY_EVALUATES_FOR_EVER in the environment does not end, outside of Python. Data of the
-positions in TOY_STALLS_AT never come.
+positions in TOY_STALLS_AT never come, and those of the process in TOY_SLOW=PROCESS:SECONDS so late.
 """
 
 from __future__ import annotations
@@ -182,6 +182,9 @@ def main(*words: str) -> None:
 
     return {"toy": (every, slowly)}
 
+  process, _, own = os.environ.get("TOY_SLOW", "").partition(":")
+  if process == str(jax.process_index()):
+    seconds = float(own)
   slow = {
     "train_data": functools.partial(train_data, seconds=seconds),
     "evaluators": slow_evaluators,

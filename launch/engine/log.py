@@ -14,6 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from launch.engine import console
 from launch.engine.checkpoint import Checkpoints
+from launch.engine.stragglers import Stragglers
 from launch.engine.writers import Writer
 from vavae_jax.common.errors import InputError
 
@@ -48,6 +49,7 @@ class Log:
     self._pending: tuple[int, Metrics] | None = None
     self._window: list[dict[str, float]] = noted.get("window", [])
     self._last_step = step
+    self._stragglers = Stragglers()
     self.restart()
 
   def state(self) -> dict[str, Any]:
@@ -64,6 +66,15 @@ class Log:
     self._waited += time.monotonic() - began
 
   @contextlib.contextmanager
+  def held(self) -> Iterator[None]:
+    """The time inside counts as that of steps: their computation, and waiting for other processes
+    to begin them.
+    """
+    began = time.monotonic()
+    yield
+    self._held += time.monotonic() - began
+
+  @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """The time inside does not count as training; what was made before it is read first."""
     self.flush()
@@ -74,7 +85,7 @@ class Log:
   def restart(self) -> None:
     """Speeds are measured from here on."""
     self._began, self._began_step = time.monotonic(), self._last_step
-    self._waited = self._flops = 0.0
+    self._waited = self._flops = self._held = 0.0
 
   def step(self, step: int, metrics: Metrics, flops: float, compiled: bool) -> None:
     """Takes a step's metrics, still being computed, and reads those of the step before.
@@ -99,7 +110,8 @@ class Log:
       return
     step, metrics = self._pending
     self._pending = None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with self.held():
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     finite = values.pop("finite")
     broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if not (finite or broken):
@@ -144,7 +156,7 @@ class Log:
     }
     if self._peak:
       speed["mfu"] = self._flops / seconds / self._peak
-    return speed
+    return speed | self._stragglers.tell(seconds, self._waited, self._held)
 
   def _count_skipped(self, step: int, broken: list[str]) -> None:
     self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1

@@ -166,7 +166,8 @@ def run(
         if compiles := phase not in step_fn.flops:
           with signals.at_once(save_whole):
             step_fn.prepare(phase, state, frozen, batch, key)
-        state, metrics = step_fn(phase, state, frozen, batch, key)
+        with log.held():
+          state, metrics = step_fn(phase, state, frozen, batch, key)
         last = step == config.num_steps
         if step % config.log_every_steps == 0 or last:
           metrics |= step_fn.norms(state)
