@@ -106,12 +106,12 @@ def lines_of(rows: list[Row], about: dict[str, str]) -> list[str]:
   """The lines of the page's region."""
   plans = [row for row in rows if row["what"] != "published"]
   held = [row for row in rows if row["what"] == "published"]
+  cells = [cells for row in plans for cells in _cells(row)]
   return [
     f"Compiled with jax {about['jax']}, commit {about['commit']}, {about['date']}:"
     f" `{about['command']}`.",
     "",
-    *markdown.table(HEADER, (cells for row in plans for cells in _cells(row))),
-    "",
+    *([*markdown.table(HEADER, cells), ""] if cells else []),
     *_by_source([row for row in plans if row["config"] == XL and row["what"] == "train"]),
     "### Published speeds and what is estimated for them",
     "",
