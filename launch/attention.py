@@ -14,7 +14,8 @@ from ml_collections import FrozenConfigDict
 
 from launch.engine import console, processes
 from launch.engine.checkpoint import read_config
-from lightningdit_jax.model import ATTENTIONS, attend
+from lightningdit_jax.attention import attend, refusal
+from lightningdit_jax.model import ATTENTIONS
 
 ROUNDS = 5
 # The kernels round differently; a run uses the fused one only below this share of the time.
@@ -22,11 +23,13 @@ WORTH = 0.9
 
 
 def choose(config: FrozenConfigDict, workdir: Path) -> str:
-  """ "xla" or "cudnn": the kernel that `config.model.attention` names, for "auto" the faster one.
+  """The kernel that `config.model.attention` names, for "auto" the faster one.
 
-  cuDNN's is tried only on NVIDIA GPUs in bfloat16, forward and backward, with one device's share of
-  a batch; it must run and be a tenth faster. All processes of a job use what the first one finds. A
-  training that goes on in `workdir` keeps its kernel.
+  TPUs take ours in bfloat16 for the sizes that it can do: it is faster on all chips, by the
+  compiler's estimate in docs/lab/performance.md. cuDNN's is tried only on NVIDIA GPUs in bfloat16,
+  forward and backward, with one device's share of a batch; it must run and be a tenth faster. All
+  processes of a job use what the first one finds. A training that goes on in `workdir` keeps its
+  kernel.
   """
   if config.model.attention != "auto":
     return config.model.attention
@@ -34,8 +37,14 @@ def choose(config: FrozenConfigDict, workdir: Path) -> str:
     noted = read_config(workdir).get("model", {}).get("attention")
     if noted in ATTENTIONS:
       return noted
-  if jax.default_backend() != "gpu" or config.dtype != "bfloat16":
+  if jax.default_backend() not in ("gpu", "tpu") or config.dtype != "bfloat16":
     return "xla"
+  model = config.model
+  if jax.default_backend() == "tpu":
+    tokens = (model.input_size // model.patch_size) ** 2
+    if reason := refusal(tokens, model.hidden_size, model.num_heads):
+      console.say(f"attention: xla (the kernel for TPUs cannot: {reason})")
+    return "xla" if reason else "pallas"
   ours = _seconds(config, "xla")
   try:
     fused = _seconds(config, "cudnn")

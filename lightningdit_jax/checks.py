@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import solvers, transport
+from lightningdit_jax import attention, solvers, transport
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import LatentStore
 from lightningdit_jax.store.space import Space, check_classes
@@ -115,13 +115,19 @@ def check_sampling(
 def check_model(config: FrozenConfigDict) -> None:
   """Raises InputError for what cannot be built or run; `check_store` is for latents."""
   functional.outline(build_model(config), "config.model")
-  if config.model.attention == "cudnn" and (
-    config.dtype != "bfloat16" or jax.default_backend() != "gpu"
-  ):
+  model = config.model
+  needed = {"cudnn": "an NVIDIA GPU", "pallas": "a TPU"}.get(model.attention, "")
+  place = {"cudnn": "gpu", "pallas": "tpu"}.get(model.attention)
+  if needed and (config.dtype != "bfloat16" or jax.default_backend() != place):
     raise InputError(
-      f"config.model.attention is 'cudnn', which needs an NVIDIA GPU and config.dtype='bfloat16'; "
-      f"here are {config.dtype} and {jax.default_backend()}. Set it to 'xla'."
+      f"config.model.attention is {model.attention!r}, which needs {needed} and "
+      f"config.dtype='bfloat16'; here are {config.dtype} and {jax.default_backend()}. Set it to "
+      "'xla'."
     )
+  tokens = (model.input_size // model.patch_size) ** 2
+  reason = attention.refusal(tokens, model.hidden_size, model.num_heads)
+  if model.attention == "pallas" and reason:
+    raise InputError(f"config.model.attention is 'pallas', but here are {reason}. Set it to 'xla'.")
   if config.evaluate_samples == 1:
     raise InputError("config.evaluate_samples is 1; 0 or at least 2.")
   learning_rate(config.optimizer)

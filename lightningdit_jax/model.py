@@ -26,6 +26,7 @@ from einops import rearrange
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
+from lightningdit_jax import attention
 from lightningdit_jax.dense import REMAT_POLICIES, dot_general, is_costly
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from vavae_jax.common import functional, keys
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, int]] = {
   for patch_size in (1, 2)
 }
 
-ATTENTIONS = ("xla", "cudnn")
+ATTENTIONS = ("xla", "cudnn", "pallas")
 
 XAVIER = nnx.initializers.xavier_uniform()
 SMALL = nnx.initializers.normal(0.02)
@@ -121,8 +122,9 @@ class Options:
   attention: str = field(
     "xla",
     ("auto", *ATTENTIONS),
-    '"cudnn": NVIDIA GPUs in bfloat16. "auto": training measures both; the model itself takes '
-    '"xla".',
+    '"cudnn": NVIDIA GPUs in bfloat16. "pallas": TPUs in bfloat16, one kernel for norms, rotation '
+    'and attention; a grid that it cannot take runs by "xla". "auto": on GPUs training measures, '
+    'on TPUs "pallas" where it can; the model itself takes "xla".',
     is_ours=True,
   )
   scan_unroll: int = field(
@@ -163,31 +165,6 @@ TENSORS = {
 ONLY_OURS = tuple(
   field.name for field in dataclasses.fields(Options) if field.metadata.get("is_ours")
 )
-
-
-def attend(
-  q_BKNE: jax.Array, k_BKNE: jax.Array, v_BKNE: jax.Array, implementation: str
-) -> jax.Array:
-  """softmax(q k / sqrt(E)) v, the softmax in float32; products and result have the dtype of v.
-
-  "cudnn" is the fused kernel of NVIDIA GPUs, bfloat16 only; "xla" runs everywhere. Heads come
-  before tokens, which CPUs run twice as fast as jax.nn's order.
-  """
-  dtype = v_BKNE.dtype
-  if implementation == "cudnn":
-    q, k, v = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (q_BKNE, k_BKNE, v_BKNE))
-    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 1, 2)
-  # M: the keys' tokens. Scaled here and not after: E numbers a token instead of N.
-  q_BKNE = (q_BKNE * q_BKNE.shape[-1] ** -0.5).astype(dtype)
-  logits_BKNM = jnp.einsum(
-    "bkne,bkme->bknm", q_BKNE, k_BKNE.astype(dtype), preferred_element_type=jnp.float32
-  )
-  largest_BKN1 = jax.lax.stop_gradient(jnp.max(logits_BKNM, axis=-1, keepdims=True))
-  weight_BKNM = jnp.exp(logits_BKNM - largest_BKN1)
-  sum_BKN1 = jnp.sum(weight_BKNM, axis=-1, keepdims=True)
-  y_BKNE = jnp.einsum("bknm,bkme->bkne", weight_BKNM.astype(dtype), v_BKNE)
-  # Divided here and not before, likewise.
-  return (y_BKNE / sum_BKN1).astype(dtype)
 
 
 def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
@@ -267,17 +244,21 @@ class Attention(nnx.Module):
     self.proj = layers.linear(width, width)
 
   def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
+    qkv_BNF, (_, tokens, width) = self.qkv(x_BND), x_BND.shape
+    if self.implementation == "pallas" and not attention.refusal(tokens, width, self.num_heads):
+      norms = attention.norms_of(self.q_norm, self.k_norm)
+      return self.proj(attention.fused(qkv_BNF, self.num_heads, rope, norms))
     # Split first: the gradient is then put together in one piece, not from three padded ones.
     q, k, v = (
       rearrange(part, "B N (K E) -> B K N E", K=self.num_heads)
-      for part in jnp.split(self.qkv(x_BND), 3, axis=-1)
+      for part in jnp.split(qkv_BNF, 3, axis=-1)
     )
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if rope is not None:
       q, k = rotate(q, rope), rotate(k, rope)
     # Norm and rotation leave q and k in float32.
-    y_BKNE = attend(q, k, v, self.implementation)
+    y_BKNE = attention.attend(q, k, v, self.implementation)
     return self.proj(rearrange(y_BKNE, "B K N E -> B N (K E)"))
 
 
@@ -450,10 +431,13 @@ def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
 
   def build(rngs: nnx.Rngs) -> LightningDiT:
     name, options = dtype or config.dtype, config.model.to_dict()
-    if name != "bfloat16" or platform() != "gpu":
-      # What was trained with the fused kernel is also sampled in float32 and on other devices;
+    kernel = {"gpu": "cudnn", "tpu": "pallas"}.get(platform())
+    if name != "bfloat16" or options["attention"] not in ("auto", kernel):
+      # What was trained with a fused kernel is also sampled in float32 and on other devices;
       # `checks.check_model` refuses to train so.
       options["attention"] = "xla"
+    elif kernel == "pallas":
+      options["attention"] = kernel
     if not options["scan_unroll"]:
       # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
       # is read and written in a step. TPUs write it in place.

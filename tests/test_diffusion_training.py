@@ -229,6 +229,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
     ({"sample.dtype": "float16"}, "dtype is 'float16'"),
     ({"accumulate_steps": 3}, "accumulate_steps is 3"),
     ({"model.attention": "cudnn"}, "attention is 'cudnn', which needs an NVIDIA GPU"),
+    ({"model.attention": "pallas"}, "attention is 'pallas', which needs a TPU"),
   ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes, message):
@@ -237,12 +238,20 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, message):
 
 
 @pytest.mark.parametrize(
-  ("platform", "unroll", "attention"), [("cpu", 1, "xla"), ("tpu", 1, "xla"), ("gpu", 12, "cudnn")]
+  ("platform", "unroll", "named", "attention"),
+  [
+    ("cpu", 1, "cudnn", "xla"),
+    ("cpu", 1, "pallas", "xla"),
+    ("tpu", 1, "cudnn", "xla"),
+    ("tpu", 1, "auto", "pallas"),
+    ("gpu", 12, "cudnn", "cudnn"),
+    ("gpu", 12, "pallas", "xla"),
+  ],
 )
-def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, attention):
+def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, named, attention):
   """Also of devices that are not here, for which `launch.lab.plan` traces it."""
   config = base.diffusion("LightningDiT-B/1")
-  config.model.attention = "cudnn"
+  config.model.attention = named
   device = jax.sharding.AbstractDevice("kind", 1, platform)
   mesh = jax.sharding.AbstractMesh((1, 1), BATCH_AXES, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from configs import base
 from lightningdit_jax import sampling, training
-from lightningdit_jax.model import attend
+from lightningdit_jax.attention import attend
 from tests.reference import procedural
 
 pytestmark = pytest.mark.gpu

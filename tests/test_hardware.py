@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 import configs.base
 from launch import attention
 from launch.engine import hardware
+from vavae_jax.common.sharding import BATCH_AXES
 
 
 def config(**model):
@@ -26,6 +27,19 @@ def test_a_kernel_that_is_named_is_taken(tmp_path):
 def test_without_a_gpu_there_is_no_choice(monkeypatch, tmp_path):
   monkeypatch.setattr(attention, "_seconds", None)  # nothing is measured
   assert attention.choose(config(), tmp_path) == "xla"
+
+
+@pytest.mark.parametrize(
+  ("sizes", "chosen"),
+  [({}, "pallas"), ({"hidden_size": 192, "num_heads": 3}, "xla"), ({"input_size": 64}, "xla")],
+)
+def test_tpus_take_the_kernel_where_it_can(monkeypatch, tmp_path, capsys, sizes, chosen):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  device = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+  mesh = jax.sharding.AbstractMesh((1, 1), BATCH_AXES, abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert attention.choose(config(**sizes), tmp_path) == chosen
+  assert ("the kernel for TPUs cannot" in capsys.readouterr().out) == (chosen == "xla")
 
 
 @pytest.mark.parametrize(("seconds", "chosen"), [(0.8, "cudnn"), (0.95, "xla"), (2.0, "xla")])

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.extend
 
-# Matrix products of jax's cuDNN attention, without the logits that its backward kernel makes again.
+# Matrix products of attention by jax's cuDNN and by our kernel for TPUs, without the logits that
+# their backward kernels make again.
 CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+PALLAS_PRODUCTS = {"attention_forward": 2, "attention_backward": 4}
 
 
 def count(jaxpr: Any) -> float:
@@ -46,9 +48,14 @@ def _of(equation: Any) -> float:
     batch, queries, heads, size = equation.invars[0].aval.shape
     keys = equation.invars[1].aval.shape[1]
     return 2.0 * CUDNN_PRODUCTS[name] * batch * heads * queries * keys * size
+  if name == "pallas_call":
+    batch, tokens, features = equation.invars[0].aval.shape  # of qkv
+    return 2.0 * PALLAS_PRODUCTS[params["name"]] * batch * tokens**2 * features / 3
   inner = [count(x) for x in inner_jaxprs(equation)]
   if name == "cond":
     return max(inner, default=0.0)
+  if name == "shard_map":  # has the shapes of one device
+    return sum(inner) * params["mesh"].size
   return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
