@@ -310,7 +310,7 @@ def main() -> None:
     results = run(FLAGS.config, workdir, with_changes=FLAGS.resume_with_changes)
   seconds, model = _seconds(workdir / TIMINGS), workdir / "diffusion" / "model"
   console.table(
-    "Quickstart",
+    f"Done in {workdir}",
     ("what", "value"),
     [
       ("PSNR of held-out pictures", f"{results['psnr']:.2f} dB"),

@@ -146,7 +146,7 @@ def _caveats(samples: int, training: int, held_out: int) -> list[str]:
     "was aligned with: the teacher judges itself. It is not FID and compares with nothing else.",
     f"It is biased upwards for few samples: {samples} samples, {held_out} held-out pictures "
     f"and {training} training pictures meet in 1,280 dimensions.",
-    "A run of minutes on a laptop shows that the pipeline works, not what the method can do.",
+    "Models so small, trained so briefly, show that the pipeline works, not what the method does.",
   ]
 
 
