@@ -26,9 +26,9 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ import pytest
 from PIL import Image
 
 from launch.engine.writers import read_metrics
+from launch.report import plots
 from vavae_jax.assets import load_emoji
 
 if TYPE_CHECKING:
@@ -143,6 +144,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_chart_can_be_read() -> Iterator[None]:
+  """A test that saves a chart fails where texts of it are cut off or overlap."""
+  save = plots.save
+
+  def checked(figure: Any, path: Path, dpi: int = 100) -> Path:
+    from tests.charts import crowded
+
+    assert crowded(figure) == [], path
+    return save(figure, path, dpi)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "save", checked)
+    yield
 
 
 @pytest.fixture(scope="session")

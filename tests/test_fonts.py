@@ -78,7 +78,7 @@ def test_another_font_of_the_system_is_found(files):
 @pytest.mark.filterwarnings("error:Glyph")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chart_names_tokenizers_in_all_scripts(name, tmp_path):
-  figure, ((axis,),) = plots.panels(size=(2, 2))
+  figure, ((axis,),) = plots.panels(size=(7, 5))
   plots.frontier(axis, {name: (1.0, 2.0)})
   plots.save(figure, tmp_path / "frontier.png", dpi=20)
 

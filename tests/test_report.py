@@ -12,14 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from launch.evaluation import sweep
+from launch.evaluation import solvers, sweep
 from launch.report import html, plots
 from launch.report.charts import Curve, line_chart, scatter, training_section
 from launch.report.html import Figure, Section, number, write_page
+from tests.charts import crowded
 
 HOSTILE = "<script>alert(\"1\")</script> & 'co'"
 VOID = {"meta", "img"}
@@ -113,7 +113,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 @pytest.mark.parametrize("name", [r"$\frac{$/d16", "a\n\x1b\udcff"])
 def test_names_in_figures_and_pages_may_have_any_character(tmp_path, name):
-  figure, ((axis,),) = plots.panels(size=(2, 2))
+  figure, ((axis,),) = plots.panels(size=(7, 5))
   plots.frontier(axis, {name: (1.0, 2.0)})
   plots.save(figure, tmp_path / "frontier.png", dpi=20)
   write_page(tmp_path / "page.html", name, [])
@@ -204,24 +204,6 @@ def test_a_log_axis_drops_what_has_no_logarithm_and_a_legend_shows_last_values()
   assert "<b>100</b>" in chart
 
 
-def crowded(figure) -> list[str]:
-  """What a reader cannot see of a figure's texts: those that leave it, and pairs that overlap."""
-  figure.draw_without_rendering()
-  canvas = FigureCanvasAgg(figure)
-  renderer, (width, height) = canvas.get_renderer(), canvas.get_width_height()
-  hidden = set()
-  for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis)):
-    low, high = sorted(axis.get_view_interval())
-    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-    hidden |= {t.label1 for t in ticks if not low - 1e-9 <= t.get_loc() <= high + 1e-9}
-  texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and t not in hidden]
-  boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
-  boxes = [(text, box) for text, box in boxes if box.width > 1]
-  cut = [t for t, b in boxes if min(b.x0, b.y0, width - b.x1, height - b.y1) < -1]
-  pairs = itertools.combinations(boxes, 2)
-  return cut + [f"{a} on {b}" for (a, one), (b, other) in pairs if one.overlaps(other)]
-
-
 @pytest.fixture
 def drawn(monkeypatch) -> list:
   """The figures that a test makes."""
@@ -264,6 +246,12 @@ def test_names_of_tokenizers_near_each_other_can_be_read(drawn, tmp_path):
   plots.frontier(axis, points)
   axis.set(xlabel="PSNR", ylabel="FD", yscale="log")
   assert crowded(figure) == []
+
+
+def test_solvers_can_be_read_though_one_has_no_distance(tmp_path):
+  grid = zip((5, 17, 33), (0.4, 0.2, 0.0), (0.0100, 0.0101, 0.0102), strict=True)
+  points = [{"num_steps": n, "distance": y, "seconds": x} for n, y, x in grid]
+  solvers._draw(points, ["num_steps"], tmp_path / "solvers.png")  # which is checked as it is saved
 
 
 def test_all_cells_of_a_sweep_can_be_read(drawn, tmp_path):

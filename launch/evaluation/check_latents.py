@@ -97,10 +97,12 @@ def _draw(store: latents.LatentStore, path: Path) -> np.ndarray:
   edges = np.linspace(-5, 5, BINS)
   left.hist(values.ravel(), edges, density=True, color="tab:blue")
   left.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color="black", linewidth=0.8)
-  left.set(title="normalised latents (line: standard normal)", yscale="log", ylim=(1e-5, 1))
+  left.set(title="normalised latents", xlabel="line: standard normal")
+  left.set(yscale="log", ylim=(1e-5, 1))
   middle.bar(np.arange(len(store.std)), store.std, color="tab:blue")
   middle.set(title="standard deviation of each channel", xlabel="channel")
   right.bar(*np.unique(store.labels, return_counts=True), width=1.0, color="tab:blue")
   right.set(title="records of each label", xlabel="label")
+  right.xaxis.get_major_locator().set_params(integer=True)
   plots.save(figure, path, dpi=110)
   return values

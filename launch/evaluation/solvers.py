@@ -134,18 +134,25 @@ def _described(settings: FrozenConfigDict) -> str:
 
 
 def _draw(points: list[Point], names: list[str], path: Path) -> None:
-  """Distance over seconds; points that differ in the last setting alone are joined."""
+  """Distance over seconds; points that differ in the last setting alone are joined.
+
+  A distance of 0, as the settings have to themselves, has no place on the axis: it is drawn below.
+  """
   figure, ((axis,),) = plots.panels(size=(7, 5))
+  below = min((point["distance"] for point in points if point["distance"]), default=1.0) / 3
   lines: dict[tuple[Any, ...], list[Point]] = {}
   for point in points:
     lines.setdefault(tuple(point[name] for name in names[:-1]), []).append(point)
   for key, line in lines.items():
     label = ", ".join(f"{k}={v}" for k, v in zip(names[:-1], key, strict=True))
-    x, y = [p["seconds"] for p in line], [max(p["distance"], 1e-9) for p in line]
+    x, y = [p["seconds"] for p in line], [p["distance"] or below for p in line]
     axis.plot(x, y, "o-", label=label or names[-1])
     for point, place in zip(line, zip(x, y, strict=True), strict=True):
-      axis.annotate(str(point[names[-1]]), place, xytext=(4, 4), textcoords="offset points")
-  axis.set(xscale="log", yscale="log", xlabel="seconds per sample", ylabel="distance of latents")
+      text = str(point[names[-1]]) + ("" if point["distance"] else ", distance 0")
+      axis.annotate(text, place, xytext=(4, 4), textcoords="offset points")
+  seconds = [point["seconds"] for point in points]
+  axis.set(xscale="log", xlabel="seconds per sample", yscale="log", ylabel="distance of latents")
+  axis.set_xlim(min(seconds) / 2, max(seconds) * 2)  # nearer numbers would overlap at the axis
   axis.grid(alpha=0.3, which="both")
   axis.legend()
   plots.save(figure, path, dpi=120)
