@@ -89,8 +89,8 @@ def encode(
 ) -> latents.LatentStore:
   """Writes the latent store of a source, or what is missing of it.
 
-  The settings are the command's flags; `batch_size` and `max_corrupt` are of each process, whose
-  batches are rounded up to a multiple of the number of its devices.
+  The settings are the command's flags; `batch_size` is of each device, so that a latent comes out
+  the same to the bit whatever their number, and `max_corrupt` of each process.
 
   Raises:
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
@@ -130,7 +130,7 @@ def encode(
   for name in (*(paths[number].name for number in mine), *first):  # left by a run that was killed
     remove_partial(output, name)
   devices = mesh.local_mesh()
-  batch_size = mesh.round_up(batch_size, devices)
+  batch_size *= devices.size
   pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
   missing = sum(len(piece.indices) for piece in pieces)
   size = missing * _bytes_of_one(tokenizer.config, dtype, moments)
@@ -154,9 +154,13 @@ def encode(
         _write(paths[batch.piece.shard], parts)
         parts = []
   processes.wait_for_all()
-  if jax.process_index() == 0:
+
+  def finish() -> None:
+    processes.check_seen(paths)
     latents.finish_store(output, manifest, seed, paths)
-  processes.wait_for_all()
+
+  processes.first_does(finish)
+  processes.check_seen([output / latents.MANIFEST])
   return latents.LatentStore(output)
 
 
@@ -221,7 +225,8 @@ def _write(path: Path, parts: list[_Part]) -> None:
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
   """Notes in the folder what is encoded, or finds that it is the same; by the first process."""
   path = output / BEGUN
-  if jax.process_index() == 0:
+
+  def claim() -> None:
     if path.is_file():
       _check_same(output, read_note(path, tokenizer=dict), manifest)
     elif any(output.glob("*.safetensors")):
@@ -229,12 +234,9 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
         f"{output} holds latents that launch.encode did not write; give another one."
       )
     write_json(path, manifest)
-  processes.wait_for_all()
-  if not path.is_file():
-    raise InputError(
-      f"Process {jax.process_index()} does not see {path}, which the first one wrote: put --output "
-      "on a disk that all processes share."
-    )
+
+  processes.first_does(claim)
+  processes.check_seen([path])
   _check_same(output, read_note(path, tokenizer=dict), manifest)
 
 
@@ -355,7 +357,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("source", "", "Other pictures, such as folder:DIR.")
   flags.DEFINE_bool("held_out", False, "Encode the pictures that training left out.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
-  flags.DEFINE_integer("batch_size", 64, "Pictures at once in each process.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 64, "Pictures at once on each device.", lower_bound=1)
   flags.DEFINE_integer("shard_size", 10_000, "Records a shard.", lower_bound=1)
   flags.DEFINE_integer(
     "seed", 0, "Seed of the posterior's noise.", lower_bound=0, upper_bound=LAST_SEED

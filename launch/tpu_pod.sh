@@ -9,9 +9,10 @@
 #   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --delete    # deletes the slice
 # Creates the queued resource NAME, or uses the existing one; copies the committed code to its workers
 # and installs it; runs what follows -- on all of them as `python -m ...`, independent of this connection.
-# When the slice is preempted, requests it again, and the same command resumes from its last checkpoint:
-# give it a --workdir in a bucket (gcsfs is installed for it). --delete with a command deletes the slice
-# after the command succeeded. --print shows the gcloud commands without running them.
+# When the slice is preempted, requests it again, and the same command resumes from its last checkpoint, or
+# with what is missing of samples and figures: give it a --workdir, or an --output, in a bucket (gcsfs is
+# installed for it). --delete with a command deletes the slice after the command succeeded. --print shows
+# the gcloud commands without running them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -211,5 +212,5 @@ while true; do
   esac
   echo "going on with the same command ($(date +%T))"
 done
-echo "done; its results are where --workdir says"
+echo "done; its results are where --workdir or --output says"
 [ -z "$delete" ] || give_back

@@ -11,6 +11,7 @@ docs/reliability.md has the tables.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from absl import flags
 from launch.engine import console
 from launch.engine.circumstances import circumstances
 from launch.engine.writers import curve, read_metrics
+from launch.evaluation.sample_files import read_samples
 from tests.conftest import start_job, write_pictures
 from tests.survive import ended
 from vavae_jax.common.files import write_json
@@ -39,6 +41,36 @@ LAYOUTS = {
 }
 
 
+def sampled(pipeline: Path, folder: Path, variables: dict[str, str]) -> dict[str, list[int]]:
+  """Of each number of devices and processes: how many samples, numbers and figures differ."""
+  found: dict[str, tuple[np.ndarray, dict[str, float]]] = {}
+  for layout, (devices, count, *_) in LAYOUTS.items():
+    name = f"{devices} devices" if devices > 1 else layout.partition(",")[0]
+    if name in found:
+      continue
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    drawn = (f"--workdir={pipeline / 'diffusion'}", "--num_samples=600", "--batch_size=32")
+    measured = (f"--reference={pipeline / 'samples.npz'}", "--protocol=efficientnet_lite0")
+    for words in (
+      ("launch.sample", *drawn, f"--output={folder / name}.npz"),
+      ("launch.evaluate", "generation", *drawn, *measured, f"--output={folder / name}_found"),
+    ):
+      for process in start_job(words, variables | {"XLA_FLAGS": flag}, count):
+        code, printed = ended(process, LIMIT)
+        assert code == 0, printed
+    figures = json.loads((folder / f"{name}_found.json").read_text())["figures"]
+    found[name] = read_samples(folder / f"{name}.npz")[0], figures
+  pictures, figures = found["one device"]
+  return {
+    name: [
+      int((drawn != pictures).any((1, 2, 3)).sum()),
+      int((drawn != pictures).sum()),
+      sum(told[key] != figures[key] for key in figures),
+    ]
+    for name, (drawn, told) in found.items()
+  }
+
+
 def main() -> None:
   """The command."""
   losses: dict[str, dict[str, np.ndarray]] = {}
@@ -54,6 +86,7 @@ def main() -> None:
     )
     code, printed = ended(start_job(pipeline, variables)[0], LIMIT)
     assert code == 0, printed
+    drawn = sampled(folder / "pipeline", folder, variables)
     for layout, (devices, count, data, fsdp) in LAYOUTS.items():
       workdir = folder / layout
       flag = f"--xla_force_host_platform_device_count={devices}"
@@ -83,8 +116,11 @@ def main() -> None:
   console.table("Relative distance of losses to one device", header, rows)
   header = ("processes, data x fsdp", "figure or picture", "apart")
   console.table("Evaluations: relative distance, or of uint8", header, evaluated)
+  header = ("layout", "samples that differ", "numbers in them", "figures that differ")
+  rows = [[name, *map(str, counts)] for name, counts in drawn.items()]
+  console.table("600 samples and their figures beside one device's", header, rows)
   if FLAGS.output:
-    told = {"steps": STEPS, "apart": results, "evaluations": evaluated}
+    told = {"steps": STEPS, "apart": results, "evaluations": evaluated, "samples": drawn}
     write_json(Path(FLAGS.output), circumstances() | told)
 
 

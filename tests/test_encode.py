@@ -306,12 +306,3 @@ def test_the_check_finds_what_is_wrong_and_draws_what_is_right(store, tmp_path, 
   save_file(tensors, shard)
   with pytest.raises(InputError, match=r"1 numbers in latents that are not finite.*label 12"):
     check_latents.check(output)
-
-
-def test_two_processes_share_the_work_and_write_the_same_store(
-  words, two_processes, command, tmp_path
-):
-  done = command(*words, f"--output={tmp_path / 'one'}")
-  assert done.returncode == 0, done.stderr
-  two_processes(*words, f"--output={tmp_path / 'two'}")
-  assert contents(tmp_path / "two") == contents(tmp_path / "one")

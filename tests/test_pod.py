@@ -48,6 +48,14 @@ def test_samples(shared, pipeline):
   assert files == {path.name: path.read_bytes() for path in pod.iterdir()}
 
 
+def test_latents(shared, pipeline):
+  words = ("launch.encode", f"--workdir={pipeline / 'tokenizer'}", "--batch_size=4")
+  one, pod, left = shared((*words, "--shard_size=10"), "x", "*_shard003.safetensors")
+  assert "latents_rank00_shard001.safetensors" in left
+  files = {path.name: path.read_bytes() for path in (one / "x").iterdir()}
+  assert files == {path.name: path.read_bytes() for path in (pod / "x").iterdir()}
+
+
 @pytest.fixture(scope="module")
 def evaluations(command, pipeline, tmp_path_factory):
   """The folder of what `tests.evaluations_everywhere` writes, and what it prints."""
