@@ -15,23 +15,18 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import vavae_jax.training
-from launch import restore, tasks
+from launch import cached_features, restore, tasks
 from launch.attention import choose
-from launch.engine import configuration, console, elastic, loop, processes
+from launch.engine import configuration, console, elastic, loop
 from launch.engine.checkpoint import read_config
-from launch.engine.ownership import owned
-from launch.engine.parts import ROWS, Parts, make_rows, rows_of
 from launch.evaluation.training import exports, samples
 from lightningdit_jax.model import ONLY_OURS, Options
 from lightningdit_jax.store import space
-from vavae_jax.common.files import check_free, is_url, place, remove_folder, remove_partial
-from vavae_jax.data import changes, feature_cache, images, selection, sources
+from vavae_jax.common.files import is_url, place
+from vavae_jax.data import changes
 from vavae_jax.frozen import uses_teacher
 
 
@@ -52,7 +47,7 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
     if (scale := frozen.teacher.scale) > 1:
       console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")
     if frozen.teacher.cache:
-      _cache_features(frozen)
+      cached_features.make(frozen)
   elif config.task == "diffusion":
     # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
     noted, store = config.copy_and_resolve_references(), restore.check_latents(frozen)
@@ -99,45 +94,6 @@ def _with_classes(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.model.num_classes = count
   return config
-
-
-def _cache_features(config: FrozenConfigDict) -> None:
-  """Runs the teacher over all pictures, once and for all; processes share them."""
-  vavae_jax.training.check(config)
-  source, indices = selection.training_pictures(config)
-  path = feature_cache.place_of(config, source, indices)
-  if not processes.first_does(path.is_file):
-    with owned(path, beside=True):
-      _make_features(config, source, indices, path)
-  processes.check_seen([path])
-  console.say(f"the teacher's features are in {path}")
-
-
-def _make_features(
-  config: FrozenConfigDict, source: sources.Source, indices: np.ndarray, path: Path
-) -> None:
-  run, size = feature_cache.teacher_of(config)
-  parts = Parts(path.with_suffix(".parts"), len(indices), feature_cache.BATCH, ROWS)
-
-  def begin() -> None:
-    needed = size * (2 * len(indices) - sum(map(len, parts.there())))
-    what = "for the features in parts and as one file; give another config.teacher.cache, or "
-    check_free(path.parent, needed, f"{what}leave it empty")
-    parts.folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(path.parent, path.name)  # left by a run that was killed
-
-  def finish() -> None:
-    parts.check_complete()
-    feature_cache.write(config, source, indices, rows_of(parts, len(indices)))
-    remove_folder(parts.folder)
-
-  def compute(items: np.ndarray) -> np.ndarray:
-    return run(images.load_crops(source, indices[items], config.data.image_size))
-
-  processes.first_does(begin)
-  make_rows(parts, compute, jax.local_device_count(), "teacher's features")
-  processes.wait_for_all()
-  processes.first_does(finish)
 
 
 def main() -> None:

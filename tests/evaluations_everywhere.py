@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 import vavae_jax.training
-from launch import restore, train
+from launch import cached_features, restore
 from launch.engine import processes
 from launch.evaluation import generation, reconstruction, solvers, space, statistics
 from launch.evaluation.features import Network
@@ -79,7 +79,7 @@ def cache_features(source: str, folder: Path) -> None:
   vavae_jax.training.check = lambda config: None
   feature_cache.BATCH = 5
   changes = {"data.source": source, "data.crop": "center", "teacher.cache": str(folder)}
-  train._cache_features(configuration(**changes))
+  cached_features.make(configuration(**changes))
 
 
 def one(pipeline: Path, output: Path, pattern: str) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
-from launch import train
+from launch import cached_features
 from launch.engine.ownership import owned
 from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import frozen, training
@@ -40,7 +40,7 @@ def cached(pictures, tmp_path, monkeypatch):
 
 def test_features_go_with_their_pictures(cached, monkeypatch):
   config, tiny = cached
-  train._cache_features(config)
+  cached_features.make(config)
   config = FrozenConfigDict(config.to_dict() | {"batch_size": 6})
   batches = [next(iter(training.train_data(config, process, 2, 0))) for process in (0, 1)]
   for batch in batches:
@@ -48,7 +48,7 @@ def test_features_go_with_their_pictures(cached, monkeypatch):
     np.testing.assert_allclose(batch["features"], expected, rtol=2e-3, atol=2e-3)
   # Made once: a second call has nothing to do, and another size is another file.
   monkeypatch.setattr(feature_cache, "teacher_of", pytest.fail)
-  train._cache_features(config)
+  cached_features.make(config)
   source, indices = selection.training_pictures(config)
   with pytest.raises(InputError, match="There are no features of these pictures and weights in"):
     feature_cache.open_cache(config, source, indices[1:])
@@ -66,13 +66,13 @@ def test_one_training_at_a_time_makes_them(cached):
   config, _ = cached
   path = feature_cache.place_of(config, *selection.training_pictures(config))
   with owned(path, beside=True), pytest.raises(InputError, match="is being written by"):
-    train._cache_features(config)
+    cached_features.make(config)
   (left := path.with_name(f".{path.name}.1.partial")).mkdir(parents=True)
-  train._cache_features(config)
+  cached_features.make(config)
   assert path.is_file()
   assert not left.exists()
   with owned(path, beside=True):
-    train._cache_features(config)  # they are there
+    cached_features.make(config)  # they are there
 
 
 def test_a_build_that_was_stopped_goes_on(cached, tmp_path, monkeypatch):
@@ -87,10 +87,10 @@ def test_a_build_that_was_stopped_goes_on(cached, tmp_path, monkeypatch):
 
   monkeypatch.setattr(images, "load_crops", stop)
   with pytest.raises(KeyboardInterrupt):
-    train._cache_features(config)
+    cached_features.make(config)
   (left,) = (tmp_path / "cache").iterdir()
   assert [path.name for path in left.iterdir()] == ["000000000_5.npy"]
-  train._cache_features(config)
+  cached_features.make(config)
   assert sum(loaded) == len(selection.training_pictures(config)[1]) + 5
   assert not left.exists()
 
@@ -101,7 +101,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
   config, _ = cached
   monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
   with pytest.raises(InputError, match=r"0\.00 MiB free.* give another config\.teacher\.cache"):
-    train._cache_features(config)
+    cached_features.make(config)
   assert not (tmp_path / "cache").exists()
 
 
