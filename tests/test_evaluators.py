@@ -15,7 +15,7 @@ from tests.evaluators_everywhere import HELD_OUT
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
 
-LAYOUTS = ("2:1:2", "4:2:2")
+LAYOUTS = ("4:2:2",)  # tests/test_processes.py has two processes
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,12 @@ def test_reconstructions_of_several_processes_are_those_of_one(found, layout):
   names = [name for name in found[layout] if name.startswith("reconstruction/")]
   assert len(names) == 4
   for name in names:
-    # Statistics of norms are summed in another order where a device has fewer pictures.
-    tolerance = 1.0 if name.endswith("/pictures") else 1e-6
-    np.testing.assert_allclose(
-      found[layout][name].astype(float), found["1:1:1"][name], atol=tolerance, err_msg=name
-    )
+    # Sums in another order: a number at the edge of two uint8 values may fall to either side.
+    one, other = (found[x][name].astype(float) for x in ("1:1:1", layout))
+    if name.endswith("/pictures"):
+      assert abs(one - other).max() <= 1
+    else:
+      assert other == pytest.approx(one, rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("left", [[], [range(3)], [range(2), range(4, 7)], [range(1, 4), range(5)]])
