@@ -6,6 +6,7 @@ needs no pictures: |x - y| / |y| of normalised latents.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,10 @@ def _draw(points: list[Point], names: list[str], path: Path) -> None:
       axis.annotate(text, place, xytext=(4, 4), textcoords="offset points")
   seconds = [point["seconds"] for point in points]
   axis.set(xscale="log", xlabel="seconds per sample", yscale="log", ylabel="distance of latents")
-  axis.set_xlim(min(seconds) / 2, max(seconds) * 2)  # nearer numbers would overlap at the axis
+  # Whole decades, the only numbers at the axis: others overlap where seconds are near.
+  low, high = math.log10(min(seconds) / 1.1), math.log10(max(seconds) * 1.1)
+  axis.set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
+  axis.xaxis.set_minor_formatter("")
   axis.grid(alpha=0.3, which="both")
   axis.legend()
   plots.save(figure, path, dpi=120)
