@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
 from lightningdit_jax import attention
-from lightningdit_jax.dense import REMAT_POLICIES, dot_general, is_costly
+from lightningdit_jax.dense import ATTENDED, REMAT_POLICIES, Layers
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from vavae_jax.common import functional, keys
 from vavae_jax.common.errors import InputError
@@ -51,7 +52,6 @@ PRESETS: dict[str, dict[str, int]] = {
 
 ATTENTIONS = ("xla", "cudnn", "pallas")
 
-XAVIER = nnx.initializers.xavier_uniform()
 SMALL = nnx.initializers.normal(0.02)
 ZEROS = nnx.initializers.zeros
 
@@ -108,15 +108,16 @@ class Options:
   use_checkpoint: bool = field(
     False,
     "",
-    "Recompute blocks in the backward pass: less memory, up to a third more work. Without it, "
-    "elementwise work is computed again all the same: see `dense.is_costly`.",
+    "Recompute blocks in the backward pass: less memory, up to a third more work.",
     is_ours=True,
   )
   remat_policy: str = field(
-    "full",
-    tuple(REMAT_POLICIES),
-    'What use_checkpoint keeps of a block: "full" nothing, "dense" the products with its weights, '
-    '"dots" the attention\'s products too.',
+    "auto",
+    ("auto", *REMAT_POLICIES),
+    'What use_checkpoint keeps of a block: "full" nothing, "attended" the attention\'s result, '
+    '"dense" the products with its weights, "dots" the attention\'s products too, "costly" all but '
+    'cheap elementwise work, as without use_checkpoint. "auto": "full"; trainings on TPUs, where '
+    'memory is slower than arithmetic, take "attended" even without use_checkpoint.',
     is_ours=True,
   )
   attention: str = field(
@@ -155,6 +156,13 @@ class Options:
     if problems:
       raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
 
+  @property
+  def kept(self) -> str:
+    """The one of `REMAT_POLICIES` that applies."""
+    if not self.use_checkpoint:
+      return "costly"
+    return "full" if self.remat_policy == "auto" else self.remat_policy
+
 
 # What the converter and the comparison with the reference need to know of the options.
 TENSORS = {
@@ -177,43 +185,6 @@ def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
   """The module with its weights whole on every device and its matrices in `dtype`."""
   graph, weights = nnx.split(module)
   return nnx.merge(graph, gather(weights, dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-  """Makes the layers that everything below consists of; matrices multiply in `dtype`."""
-
-  use_rmsnorm: bool
-  dtype: jax.typing.DTypeLike
-  rngs: nnx.Rngs
-
-  def linear(
-    self, in_features: int, out_features: int, init: nnx.Initializer = XAVIER
-  ) -> nnx.Linear:
-    """A matrix and a zero bias."""
-    return nnx.Linear(
-      in_features,
-      out_features,
-      kernel_init=init,
-      dtype=self.dtype,
-      dot_general=dot_general,
-      rngs=self.rngs,
-    )
-
-  def norm(self, size: int) -> nnx.Module:
-    """The norm before a sublayer, float32; a LayerNorm has no weights here, adaLN provides them."""
-    if self.use_rmsnorm:
-      return nnx.RMSNorm(size, epsilon=1e-6, dtype=jnp.float32, rngs=self.rngs)
-    return self._layer_norm(size, epsilon=1e-6, use_scale=False, use_bias=False)
-
-  def qk_norm(self, size: int) -> nnx.Module:
-    """The norm of queries or of keys, float32; a LayerNorm has weights and another epsilon here."""
-    return self.norm(size) if self.use_rmsnorm else self._layer_norm(size, epsilon=1e-5)
-
-  def _layer_norm(self, size: int, **kwargs: Any) -> nnx.LayerNorm:
-    # The fast variance is E[x^2] - E[x]^2, which cancels.
-    kwargs |= {"use_fast_variance": False, "dtype": jnp.float32, "rngs": self.rngs}
-    return nnx.LayerNorm(size, **kwargs)
 
 
 class TimestepEmbedder(nnx.Module):
@@ -244,10 +215,12 @@ class Attention(nnx.Module):
     self.proj = layers.linear(width, width)
 
   def __call__(self, x_BND: jax.Array, rope: Rope | None) -> jax.Array:
-    qkv_BNF, (_, tokens, width) = self.qkv(x_BND), x_BND.shape
+    qkv_BNF = self.qkv(x_BND, apart=self.implementation != "xla")
+    _, tokens, width = x_BND.shape
     if self.implementation == "pallas" and not attention.refusal(tokens, width, self.num_heads):
       norms = attention.norms_of(self.q_norm, self.k_norm)
-      return self.proj(attention.fused(qkv_BNF, self.num_heads, rope, norms))
+      y_BND = attention.fused(qkv_BNF, self.num_heads, rope, norms)
+      return self.proj(checkpoint_name(y_BND, ATTENDED))
     # Split first: the gradient is then put together in one piece, not from three padded ones.
     q, k, v = (
       rearrange(part, "B N (K E) -> B K N E", K=self.num_heads)
@@ -259,7 +232,7 @@ class Attention(nnx.Module):
       q, k = rotate(q, rope), rotate(k, rope)
     # Norm and rotation leave q and k in float32.
     y_BKNE = attention.attend(q, k, v, self.implementation)
-    return self.proj(rearrange(y_BKNE, "B K N E -> B N (K E)"))
+    return self.proj(checkpoint_name(rearrange(y_BKNE, "B K N E -> B N (K E)"), ATTENDED))
 
 
 class SwiGLU(nnx.Module):
@@ -270,7 +243,7 @@ class SwiGLU(nnx.Module):
     self.w3 = layers.linear(mlp_size, hidden_size)
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
-    gate, value = jnp.split(self.w12(x_BND), 2, axis=-1)
+    gate, value = self.w12.halves(x_BND)
     return self.w3(nnx.silu(gate) * value)
 
 
@@ -390,9 +363,8 @@ class LightningDiT(nnx.Module):
 
     # A scan keeps the recomputation from being merged away, so the barriers against that can go;
     # unrolled they stay where memory matters, and where it does not a merge is a gain.
-    keeps = REMAT_POLICIES[o.remat_policy] if o.use_checkpoint else is_costly
-    keeps_apart = o.use_checkpoint and o.scan_unroll >= o.depth
-    run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=keeps)
+    keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
+    run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
     x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)
 
     patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
@@ -438,6 +410,8 @@ def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
       options["attention"] = "xla"
     elif kernel == "pallas":
       options["attention"] = kernel
+    if platform() == "tpu" and not options["use_checkpoint"] and options["remat_policy"] == "auto":
+      options |= {"use_checkpoint": True, "remat_policy": "attended"}
     if not options["scan_unroll"]:
       # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
       # is read and written in a step. TPUs write it in place.

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from lightningdit_jax.dense import dense
+from lightningdit_jax import dense as dense_module
+from lightningdit_jax.dense import Linear, dense, spread
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 5))
 KERNEL = jax.random.normal(jax.random.key(1), (5, 7))
@@ -41,3 +43,49 @@ def test_the_gradient_of_the_kernel_needs_no_transpose():
   text = jax.jit(gradients(dense)).lower(X, KERNEL).as_text()
   assert "stablehlo.dot_general" in text
   assert "stablehlo.transpose" not in text
+
+
+def broadcast(row, places):
+  return jnp.broadcast_to(row, (*places, *row.shape))
+
+
+@pytest.mark.parametrize("name", ["value", "gradients", "forward mode", "forward over reverse"])
+def test_spread_is_a_broadcast(name):
+  def biased(add):
+    return lambda x, row: dense(x, KERNEL) * 2 + add(row, x.shape[:-1])
+
+  def transformed(add):
+    f, row = biased(add), KERNEL[0]
+    return {
+      "value": lambda: f(X, row),
+      "gradients": lambda: gradients(f)(X, row),
+      "forward mode": lambda: jax.jvp(f, (X, row), (X + 1, row - 1)),
+      "forward over reverse": lambda: jax.jvp(gradients(f), (X, row), (X, row)),
+    }[name]
+
+  ours, expected = (jax.jit(transformed(add))() for add in (spread, broadcast))
+  jax.tree.map(np.testing.assert_array_equal, ours, expected)
+  mapped = (jax.vmap(gradients(biased(add)), (0, None)) for add in (spread, broadcast))
+  ours, expected = (jax.jit(f)(X, KERNEL[0]) for f in mapped)
+  jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", 2), ("tpu", 1)])
+def test_the_gradient_of_a_bias_before_a_kernel_is_a_product_on_tpus(platform, sums):
+  layer = Linear(5, 7, rngs=nnx.Rngs(0))
+  graph, weights = nnx.split(layer)
+  loss = jax.grad(lambda w: jnp.sin(nnx.merge(graph, w)(X, apart=True)).sum())
+  text = jax.jit(loss).trace(weights).lower(lowering_platforms=(platform,)).as_text()
+  # The other sum is of the loss itself, which nobody wants.
+  assert text.count("stablehlo.reduce") == sums - 1
+  assert text.count("stablehlo.dot_general") == 4 - sums
+
+
+def test_halves_are_the_parts_of_the_whole_on_every_platform(monkeypatch):
+  layer = Linear(5, 8, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+  products = []
+  for platform in ("cpu", "tpu"):
+    monkeypatch.setattr(dense_module, "platform", lambda name=platform: name)
+    np.testing.assert_allclose(jnp.concatenate(layer.halves(X), -1), layer(X), rtol=1e-6, atol=1e-6)
+    products.append(str(jax.make_jaxpr(layer.halves)(X)).count("= dense"))
+  assert products == [1, 2]

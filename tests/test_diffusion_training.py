@@ -238,17 +238,17 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, message):
 
 
 @pytest.mark.parametrize(
-  ("platform", "unroll", "named", "attention"),
+  ("platform", "unroll", "named", "attention", "kept"),
   [
-    ("cpu", 1, "cudnn", "xla"),
-    ("cpu", 1, "pallas", "xla"),
-    ("tpu", 1, "cudnn", "xla"),
-    ("tpu", 1, "auto", "pallas"),
-    ("gpu", 12, "cudnn", "cudnn"),
-    ("gpu", 12, "pallas", "xla"),
+    ("cpu", 1, "cudnn", "xla", "costly"),
+    ("cpu", 1, "pallas", "xla", "costly"),
+    ("tpu", 1, "cudnn", "xla", "attended"),
+    ("tpu", 1, "auto", "pallas", "attended"),
+    ("gpu", 12, "cudnn", "cudnn", "costly"),
+    ("gpu", 12, "pallas", "xla", "costly"),
   ],
 )
-def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, named, attention):
+def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, named, attention, kept):
   """Also of devices that are not here, for which `launch.lab.plan` traces it."""
   config = base.diffusion("LightningDiT-B/1")
   config.model.attention = named
@@ -257,6 +257,7 @@ def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, named, att
   with jax.sharding.use_abstract_mesh(mesh):
     model = functional.outline(build_model(FrozenConfigDict(config)), "config.model")
     assert (model.options.scan_unroll, model.blocks.attn.implementation) == (unroll, attention)
-    config.model.scan_unroll = 3
+    assert model.options.kept == kept
+    config.model.update(scan_unroll=3, remat_policy="costly")
     model = functional.outline(build_model(FrozenConfigDict(config)), "config.model")
-    assert model.options.scan_unroll == 3
+    assert (model.options.scan_unroll, model.options.kept) == (3, "costly")

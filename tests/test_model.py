@@ -166,15 +166,33 @@ def test_recomputing_and_unrolling_change_no_gradient(change):
 
 def test_policies_keep_what_they_say():
   """Matrix products in the backward pass: all of them, no weights' again, none again."""
-  products = []
+  products = {}
   for name in REMAT_POLICIES:
     graph, weights = nnx.split(awake(use_checkpoint=True, remat_policy=name))
     loss = jax.grad(lambda w, graph=graph: jnp.sum(nnx.merge(graph, w)(*inputs())))
     text = str(jax.make_jaxpr(loss)(weights))
-    products.append((text.count("= dense"), text.count("= dot_general")))
-  (full, full_dots), (dense, dense_dots), (dots, least_dots) = products
+    products[name] = (text.count("= dense"), text.count("= dot_general"))
+  (full, full_dots), (dense, dense_dots), (dots, least_dots) = (
+    products[name] for name in ("full", "dense", "dots")
+  )
   assert full > dense == dots
   assert full_dots == dense_dots > least_dots
+  assert products["costly"] == products["dots"]
+  assert products["attended"] == products["full"]  # but a kernel of the attention's runs once
+
+
+def test_the_attentions_result_is_kept_once_and_alone():
+  """Of a block's arrays; where all costly results are kept, its name does not keep it twice."""
+  kept = {}
+  for name in ("attended", "costly"):
+    graph, weights = nnx.split(awake(use_checkpoint=True, remat_policy=name))
+    loss = jax.grad(lambda w, graph=graph: jnp.sum(nnx.merge(graph, w)(*inputs())))
+    jaxpr = jax.make_jaxpr(loss)(weights)
+    forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+    kept[name] = [v.aval.shape for v in forward.outvars if v.aval.ndim == 4]
+  stream = (TINY["depth"], len(inputs()[0]), 24, TINY["hidden_size"])
+  assert kept["attended"] == [stream] * 2  # the blocks' inputs, and the attention's results
+  assert kept["costly"].count(stream) == 3  # besides the input, what the two sublayers give
 
 
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
@@ -216,7 +234,7 @@ def test_published_sizes():
     ({"hidden_size": 36}, "head size hidden_size/num_heads=18"),
     ({"hidden_size": 34, "use_rope": False}, "hidden_size=34 must be a multiple of 4"),
     ({"patch_size": 3}, "multiple of patch_size=3"),
-    ({"remat_policy": "some"}, "remat_policy is 'some'; choose one of full, dense, dots"),
+    ({"remat_policy": "some"}, "remat_policy is 'some'; choose one of auto, full, attended, dense"),
     ({"attention": "flash"}, "attention is 'flash'; choose one of auto, xla, cudnn"),
   ],
 )

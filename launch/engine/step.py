@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.engine import console, flops
 from vavae_jax.common import functional
+from vavae_jax.common.sharding import platform
 
 Metrics = dict[str, Any]
 TrainStep = Callable[..., tuple[Any, Metrics]]
@@ -62,10 +63,14 @@ def without_recomputation(config: FrozenConfigDict) -> FrozenConfigDict:
 
   Its traced step has the model's FLOPs, which utilisation is usually computed from.
   """
-  if not config.get("model", {}).get("use_checkpoint"):
+  model = config.get("model", {})
+  # On TPUs a diffusion model may do it unasked.
+  if not model.get("use_checkpoint") and (platform() != "tpu" or "remat_policy" not in model):
     return config
   plain = ConfigDict(config.to_dict())
   plain.model.use_checkpoint = False
+  if "remat_policy" in model:
+    plain.model.remat_policy = "costly"
   return FrozenConfigDict(plain)
 
 

@@ -78,8 +78,9 @@ def plan(
   traced = programs.traced(program, devices)
   with jax.set_mesh(devices):
     compiled, needed = _compiled(traced)
+    plain = without_recomputation(config)
   one_run = computed = flops.count(traced.jaxpr) / devices.size
-  if what == "train" and (plain := without_recomputation(config)) != config:
+  if what == "train" and plain != config:
     one_run = programs.count(programs.of(plain, devices, what, num_images), devices) / devices.size
   result = Plan(
     settings=settings or {},
