@@ -125,7 +125,8 @@ def main() -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if {last, *codes} != ({-signal.SIGKILL} if pattern else {0}):
       sys.exit(f"{run}: exit codes {[*codes, last]}")
-    left = sorted(path.parent.name for path in (output / folder).rglob("*_10.safetensors"))
+    blocks = (output / folder).rglob("*_10.safetensors")
+    left = sorted(path.parent.name for path in blocks if path.parent.name[0] != ".")
     print(f"left by {run}: {left}")
 
 
