@@ -23,6 +23,7 @@ import dataclasses
 import fcntl
 import gc
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
   from launch import restore
 
 gc.set_threshold(10_000)  # as launch.engine.console has it
+# Under nohup, or behind a shell's &, processes inherit that these are ignored, and the tests that
+# end their processes with them wait for nothing.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Command = Callable[..., subprocess.CompletedProcess]
 

@@ -52,7 +52,10 @@ def test_a_signal_ends_a_computation_that_cannot_be_left(environment, number, un
   time.sleep(0.5)
   began = time.monotonic()
   process.send_signal(number)
-  output, printed = process.communicate(timeout=60)
+  try:
+    output, printed = process.communicate(timeout=60)
+  finally:
+    process.kill()  # it would compute for ever
   assert (process.returncode, printed.count("stopped; resume with: cd")) == (128 + number, 1)
   assert output == ("saved\n" if unsaved == "now" else "")
   least = float(unsaved.replace("now", "0"))

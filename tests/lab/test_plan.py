@@ -519,7 +519,12 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
   assert sum(x["flops"] for x in sources.values()) == pytest.approx(plan["computed"], rel=0.05)
   assert {"attention", "products", "optimizer", "scan stacks", "collectives"} <= {*sources}
   seconds = plan["seconds"]
-  assert seconds["ideal"] < seconds["roofline"] < seconds["compiler"] < 10 * seconds["roofline"]
+  assert seconds["ideal"] < seconds["roofline"] < seconds["compiler"]
+  # The compiler moves bytes at 0.4 of the bandwidth, the roofline at 0.8; products are slower by
+  # an order at the least effort, and say nothing.
+  names = ("norm and modulation", "biases", "other elementwise", "scan stacks", "optimizer")
+  moving = [sum(sources[name][kind] for name in names) for kind in ("seconds", "roofline")]
+  assert 2 < moving[0] / moving[1] < 4
 
 
 @pytest.mark.tpu_aot
