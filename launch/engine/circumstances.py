@@ -19,7 +19,7 @@ from absl import flags
 def circumstances() -> dict[str, str]:
   """Command, commit, date, devices and version of jax."""
   return {
-    "command": shlex.join(sys.argv),
+    "command": whole_command(),
     "commit": commit(),
     "date": datetime.date.today().isoformat(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -27,7 +27,7 @@ def circumstances() -> dict[str, str]:
   }
 
 
-def own_command(without: Collection[str]) -> str:
+def whole_command(without: Collection[str] = ()) -> str:
   """The command line that started this process, without some flags."""
   words, given = [], iter(sys.argv[1:])
   for word in given:

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from configs.lab import speed
 from launch.engine import configuration, console
-from launch.engine.circumstances import commit, own_command, processor
+from launch.engine.circumstances import commit, processor, whole_command
 from launch.lab import markdown, reference
 from launch.lab.benchmark import baseline
 from launch.lab.benchmark.rows import Row
@@ -233,7 +233,7 @@ def _command() -> str:
   own = {"reference": "LIGHTNINGDIT", "taming": "TAMING", "torch_python": "PYTHON"}
   without = {*own, "workdir", "page", "page_only", "compare", "tolerance", "update"}
   given = [f"--{name}={word}" for name, word in own.items() if FLAGS[name].present]
-  return " ".join([own_command(without), "--workdir=runs/speed", *given])
+  return " ".join([whole_command(without), "--workdir=runs/speed", *given])
 
 
 def define_flags() -> None:

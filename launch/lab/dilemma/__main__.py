@@ -24,7 +24,7 @@ from absl import flags
 
 from configs.lab import dilemma
 from launch.engine import configuration, console
-from launch.engine.circumstances import own_command
+from launch.engine.circumstances import whole_command
 from launch.lab.dilemma import checks, graph, page
 from launch.lab.jobs import backend, run
 
@@ -39,7 +39,7 @@ def main() -> None:
   jobs = graph.jobs_of(config, workdir)
   file = Path(FLAGS.page) if FLAGS.page else workdir / "dilemma.md"
   page.REGION.check(file)
-  command = own_command(("page", "page_only"))
+  command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
   if not FLAGS.page_only:
     checks.check_parts(config)
