@@ -126,7 +126,7 @@ def _with_fresh_networks(config: FrozenConfigDict) -> tuple[Callable[..., Any], 
 
 def _sample(config: FrozenConfigDict, devices: Mesh, num_samples: int) -> Program:
   """Sampling of latents, as `launch.sample` does before it decodes them."""
-  size = config.sample.batch_size
+  size = config.sample.batch_size * devices.size
   params = _params(config, devices)
   batch = _batch(config, size, devices)
   index = rows((size,), jnp.int32, devices)

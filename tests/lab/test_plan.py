@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from jax.experimental import pallas as pl
 from ml_collections import FrozenConfigDict
 
 import configs.base
-from launch.engine import flops
+from configs import quickstart
+from launch.engine import circumstances, flops
+from launch.lab import programs
 from launch.lab.plan import (
   calibration,
   fid,
@@ -26,6 +29,13 @@ from launch.lab.plan import (
   times,
 )
 from vavae_jax.common.errors import InputError
+
+
+def test_a_record_names_the_command_without_a_path_of_the_machine(monkeypatch):
+  spec = importlib.util.spec_from_loader("launch.lab.plan.__main__", None)
+  monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+  monkeypatch.setattr(sys, "argv", ["/home/me/launch/lab/plan/__main__.py", "--all"])
+  assert circumstances.circumstances()["command"] == "python -m launch.lab.plan --all"
 
 
 def test_products_and_convolutions_are_counted():
@@ -359,6 +369,16 @@ def test_a_gpu_takes_at_least_what_its_limits_say():
   found = times.times(operations.of(hlo.parse(KERNELS)), {}, chip, 1e6)
   assert found.compiler == found.network == 0
   assert found.estimate == max(found.roofline, found.ideal) > 0
+
+
+def test_sampling_is_planned_with_the_batch_of_each_device():
+  config = quickstart.diffusion(tiny=True)
+  config.sample.batch_size = 6
+  eight = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
+  program = programs.of(FrozenConfigDict(config), eight, "sample", 1_000)
+  assert program.images == len(program.arguments[1]) == 48
+  tried = planning.remedies(FrozenConfigDict(config), "sample", 16)
+  assert [*tried] == [{"sample.batch_size": 3}]
 
 
 def test_remedies_go_from_the_cheapest_and_divide_the_batch():

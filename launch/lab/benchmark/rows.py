@@ -36,6 +36,7 @@ from launch.lab.reference import NEEDS, Checkouts, job_of
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.sampling import time_grid
 from vavae_jax.common import functional, mesh
+from vavae_jax.common.errors import InputError
 from vavae_jax.metrics import inception
 from vavae_jax.metrics.distribution import frechet_distance
 
@@ -50,7 +51,12 @@ def resolved(
 ) -> FrozenConfigDict:
   """The configuration of a row, checked; InputError where it has a mistake."""
   changed = config.copy_and_resolve_references()
-  (changed.sample if what == "sample" else changed).batch_size = batch_size
+  if what == "sample":  # whose key is of each device
+    changed.sample.batch_size, rest = divmod(batch_size, jax.device_count())
+    if rest:
+      raise InputError(f"{batch_size} samples do not divide over {jax.device_count()} devices.")
+  else:
+    changed.batch_size = batch_size
   if config.task == "diffusion":
     changed.model.attention = attention
   frozen = tasks.resolve(changed, num_images=10**6)

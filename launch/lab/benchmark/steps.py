@@ -134,7 +134,7 @@ def benchmark(
 def _usual_batch_size(config: ConfigDict, what: str) -> int:
   if what in ("encode", "decode"):
     return programs.CODED_PER_DEVICE * jax.device_count()
-  return config.sample.batch_size if what == "sample" else config.batch_size
+  return config.sample.batch_size * jax.device_count() if what == "sample" else config.batch_size
 
 
 def _asked() -> str:

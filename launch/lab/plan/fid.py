@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 import configs.base
 from launch.lab import programs
-from launch.lab.plan import slices
 from launch.lab.plan.planning import Plan, plans
 from launch.lab.plan.times import Times
 from vavae_jax.autoencoder import downsampling
@@ -22,7 +21,7 @@ def plans_of(config: ConfigDict, topology: str, num_images: int) -> dict[str, li
   as many channels as the model has.
   """
   drawing = config.copy_and_resolve_references()
-  drawing.sample.batch_size = programs.CODED_PER_DEVICE * slices.make_mesh(topology).size
+  drawing.sample.batch_size = programs.CODED_PER_DEVICE
   tokenizer = configs.base.tokenizer()
   model = tokenizer.model
   model.embed_dim = model.z_channels = config.model.in_channels
@@ -39,7 +38,7 @@ def together(found: Mapping[str, Plan]) -> Plan:
   first = found["sample"]
   whole = dataclasses.replace(
     first,
-    settings={"sample.batch_size": first.images},
+    settings={"sample.batch_size": programs.CODED_PER_DEVICE} | first.settings,
     fits=all(one.fits for one in found.values()),
     needed=max(one.needed for one in found.values()),
     parts={name: int(one.needed) for name, one in found.items()},

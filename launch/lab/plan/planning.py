@@ -144,7 +144,7 @@ def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Sett
   """Changes that save memory, cheapest first."""
   if what == "sample":
     size = config.sample.batch_size
-    while size > devices and size % 2 == 0:
+    while size > 1 and size % 2 == 0:
       size //= 2
       yield {"sample.batch_size": size}
   if what != "train":
