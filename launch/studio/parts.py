@@ -20,7 +20,6 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.data.images import center_crop
 from vavae_jax.data.sources.base import decode
 
-_SMALLEST = 256  # pixels of what is saved as an animation
 # Of a listener that shows its own progress; of several changes meanwhile the last one counts.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 # Of one that takes seconds before there is anything to see.
