@@ -453,15 +453,18 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
 
   def apart(spec, what, topology):
     made.append((spec, what, topology))
+    row = {"commit": commit}
     if what == "encode":
-      return {"error": "the compiler crashed (signal 11)"}
+      return row | {"error": "the compiler crashed (signal 11)"}
     if what == "published":
       held = calibration.Held("A run", topology, "https://a.b", 300.0, 200.0, 400.0)
-      return {"plans": [dataclasses.asdict(held)]}
+      return row | {"plans": [dataclasses.asdict(held)]}
     if what == "fid50k":
       parts = ("sample", "decode", "features", "fid50k")
-      return {"plans": [_planned(topology, what=part) for part in parts]}
-    return {"plans": [_planned(topology, fits=False, seconds=None), _planned(topology)]}
+      return row | {"plans": [_planned(topology, what=part) for part in parts]}
+    return row | {"plans": [_planned(topology, fits=False, seconds=None), _planned(topology)]}
+
+  commit = "abc1234"
 
   monkeypatch.setattr(page, "_apart", apart)
   output, markdown = tmp_path / "plans.json", tmp_path / "tpu.md"
@@ -486,13 +489,20 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
     "| products | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 |" in lines
   )
   assert "| [A run](https://a.b) | v6e:16x16 | 300 TFLOP/s | 200 | 1.50 | 400 | 0.75 |" in lines
+  assert [x for x in lines if x.startswith("Compiled with") and ", commit abc1234, " in x]
   content = json.loads(output.read_text())
   output.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
   markdown.write_text(markdown.read_text().replace("# TPU slices", "# By hand"))
   made.clear()
+  commit = "def5678"
   page.make(output, markdown)
   assert made == [page.wanted()[0]]
   assert markdown.read_text().startswith("# By hand")
+  lines = markdown.read_text().splitlines()
+  assert [x for x in lines if x.startswith("Compiled with") and ", each row at the commit " in x]
+  first, other = (f"| lightningdit_xl_64ep | train | {pod} |" for pod in ("v5e:4x4", "v6e:4x4"))
+  commits = [x.split(" | ")[-1] for x in lines if x.startswith((first, other, "| [A run]"))]
+  assert commits == ["def5678 |", *["abc1234 |"] * 4]
 
 
 def test_programs_for_a_fid_run_in_turn():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.engine import console
-from launch.engine.circumstances import circumstances
+from launch.engine.circumstances import circumstances, commit
 from launch.lab import markdown
 from launch.lab.plan import calibration, slices, tables
 from vavae_jax.common.files import read_note, write_json
@@ -22,35 +22,34 @@ REGION = markdown.Region(
 )
 XL = "configs/lightningdit_xl_64ep.py"
 VAVAE = "configs/vavae_f16d32.py"
-# The rest of the published recipes; that of 800 epochs has the step of 64 epochs.
-OTHERS = (
-  "configs/lightningdit_sdvae.py",
-  *(f"configs/lightningdit.py:{size}/1" for size in ("B", "L", "1p0B", "1p6B")),
-)
+# The rest of the published sizes; the recipes of 800 epochs and on the SD-VAE have XL/1's step.
+OTHERS = tuple(f"configs/lightningdit.py:{size}/1" for size in ("B", "L", "1p0B", "1p6B"))
 HEADER = (
   *("recipe", "what", "slice", "settings", "GiB a device", "of", "estimate, ms", "roofline, ms"),
   *("ideal, ms", "of the ideal", "images/s", "hours"),
 )
+HELD = ("run", "slice", "published", "compiler", "times as long", "roofline", "times as long")
 Row = dict[str, Any]
 
 
 def wanted() -> list[tuple[str, str, str]]:
-  """(configuration or published run, what, slice), the most wanted first, the longest last."""
+  """(configuration or published run, what, slice), what a reader most wants first."""
   pods, hosts = ([f"{chip}:{x[i]}" for chip, x in slices.SLICES.items()] for i in (0, 1))
   return [
     *((XL, "train", pod) for pod in pods),
     *((key, "published", run.topology) for key, run in calibration.RUNS.items()),
     *((XL, "fid50k", pod) for pod in pods),
-    *((other, "train", pod) for other in OTHERS for pod in pods),
+    *((VAVAE, what, pod) for what in ("train", "encode") for pod in pods),
     *((XL, "train", host) for host in hosts),
-    *((VAVAE, what, pod) for what in ("encode", "train") for pod in pods),
+    *((other, "train", pod) for other in OTHERS for pod in pods),
   ]
 
 
 def make(output: Path, page: Path | None, workers: int = 1) -> None:
   """Plans all that is wanted, `workers` at once; what `output` has already is kept.
 
-  The JSON file `output`, and of a page its region, are written after each.
+  The JSON file `output`, and of a page its region, are written after each. A row names the commit
+  at which it was made.
   """
   rows = read_note(output, rows=list)["rows"] if output.is_file() else []
   about = circumstances()
@@ -80,6 +79,7 @@ def _name(row: Row) -> tuple[str, str, str]:
 
 def _apart(spec: str, what: str, topology: str) -> Row:
   """A plan by a process of its own, since the TPU compiler can crash."""
+  made: Row = {"commit": commit()}
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "plans.json"
     words = [f"--topology={topology}", f"--output={file}"]
@@ -92,10 +92,10 @@ def _apart(spec: str, what: str, topology: str) -> Row:
     )
     if done.returncode == 0:
       found = json.loads(file.read_text())
-      return {"plans": [_slim(plan) for plan in found["plans"]]}
+      return made | {"plans": [_slim(plan) for plan in found["plans"]]}
   if done.returncode < 0:
-    return {"error": f"the compiler crashed (signal {-done.returncode})"}
-  return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
+    return made | {"error": f"the compiler crashed (signal {-done.returncode})"}
+  return made | {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
 
 
 def _slim(plan: Row) -> Row:
@@ -103,23 +103,26 @@ def _slim(plan: Row) -> Row:
 
 
 def lines_of(rows: list[Row], about: dict[str, str]) -> list[str]:
-  """The lines of the page's region."""
+  """The lines of the page's region; a column has the commits of the rows where they differ."""
   plans = [row for row in rows if row["what"] != "published"]
   held = [row for row in rows if row["what"] == "published"]
-  cells = [cells for row in plans for cells in _cells(row)]
+  commits = {row["commit"] for row in rows}
+  several = len(commits) > 1
+  made = "each row at the commit that it names" if several else f"commit {commits.pop()}"
+
+  def table(header: tuple[str, ...], lines: Iterable[tuple[Row, list[str]]]) -> list[str]:
+    more = ("commit",) if several else ()
+    cells = ([*cells, *([row["commit"]] if several else [])] for row, cells in lines)
+    return [*markdown.table((*header, *more), cells), ""]
+
   return [
-    f"Compiled with jax {about['jax']}, commit {about['commit']}, {about['date']}:"
-    f" `{about['command']}`.",
+    f"Compiled with jax {about['jax']}, {made}, {about['date']}: `{about['command']}`.",
     "",
-    *([*markdown.table(HEADER, cells), ""] if cells else []),
+    *table(HEADER, ((row, cells) for row in plans for cells in _cells(row))),
     *_by_source([row for row in plans if row["config"] == XL and row["what"] == "train"]),
     "### Published speeds and what is estimated for them",
     "",
-    *markdown.table(
-      ("run", "slice", "published", "compiler", "times as long", "roofline", "times as long"),
-      map(_held, held),
-    ),
-    "",
+    *table(HELD, ((row, _held(row)) for row in held)),
   ]
 
 
