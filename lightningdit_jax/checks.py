@@ -28,7 +28,8 @@ SAMPLE: dict[str, Key] = {
   "dtype": Key(
     "float32",
     DTYPES,
-    "Of matrix products; float32 as the reference samples, whatever the training's is.",
+    "Of matrix products; float32 as the reference samples, whatever the training's is. TPUs round "
+    "the factors of float32 products to bfloat16, unless jax_default_matmul_precision forbids it.",
   ),
   "batch_size": Key(64, "[1, 1e6]", "Samples at once on each device."),
 }

@@ -39,7 +39,7 @@ def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Linear):
-  """x W + b, multiplied by `dense` in the layer's dtype."""
+  """x W + b, multiplied by `dense` in the layer's dtype; or with the results that it prefers."""
 
   bias: nnx.Param[jax.Array]
 
@@ -48,7 +48,7 @@ class Linear(nnx.Linear):
     with ones on TPUs: XLA fuses no sum into such a kernel.
     """
     x, kernel, bias = self._weights(x)
-    return dense(x, kernel) + (spread(bias, x.shape[:-1]) if apart else bias)
+    return self._times(x, kernel) + (spread(bias, x.shape[:-1]) if apart else bias)
 
   def halves(self, x: jax.Array) -> list[jax.Array]:
     """The first and the second half of the result's columns, by a product each on TPUs: there the
@@ -58,10 +58,16 @@ class Linear(nnx.Linear):
       return jnp.split(self(x), 2, axis=-1)
     x, kernel, bias = self._weights(x)
     columns = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True)
-    return [dense(x, w) + b for w, b in columns]
+    return [self._times(x, w) + b for w, b in columns]
 
   def _weights(self, x: jax.Array) -> tuple[jax.Array, ...]:
-    return self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+    bias, wide = self.bias[...], self.preferred_element_type
+    x, kernel, narrow = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+    return x, kernel, narrow if wide is None else bias.astype(wide)
+
+  def _times(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    wide = self.preferred_element_type
+    return dense(x, kernel) if wide is None else _product(x, kernel, wide)
 
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -74,10 +80,18 @@ class Layers:
   use_rmsnorm: bool
   dtype: jax.typing.DTypeLike
   rngs: nnx.Rngs
+  results: jax.typing.DTypeLike | None = None  # of products; None: `dtype`
 
   def linear(self, in_features: int, out_features: int, init: nnx.Initializer = XAVIER) -> Linear:
     """A matrix and a zero bias."""
-    return Linear(in_features, out_features, kernel_init=init, dtype=self.dtype, rngs=self.rngs)
+    return Linear(
+      in_features,
+      out_features,
+      kernel_init=init,
+      dtype=self.dtype,
+      preferred_element_type=self.results,
+      rngs=self.rngs,
+    )
 
   def norm(self, size: int) -> nnx.Module:
     """The norm before a sublayer, float32; a LayerNorm has no weights here, adaLN provides them."""
@@ -95,8 +109,11 @@ class Layers:
     return nnx.LayerNorm(size, **kwargs)
 
 
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+def _product(
+  x: jax.Array, kernel: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+  dimension_numbers = (((x.ndim - 1,), (0,)), ((), ()))
+  return jax.lax.dot_general(x, kernel, dimension_numbers, preferred_element_type=dtype)
 
 
 def _gradient_of_x(cotangent: jax.Array, x: Any, kernel: jax.Array) -> jax.Array:

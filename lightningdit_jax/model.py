@@ -219,7 +219,7 @@ class Attention(nnx.Module):
     _, tokens, width = x_BND.shape
     if self.implementation == "pallas" and not attention.refusal(tokens, width, self.num_heads):
       norms = attention.norms_of(self.q_norm, self.k_norm)
-      y_BND = attention.fused(qkv_BNF, self.num_heads, rope, norms)
+      y_BND = attention.fused(qkv_BNF.astype(self.qkv.dtype), self.num_heads, rope, norms)
       return self.proj(checkpoint_name(y_BND, ATTENDED))
     # Split first: the gradient is then put together in one piece, not from three padded ones.
     q, k, v = (
@@ -306,13 +306,21 @@ class LightningDiT(nnx.Module):
   """The velocity field of a class-conditional flow over latents, or another prediction of it.
 
   Keyword arguments are the fields of `Options`, which checks them; `PRESETS` has the published
-  sizes. Matrices multiply in `dtype`, weights are float32.
+  sizes. Matrices multiply in `dtype`, with results in `results` (None: the same); weights are
+  float32.
   """
 
-  def __init__(self, *, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any):
+  def __init__(
+    self,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    results: jax.typing.DTypeLike | None = None,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ):
     o = self.options = Options(**options)
     self.dtype = dtype
-    width, layers = o.hidden_size, Layers(o.use_rmsnorm, dtype, rngs)
+    width, layers = o.hidden_size, Layers(o.use_rmsnorm, dtype, rngs, results)
     self.x_embedder = nnx.Conv(
       o.in_channels,
       width,
@@ -320,7 +328,7 @@ class LightningDiT(nnx.Module):
       strides=o.patch_size,
       padding="VALID",
       kernel_init=nnx.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3),
-      dtype=dtype,
+      dtype=results or dtype,
       rngs=rngs,
     )
     self.t_embedder = TimestepEmbedder(width, layers)
@@ -399,10 +407,19 @@ def preset(name: str) -> dict[str, int]:
 
 
 def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
-  """LightningDiT of a training's configuration, for `functional`; in another dtype if given."""
+  """LightningDiT of a training's configuration, for `functional`; in another dtype, if given, to
+  sample.
+
+  TPUs round the factors of float32 products to bfloat16, unless jax_default_matmul_precision says
+  otherwise. To sample they are cast before: the same numbers but for queries and keys, which are
+  rounded also before their rotation, and half as much to move; and the attention's kernel runs.
+  """
 
   def build(rngs: nnx.Rngs) -> LightningDiT:
     name, options = dtype or config.dtype, config.model.to_dict()
+    results = None
+    if dtype == "float32" and platform() == "tpu" and jax.default_matmul_precision.value is None:
+      name, results = "bfloat16", jnp.float32
     kernel = {"gpu": "cudnn", "tpu": "pallas"}.get(platform())
     if name != "bfloat16" or options["attention"] not in ("auto", kernel):
       # What was trained with a fused kernel is also sampled in float32 and on other devices;
@@ -416,6 +433,6 @@ def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
       # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
       # is read and written in a step. TPUs write it in place.
       options["scan_unroll"] = options["depth"] if platform() == "gpu" else 1
-    return LightningDiT(**options, dtype=jnp.dtype(name), rngs=rngs)
+    return LightningDiT(**options, dtype=jnp.dtype(name), results=results, rngs=rngs)
 
   return build

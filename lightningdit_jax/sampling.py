@@ -218,7 +218,14 @@ def sample_latents(
   chex.assert_equal_shape([index_B, label_B])
 
   def network(config: FrozenConfigDict, params: Any) -> LightningDiT:
-    return nnx.merge(functional.graph_of(build_model(config, sample.dtype)), params)
+    graph = functional.graph_of(build_model(config, sample.dtype))
+    dtype = nnx.merge(graph, params).dtype
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+      return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    # Once and not at each step: what multiplies in bfloat16 is read at half its size.
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
 
   path, prediction = config.transport.path_type, config.transport.prediction
   eps = config.transport.sample_eps

@@ -89,3 +89,18 @@ def test_halves_are_the_parts_of_the_whole_on_every_platform(monkeypatch):
     np.testing.assert_allclose(jnp.concatenate(layer.halves(X), -1), layer(X), rtol=1e-6, atol=1e-6)
     products.append(str(jax.make_jaxpr(layer.halves)(X)).count("= dense"))
   assert products == [1, 2]
+
+
+def test_wide_results_of_rounded_factors_are_not_rounded():
+  layer = Linear(
+    *(5, 8),
+    bias_init=nnx.initializers.normal(),
+    dtype=jnp.bfloat16,
+    preferred_element_type=jnp.float32,
+    rngs=nnx.Rngs(0),
+  )
+  x, kernel = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (X, layer.kernel[...]))
+  expected = x @ kernel + np.asarray(layer.bias[...])
+  for y in (layer(X), layer(X, apart=True), jnp.concatenate(layer.halves(X), -1)):
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)

@@ -261,3 +261,23 @@ def test_the_model_follows_the_platform_of_the_mesh(platform, unroll, named, att
     config.model.update(scan_unroll=3, remat_policy="costly")
     model = functional.outline(build_model(FrozenConfigDict(config)), "config.model")
     assert (model.options.scan_unroll, model.options.kept) == (3, "costly")
+
+
+def test_sampling_in_float32_on_tpus_rounds_factors_itself_unless_told_otherwise():
+  config = base.diffusion("LightningDiT-B/1")
+  config.dtype = "float32"
+  config = FrozenConfigDict(config)
+
+  def precision(platform, *dtype):
+    device = jax.sharding.AbstractDevice("kind", 1, platform)
+    mesh = jax.sharding.AbstractMesh((1, 1), BATCH_AXES, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+      model = functional.outline(build_model(config, *dtype), "config.model")
+    layer = model.blocks.mlp.w3
+    return str(layer.dtype), layer.preferred_element_type, model.blocks.attn.implementation
+
+  assert precision("tpu", "float32") == ("bfloat16", jnp.float32, "pallas")
+  as_given = ("float32", None, "xla")
+  assert precision("tpu") == precision("cpu", "float32") == precision("gpu", "float32") == as_given
+  with jax.default_matmul_precision("highest"):
+    assert precision("tpu", "float32") == as_given

@@ -217,6 +217,32 @@ def test_bfloat16_stays_near_float32():
   assert stream.aval.dtype == jnp.float32
 
 
+def test_sampling_on_tpus_deviates_as_their_default_precision_does(monkeypatch):
+  """Factors rounded to bfloat16 and queries and keys twice, against factors rounded once."""
+  size = {"hidden_size": 128}
+  exact = jax.jit(awake(**size))(*inputs())
+
+  def deviation(model):
+    return float(jnp.linalg.norm(jax.jit(model)(*inputs()) - exact) / jnp.linalg.norm(exact))
+
+  def rounded(x):
+    return x.astype(jnp.bfloat16).astype(jnp.float32) if x.dtype == jnp.float32 else x
+
+  in_bfloat16 = deviation(awake(**size, dtype=jnp.bfloat16))
+  for primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p):
+
+    def bind(a, b, bind=primitive.bind, **params):
+      is_exact = "HIGHEST" in str(params["precision"])
+      return bind(a, b, **params) if is_exact else bind(rounded(a), rounded(b), **params)
+
+    monkeypatch.setattr(primitive, "bind", bind)
+  by_default = deviation(awake(**size))
+  wide = {"dtype": jnp.bfloat16, "results": jnp.float32}
+  ours = deviation(awake(**size, **wide, attention="pallas"))
+  assert 1e-4 < by_default < in_bfloat16
+  assert ours < 1.1 * by_default
+
+
 def test_published_sizes():
   """The paper's 675M for XL/1; every preset builds."""
   counts = {}
