@@ -170,6 +170,19 @@ def test_a_state_that_is_not_finite_is_not_saved_even_by_a_signal(tmp_path, step
   assert Checkpoints(tmp_path).sound_step() == (None if step == 3 else 4)
 
 
+@pytest.mark.parametrize("name", ["cpu", "tpu"])
+@pytest.mark.parametrize("place", ["params", "ema", "momentum", ""])
+def test_every_array_of_a_state_is_checked(monkeypatch, name, place):
+  monkeypatch.setattr(step, "platform", lambda: name)
+  state = toy_task.init_state(toy_task.config(), jax.random.key(0))
+  if place:
+    broken = jax.tree.map(lambda x: x.at[1, 2].set(jnp.inf), getattr(state, place))
+    state = state.replace(**{place: broken})
+  flags = jax.tree.leaves(step._finite(state))
+  assert all(flags) == (not place)
+  assert len(flags) == {"cpu": 3, "tpu": 1}[name]
+
+
 def test_a_state_that_is_not_finite_is_skipped(tmp_path):
   before = run(tmp_path / "before", num_steps=8)
   state = run(tmp_path / "skip", num_steps=9, bad_update=9, non_finite="skip")
