@@ -377,16 +377,20 @@ def test_sampling_is_planned_with_the_batch_of_each_device():
   eight = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
   program = programs.of(FrozenConfigDict(config), eight, "sample", 1_000)
   assert program.images == len(program.arguments[1]) == 48
-  tried = planning.remedies(FrozenConfigDict(config), "sample", 16)
+  tried = planning.remedies(FrozenConfigDict(config), "sample", 16, tpu=True)
   assert [*tried] == [{"sample.batch_size": 3}]
 
 
-def test_remedies_go_from_the_cheapest_and_divide_the_batch():
+@pytest.mark.parametrize("tpu", [True, False])
+def test_remedies_go_from_the_cheapest_and_divide_the_batch(tpu):
   config = configs.base.diffusion()
   config.batch_size = 128
-  tried = list(planning.remedies(FrozenConfigDict(config), "train", 16))
+  tried = list(planning.remedies(FrozenConfigDict(config), "train", 16, tpu))
   assert tried[0] == {"mesh.data": 1, "mesh.fsdp": -1}
   assert [x["accumulate_steps"] for x in tried if "accumulate_steps" in x] == [2, 2]
+  policies = [x["model.remat_policy"] for x in tried if "model.remat_policy" in x]
+  # TPUs keep less than the others do without being asked.
+  assert list(dict.fromkeys(policies)) == (["full"] if tpu else ["dots", "dense", "full"])
   assert tried[-1]["model.remat_policy"] == "full"
 
 

@@ -140,7 +140,7 @@ def _bytes_of_one_device(tree: Any) -> int:
   )
 
 
-def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Settings]:
+def remedies(config: FrozenConfigDict, what: str, devices: int, tpu: bool) -> Iterator[Settings]:
   """Changes that save memory, cheapest first."""
   if what == "sample":
     size = config.sample.batch_size
@@ -158,7 +158,8 @@ def remedies(config: FrozenConfigDict, what: str, devices: int) -> Iterator[Sett
   parts = [n for n in (2, 4, 8, 16, 32) if share % n == 0 and share // n >= 4]
   for count in parts:
     yield sharded | {"accumulate_steps": count}
-  for policy in ("dots", "dense", "full"):
+  # Policies that keep less than is kept anyway.
+  for policy in ("full",) if tpu else ("dots", "dense", "full"):
     again = sharded | {"model.use_checkpoint": True, "model.remat_policy": policy}
     yield again
   for count in parts:
@@ -176,7 +177,8 @@ def plans(
   """The plan of a configuration and, with `search`, of remedies until one fits."""
   tries: Iterable[Settings] = ()
   if search:
-    tries = remedies(FrozenConfigDict(config), what, slices.make_mesh(topology).size)
+    size, tpu = slices.make_mesh(topology).size, topology.partition(":")[0] in slices.SLICES
+    tries = remedies(FrozenConfigDict(config), what, size, tpu)
   for settings in ({}, *tries):
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(settings)
