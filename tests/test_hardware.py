@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -86,3 +87,20 @@ def test_accelerators_get_flags_and_a_cache_of_programs(monkeypatch, device, fla
   wanted = hardware.GPU_FLAGS if flags else ()
   assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=here", *wanted]
   assert cached == [os.path.expanduser(hardware.PROGRAMS)]
+
+
+@pytest.mark.parametrize(
+  ("kind", "given", "kib"),
+  [
+    ("TPU v6 lite", "", "65536"),
+    ("TPU v5p", "--xla_tpu_enable_async_all_to_all=true", "65536"),
+    ("TPU v6 lite", "--xla_tpu_scoped_vmem_limit_kib=98304", None),
+    ("TPU v4", "", None),
+    ("cpu", "", None),
+  ],
+)
+def test_a_training_step_may_use_more_vmem_unless_libtpu_is_told(monkeypatch, kind, given, kib):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+  place = SimpleNamespace(device_set=[SimpleNamespace(device_kind=kind)])
+  options = hardware.compiler_options({"state": place})
+  assert options == ({hardware.VMEM_OPTION: kib} if kib else {})

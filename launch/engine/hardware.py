@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,22 @@ BANDWIDTH = {
   "NVIDIA H100": 3.35e12,
   "NVIDIA H200": 4.8e12,
 }
+
+
+# KiB of VMEM that one operation of a training step may use on TPUs, if LIBTPU_INIT_ARGS does not
+# say it; 0: XLA's own limit, by which products work on smaller pieces.
+VMEM_OPTION = "xla_tpu_scoped_vmem_limit_kib"
+VMEM: dict[str, float] = {"TPU v5": 65536, "TPU v5 lite": 0, "TPU v6 lite": 65536}
+
+
+def compiler_options(shardings: Any) -> dict[str, str]:
+  """Options for the compiler of a training step whose state lies as a tree of shardings says."""
+  for sharding in jax.tree.leaves(shardings)[:1]:
+    device = next(iter(sharding.device_set))
+    kib = _of_kind(VMEM, device.device_kind)
+    if kib and VMEM_OPTION not in os.environ.get("LIBTPU_INIT_ARGS", ""):
+      return {VMEM_OPTION: f"{kib:.0f}"}
+  return {}
 
 
 def peak_flops(mesh: Mesh) -> float:

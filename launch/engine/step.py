@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import console, flops
+from launch.engine import console, flops, hardware
 from vavae_jax.common import functional
 from vavae_jax.common.sharding import platform
 
@@ -82,11 +82,14 @@ def jit_init(init: Callable[[jax.Array], Any], shardings: Any = None) -> Callabl
 
 def jit_step(train_step: TrainStep, config: FrozenConfigDict, shardings: Any) -> Any:
   """The step jitted, with the arguments of `Step` and the state's memory donated."""
+  # The options have been compared for LightningDiT alone.
+  chosen = hardware.compiler_options(shardings) if config.get("task") == "diffusion" else None
   return jax.jit(
     functools.partial(_guarded, train_step, config),
     static_argnums=0,
     donate_argnums=1,
     out_shardings=(shardings, None),
+    compiler_options=chosen,
   )
 
 
