@@ -87,8 +87,13 @@ def convert(
   tokenizer: str = "",
   step: int | None = None,
   ema: float | None = None,
+  config: ConfigDict | None = None,
 ) -> Converted:
-  """Converts one model; the arguments are the command's. `dest` must not exist yet."""
+  """Converts one model; the arguments are the command's. `dest` must not exist yet.
+
+  A workdir has the training's configuration `config`; if None, that of a released file or of
+  `configs.base`. The architecture is the file's.
+  """
   to = _form_of(dest, to)
   if to != "folder":
     _check_free(dest)
@@ -121,7 +126,7 @@ def convert(
   if found.kind not in _TASKS:
     raise InputError(f"{found.what} has no workdir; end DEST in .safetensors or .pt.")
   _check_free(dest)
-  config = _workdir_config(found, source, latents, tokenizer)
+  config = _workdir_config(found, config or _config_of(source, found), latents, tokenizer)
   params = nnx.to_pure_dict(nnx.state(found.module))
   if config.task == "tokenizer":
     params = {"autoencoder": params}
@@ -129,14 +134,19 @@ def convert(
   return Converted(found, dest, restore.load(dest, config.task).sha256)
 
 
-def _workdir_config(
-  found: recognition.Weights, source: str, latents: str, tokenizer: str
-) -> ConfigDict:
-  """The published configuration with the architecture that the weights have."""
+def _config_of(source: str, found: recognition.Weights) -> ConfigDict:
+  """The published configuration."""
   task = _TASKS[found.kind]
   module = released.config_of(source)
   console.say(f"configuration: {module or f'configs.base.{task}'}, with the file's architecture")
-  config = importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
+  return importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
+
+
+def _workdir_config(
+  found: recognition.Weights, config: ConfigDict, latents: str, tokenizer: str
+) -> ConfigDict:
+  """A training's configuration, for the weights alone, with the architecture that they have."""
+  task, config = _TASKS[found.kind], config.copy_and_resolve_references()
   config.model.update(found.arguments)
   config.optimizer.ema_decays = ()  # the weights are the only ones
   if task == "tokenizer":

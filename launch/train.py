@@ -22,6 +22,7 @@ from launch import cached_features, restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, elastic, loop
 from launch.engine.checkpoint import read_config
+from launch.engine.log import Told
 from launch.evaluation.training import exports, samples
 from lightningdit_jax.model import ONLY_OURS, Options
 from lightningdit_jax.store import space
@@ -30,10 +31,13 @@ from vavae_jax.data import changes
 from vavae_jax.frozen import uses_teacher
 
 
-def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> Any:
+def train(
+  config: ConfigDict, workdir: Path, *, with_changes: bool = False, told: Told | None = None
+) -> Any:
   """Checks a configuration, with all keys of its task, and trains; returns the final state.
 
-  `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it.
+  `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it. `told`
+  is called with each line of the log.
   """
   config = _with_classes(_with_split(config, workdir))
   tasks.frozen(config)  # checks its keys
@@ -67,6 +71,7 @@ def train(config: ConfigDict, workdir: Path, *, with_changes: bool = False) -> A
     may_change=[f"model.{name}" for name in ONLY_OURS],
     notes=notes,
     with_changes=with_changes,
+    told=told,
   )
 
 

@@ -24,7 +24,7 @@ from configs import (
 from configs.lab import dilemma
 from launch import tasks
 from launch.engine import loop
-from launch.engine.configuration import _File, flat, resolve
+from launch.engine.configuration import File, flat, resolve
 from lightningdit_jax import checks, training
 from lightningdit_jax.model import PRESETS, Options
 from vavae_jax import autoencoder, stages
@@ -212,14 +212,14 @@ def test_a_missing_key_is_named():
 def test_a_file_that_gives_no_configuration_is_refused_in_one_line(program, told, tmp_path):
   (tmp_path / "file.py").write_text(program)
   with pytest.raises(InputError, match=told):
-    _File().parse(str(tmp_path / "file.py"))
+    File().parse(str(tmp_path / "file.py"))
 
 
 @pytest.mark.parametrize("name", ["modle.depth", "model.depth.x", "model.", "", "optimizer.b1[0]"])
 def test_a_word_that_names_no_key_is_refused_alone(name, monkeypatch):
   monkeypatch.setattr("sys.argv", ["", "--config.seed=1", f"--config.{name}=1"])
   with pytest.raises(InputError, match=rf"^config\.{re.escape(name)} is not a configuration key"):
-    _File().parse("configs/quickstart.py:diffusion")
+    File().parse("configs/quickstart.py:diffusion")
 
 
 def test_a_message_shows_the_ends_of_a_very_long_value():

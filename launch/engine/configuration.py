@@ -71,11 +71,11 @@ def define_flag(text: str) -> None:
   config_flags.DEFINE_config_file(
     "config", None, text, lock_config=False, accept_new_attributes=True
   )
-  flags.FLAGS["config"].parser = _File()
+  flags.FLAGS["config"].parser = File()
   flags.declare_key_flag("config")  # else --help leaves it out
 
 
-class _File(flags.ArgumentParser):
+class File(flags.ArgumentParser):
   """Reads --config=FILE or FILE:ARGUMENT; InputError, in one line, for whatever is wrong there."""
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:

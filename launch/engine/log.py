@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from launch.engine.writers import Writer
 from vavae_jax.common.errors import InputError
 
 Metrics = dict[str, Any]
+Told = Callable[[int, dict[str, float]], None]  # gets the step and the means of each line
 MILDER = (
   "--resume_with_changes and a lower config.optimizer.learning_rate or "
   "config.optimizer.clip_norm=1.0"
@@ -41,9 +42,10 @@ class Log:
     peak_flops: float,
     noted: dict[str, Any],
     checkpoints: Checkpoints,
+    told: Told | None = None,
   ):
     """Begins at `step`, with what `state` gave there as `noted`, or {}; peak_flops 0: not known."""
-    self._checkpoints = checkpoints
+    self._checkpoints, self._told = checkpoints, told
     self._writer, self._bar, self._config, self._peak = writer, bar, config, peak_flops
     self._skipped, self._in_a_row = noted.get("skipped", 0), noted.get("in_a_row", 0)
     self._pending: tuple[int, Metrics] | None = None
@@ -128,7 +130,10 @@ class Log:
       self._in_a_row = 0
     self._bar.update(step, loss=values["loss"])
     if step % self._config.log_every_steps == 0 or step == self._config.num_steps:
-      self._writer.scalars(step, {**self._means(), **self._speed(step)})
+      means = self._means()
+      self._writer.scalars(step, {**means, **self._speed(step)})
+      if self._told:
+        self._told(step, means)
       self._window = []
       self.restart()
 

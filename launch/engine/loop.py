@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from launch.engine import configuration, console, hardware, processes, writers
 from launch.engine.checkpoint import Checkpoints
 from launch.engine.evaluators import Evaluator, best_step, due, evaluate, not_recorded
-from launch.engine.log import Log, Metrics
+from launch.engine.log import Log, Metrics, Told
 from launch.engine.ownership import owned
 from launch.engine.prefetch import Prefetched
 from launch.engine.step import Step, jit_init
@@ -91,6 +91,7 @@ def run(
   may_change: Iterable[str] = (),
   notes: Mapping[str, Mapping[str, Any]] | None = None,
   with_changes: bool = False,
+  told: Told | None = None,
 ) -> Any:
   """Trains until `config.num_steps`, from the newest checkpoint of `workdir` if it has one; else
   from `initial_weights`, or where there are none from random ones.
@@ -104,6 +105,7 @@ def run(
     may_change: keys that a run may change when it goes on, beside those of every task.
     notes: contents of JSON files to write beside config.json, by their names.
     with_changes: go on with other changes too, of keys that leave model and state as they are.
+    told: is called with each line of the log.
 
   Raises:
     InputError: configuration, data, workdir or disk do not fit, found before anything compiles.
@@ -149,13 +151,12 @@ def run(
     stack.enter_context(contextlib.closing(checkpoints))
     with signals.at_once():
       evaluate(evaluators, missing, writer, start, state, signals.go_on)
-    log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints)
+    log = Log(writer, bar, config, start, hardware.peak_flops(devices), noted, checkpoints, told)
 
-    def save(wait: bool = False) -> None:
+    def save(wait: bool = True) -> None:
       with log.paused():
         checkpoints.save(state, config.to_dict(), log.state(), wait)
 
-    save_whole = functools.partial(save, wait=True)
     with _saving(save):
       for step in range(start + 1, config.num_steps + 1):
         with log.waiting():
@@ -164,7 +165,7 @@ def run(
         phase = task.phase(config, step)
         key = jax.random.fold_in(key_steps, step)
         if compiles := phase not in step_fn.flops:
-          with signals.at_once(save_whole):
+          with signals.at_once(save):
             step_fn.prepare(phase, state, frozen, batch, key)
         with log.held():
           state, metrics = step_fn(phase, state, frozen, batch, key)
@@ -174,9 +175,9 @@ def run(
         log.step(step, metrics, step_fn.flops[phase], compiles)
         signals.done()
         if step % config.save_every_steps == 0 or last:
-          save()
+          save(wait=False)
         if names := due(evaluators, step, config.num_steps):
-          with log.paused(), signals.at_once(save_whole):
+          with log.paused(), signals.at_once(save):
             evaluate(evaluators, names, writer, step, state, signals.go_on)
   return state
 
