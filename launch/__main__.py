@@ -17,7 +17,10 @@ COMMANDS = {
   "run": "launch.quickstart",
   **{
     name: f"launch.{name}"
-    for name in ("prepare", "train", "encode", "sample", "evaluate", "convert", "export", "studio")
+    for name in (
+      *("prepare", "train", "encode", "sample", "evaluate", "convert", "reproduce"),
+      *("export", "studio"),
+    )
   },
   **{name: f"launch.lab.{name}" for name in ("benchmark", "plan", "equivalence", "dilemma")},
 }

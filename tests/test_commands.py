@@ -512,7 +512,9 @@ def test_help_of_every_command_says_what_it_does_without_slow_imports(forked):
 def test_every_command_tells_the_next_one():
   for name in COMMANDS:
     if not name.startswith(("lab.", "studio")):  # which end with a page, or when they are stopped
-      assert "console.say_next(" in (ROOT / "launch" / f"{name}.py").read_text(), name
+      path = ROOT / "launch" / name
+      path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+      assert "console.say_next(" in path.read_text(), name
 
 
 @pytest.mark.parametrize("words", ["launch", "launch.sample --helpfull"])

@@ -29,9 +29,9 @@ EFFICIENTNET = "efficientnet_lite0"
 CLASSIFIER = "classifier"  # a network of one's own, by launch.train
 PROTOCOLS = (*inception.PROTOCOLS, *NAMES, CLASSIFIER)
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-_PUBLISHED = "6726825d"  # how the sha256 of that file begins
+PUBLISHED = "6726825d"  # how the sha256 of that file begins
 # Where pytorch-fid and torch-fidelity put it.
-_CACHES = (
+CACHES = (
   f"~/.cache/torch/hub/checkpoints/{INCEPTION_FILE}",
   "~/.cache/torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth",
 )
@@ -131,7 +131,7 @@ def _classifier(path: str) -> Network:
 def _inception(protocol: str, path: str) -> Network:
   if path and not local_file(path).is_file():
     raise InputError(f"There is no file {path}; --weights is the path of {INCEPTION_FILE}.")
-  files = [local_file(path)] if path else [Path(at_home(name)) for name in _CACHES]
+  files = [local_file(path)] if path else [Path(at_home(name)) for name in CACHES]
   file = next((file for file in files if file.is_file()), None)
   if file is None:
     raise InputError(
@@ -157,9 +157,7 @@ def _inception(protocol: str, path: str) -> Network:
   params = nnx.to_pure_dict(state)
   about = {
     "protocol": protocol,
-    "weights": "as published"
-    if sha256.startswith(_PUBLISHED)
-    else "NOT the file that is published",
+    "weights": "as published" if sha256.startswith(PUBLISHED) else "NOT the file that is published",
     "weights_sha256": functional.fingerprint(params),
   }
   return Network(protocol, "FID", about, params, apply)

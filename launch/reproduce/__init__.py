@@ -1,0 +1,1 @@
+"""The published numbers: what each depends on, what is checked, and the stages that make it."""

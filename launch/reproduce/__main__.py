@@ -1,0 +1,168 @@
+r"""Makes a published number, and checks before that whatever could keep it from coming out.
+
+  python -m launch.reproduce
+  python -m launch.reproduce fid2.11 --reference=VIRTUAL_imagenet256_labeled.npz --check
+  python -m launch.reproduce fid2.11 --workdir=runs/fid2.11 --inception=data/inception.pth
+  python -m launch.reproduce fid2.11 --workdir=runs/own --train --pictures=folder:IMAGENET
+
+Without a name it lists the numbers, and what each needs that is not here. With a name it finds all
+that the number depends on (weights of the hub are fetched), compares hashes, configurations and
+contents, and shows in one table what is there and what is wrong; what is missing is named, with
+where it is published and which flag takes it. --check ends here. Then come the stages: samples and
+FID, or with --train latents, training, samples and FID; of a tokenizer rFID, or training and rFID.
+Stopped at any point, the same command goes on. In the end the figures stand beside the published
+ones, and in WORKDIR/reproduce.json with hashes, settings, versions, devices and seeds, to attach to
+a report.
+
+Sampler, grid, guidance, labels and count are the record's and no flags. --set changes by what means
+it is computed: --set=accumulate_steps=16 --set=sample.batch_size=32 --set=mesh.fsdp=-1.
+docs/reproduce.md lists the numbers, their times, and what to do when one does not come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from launch.engine import configuration, console
+from launch.engine.circumstances import circumstances
+from launch.engine.ownership import owned
+from launch.reproduce import estimates, stages
+from launch.reproduce.checks import check
+from launch.reproduce.needs import Given, needs
+from launch.reproduce.records import RECORDS, Record
+from vavae_jax import folder
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import local_place, read_note, write_json
+from vavae_jax.common.keys import LAST_SEED
+
+NOTE, RESULT = "number.json", "reproduce.json"
+
+
+def reproduce(
+  name: str,
+  record: Record,
+  given: Given,
+  workdir: Path,
+  *,
+  only_check: bool = False,
+  topology: str = "",
+  plan: bool = True,
+) -> dict[str, float]:
+  """Checks a number, estimates its time, and makes it; the arguments are the command's.
+
+  Returns the figures; of several processes the first has them. InputError: something is missing or
+  wrong, or `workdir` is another number's.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(owned(workdir))
+    note = {"name": name, "train": given.train, "seed": given.seed}
+    if (workdir / NOTE).exists():
+      configuration.check_begun(workdir, read_note(workdir / NOTE), note)
+    checked = check(record, given, workdir)
+    if plan:
+      estimates.show(record, given, workdir, topology or estimates.here())
+    if only_check:
+      return {}
+    write_json(workdir / NOTE, note)
+    if given.train and record.recipe and not given.latents:
+      stack.enter_context(owned(workdir / "latents"))
+    for output in ("samples", stages.kind(record)):
+      stack.enter_context(owned(workdir / output, beside=True))
+    figures, more = stages.run(record, given, checked, workdir)
+  if jax.process_index():
+    return {}
+  pairs = {key: {"here": figures.get(key), "published": x} for key, x in record.figures.items()}
+  config = checked.config.to_dict() if checked.config else None
+  about = {"record": dataclasses.asdict(record), "config": config, "checks": checked.rows}
+  result = {**note, "figures": pairs, "allowed": given.allow, **about, **more}
+  write_json(workdir / RESULT, stages.plain(result | {"run": circumstances()}))
+  return figures
+
+
+def show_all() -> None:
+  """The table of numbers."""
+  rows = []
+  for name, record in RECORDS.items():
+    figure, value = record.figure
+    given = Given(train=bool(record.recipe) and not record.weights.address)
+    lacks = [flag for flag, need in needs(record, given).items() if not need.find(fetch=False)]
+    training = ["--train"] if given.train else []
+    rows.append((name, f"{figure} {value:g}", record.what, " ".join(training + lacks)))
+  header = ("name", "published", "of", "needs, and is not here")
+  console.table("Published numbers", header, rows)
+  console.say("Flags of these names take what is not here; what the hub has is fetched.")
+  console.say("--train: of these no weights are published.")
+
+
+def main(*words: str) -> None:
+  if not words:
+    show_all()
+    return
+  name = words[0]
+  if name not in RECORDS:
+    near = difflib.get_close_matches(name, RECORDS, 3) or [*RECORDS][:6]
+    raise InputError(
+      f"There is no number {name!r}; did you mean {', '.join(near)}? Without a name all are listed."
+    )
+  record, workdir = RECORDS[name], local_place(FLAGS.workdir or f"runs/{name.replace('/', '_')}")
+  values: dict[str, Any] = {
+    field.name: FLAGS[field.name].value for field in dataclasses.fields(Given)
+  }
+  given = Given(**values | {key: tuple(values[key]) for key in ("set", "allow")})
+  rows = [("figures", ", ".join(f"{key} {value:g}" for key, value in record.figures.items()))]
+  rows += [("source", f"arXiv 2501.01423, {record.source}"), ("tokenizer", record.tokenizer.name)]
+  rows += stages.settings(record)
+  console.table(
+    f"{name}: {record.what}", ("", ""), [*rows, *([("note", record.note)] if record.note else [])]
+  )
+  figures = reproduce(
+    *(name, record, given, workdir),
+    only_check=FLAGS.check,
+    topology=FLAGS.topology,
+    plan=FLAGS.plan,
+  )
+  if FLAGS.check or not figures:
+    console.say("All checks are passed.")
+    return
+  shown = [
+    (k, f"{figures[k]:.4g}" if k in figures else "-", f"{x:g}") for k, x in record.figures.items()
+  ]
+  console.table(f"{name}, to attach: {workdir / RESULT}", ("figure", "here", "published"), shown)
+  part, kind = "diffusion" if record.recipe else "tokenizer", stages.kind(record)
+  words = (f"--workdir={workdir / part}", f"--output={workdir / 'model'}")
+  console.say_next("export", *words, f"--evaluations={workdir / kind}.json")
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "", "Folder for everything; runs/NAME if not given.")
+  either = "or a file of weights, also hf:OWNER/NAME/FILE; the published file if not given."
+  flags.DEFINE_string("tokenizer", "", f"The tokenizer: {folder.TAKEN}, {either}")
+  flags.DEFINE_string("diffusion", "", f"The diffusion model: {folder.TAKEN}, {either}")
+  text = "Latents to train on, or without --train their statistics: a folder or latents_stats.pt."
+  flags.DEFINE_string("latents", "", text)
+  flags.DEFINE_string("reference", "", "FID's reference, ADM's npz.")
+  flags.DEFINE_string("inception", "", "FID's Inception, as pytorch-fid publishes it.")
+  flags.DEFINE_string("pictures", "", "ImageNet's training pictures, any source of docs/data.md.")
+  flags.DEFINE_string("validation", "", "ImageNet's validation pictures, for rFID.")
+  flags.DEFINE_string("teacher", "", "The teacher's file, to train a tokenizer.")
+  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16, as config.perceptual.vgg.")
+  flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, as config.perceptual.heads.")
+  flags.DEFINE_boolean("train", False, "Train the model, whatever weights are published.")
+  flags.DEFINE_integer(
+    "seed", 0, "Of training, noise and labels.", lower_bound=0, upper_bound=LAST_SEED
+  )
+  flags.DEFINE_multi_string("set", [], "KEY=VALUE of a recipe's key that changes no number.")
+  flags.DEFINE_multi_string("allow", [], "A cause of docs/reproduce.md to go on in spite of.")
+  flags.DEFINE_boolean("check", False, "Only check, and show the estimates.")
+  flags.DEFINE_boolean("plan", True, "Estimate time and memory by launch.lab.plan, once.")
+  flags.DEFINE_string("topology", "", "Estimate for these devices, such as v6e:4x4 or h200:8.")
+  console.run_command(main, arguments=1)

@@ -1,0 +1,244 @@
+"""Whatever makes a published number not come out is looked for before anything runs.
+
+First files by their hashes, as far as these are known; then models by their configurations; then,
+since few hashes are known, all together by what they make of a few pictures (`probes`).
+"""
+
+from __future__ import annotations
+
+import ast
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from launch import convert, restore, tasks
+from launch.engine import command_line, configuration, console, processes
+from launch.evaluation.features import load_network
+from launch.evaluation.sample_files import DAMAGES
+from launch.reproduce import probes
+from launch.reproduce.checked import CAUSES, Checked
+from launch.reproduce.needs import Given, find_all
+from launch.reproduce.records import File, Pictures, Record
+from launch.weights import recognition
+from lightningdit_jax.checks import check_model
+from lightningdit_jax.model import ONLY_OURS
+from lightningdit_jax.store.latents import LatentStore
+from vavae_jax import folder
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import read_note, write_json
+from vavae_jax.data import sources
+
+_OURS = tuple(f"model.{name}" for name in ONLY_OURS)
+# Keys that a person may set: by what means, not what is computed.
+_FIXED = ("num_steps", "published.", "latents.", "data.", "teacher.", "tokenizer", "evaluate_s")
+CHOICES = (*(name for name in configuration.MAY_CHANGE if not name.startswith(_FIXED)), *_OURS)
+# Keys in which a training may differ from its recipe; and those that weights alone agree in.
+_ELSEWHERE = (
+  *(*configuration.MAY_CHANGE, *_OURS, "seed", "data.", "teacher.weights", "perceptual."),
+  *("stages.begins", "latents.sha256", "sample.", "published."),
+)
+_OF_WEIGHTS = ("model.", "transport.path_type", "transport.prediction", "latents.latent_")
+# Of keys in messages: the flags that set them.
+_FLAGS = {
+  "config.teacher.weights": "--teacher",
+  "config.perceptual.vgg": "--lpips_vgg",
+  "config.perceptual.heads": "--lpips_heads",
+}
+
+
+def check(record: Record, given: Given, workdir: Path) -> Checked:
+  """Makes all checks of a number; files of weights become workdirs inside of `workdir`.
+
+  InputError: something is missing, all of which is named, or wrong.
+  """
+  if unknown := sorted({*given.allow} - {*CAUSES}):
+    raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
+  paths = find_all(record, given)
+  checked = Checked(given.allow, load_network(record.protocol, str(paths.get("inception", ""))))
+  if "inception" in paths and paths["inception"].is_file():
+    checked.file("inception", "FID's Inception", paths["inception"], record.network.sha256)
+  made_by = config_of(record.tokenizer.recipe, {}, None if record.recipe else given)
+  if not record.recipe:
+    _check_pictures(checked, record.validation, given.validation)
+  if not record.recipe and given.train:
+    _check_training(checked, record, given, made_by)
+  else:
+    found = _model(checked, record.tokenizer.file, paths["tokenizer"], workdir, made_by)
+    checked.tokenizer = found
+    if record.recipe:
+      _check_generation(checked, found, record, given, paths, workdir)
+    else:
+      spec = given.validation or record.validation.source
+      probes.rebuilt(checked, found, record.figures["psnr"], spec)
+  checked.end()
+  return checked
+
+
+def config_of(recipe: str, changes: Mapping[str, Any], given: Given | None = None) -> ConfigDict:
+  """A recipe's configuration; with a person's seed and settings, if they are for it."""
+  path = command_line.expanded(f"--config={recipe}").partition("=")[2]
+  config = configuration.File().parse(path)
+  config.update_from_flattened_dict(changes)
+  for word in given.set if given else ():
+    name, _, value = word.partition("=")
+    if name not in CHOICES:
+      raise InputError(f"--set={word} would change the number; choose of {', '.join(CHOICES)}.")
+    try:
+      config.update_from_flattened_dict({name: ast.literal_eval(value)})
+    except (ValueError, SyntaxError):  # a text without quotes
+      config.update_from_flattened_dict({name: value})
+  if given:
+    config.seed = given.seed
+  tasks.frozen(config)
+  return config
+
+
+def _check_pictures(checked: Checked, wanted: Pictures, given: str) -> None:
+  """Their number, and where classes matter their names."""
+  source = sources.open_source(given or wanted.source)
+  wrong = "" if len(source) == wanted.count else f"{wanted.name} has {wanted.count:,}"
+  checked.tell("pictures", "pictures", f"{len(source):,} of {given or wanted.source}", wrong)
+  if wanted.classes:
+    names = source.class_names
+    there, needed = (len(names), names[0], names[-1]), (wanted.classes, *wanted.ends)
+    wrong = "" if there == needed else "{} from {} to {} are needed".format(*needed)
+    checked.tell("labels", "classes", "{} from {} to {}".format(*there), wrong)
+
+
+def _check_training(checked: Checked, record: Record, given: Given, config: ConfigDict) -> None:
+  """Of a tokenizer: pictures, teacher and LPIPS, which its configuration gets."""
+  _check_pictures(checked, record.pictures, given.pictures)
+  config.data.source = given.pictures or record.pictures.source
+  config.data.valid_source = given.validation or record.validation.source
+  config.teacher.weights = given.teacher
+  config.perceptual.vgg = given.lpips_vgg or config.perceptual.vgg
+  config.perceptual.heads = given.lpips_heads or config.perceptual.heads
+  with console.naming(_FLAGS):
+    tasks.of(config).check(tasks.resolve(config))
+  checked.config = config
+
+
+def _model(
+  checked: Checked, file: File, path: Path, workdir: Path, config: ConfigDict, **more: Any
+) -> restore.Trained:
+  """A model whose configuration is compared with `config`; a file becomes a workdir first."""
+  task, noted = config.task, {"part": recognition.ITSELF}
+  cause = "model" if task == "diffusion" else task
+  if path.is_file():
+    note, dest = workdir / f"{task}.json", workdir / task
+    sha256 = checked.file(cause, f"{task}'s file", path, file.sha256)
+    if not dest.exists():
+      if processes.several():
+        raise InputError(f"{path} is no workdir yet; begin with --check, in one process.")
+      done = convert.convert(str(path), dest, config=config, **more)
+      write_json(note, {"sha256": sha256, "part": done.weights.part})
+    noted = read_note(note, sha256=str, part=str)
+    configuration.check_begun(dest, noted, {"sha256": sha256})
+    path = dest
+  model = restore.load(path, task)
+  wrong = _differences(model, config)
+  if task == "diffusion" and "ema" not in noted["part"] and noted["part"] != recognition.ITSELF:
+    wrong.append(f"the weights are {noted['part']} of the file and no average")
+  found = f"step {model.step} in {path}, weights {model.sha256}"
+  checked.tell(cause, task, found, "; ".join(wrong))
+  return model
+
+
+def _differences(model: restore.Trained, config: ConfigDict) -> list[str]:
+  """Where a training was another one than the recipe's; of weights alone what is known of them."""
+  alone = model.step == 0 or folder.is_model(model.workdir)
+  there, wanted = (dict(configuration.flat(x.to_dict())) for x in (model.config, config))
+  names = (name for name in wanted if not name.startswith(_ELSEWHERE))
+  differing = [
+    f"config.{name} is {there.get(name)!r} instead of {wanted[name]!r}"
+    for name in names
+    if there.get(name) != wanted[name] and (not alone or name.startswith(_OF_WEIGHTS))
+  ]
+  steps = wanted["num_steps"] or there["num_steps"]
+  if not alone and model.step != steps:
+    differing.append(f"its step is {model.step} instead of {steps}")
+  return differing
+
+
+def _check_generation(
+  checked: Checked,
+  tokenizer: restore.Trained,
+  record: Record,
+  given: Given,
+  paths: Mapping[str, Path],
+  workdir: Path,
+) -> None:
+  """Reference, latents and model, then all of them together."""
+  config = config_of(record.recipe, record.changes, given)
+  config.tokenizer = str(tokenizer.workdir)
+  space: Any = None
+  _check_reference(checked, record, paths["reference"])
+  if not given.train:
+    more = {"tokenizer": config.tokenizer}
+    if "latents" in paths:
+      more["latents"] = _statistics(checked, record, paths["latents"], workdir)
+    found = _model(checked, record.weights, paths["diffusion"], workdir, config, **more)
+    checked.diffusion, space = found, restore.space_of(found)
+    _check_maker(checked, space.tokenizer, tokenizer)
+  elif given.latents:
+    space = restore.open_latents(given.latents)
+    _check_store(checked, record, space)
+    _check_maker(checked, space.manifest.get("tokenizer", {}), tokenizer)
+  else:
+    _check_pictures(checked, record.pictures, given.pictures)
+  if given.train:
+    config.latents.path = given.latents or str(workdir / "latents")
+    check_model(FrozenConfigDict(config))
+  checked.config = config
+  probes.together(checked, tokenizer, space, record.log)
+
+
+def _statistics(checked: Checked, record: Record, path: Path, workdir: Path) -> str:
+  """A folder with the statistics of the latents, which may be a file."""
+  if path.is_dir():
+    return str(path)
+  checked.file("latents", "statistics", path, record.statistics.sha256)
+  if not (workdir / "statistics").exists():
+    convert.convert(str(path), workdir / "statistics")
+  return str(workdir / "statistics")
+
+
+def _check_reference(checked: Checked, record: Record, path: Path) -> None:
+  """Names and shapes of the arrays of an npz, of which only the headers are read."""
+  shapes = {}
+  try:
+    with zipfile.ZipFile(path) as archive:
+      for name in archive.namelist():
+        with archive.open(name) as file:
+          np.lib.format.read_magic(file)
+          shapes[name.removesuffix(".npy")] = np.lib.format.read_array_header_1_0(file)[0]
+  except DAMAGES as error:
+    raise InputError(f"--reference is {path}, which is no sound npz ({error}).") from error
+  checked.reference = str(path)
+  checked.file("reference", "FID's reference", path, record.reference.sha256)
+  lacks = [f"{name} {shape}" for name, shape in record.arrays.items() if shapes.get(name) != shape]
+  found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+  checked.tell("reference", "its arrays", found, f"it lacks {', '.join(lacks)}" if lacks else "")
+
+
+def _check_store(checked: Checked, record: Record, store: LatentStore) -> None:
+  """Number, labels, and whether the statistics are those of the latents."""
+  count, wanted = len(store), record.pictures
+  # The published latents have one picture twice.
+  wrong = "" if 0 <= count - wanted.count <= 1 else f"{wanted.name} has {wanted.count:,}"
+  checked.tell("pictures", "latents", f"{count:,} in {store.path}", wrong)
+  classes = len(np.unique(store.labels))
+  wrong = "" if classes == wanted.classes else f"{wanted.classes} are needed"
+  checked.tell("labels", "classes of the latents", str(classes), wrong)
+  probes.stored(checked, store)
+
+
+def _check_maker(checked: Checked, noted: Mapping[str, Any], tokenizer: restore.Trained) -> None:
+  """The tokenizer by which latents say that they were made, where they say so."""
+  if made_by := noted.get("sha256"):
+    wrong = "" if made_by == tokenizer.sha256 else f"--tokenizer is {tokenizer.sha256}"
+    checked.tell("latents", "latents made by", made_by, wrong)

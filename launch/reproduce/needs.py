@@ -1,0 +1,114 @@
+"""What a number needs, where that is, and where it is published."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+
+from launch.engine import console
+from launch.evaluation.features import CACHES, EFFICIENTNET
+from launch.reproduce.records import File, Pictures, Record
+from vavae_jax import folder
+from vavae_jax.common.addresses import HUB, local_file
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import at_home
+from vavae_jax.metrics import inception
+from vavae_jax.weights.state_dicts import SUFFIXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """What a person gave, by the flags of the command; "" where nothing."""
+
+  tokenizer: str = ""
+  diffusion: str = ""
+  latents: str = ""
+  reference: str = ""
+  inception: str = ""
+  pictures: str = ""
+  validation: str = ""
+  teacher: str = ""
+  lpips_vgg: str = ""
+  lpips_heads: str = ""
+  train: bool = False
+  seed: int = 0
+  set: tuple[str, ...] = ()  # KEY=VALUE, of `checks.CHOICES`
+  allow: tuple[str, ...] = ()  # of `checked.CAUSES`
+
+
+class Need(NamedTuple):
+  """A file or folder: what is given for it, what is published, and paths where it may be."""
+
+  what: str
+  given: str
+  file: File
+  places: tuple[str, ...]
+
+  def find(self, fetch: bool = True) -> Path | None:
+    """Where it is, or None; the hub is asked if `fetch`. InputError: it cannot be had there."""
+    if self.given:
+      return folder.find(self.given, files=SUFFIXES)
+    there = [Path(at_home(place)) for place in self.places if Path(at_home(place)).exists()]
+    if there or not self.file.address.startswith(HUB):
+      return there[0] if there else None
+    if fetch:
+      return local_file(self.file.address)
+    owner, name, file = self.file.address.removeprefix(HUB).split("/", 2)
+    cached = huggingface_hub.try_to_load_from_cache(f"{owner}/{name}", file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def needs(record: Record, given: Given) -> dict[str, Need]:
+  """What a number needs, by the flag that takes it."""
+  found: dict[str, Need] = {}
+
+  def need(what: str, flag: str, file: File, *places: str) -> None:
+    found[flag] = Need(what, getattr(given, flag), file, places)
+
+  def pictures(wanted: Pictures, flag: str) -> None:
+    if not getattr(given, flag):  # else whoever opens them says what is wrong
+      need(wanted.name, flag, File(wanted.address), wanted.source.partition(":")[2])
+
+  if record.protocol != EFFICIENTNET:  # which is installed
+    places = CACHES if record.protocol in inception.PROTOCOLS else ()
+    need("FID's Inception", "inception", record.network, *places)
+  if record.recipe or not given.train:
+    need(f"tokenizer {record.tokenizer.name}", "tokenizer", record.tokenizer.file)
+  if record.recipe:
+    name = record.reference.address.rpartition("/")[2]
+    need("FID's reference", "reference", record.reference, f"data/{name}")
+  else:
+    pictures(record.validation, "validation")
+  if given.train and not given.latents:
+    pictures(record.pictures, "pictures")
+  if record.recipe and not given.train:
+    need("the model's weights", "diffusion", record.weights)
+    if not Path(given.diffusion or "-").is_dir():  # which knows them
+      need("statistics of the latents", "latents", record.statistics)
+  return found
+
+
+def find_all(record: Record, given: Given) -> dict[str, Path]:
+  """Where the needs are, by flag; InputError that names all that are nowhere."""
+  paths, missing = {}, []
+  for flag, need in needs(record, given).items():
+    reason = f"published at {need.file.address}" if need.file.address else "published nowhere"
+    if flag == "tokenizer":
+      reason += f", made by python -m launch.train --config={record.tokenizer.recipe}"
+    elif flag == "diffusion":
+      reason += ", made with --train"
+    try:
+      path = need.find()
+    except InputError as error:
+      path, reason = None, f"{reason}; {str(error).partition('. ')[0]}"
+    if path:
+      paths[flag] = path
+    else:
+      missing.append(f"--{flag}")
+      console.say(f"missing: {need.what}, {reason}; --{flag} takes it")
+  if missing:
+    raise InputError(f"Give {', '.join(missing)}: what they take is missing, and named above.")
+  return paths

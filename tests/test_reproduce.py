@@ -1,0 +1,362 @@
+"""launch.reproduce, whole, on stand-ins of every published file, and on the absence of the real."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from PIL import Image
+from safetensors.numpy import save_file
+
+from configs import base
+from launch import restore
+from launch.convert import convert
+from launch.engine.checkpoint import save_weights
+from launch.evaluation.features import CLASSIFIER, load_network
+from launch.evaluation.pictures import Array
+from launch.evaluation.reference import statistics_of
+from launch.reproduce import __main__ as command
+from launch.reproduce import checks, estimates
+from launch.reproduce.checked import CAUSES
+from launch.reproduce.needs import Given, needs
+from launch.reproduce.records import RECORDS, File, Pictures, Record, Tokenizer
+from tests import cases
+from tests.conftest import ROOT
+from vavae_jax import classification
+from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import sha256_of
+from vavae_jax.data import images
+
+FORMATS = cases.FOLDER / "formats"
+VAE, DIT = FORMATS / "vavae_lightning.ckpt", FORMATS / "lightningdit_train_checkpoint.pt"
+SIDE, CLASSES, EACH = 16, 5, 4
+TOKENIZER = """
+from configs import base
+
+def get_config():
+  config = base.tokenizer()
+  config.model.update(embed_dim=8, z_channels=8, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1)
+  config.model.update(attn_resolutions=(64,), resolution=256)
+  config.data.image_size = 16
+  config.batch_size, config.num_steps, config.log_every_steps = 4, 2, 1
+  config.teacher.name, config.loss.perceptual_weight, config.loss.disc_weight = "", 0.0, 0.0
+  config.stages.update(
+    epochs=(0.0,), vf_weight=(0.0,), cos_margin=(0.0,), distmat_margin=(0.0,), disc_start=(0,)
+  )
+  config.evaluate_every_steps = 0
+  return config
+"""
+DIFFUSION = """
+from configs import base
+
+def get_config():
+  config = base.diffusion()
+  config.model.update(
+    input_size=4, in_channels=8, hidden_size=32, depth=1, num_heads=2, num_classes=5
+  )
+  config.dtype, config.batch_size, config.num_steps, config.log_every_steps = "float32", 4, 3, 1
+  config.evaluate_every_steps = 0
+  config.sample.update(num_steps=3, batch_size=8)
+  config.published.num_samples = 10
+  return config
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A made-up publication: records, and a person's flags that name all its files."""
+
+  sampled: Record
+  rebuilt: Record
+  given: Given
+  statistics: dict[str, np.ndarray]
+  arrays: dict[str, np.ndarray]  # of FID's reference
+
+  def given_with(self, **changes) -> Given:
+    return dataclasses.replace(self.given, **changes)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Published:
+  """Random weights in the published formats, with all that belongs to them."""
+  root = tmp_path_factory.mktemp("published")
+  for name, text in (("tokenizer", TOKENIZER), ("diffusion", DIFFUSION)):
+    (root / f"{name}.py").write_text(text)
+  coarse = np.random.default_rng(0).integers(0, 256, (CLASSES * EACH, 4, 4, 3), np.uint8)
+  picture_BHWC = coarse.repeat(4, 1).repeat(4, 2)
+  for i, picture in enumerate(picture_BHWC):
+    folder = root / "pictures" / f"class{i // EACH}"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(folder / f"{i}.png")
+  config = checks.config_of(str(root / "tokenizer.py"), {})
+  convert(str(VAE), root / "vae", config=config)
+  tokenizer = restore.load(root / "vae", "tokenizer")
+
+  def encode(x_BHWC: jax.Array) -> jax.Array:
+    encoder = restore.autoencoder(tokenizer.config, tokenizer.params)
+    return encoder.encode(images.to_float(x_BHWC)).mean
+
+  z_BhwZ = np.asarray(jax.jit(encode)(picture_BHWC))
+  statistics = {"mean": z_BhwZ.mean((0, 1, 2)), "std": z_BhwZ.std((0, 1, 2))}
+  save_file(statistics, root / "statistics.safetensors")
+  judge = base.classifier()
+  judge.model.update(width=8, norm_groups=4)
+  judge.data.image_size, judge.name, judge.optimizer.ema_decays = SIDE, "tiny", ()
+  state = classification.init_state(FrozenConfigDict(judge), jax.random.key(0))
+  save_weights(root / "judge", state.params, judge.to_dict())
+  network = load_network(CLASSIFIER, str(root / "judge"))
+  moments = statistics_of(Array(picture_BHWC), network, "reference").moments["pool"]
+  arrays = {"arr_0": picture_BHWC, "mu": moments.mean, "sigma": moments.cov}
+  np.savez(root / "reference.npz", **arrays)
+  size = len(moments.mean)
+  pictures = Pictures(
+    "stand-ins", "nowhere", "folder:none", len(picture_BHWC), CLASSES, ("class0", "class4")
+  )
+  rebuilt = Record(
+    "a tokenizer",
+    "no table",
+    {"rfd_tiny": 1.0, "psnr": 10.0, "ssim": 0.5},
+    Tokenizer("f4d8", str(root / "tokenizer.py"), File(sha256=sha256_of(VAE)[:8])),
+    protocol=CLASSIFIER,
+    pictures=pictures,
+    validation=dataclasses.replace(pictures, classes=0),
+  )
+  sampled = dataclasses.replace(
+    rebuilt,
+    figures={"fd_tiny": 5.0, "precision": 0.5},
+    recipe=str(root / "diffusion.py"),
+    weights=File(sha256=sha256_of(DIT)[:8]),
+    arrays={"arr_0": picture_BHWC.shape, "mu": (size,), "sigma": (size, size)},
+    log={1: 3.0, 3: 3.0},
+  )
+  given = Given(
+    tokenizer=str(VAE),
+    diffusion=str(DIT),
+    latents=str(root / "statistics.safetensors"),
+    reference=str(root / "reference.npz"),
+    inception=str(root / "judge"),
+    pictures=f"folder:{root / 'pictures'}",
+    validation=f"folder:{root / 'pictures'}",
+  )
+  return Published(sampled, rebuilt, given, statistics, arrays)
+
+
+def make(record: Record, given: Given, workdir: Path, **options) -> dict:
+  """The result's JSON."""
+  figures = command.reproduce("number", record, given, workdir, plan=False, **options)
+  result = json.loads((workdir / command.RESULT).read_text())
+  assert {key: result["figures"][key]["here"] for key in record.figures} == {
+    key: figures.get(key) for key in record.figures
+  }
+  return result
+
+
+@pytest.fixture(scope="module")
+def from_weights(published, tmp_path_factory) -> Path:
+  """The workdir of a number that was made from published weights."""
+  workdir = tmp_path_factory.mktemp("from_weights")
+  make(published.sampled, published.given, workdir)
+  return workdir
+
+
+def test_fid_of_published_weights(published, from_weights):
+  result = json.loads((from_weights / command.RESULT).read_text())
+  assert result["figures"]["fd_tiny"]["published"] == 5.0
+  assert result["figures"]["fd_tiny"]["here"] > 0
+  assert result["record"]["weights"]["sha256"] == sha256_of(DIT)[:8]
+  assert result["config"]["sample"]["num_steps"] == 3
+  assert (result["evaluation"]["samples"]["pictures"], result["allowed"]) == (10, [])
+  assert {"command", "commit", "device", "jax"} <= result["run"].keys()
+  told = {what: (found, verdict) for what, found, verdict in result["checks"]}
+  assert sha256_of(VAE) in told["tokenizer's file"][0]
+  assert told["statistics"][1] == "the published one's hash is not publicly known"
+  assert all("WRONG" not in verdict for _, verdict in told.values())
+
+
+def test_what_is_done_is_not_done_again(published, from_weights):
+  before = {path: path.stat().st_mtime_ns for path in from_weights.rglob("*") if path.is_file()}
+  make(published.sampled, published.given, from_weights)
+  kept = {path.name for path, time in before.items() if path.stat().st_mtime_ns == time}
+  assert {"samples.npz", "samples.json", "config.json", "diffusion.json"} <= kept
+  with pytest.raises(InputError, match="begun with another name"):
+    command.reproduce("other", published.sampled, published.given, from_weights)
+
+
+def refused(record: Record, given: Given, workdir: Path) -> str:
+  with pytest.raises(InputError, match="The number would not come out") as caught:
+    checks.check(record, given, workdir)
+  return str(caught.value)
+
+
+def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_path):
+  """Other hashes, statistics of normalised latents, another recipe, another reference."""
+  for name in ("tokenizer", "diffusion"):  # as the same command left them
+    shutil.copytree(from_weights / name, tmp_path / name)
+    shutil.copy(from_weights / f"{name}.json", tmp_path)
+  note = json.loads((tmp_path / "diffusion.json").read_text())
+  (tmp_path / "diffusion.json").write_text(json.dumps(note | {"part": "model"}))
+  space = json.loads((tmp_path / "diffusion" / "config.json").read_text())
+  save_file(
+    {"mean": np.zeros(8, np.float32), "std": np.ones(8, np.float32)}, tmp_path / "s.safetensors"
+  )
+  (tmp_path / "statistics").mkdir()
+  shutil.copy(tmp_path / "s.safetensors", tmp_path / "statistics" / "latents_stats.safetensors")
+  space["latents"]["path"] = str(tmp_path / "statistics")
+  (tmp_path / "diffusion" / "config.json").write_text(json.dumps(space))
+  arrays = published.arrays | {"mu": published.arrays["mu"] + 1}
+  np.savez(tmp_path / "other.npz", **arrays)
+  tokenizer = dataclasses.replace(published.sampled.tokenizer, file=File(sha256="0000"))
+  record = dataclasses.replace(
+    published.sampled,
+    tokenizer=tokenizer,
+    changes={"model.use_rope": False, "latents.latent_multiplier": 0.18215},
+    reference=File(sha256="1111"),
+    arrays={**published.sampled.arrays, "mu_s": (2023,)},
+    log={80_000: 0.3},
+  )
+  given = published.given_with(reference=str(tmp_path / "other.npz"))
+  told = refused(record, given, tmp_path)
+  for part in (
+    "tokenizer's file: the published one's sha256 begins 0000 (tokenizer)",
+    "FID's reference: the published one's sha256 begins 1111 (reference)",
+    "its arrays: it lacks mu_s (2023,) (reference)",
+    "mean feature of 20 pictures: the statistics are of another network or other pictures",
+    "latents of these pictures: they are of others, or normalised already",
+    "config.model.use_rope is True instead of False",
+    "config.latents.latent_multiplier is 1.0 instead of 0.18215",
+    "the weights are model of the file and no average (model)",
+    "mean squared error of these: the published log ends with 0.3 (model)",
+  ):
+    assert part in told, part
+  allowed = dataclasses.replace(given, allow=tuple(CAUSES))
+  rows = checks.check(record, allowed, tmp_path).rows
+  assert sum(verdict.startswith("ALLOWED: ") for *_, verdict in rows) == 7
+
+
+def test_fid_of_a_training(published, tmp_path, capsys):
+  """Latents, training beside the published log, samples, FID; then the latents are given."""
+  record = dataclasses.replace(
+    published.sampled, log={1: 1e3, 3: 3.0}, tolerance=((2, 0.05), (9, 9.0))
+  )
+  given = published.given_with(train=True, diffusion="", latents="")
+  result = make(record, given, tmp_path)
+  assert result["log"].keys() == {"1", "3"}
+  assert result["log"]["3"]["published"] == 3.0
+  assert list(result["seconds"]) == ["Latents", "Training", "Samples", "Evaluation"]
+  told = capsys.readouterr().out.replace("\n", " ")
+  for part in ("step 1: mse", "WARNING: more than 5% apart", "step 3: mse"):
+    assert part in told, part
+  assert "more than 900%" not in told
+  # Of these latents the records are wrong, and their labels.
+  few = dataclasses.replace(record.pictures, count=22, classes=6)
+  again = published.given_with(train=True, diffusion="", latents=str(tmp_path / "latents"))
+  told = refused(dataclasses.replace(record, pictures=few), again, tmp_path)
+  assert "latents: stand-ins has 22 (pictures)" in told
+  assert "classes of the latents: 6 are needed (labels)" in told
+  named = dataclasses.replace(
+    record, pictures=dataclasses.replace(few, ends=("n01440764", "class4"))
+  )
+  told = refused(named, given, tmp_path)
+  assert "pictures: stand-ins has 22 (pictures)" in told
+  assert "classes: 6 from n01440764 to class4 are needed (labels)" in told
+
+
+def test_rfid_of_a_tokenizer(published, tmp_path):
+  given = published.given_with(diffusion="", latents="", reference="")
+  result = make(published.rebuilt, given, tmp_path)
+  assert result["figures"]["rfd_tiny"]["here"] > 0
+  assert result["evaluation"]["posterior"] == "sample"
+  good = dataclasses.replace(published.rebuilt, figures={"rfd_tiny": 0.28, "psnr": 27.96})
+  told = refused(good, given, tmp_path)
+  assert "PSNR of 20 pictures: 27.96 dB are published (tokenizer)" in told
+  # Its training is checked before it starts: there is no teacher's file.
+  config = (Path(published.rebuilt.tokenizer.recipe).read_text()).replace(
+    "config.teacher.name, ", "config.teacher.name, config.teacher.scale, "
+  )
+  recipe = tmp_path / "aligned.py"
+  recipe.write_text(config.replace('= "", 0.0', '= "dinov2_vits14", 4, 0.0'))
+  aligned = Tokenizer("aligned", str(recipe))
+  train = dataclasses.replace(given, train=True, tokenizer="")
+  with pytest.raises(InputError, match=r"No file of weights.*dinov2_vits14"):
+    checks.check(dataclasses.replace(published.rebuilt, tokenizer=aligned), train, tmp_path)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_absent_file_of_a_number_is_named(name, train, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  record, given = RECORDS[name], Given(train=train)
+  with pytest.raises(InputError, match=r"^Give --.* and named above"):
+    checks.check(record, given, tmp_path)
+  told = "".join(capsys.readouterr().out.split())
+  for flag, need in needs(record, given).items():
+    assert f"--{flag}takesit" in told
+    assert (need.file.address or "publishednowhere") in told
+
+
+def test_what_nobody_can_change_is_refused(published, tmp_path):
+  for word in ("sample.cfg_scale=4", "num_steps=7", "latents.path=x", "published.labels=balanced"):
+    with pytest.raises(InputError, match="would change the number; choose of"):
+      checks.config_of(published.sampled.recipe, {}, published.given_with(set=(word,)))
+  words = (
+    "sample.batch_size=4",
+    "mesh.fsdp=-1",
+    "model.attention=xla",
+    "model.use_checkpoint=True",
+  )
+  config = checks.config_of(published.sampled.recipe, {}, published.given_with(set=words, seed=3))
+  assert (config.sample.batch_size, config.mesh.fsdp, config.seed) == (4, -1, 3)
+  with pytest.raises(InputError, match="--allow is 'all'; choose of inception"):
+    checks.check(published.sampled, published.given_with(allow=("all",)), tmp_path)
+
+
+def test_the_recipes_of_the_numbers_are_as_published():
+  config = checks.config_of(RECORDS["fid2.11"].recipe, RECORDS["fid2.11"].changes)
+  sample = config.sample
+  assert (sample.method, sample.num_steps, sample.timestep_shift) == ("euler", 250, 0.3)
+  assert (sample.cfg_scale, sample.cfg_interval_start, sample.cfg_channels) == (10.0, 0.1, 3)
+  assert (config.published.num_samples, config.published.labels) == (50_000, "uniform")
+  assert RECORDS["sdvae7.13"] is RECORDS["table1/rope"]
+  for name, record in RECORDS.items():
+    if record.recipe:
+      config = checks.config_of(record.recipe, record.changes)
+      own = checks.config_of(record.tokenizer.recipe, {})
+      assert config.model.in_channels == own.model.embed_dim, name
+      assert config.published.num_samples == (
+        10_000 if name.startswith(("table2", "table4", "table5")) else 50_000
+      ), name
+
+
+def test_the_page_has_every_number_and_cause():
+  numbers, causes = {}, {}
+  for line in (ROOT / "docs" / "reproduce.md").read_text().splitlines():
+    name, *cells = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
+    if name.startswith("table2/"):
+      values = zip(("rfid", "B", "L", "XL"), cells, strict=False)
+      numbers |= {f"{name}/{size}": value for size, value in values if value}
+    elif line.startswith("| `"):
+      (causes if name in CAUSES else numbers)[name] = cells[0]
+  assert numbers == {name: f"{record.figure[1]:g}" for name, record in RECORDS.items()}
+  assert causes == CAUSES
+
+
+def test_times_are_those_of_the_plan(published, tmp_path, capsys):
+  estimates.show(published.sampled, published.given, tmp_path, estimates.here())
+  assert "no estimate" in capsys.readouterr().out
+  given = published.given_with(train=True, latents="")
+  plan = {"settings": {}, "needed": 2**33, "available": 2**34, "fits": True, "hours": 1.25}
+  split = plan | {"settings": {"accumulate_steps": 2}, "hours": 40.0}
+  for what, one in {"encode": plan, "train": split, "fid50k": plan | {"fits": False}}.items():
+    (tmp_path / f"plan_{what}_v6e_4x4.json").write_text(json.dumps({"plans": [{}, one]}))
+  estimates.show(published.sampled, given, tmp_path, "v6e:4x4")
+  told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+  assert "encode 1.2 hours 8.0 of 16.0 GiB as given" in told
+  assert "train 40.0 hours 8.0 of 16.0 GiB --set=accumulate_steps=2" in told
+  assert "fid50k does not fit" in told
