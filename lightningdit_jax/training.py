@@ -175,11 +175,12 @@ def figures(config: FrozenConfigDict) -> list[str]:
   if not config.latents.valid_path:
     return []
   directed = transport.PREDICTIONS[config.transport.prediction].has_direction
-  places = ["", *(f"_t{t:.2f}" for t in _validation_times(config))]
+  places = ["", *(f"_t{t:.2f}" for t in validation_times(config))]
   return [f"validation/{x}{at}" for x in ("mse", "cosine")[: 1 + directed] for at in places]
 
 
-def _validation_times(config: FrozenConfigDict) -> np.ndarray:
+def validation_times(config: FrozenConfigDict) -> np.ndarray:
+  """The times of `validation`, ascending."""
   low, high = transport.interval(
     config.transport.path_type, config.transport.prediction, config.transport.train_eps
   )
@@ -198,7 +199,7 @@ def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
     open_store(config.latents.path, config.latents.cache), latent_norm=config.latents.latent_norm
   )
   count = min(config.latents.valid_samples, len(store))
-  times = _validation_times(config)
+  times = validation_times(config)
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   size = -(-min(config.batch_size // config.accumulate_steps, count) // devices.size)
 

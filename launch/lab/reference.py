@@ -45,10 +45,11 @@ class Checkouts(NamedTuple):
     file = "taming/modules/losses/lpips.py"
     _check_file("--taming", Path(self.taming), file, "CompVis/taming-transformers")
 
-  def check_python(self) -> None:
-    """Raises InputError if the interpreter lacks a module."""
+  def check_python(self, *more: str) -> None:
+    """Raises InputError if the interpreter lacks a module, those of `NEEDS` or `more`."""
     look = "import importlib.util as u; print(*(x for x in {} if not u.find_spec(x)))"
-    words = [self.python, "-c", look.format(("torch", "timm", "einops", "torchdiffeq", "PIL"))]
+    modules = ("torch", "timm", "einops", "torchdiffeq", "PIL", *more)
+    words = [self.python, "-c", look.format(modules)]
     try:
       done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -58,7 +59,7 @@ class Checkouts(NamedTuple):
     if missing := done.stdout.split():
       raise InputError(
         f"--torch_python is {self.python}, which lacks {', '.join(missing)}; give an interpreter "
-        f"with {NEEDS}."
+        f"with {', '.join([NEEDS, *more])}."
       )
 
 

@@ -11,6 +11,10 @@ Weights are random, or those of --checkpoint. --model is a preset of LightningDi
 tokenizer (f16d32), a tokenizer's training step (f16d32_training, which also needs --taming), a
 teacher, lpips or fid_inception. Writes a table, OUTPUT.json and OUTPUT.html; the exit status is 1
 if a difference exceeds its limit.
+
+  python -m launch.lab.equivalence training --help
+
+says how whole trainings are compared.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from typing import Any
 
 from absl import flags
 
-from launch.engine import console
+from launch.engine import console, subcommands
 from launch.engine.circumstances import circumstances
+from launch.lab.equivalence import side_by_side
 from launch.lab.equivalence.cases import CASES, Settings
 from launch.lab.equivalence.comparison import HEADER, compare, sections, summary
 from launch.lab.reference import define_flags
@@ -54,6 +59,8 @@ def main() -> None:
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
+  if sys.argv[1:] and sys.argv[1] in side_by_side.SUBCOMMANDS:
+    subcommands.run(__doc__ or "", side_by_side.SUBCOMMANDS)
   define_flags()
   flags.DEFINE_enum("model", None, [*CASES], "The model to compare.", required=True)
   flags.DEFINE_string("checkpoint", "", "Weights of that model; by default random ones.")

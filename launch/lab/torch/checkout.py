@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     pass
 
 
-def stand_in() -> None:
-  """Lets the modules of `ABSENT` be imported."""
+def stand_in(*more: str) -> None:
+  """Lets the modules of `ABSENT` be imported, and empty ones in the place of `more`."""
+  ABSENT.extend(more)
   sys.meta_path.insert(0, StandIns())  # before the finder of a module that does not load
 
 
@@ -81,6 +83,35 @@ def lightningdit(checkout: str, compiled: bool = False) -> Any:
   from models.lightningdit import LightningDiT
 
   return LightningDiT
+
+
+def sampler(
+  model: nn.Module, sample: dict[str, Any]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+  """From noise and labels to latents by the reference's solver, as its `inference.py` composes it.
+
+  Its guidance always computes both halves, and always takes the class 1,000 for the absent one;
+  here it is the model's.
+
+  Args:
+    sample: num_steps, method, atol, rtol, timestep_shift, cfg_scale, cfg_interval_start.
+  """
+  from transport import Sampler, create_transport
+
+  options = dict(sample)
+  guidance = {name: options.pop(name) for name in ("cfg_scale", "cfg_interval_start")}
+  solve = Sampler(create_transport()).sample_ode(sampling_method=options.pop("method"), **options)
+  null: Any = model.y_embedder
+
+  def draw(noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    if guidance["cfg_scale"] <= 1:
+      return solve(noise, model.forward, y=label)[-1]
+    y = torch.cat([label, torch.full_like(label, null.num_classes)])
+    double = torch.cat([noise, noise])
+    both = solve(double, model.forward_with_cfg, y=y, cfg_interval=True, **guidance)[-1]
+    return both.chunk(2)[0]
+
+  return draw
 
 
 def autoencoder(checkout: str) -> Any:

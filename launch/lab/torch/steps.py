@@ -66,33 +66,23 @@ def diffusion_training(job: Job) -> Work:
 
 
 def sampling(job: Job) -> Work:
-  """Latents by the reference's own solver, of which guidance always computes both halves.
+  """Latents by the reference's own solver.
 
-  The job: "checkout", "compile", "model", "batch_size", "dtype", "sample" (num_steps, method, atol,
-  rtol, timestep_shift, cfg_scale, cfg_interval_start).
+  The job: "checkout", "compile", "model", "batch_size", "dtype", "sample" (see `checkout.sampler`).
   """
-  arguments, sample = job["model"], dict(job["sample"])
+  arguments = job["model"]
   model = checkout.lightningdit(job["checkout"], job["compile"])(**arguments).eval()
   # Its last layer begins at zero, and so would every velocity be.
   nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-  null = arguments["num_classes"]
   shape = (job["batch_size"], arguments["in_channels"], *[arguments["input_size"]] * 2)
-  from transport import Sampler, create_transport
-
-  guidance = {name: sample.pop(name) for name in ("cfg_scale", "cfg_interval_start")}
-  solve = Sampler(create_transport()).sample_ode(sampling_method=sample.pop("method"), **sample)
+  solve = checkout.sampler(model, job["sample"])
 
   @torch.no_grad()
   def draw() -> torch.Tensor:
     noise = torch.randn(shape)
-    label = torch.randint(0, null, (len(noise),))
+    label = torch.randint(0, arguments["num_classes"], (len(noise),))
     with precision(job):
-      if guidance["cfg_scale"] <= 1:
-        return solve(noise, model.forward, y=label)[-1]
-      y = torch.cat([label, torch.full_like(label, null)])
-      double = torch.cat([noise, noise])
-      both = solve(double, model.forward_with_cfg, y=y, cfg_interval=True, **guidance)[-1]
-    return both.chunk(2)[0]
+      return solve(noise, label)
 
   return draw
 
