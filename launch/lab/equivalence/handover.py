@@ -59,8 +59,10 @@ def write(path: Path, state: State, config: FrozenConfigDict) -> None:
   (decay,) = _decays(config)
   trees = {"model": state.params, "ema": state.ema[ema_name(decay)]}
   trees |= {theirs: optax.tree.get(state.optimizer, ours) for theirs, ours in MOMENTS.items()}
-  named = {
-    f"{part}/{name}": x for part, tree in trees.items() for name, x in named_of(tree, config).items()
+  named: dict[str, Any] = {
+    f"{part}/{name}": x
+    for part, tree in trees.items()
+    for name, x in named_of(tree, config).items()
   }
   np.savez(path, step=np.asarray(state.step), **named)
 
@@ -70,7 +72,7 @@ def params_of(state_dict: StateDict, config: FrozenConfigDict) -> Any:
   return jax.tree.map(jnp.asarray, warm_start.from_state_dict(state_dict, config.model))
 
 
-def named_of(tree: Any, config: FrozenConfigDict) -> StateDict:
+def named_of(tree: Any, config: FrozenConfigDict) -> dict[str, Any]:
   """A tree like a training's parameters by the reference's names, without what is no parameter."""
   graph = functional.graph_of(build_model(config))
   tensors = convert.to_torch(nnx.merge(graph, jax.device_get(tree)))

@@ -29,12 +29,20 @@ from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.engine.subcommands import Subcommand
 from launch.lab import reference
-from launch.lab.equivalence import side_page
-from launch.lab.equivalence.pieces import PIECES, RECORD, Settings
+from launch.lab.equivalence import judging, pieces, side_page
+from launch.lab.equivalence.pieces import RECORD, Settings
 from launch.lab.jobs import Job, run
 from vavae_jax.common.errors import InputError
 
 CONFIG = f"{training.__file__}:cifar"
+# The jobs that no released command does.
+PIECES = {
+  function.__name__: function
+  for function in (
+    *(pieces.initial, pieces.theirs, pieces.ours_fed, pieces.to_ours, pieces.to_theirs),
+    *(judging.inputs, judging.real, judging.judged_by_ours, judging.judged_by_theirs),
+  )
+}
 SEED = 100  # added to the seeds of trainings that go on with the other side's state
 
 
@@ -125,8 +133,8 @@ class Graph:
     yield self._train(name, "diffusion", changes, ("to_ours",), weight=2.5, output=last)
     state = self.root / "continued" / "to_theirs.npz"
     given = {"workdir": str(self.root / f"ours/seed{seed}"), "step": half}
-    needs = (f"ours/seed{seed}",)
-    yield self._piece("to_theirs", "continued/to_theirs.npz", given, needs)
+    trained = f"ours/seed{seed}"
+    yield self._piece("to_theirs", "continued/to_theirs.npz", given, (trained,))
     given = {"seed": SEED + seed, "state": str(state)}
     name = "continued/ours_by_theirs"
     yield self._piece(name, "", given, ("to_theirs",), "theirs", 2.5)

@@ -30,8 +30,6 @@ REPLACED = (
   "workers that load data, by this process",
   "the average's decay, which update_ema does not take from the configuration",
 )
-# Its parameters are counted by the optimizer, its buffers are not.
-BUFFERS = "feat_rope."
 
 
 class Accelerator:
@@ -72,10 +70,8 @@ class Alone(nn.Module):
 class Writer:
   """In the place of TensorBoard's: keeps the losses by their steps."""
 
-  losses: dict[int, float] = {}
-
-  def __init__(self, log_dir: str):
-    self.losses.clear()
+  def __init__(self, losses: dict[int, float]):
+    self.losses = losses
 
   def add_text(self, *_: Any, **__: Any) -> None:
     pass
@@ -94,10 +90,13 @@ class Replayed:
     return zip(self.latent, self.label, strict=True)
 
 
-def reference(job: Job) -> Any:
-  """The module `train.py` of the checkout, able to run on a CPU in one process."""
+def reference(job: Job, losses: dict[int, float]) -> Any:
+  """The module `train.py` of the checkout, able to run on a CPU in one process.
+
+  It writes its training losses into `losses`, by their steps.
+  """
   tensorboard: Any = types.ModuleType("torch.utils.tensorboard")
-  tensorboard.SummaryWriter = Writer
+  tensorboard.SummaryWriter = lambda log_dir: Writer(losses)
   sys.modules[tensorboard.__name__] = tensorboard
   network = checkout.lightningdit(job["checkout"])
   import train
@@ -213,7 +212,8 @@ def begin(job: Job) -> tuple[dict[str, Any], None]:
   folder = Path(job["folder"])
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
-  train, config = reference(job), job["config"]
+  losses: dict[int, float] = {}
+  train, config = reference(job, losses), job["config"]
   config["train"] |= {"output_dir": str(folder), "exp_name": "run"}
   step = 0
   if job["state"]:
@@ -223,7 +223,7 @@ def begin(job: Job) -> tuple[dict[str, Any], None]:
     torch.save({"model": torch.load(job["weights"])}, weights)
     config["train"]["weight_init"] = str(weights)
   torch.manual_seed(job["seed"])
-  np.random.seed(job["seed"])
+  np.random.seed(job["seed"])  # noqa: NPY002 (the reference draws flips and times from it)
   watch_steps(train, job, step)
   kept = record(train) if job["record"] else {}
   if job["replay"]:
@@ -231,7 +231,7 @@ def begin(job: Job) -> tuple[dict[str, Any], None]:
   train.do_train(config, Accelerator())
   if kept:
     np.savez(folder / "record.npz", **{name: torch.stack(x).numpy() for name, x in kept.items()})
-  (folder / "losses.json").write_text(json.dumps(Writer.losses))
+  (folder / "losses.json").write_text(json.dumps(losses))
   threads = torch.get_num_threads()
   return {"torch": torch.__version__, "threads": threads, "replaced": REPLACED}, None
 
