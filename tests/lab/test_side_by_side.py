@@ -155,6 +155,9 @@ def test_the_reference_has_one_average(tmp_path):
 @pytest.mark.skipif(not CHECKOUT, reason="LIGHTNINGDIT names no checkout of the reference")
 def test_fed_with_its_draws_ours_takes_the_references_steps_and_goes_on_with_its_state(tmp_path):
   given = settings(tmp_path, reference=CHECKOUT)
+  config = ConfigDict(given.config.to_dict())
+  config.model.num_classes = 1000  # as the store's
+  given = given._replace(config=FrozenConfigDict(config))
   make_store(tmp_path / "latents", 40, (4, 4, 4))
   record = str(tmp_path / "fed" / "theirs" / "record.npz")
   pieces.initial(given, tmp_path / "initial.pt")

@@ -7,8 +7,8 @@ Trains a tokenizer, writes its latents as published, and trains LightningDiT on 
 reference's own `train.py` and by launch.train, from the same weights, several seeds each. Compares
 curves, losses, averages and samples, exchanges weights between the samplers and states between the
 trainings, and repeats the reference's first steps here with the same batches, times and noise. All
-of it runs on the CPU, one command after the other; `taskset -c 0` gives it one core. If it is
-stopped, the same command continues; --page_only writes the page of the results so far.
+of it runs on the CPU, --jobs at a time; `taskset -c 0` in front gives it one core. If it is stopped,
+the same command continues; --page_only writes the page of the results so far.
 """
 
 from __future__ import annotations
@@ -204,13 +204,13 @@ def main() -> None:
   jobs = list(Graph(settings).jobs())
   file = Path(FLAGS.page) if FLAGS.page else settings.root / "training.md"
   side_page.REGION.check(file)
-  command = whole_command(("page", "page_only"))
+  command = whole_command(("page", "page_only", "jobs"))
   write_page = functools.partial(side_page.write, settings, jobs, file, command)
   if not FLAGS.page_only:
     settings.checkouts.check_python("scipy", "safetensors")
-    console.say(f"{len(jobs)} jobs, one at a time; logs in {settings.root / 'logs'}")
+    console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")
     try:
-      run(jobs, settings.root, 1)
+      run(jobs, settings.root, FLAGS.jobs)
     except BaseException:
       with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
         write_page()
@@ -237,6 +237,7 @@ def _define_flags() -> None:
 
 def _define_training_flags() -> None:
   _define_flags()
+  flags.DEFINE_integer("jobs", 1, "Jobs at a time.", lower_bound=1)
   flags.DEFINE_string("page", "", "The page; by default training.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Run no job, write the page of the results so far.")
 

@@ -88,7 +88,7 @@ def _relative(left: Tensors, right: Tensors) -> float:
   def norm(arrays: Iterable[np.ndarray]) -> float:
     return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays)))
 
-  return norm(left[name] - right[name] for name in right) / norm(right.values())
+  return norm(x - right[name] for name, x in left.items()) / norm(right[name] for name in left)
 
 
 def figures(found: Results) -> dict[str, dict[str, np.ndarray]]:

@@ -116,13 +116,13 @@ def reference(job: Job, losses: dict[int, float]) -> Any:
 
 def watch_steps(train: Any, job: Job, begin: int) -> None:
   """Averages with the job's decay, and saves the parameters after the steps "snapshots"."""
-  update_ema, step = train.update_ema, begin - 1  # it is called once before the first step
+  update_ema, step = train.update_ema, begin - 1  # it is called once before anything is loaded
 
   def averaged(ema: nn.Module, model: nn.Module, decay: float = job["decay"]) -> None:
     nonlocal step
     update_ema(ema, model, decay)
     step += 1
-    if step in job["snapshots"]:
+    if step > begin and step in job["snapshots"]:
       arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
       np.savez(Path(job["folder"]) / f"{step}.npz", **arrays)
 
