@@ -26,10 +26,11 @@ PAGES = [ROOT / "README.md", LAB, *sorted((ROOT / "docs").rglob("*.md"))]
 OWN_CONFIG = {
   "launch.lab.dilemma": "configs/lab/dilemma.py",
   "launch.lab.benchmark page": "configs/lab/speed.py",
+  "launch.lab.equivalence training": "configs/lab/training.py",
 }
 COMMAND = re.compile(r"(?:-m|--|sbatch) (launch\.(?:[^`&\n\\]|\\\n)*)")
 SHORT = re.compile(r"^vavae ([a-z]+)", re.MULTILINE)
-WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark")
+WITH_SUBCOMMANDS = ("launch.evaluate", "launch.lab.benchmark", "launch.lab.equivalence")
 # Prints what each command's --help says, from forks of one process that has imported jax.
 HELP = """
 import json, os, runpy, sys, warnings
