@@ -7,8 +7,8 @@ Trains a tokenizer, writes its latents as published, and trains LightningDiT on 
 reference's own `train.py` and by launch.train, from the same weights, several seeds each. Compares
 curves, losses, averages and samples, exchanges weights between the samplers and states between the
 trainings, and repeats the reference's first steps here with the same batches, times and noise. All
-of it runs on the CPU, --jobs at a time; `taskset -c 0` in front gives it one core. If it is stopped,
-the same command continues; --page_only writes the page of the results so far.
+of it runs on the CPU, --jobs at a time; `taskset -c 0` before it gives it one core. If it is
+stopped, the same command continues; --page_only writes the page of the results so far.
 """
 
 from __future__ import annotations
