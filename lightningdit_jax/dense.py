@@ -34,7 +34,7 @@ dense_p = _Dense("dense")
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x [..., in] times kernel [in, out], both of one dtype -> [..., out] of the same."""
+  """x [..., in] times kernel [in, out], rounded to the dtype of x -> [..., out] of the same."""
   return dense_p.bind(x, kernel)
 
 
@@ -62,8 +62,8 @@ class Linear(nnx.Linear):
 
   def _weights(self, x: jax.Array) -> tuple[jax.Array, ...]:
     bias, wide = self.bias[...], self.preferred_element_type
-    x, kernel, narrow = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
-    return x, kernel, narrow if wide is None else bias.astype(wide)
+    x, narrow = self.promote_dtype((x, bias), dtype=self.dtype)
+    return x, self.kernel[...], narrow if wide is None else bias.astype(wide)
 
   def _times(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     wide = self.preferred_element_type
@@ -112,22 +112,26 @@ class Layers:
 def _product(
   x: jax.Array, kernel: jax.Array, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
-  dimension_numbers = (((x.ndim - 1,), (0,)), ((), ()))
-  return jax.lax.dot_general(x, kernel, dimension_numbers, preferred_element_type=dtype)
+  dimensions, kernel = (((x.ndim - 1,), (0,)), ((), ())), kernel.astype(x.dtype)
+  return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=dtype)
 
 
 def _gradient_of_x(cotangent: jax.Array, x: Any, kernel: jax.Array) -> jax.Array:
   del x
+  kernel = kernel.astype(cotangent.dtype)
   return jax.lax.dot_general(cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ())))
 
 
 def _gradient_of_kernel(cotangent: jax.Array, x: jax.Array, kernel: Any) -> jax.Array:
   # A product over leading axes turns its first factor; here the narrower one.
   leading = tuple(range(x.ndim - 1))
-  dimension_numbers = ((leading, leading), ((), ()))
+  dimensions, dtype = ((leading, leading), ((), ())), kernel.aval.dtype  # perhaps float32
+  if dtype != x.dtype and platform() == "cpu":  # where no product of bfloat16 arrays is that
+    cotangent, x = cotangent.astype(dtype), x.astype(dtype)
+  wide = None if dtype == x.dtype else dtype
   if kernel.aval.shape[0] > kernel.aval.shape[1]:
-    return jax.lax.dot_general(cotangent, x, dimension_numbers).T
-  return jax.lax.dot_general(x, cotangent, dimension_numbers)
+    return jax.lax.dot_general(cotangent, x, dimensions, preferred_element_type=wide).T
+  return jax.lax.dot_general(x, cotangent, dimensions, preferred_element_type=wide)
 
 
 def _batched(arguments: Any, axes: Any) -> tuple[jax.Array, int]:
@@ -201,6 +205,7 @@ CHEAP = frozenset(
     "concatenate",
     "convert_element_type",
     "integer_pow",
+    "linear_call",
     "mul",
     "name",
     "neg",

@@ -128,6 +128,12 @@ class Options:
     'on TPUs "pallas" where it can; the model itself takes "xla".',
     is_ours=True,
   )
+  reduce_dtype: str = field(
+    "compute",
+    ("compute", "float32"),
+    'Of the sums of matrices\' gradients over devices: "compute", as products, or "float32".',
+    is_ours=True,
+  )
   scan_unroll: int = field(
     1,
     "[0, 1024]",
@@ -181,10 +187,10 @@ def modulate(x_BND: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) 
   return x_BND if shift_BD is None else x_BND + shift_BD[:, None]
 
 
-def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
-  """The module with its weights whole on every device and its matrices in `dtype`."""
+def gathered(module: M, dtype: jax.typing.DTypeLike, unrounded: bool = False) -> M:
+  """The module with its weights whole on every device and its matrices in `dtype`; see `gather`."""
   graph, weights = nnx.split(module)
-  return nnx.merge(graph, gather(weights, dtype))
+  return nnx.merge(graph, gather(weights, dtype, unrounded))
 
 
 class TimestepEmbedder(nnx.Module):
@@ -352,13 +358,13 @@ class LightningDiT(nnx.Module):
     """
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)
-    p = o.patch_size
+    p, unrounded = o.patch_size, o.reduce_dtype == "float32"
     h, w = x_BhwZ.shape[1] // p, x_BhwZ.shape[2] // p
     rope = rope_tables(h, w, o.hidden_size // o.num_heads) if o.use_rope else None
 
     x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
     x_BND = pin_batch(x_BND + position_embedding(h, w, o.hidden_size))
-    c_BD = gathered(self.t_embedder, self.dtype)(t_B)
+    c_BD = gathered(self.t_embedder, self.dtype, unrounded)(t_B)
     # A label below 0 would wrap around to a class; past the table it gives NaN, as one too large.
     label_B = jnp.where(label_B < 0, np.iinfo(np.int32).max, label_B)
     c_BD = pin_batch(c_BD + gathered(self.y_embedder, jnp.float32)(label_B))
@@ -366,7 +372,7 @@ class LightningDiT(nnx.Module):
     graph, weights = nnx.split(self.blocks)
 
     def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
-      block = nnx.merge(graph, gather(weights_of_block, self.dtype))
+      block = nnx.merge(graph, gather(weights_of_block, self.dtype, unrounded))
       return pin_batch(block(x_BND, c_BD, rope)), None
 
     # A scan keeps the recomputation from being merged away, so the barriers against that can go;
@@ -375,7 +381,7 @@ class LightningDiT(nnx.Module):
     run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
     x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)
 
-    patches = gathered(self.final_layer, self.dtype)(x_BND, c_BD).astype(jnp.float32)
+    patches = gathered(self.final_layer, self.dtype, unrounded)(x_BND, c_BD).astype(jnp.float32)
     out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
     return out[..., : o.in_channels]
 

@@ -195,15 +195,40 @@ def test_the_attentions_result_is_kept_once_and_alone():
   assert kept["costly"].count(stream) == 3  # besides the input, what the two sublayers give
 
 
-def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("reduce_dtype", ["compute", "float32"])
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(reduce_dtype):
   """A scan stacks what its backward pass needs, cast weights too, unless a policy forbids it."""
   depth, width = TINY["depth"], TINY["hidden_size"]
-  graph, weights = nnx.split(awake(dtype=jnp.bfloat16))
+  graph, weights = nnx.split(awake(dtype=jnp.bfloat16, reduce_dtype=reduce_dtype))
   loss = jax.grad(lambda w: jnp.sum(nnx.merge(graph, w)(*inputs())))
   forward = next(e for e in jax.make_jaxpr(loss)(weights).eqns if e.primitive.name == "scan")
   shapes = {variable.aval.shape for variable in forward.outvars}
   assert (depth, len(inputs()[0]), 24, width) in shapes
   assert (depth, width, width) not in shapes
+
+
+def test_gradients_that_are_added_up_in_float32_are_not_rounded_before():
+  """And the velocity stays the same to the bit."""
+
+  def of(reduce_dtype):
+    graph, weights = nnx.split(awake(dtype=jnp.bfloat16, reduce_dtype=reduce_dtype))
+
+    def loss(weights):
+      velocity = nnx.merge(graph, weights)(*inputs())
+      return jnp.sum(velocity**2), velocity
+
+    with jax.disable_jit():  # XLA for CPUs leaves roundings out
+      return jax.grad(loss, has_aux=True)(weights)
+
+  (plain, velocity), (unrounded, same) = of("compute"), of("float32")
+  np.testing.assert_array_equal(same, velocity)
+  for name in ("blocks", "t_embedder", "final_layer"):
+    for a, b in zip(jax.tree.leaves(plain[name]), jax.tree.leaves(unrounded[name]), strict=True):
+      assert a.dtype == b.dtype == jnp.float32
+      cases.assert_near(b, a, 0.02)
+      if a.ndim > 1 + (name == "blocks"):
+        assert (a == a.astype(jnp.bfloat16)).all()
+        assert (b != b.astype(jnp.bfloat16)).mean() > 0.9
 
 
 def test_bfloat16_stays_near_float32():

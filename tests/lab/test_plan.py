@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 
 import jax
@@ -560,6 +561,32 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
   names = ("norm and modulation", "biases", "other elementwise", "scan stacks", "optimizer")
   moving = [sum(sources[name][kind] for name in names) for kind in ("seconds", "roofline")]
   assert 1.2 < moving[0] / moving[1] < 4
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize(("reduce_dtype", "dtype"), [("compute", "bf16"), ("float32", "f32")])
+def test_devices_add_up_gradients_in_the_dtype_of_the_key(monkeypatch, fsdp, reduce_dtype, dtype):
+  monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
+  slices.prepare()
+  config = configs.base.diffusion()
+  config.batch_size, config.mesh = 16, {"data": -1, "fsdp": fsdp}
+  config.model.update(hidden_size=128, num_heads=2, depth=2, input_size=4, num_classes=5)
+  config.model.reduce_dtype = reduce_dtype
+  config = FrozenConfigDict(config)
+  devices = slices.make_mesh("v5e:2x2", config.mesh.data, config.mesh.fsdp)
+  traced = programs.traced(programs.of(config, devices, "train", 16), devices)
+  with jax.set_mesh(devices):
+    program = hlo.parse(traced.lower().compile().as_text())
+  all_of = [x for body in program.bodies.values() for x in body.values()]
+  found = [x for x in all_of if x.code == "all-reduce"]
+  # Those of matrices.
+  large = [a for x in found for a in x.arrays if math.prod(a.dims) >= 128 * 256]
+  assert len(large) >= 3
+  assert {a.dtype for a in large} == {dtype}
+  gathered = [x for x in all_of if "all-gather" in x.code]
+  assert {a.dtype for x in gathered for a in x.arrays if len(a.dims) > 1} <= {"bf16"}
+  assert bool(gathered) == (fsdp > 1)
 
 
 @pytest.mark.tpu_aot

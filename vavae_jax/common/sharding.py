@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+from jax.custom_derivatives import linear_call
 from jax.sharding import PartitionSpec
 
 T = TypeVar("T")
@@ -27,15 +28,24 @@ def whole(x: jax.Array) -> jax.Array:
   return _constrain(x, PartitionSpec())
 
 
-def gather(weights: T, dtype: jax.typing.DTypeLike) -> T:
+def gather(weights: T, dtype: jax.typing.DTypeLike, unrounded: bool = False) -> T:
   """Makes sharded float32 weights whole on every device, ready for multiplication in `dtype`.
 
   The cast comes first, so that the all-gather moves the compute dtype's bytes. Vectors (norm
   scales, biases) stay float32: they weigh nothing, and a bfloat16 scale near 1 moves in steps of
   0.004, which hides most updates.
+
+  With `unrounded`, matrices keep their dtype, and their gradients are not rounded to `dtype`.
   """
 
-  return jax.tree.map(lambda x: whole(x.astype(dtype) if x.ndim >= 2 else x), weights)
+  def rounded(x: jax.Array) -> jax.Array:
+    return whole(x.astype(dtype) if x.ndim >= 2 else x)
+
+  def one(x: jax.Array) -> jax.Array:
+    # A transpose of its own: the gradient's cast would come before devices add it up.
+    return linear_call(lambda _, x: rounded(x).astype(x.dtype), lambda _, g: whole(g), (), x)
+
+  return jax.tree.map(one if unrounded else rounded, weights)
 
 
 def platform() -> str:
