@@ -28,6 +28,7 @@ from lightningdit_jax import training
 from tests import toy_task
 from tests.conftest import ROOT
 from tests.conftest import repeatable_metrics as lines
+from vavae_jax.common import functional
 from vavae_jax.common.checkpoints import restore_item
 from vavae_jax.common.errors import InputError
 
@@ -173,12 +174,12 @@ def test_a_state_that_is_not_finite_is_not_saved_even_by_a_signal(tmp_path, step
 @pytest.mark.parametrize("name", ["cpu", "tpu"])
 @pytest.mark.parametrize("place", ["params", "ema", "momentum", ""])
 def test_every_array_of_a_state_is_checked(monkeypatch, name, place):
-  monkeypatch.setattr(step, "platform", lambda: name)
+  monkeypatch.setattr(functional, "platform", lambda: name)
   state = toy_task.init_state(toy_task.config(), jax.random.key(0))
   if place:
     broken = jax.tree.map(lambda x: x.at[1, 2].set(jnp.inf), getattr(state, place))
     state = state.replace(**{place: broken})
-  flags = jax.tree.leaves(step._finite(state))
+  flags = jax.tree.leaves(functional.finite_state(state))
   assert all(flags) == (not place)
   assert len(flags) == {"cpu": 3, "tpu": 1}[name]
 

@@ -103,32 +103,12 @@ def _guarded(
   not. XLA checks each array where it writes it.
   """
   new, metrics = train_step(config, phase, state, *more)
-  finite = jnp.stack(jax.tree.leaves([_finite(new), functional.finite(metrics)])).all()
+  flags = functional.finite_state(new), functional.finite(metrics)
+  finite = jnp.stack(jax.tree.leaves(flags)).all()
   if config.non_finite == "skip":
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     new = dataclasses.replace(kept, step=new.step)
   return new, {**metrics, "finite": finite}
-
-
-def _finite(state: Any) -> Any:
-  """Flags that together say whether all numbers of a state are finite.
-
-  On TPUs a parameter has one flag with its averages and moments: with one each, XLA takes three
-  passes to write them, which read what another has written.
-  """
-  if platform() != "tpu":
-    return functional.finite(state)
-  structure: Any = jax.tree.structure(state.params)
-
-  def is_alike(tree: Any) -> bool:
-    return bool(structure == jax.tree.structure(tree))
-
-  def together(*arrays: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays)).all()
-
-  trees = jax.tree.leaves(state, is_leaf=is_alike)
-  others = [tree for tree in trees if not is_alike(tree)]
-  return jax.tree.map(together, *filter(is_alike, trees)), functional.finite(others)
 
 
 def _norms(state: Any) -> Metrics:

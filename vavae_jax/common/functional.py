@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.sharding import platform
 
 M = TypeVar("M")
 Build = Callable[[nnx.Rngs], nnx.Module]
@@ -59,6 +60,27 @@ def finite(tree: Any) -> Any:
   """Whether all numbers of an array are finite, bool [], for each array of floats of a pytree."""
   floats = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree)
   return jax.tree.map(lambda x: jnp.isfinite(x).all(), floats)
+
+
+def finite_state(state: Any) -> Any:
+  """Flags, bool [], that together say whether all numbers of a training's state are finite.
+
+  On TPUs a parameter has one flag with its averages and moments: with one each, XLA takes three
+  passes to write them, which read what another has written.
+  """
+  if platform() != "tpu":
+    return finite(state)
+  structure: Any = jax.tree.structure(state.params)
+
+  def is_alike(tree: Any) -> bool:
+    return bool(structure == jax.tree.structure(tree))
+
+  def together(*arrays: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays)).all()
+
+  trees = jax.tree.leaves(state, is_leaf=is_alike)
+  others = [tree for tree in trees if not is_alike(tree)]
+  return jax.tree.map(together, *filter(is_alike, trees)), finite(others)
 
 
 def check_finite(tree: Any, name: str) -> None:
