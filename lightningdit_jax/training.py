@@ -147,15 +147,13 @@ def data_source(config: FrozenConfigDict) -> str:
   return config.latents.path
 
 
-def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int, start: int
-) -> grain.IterDataset:
-  """This process's endless batches of normalised latents."""
+def train_data(config: FrozenConfigDict, rows: np.ndarray | None, start: int) -> grain.IterDataset:
+  """Endless batches of normalised latents, of each these rows (`order.Share`)."""
   store = open_store(config.latents.path, config.latents.cache)
   mean, std = latents.statistics(store, latent_norm=config.latents.latent_norm)
   return latents.training_batches(
     store,
-    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
+    order.Share(config.batch_size, rows, start, **config.loader),
     seed=config.seed,
     mean=mean,
     std=std,

@@ -2,18 +2,18 @@
 
   python -m tests.evaluators_everywhere PIPELINE OUTPUT LAYOUT,...
 
-A layout is PROCESSES:DATA:FSDP, such as 2:1:2, of one device a process. The models are those of the
-tiny pipeline, with weights of noise. The first process of each layout writes OUTPUT/LAYOUT.npz with
-all that they return, by EVALUATOR/NAME. The processes are forks of one, which imports all once.
+A layout is PROCESSES:DATA:FSDP, such as 2:1:2; a process has DATA x FSDP / PROCESSES devices, of
+which no two are neighbours in the mesh. The models are those of the tiny pipeline, with weights of
+noise. The first process of each layout writes OUTPUT/LAYOUT.npz with all that they return, by
+EVALUATOR/NAME, and with a batch of each training. The processes are forks of one, which imports all
+once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
+import functools
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore, tasks
-from launch.engine import processes
 from launch.engine.step import jit_init
 from launch.evaluation import training
 from launch.evaluation.features import Network
+from tests import forked
 from vavae_jax.common import mesh
 from vavae_jax.common.optimizer import averaged
+from vavae_jax.common.sharding import whole
 
 HELD_OUT, SAMPLES = 11, 41  # which no number of devices divides
 
@@ -71,6 +72,14 @@ def state_of(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> Any:
   return jit_init(init, places)(key)
 
 
+def first_batch(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+  """What a training begins with, as all devices together have it."""
+  rows = mesh.own_rows(config.batch_size, devices)
+  batch = next(iter(tasks.of(config).train_data(config, rows, 0)))
+  found = jax.jit(functools.partial(jax.tree.map, whole))(mesh.to_global(batch, devices))
+  return {f"{config.task}/{name}": mesh.to_host(x) for name, x in found.items()}
+
+
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """All that a training's evaluators give, by EVALUATOR/NAME."""
   frozen = tasks.resolve(config)
@@ -80,6 +89,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     evaluators |= training.samples(frozen, restore.check_latents(frozen), workdir)
   with jax.set_mesh(devices):
     state, results = state_of(frozen, devices), {}
+    results |= first_batch(frozen, devices)
     for name, (_, run) in evaluators.items():
       told = run(state)
       for some in [told] if isinstance(told, dict) else told:
@@ -87,9 +97,21 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   return results
 
 
-def one(pipeline: Path, output: Path, data: int, fsdp: int) -> None:
+def interleave() -> None:
+  """Orders the devices of a mesh so that of each process one comes, then of each the next."""
+  make = jax.make_mesh
+
+  def made(*arguments: Any, devices: Any = None) -> jax.sharding.Mesh:
+    count = jax.local_device_count()
+    mixed = [x for i in range(count) for x in jax.devices()[i::count][::-1]]
+    return make(*arguments, devices=devices or mixed)
+
+  jax.make_mesh = made
+
+
+def one(pipeline: Path, output: Path, data: int, fsdp: int, _: int) -> None:
   """What one process does."""
-  processes.start()
+  interleave()
   mesh.MIN_SHARDED_SIZE = 2**11  # so that the arrays of tiny models are sharded too
   training.load_network = cells
   found: dict[str, Any] = {}
@@ -98,7 +120,6 @@ def one(pipeline: Path, output: Path, data: int, fsdp: int) -> None:
     found |= evaluate(config, output.with_suffix(""))
   if not jax.process_index():
     np.savez(output, **found)
-  processes.end(0, together=processes.several())
 
 
 def main() -> None:
@@ -106,25 +127,9 @@ def main() -> None:
   pipeline, output, layouts = *map(Path, sys.argv[1:3]), sys.argv[3].split(",")
   for layout in layouts:
     count, data, fsdp = map(int, layout.split(":"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-      address = f"127.0.0.1:{free.getsockname()[1]}"
-    children = []
-    for index in range(count):
-      children.append(os.fork())
-      if children[-1]:
-        continue
-      if count > 1:
-        os.environ.update(
-          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)
-        )
-      try:
-        one(pipeline, output / f"{layout}.npz", data, fsdp)
-      except BaseException:
-        traceback.print_exc()
-      os._exit(1)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-      sys.exit(f"{layout}: exit codes {codes}")
+    jax.config.update("jax_num_cpu_devices", data * fsdp // count)
+    file = output / f"{layout}.npz"
+    forked.job(functools.partial(one, pipeline, file, data, fsdp), count)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Runs modules in forks of one process, so that what all of them import is imported once.
+"""Runs modules, and jobs of several processes, in forks of one process, so that what all of them
+import is imported once.
 
   python -m tests.forked FOLDER IMPORTED,... <LINES
 
@@ -13,9 +14,11 @@ import importlib
 import json
 import os
 import runpy
+import signal
+import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -31,6 +34,48 @@ def run(words: Sequence[str]) -> int:
     traceback.print_exc()
     return 1
   return 0
+
+
+def job(act: Callable[[int], None], count: int, *, last_dies: bool = False) -> None:
+  """Runs `act(index)` as each process of a job of `count`; ends this one if one of them fails.
+
+  Where the last one is to die by SIGKILL, the others are killed after it.
+  """
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  children = []
+  for index in range(count):
+    children.append(os.fork())
+    if not children[-1]:
+      _be(index, count, address, act)
+  last = _code(children.pop())
+  if last_dies:
+    for child in children:
+      os.kill(child, signal.SIGKILL)
+  codes = [*map(_code, children), last]
+  if {*codes} != ({-signal.SIGKILL} if last_dies else {0}):
+    sys.exit(f"{sys.argv}: exit codes {codes} of {count} processes")
+
+
+def _be(index: int, count: int, address: str, act: Callable[[int], None]) -> None:
+  """What one process of a job does, to its end."""
+  from launch.engine import processes  # which the one that forks has imported
+
+  if count > 1:
+    os.environ.update(
+      JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)
+    )
+  try:
+    processes.start()
+    act(index)
+    processes.end(0, together=processes.several())
+  except BaseException:
+    traceback.print_exc()
+  os._exit(1)
+
+
+def _code(child: int) -> int:
+  return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:

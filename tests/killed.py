@@ -16,15 +16,20 @@ import sys
 from typing import Any
 
 
-def main() -> None:
-  """The command."""
-  pattern, module = sys.argv[1:3]
+def at(pattern: str) -> None:
+  """Lets this process be killed just before a file gets a name of this pattern."""
 
   def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "os.rename" and fnmatch.fnmatch(os.fsdecode(arguments[1]), pattern):
       os.kill(os.getpid(), signal.SIGKILL)
 
   sys.addaudithook(watch)
+
+
+def main() -> None:
+  """The command."""
+  pattern, module = sys.argv[1:3]
+  at(pattern)
   sys.argv = sys.argv[2:]
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -58,6 +58,15 @@ def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
     mesh.make_mesh(data, fsdp)
 
 
+def test_a_mesh_that_does_not_lie_on_the_slice_is_refused(monkeypatch):
+  def make(*_):
+    raise NotImplementedError
+
+  monkeypatch.setattr(jax, "make_mesh", make)
+  with pytest.raises(InputError, match="data=1 x fsdp=1, which does not lie"):
+    mesh.make_mesh()
+
+
 @pytest.mark.parametrize(("batch_size", "nearest"), [(12, "8 and 16"), (3, "8 and 8"), (0, "8")])
 def test_a_batch_that_does_not_divide_is_refused(batch_size, nearest):
   with pytest.raises(InputError, match=f"batch_size is {batch_size}.*{nearest}"):

@@ -12,12 +12,13 @@ from vavae_jax.data.order import Order, Share
 def taken(count: int, batch_size: int, processes: int, batches: int) -> np.ndarray:
   """Records of the global batches, [batches, batch_size]."""
   places = Order(count, seed=3)
-  shares = [Share(batch_size, i, processes) for i in range(processes)]
-  rows = [
-    np.concatenate([places.records(share.positions(b))[0] for share in shares])
-    for b in range(batches)
-  ]
-  return np.array(rows)
+  held = np.arange(batch_size).reshape(-1, processes).T  # as where devices are interleaved
+  shares = [Share(batch_size, rows) for rows in held]
+  found = np.empty((batches, batch_size), int)
+  for share in shares:
+    for batch in range(batches):
+      found[batch, share.rows] = places.records(share.positions(batch))[0]
+  return found
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -35,7 +36,8 @@ def test_a_job_resumes_on_another_number_of_processes():
   """The first two batches by three processes, the next ones by two."""
   whole = taken(50, 12, 1, 6)
   for batch in range(2, 6):
-    parts = [Order(50, 3).records(Share(12, i, 2, start=2).positions(batch))[0] for i in range(2)]
+    halves = np.arange(6), np.arange(6, 12)
+    parts = [Order(50, 3).records(Share(12, x, start=2).positions(batch))[0] for x in halves]
     np.testing.assert_array_equal(np.concatenate(parts), whole[batch])
 
 

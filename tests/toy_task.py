@@ -122,15 +122,12 @@ def data_source(config: FrozenConfigDict) -> str:
 
 def train_data(
   config: FrozenConfigDict,
-  process_index: int,
-  process_count: int,
+  rows: np.ndarray | None,
   start: int,
   seconds: float = 0.0,
 ) -> grain.IterDataset:
   """Random vectors, each batch after a wait."""
-  share = order.Share(
-    config.batch_size, process_index, process_count, start, threads=1, workers=config.workers
-  )
+  share = order.Share(config.batch_size, rows, start, threads=1, workers=config.workers)
   return order.batches(share, functools.partial(_load, config, seconds))
 
 

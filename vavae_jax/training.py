@@ -139,14 +139,12 @@ def train_step(
 data_source = selection.data_source
 
 
-def train_data(
-  config: FrozenConfigDict, process_index: int, process_count: int, start: int
-) -> grain.IterDataset:
+def train_data(config: FrozenConfigDict, rows: np.ndarray | None, start: int) -> grain.IterDataset:
   """This process's endless batches of crops, with the teacher's features where they are kept."""
   features = None
   if frozen.uses_teacher(config) and config.teacher.cache:
     features = feature_cache.open_cache(config, *selection.training_pictures(config))
-  return selection.training_batches(config, process_index, process_count, start, features)
+  return selection.training_batches(config, rows, start, features)
 
 
 def evaluators(config: FrozenConfigDict) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -67,11 +68,11 @@ class Task(Protocol):
     """Where the training data are, for messages."""
 
   def train_data(
-    self, config: FrozenConfigDict, process_index: int, process_count: int, start: int
+    self, config: FrozenConfigDict, rows: np.ndarray | None, start: int
   ) -> grain.IterDataset:
-    """Endless batches of this process after the first `start`: pytrees of host arrays
-    [B / process_count, ...]. A batch is a function of its number, so that a run resumes, on any
-    number of processes, by its step.
+    """Endless batches after the first `start`, of each these rows, None: all: pytrees of host
+    arrays [len(rows), ...]. A row is a function of its number and its batch's, so that a run
+    resumes, on any number of processes, by its step.
     """
 
   def evaluators(self, config: FrozenConfigDict) -> dict[str, Evaluator]:
@@ -129,7 +130,7 @@ def run(
     adopt = initial_weights() if initial_weights and not start else None
     configuration.note_changes(workdir, start, changes)
     configuration.claim_workdir(workdir, config, notes)
-    data = task.train_data(config, jax.process_index(), jax.process_count(), start)
+    data = task.train_data(config, mesh.own_rows(config.batch_size, devices), start)
     stack.enter_context(jax.set_mesh(devices))
     fresh = functools.partial(_fresh, init, key_init, shardings, adopt, workdir)
     wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)

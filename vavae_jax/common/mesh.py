@@ -25,9 +25,19 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
 
   A size of -1 takes what the other leaves; `fsdp` is the number of shards of parameters and
   optimizer state. Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
+
+  jax orders the devices by the links between them, so that those of a process need not be
+  neighbours: on v5e:4x4, `fsdp` over all, they are of the processes 0 0 1 1 1 1 0 2 3 3 3 3 2 2 2
+  0. Whose rows are whose is for `own_rows` to say.
   """
   sizes = axis_sizes(data, fsdp, jax.device_count())
-  return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
+  try:
+    return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
+  except NotImplementedError as error:
+    raise InputError(
+      f"config.mesh asks for data={sizes[0]} x fsdp={sizes[1]}, which does not lie on these "
+      f"devices: each must be a product of sides of the slice, such as 1 and {sizes[0] * sizes[1]}."
+    ) from error
 
 
 def use(count: int) -> None:
@@ -103,15 +113,15 @@ def batches(mesh: Mesh) -> NamedSharding:
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-  """The rows of a batch that the devices of this process hold, ascending; together the processes of
-  the mesh have each row once.
+  """The rows of a batch that the devices of this process hold, ascending, as `to_global` takes
+  them; together the processes of the mesh have each row once.
   """
   held = batches(mesh).addressable_devices_indices_map((batch_size,)).values()
   return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in held]))
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
-  """This process's part of a batch, a pytree of host arrays [B / processes, ...] -> global arrays
+  """This process's `own_rows` of a batch, a pytree of host arrays [n, ...] -> global arrays
   [B, ...], the leading axis over the whole mesh.
   """
   place = functools.partial(jax.make_array_from_process_local_data, batches(mesh))

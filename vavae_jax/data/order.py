@@ -68,18 +68,16 @@ def _coins(count: int, seed: int, epoch: int) -> np.ndarray:
 class Share(NamedTuple):
   """Which part of the batches a process loads, and how."""
 
-  batch_size: int  # over all processes, a multiple of their number
-  process_index: int = 0
-  process_count: int = 1
+  batch_size: int  # over all processes
+  rows: np.ndarray | None = None  # of each batch, as `mesh.own_rows` gives them; None: all
   start: int = 0  # batches that were taken already
   threads: int = 2  # that load batches
   workers: int = 0  # processes that load batches, each with as many threads; 0: this one does
 
   def positions(self, batch: int) -> np.ndarray:
-    """The positions of this process's rows of a batch, in a stack of all processes' rows."""
-    size = self.batch_size // self.process_count
-    begin = batch * self.batch_size + self.process_index * size
-    return np.arange(begin, begin + size)
+    """The positions of this process's rows of a batch."""
+    rows = np.arange(self.batch_size) if self.rows is None else self.rows
+    return batch * self.batch_size + rows
 
 
 def batches(

@@ -78,15 +78,16 @@ def data_source(config: FrozenConfigDict) -> str:
 
 def training_batches(
   config: FrozenConfigDict,
-  process_index: int,
-  process_count: int,
+  rows: np.ndarray | None,
   start: int,
   features: images.Rows | None = None,
 ) -> grain.IterDataset:
-  """A process's endless batches of crops from the batch `start` on: `images.training_batches`."""
+  """Endless batches of crops from the batch `start` on, of each these rows (`order.Share`):
+  `images.training_batches`.
+  """
   return images.training_batches(
     *training_pictures(config),
-    order.Share(config.batch_size, process_index, process_count, start, **config.loader),
+    order.Share(config.batch_size, rows, start, **config.loader),
     size=config.data.image_size,
     seed=config.seed,
     crop=config.data.crop,

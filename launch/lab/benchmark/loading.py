@@ -75,7 +75,7 @@ def _ours(begin: Callable[[dict[str, int]], Callable[[], Iterator[Any]]], ahead:
 
 
 def latent_batches(
-  store: latents.LatentStore, batch_size: int, loader: Mapping[str, int]
+  store: latents.LatentStore, batch_size: int, loader: Mapping[str, Any]
 ) -> Callable[[], Iterator[Any]]:
   """Begins the batches of a training on a store; `loader` as `config.loader`."""
   share = order.Share(batch_size, **loader)
@@ -88,7 +88,7 @@ def latent_batches(
 
 
 def picture_batches(
-  batch_size: int, loader: Mapping[str, int], size: int = 256
+  batch_size: int, loader: Mapping[str, Any], size: int = 256
 ) -> Callable[[], Iterator[Any]]:
   """Begins the batches of a tokenizer's training on photographs; `loader` as `config.loader`."""
   source, share = Photographs(), order.Share(batch_size, **loader)
