@@ -6,16 +6,17 @@ r"""Encodes pictures to a latent store, which LightningDiT trains on, or checks 
 The pictures are those that the tokenizer was trained on (--source takes others, --held_out the ones
 that training left out). Each is stored as one posterior sample of itself and one of its mirror
 image; the noise is a function of seed and index. With --moments the posteriors themselves are
-stored, and training draws anew in each epoch. Shards are written whole, in the published layout; a
-run that was stopped goes on with the first missing one when started again. Several processes
-(launch/engine/processes.py) share the shards and need an output folder that all of them see.
+stored, and training draws anew in each epoch. Batches wait as files until one of the processes
+that share the work (launch/engine/processes.py) joins them to shards in the published layout, on a
+disk that all of them see or in a bucket. A run that was stopped goes on with what is missing when
+started again, with as many processes as there are then.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 from launch import restore
+from launch.encoded import Encoded
 from launch.engine import console, processes
 from launch.engine.configuration import check_begun
 from launch.engine.ownership import owned
@@ -38,9 +40,8 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import (
   check_free,
   check_outputs,
-  local_place,
+  place,
   read_note,
-  remove_partial,
   write_json,
 )
 from vavae_jax.common.keys import LAST_SEED
@@ -52,25 +53,13 @@ _NOTES = BEGUN, latents.STATISTICS, latents.MANIFEST
 DTYPES = ("float32", "bfloat16")
 
 
-class _Piece(NamedTuple):
-  """A batch's worth of one shard: which records, and whether they are its last."""
-
-  shard: int
-  ends: bool
-  indices: np.ndarray
-
-
 class _Batch(NamedTuple):
-  """The readable pictures of a piece, and names and messages of the others."""
+  """The pictures of a part, and names and messages of those that cannot be read, by their rows."""
 
-  piece: _Piece
+  part: range
   arrays: dict[str, np.ndarray]  # as `encoding.columns` takes them, filled up to the batch size
-  label: np.ndarray  # int64, of the readable pictures alone
-  skipped: dict[str, str]
-
-
-# What a shard stores of one batch: columns, labels and the names of skipped pictures.
-_Part = tuple[dict[str, np.ndarray], np.ndarray, list[str]]
+  label: np.ndarray  # int64 [len(part)]
+  skipped: dict[int, tuple[str, str]]
 
 
 def encode(
@@ -90,7 +79,7 @@ def encode(
   """Writes the latent store of a source, or what is missing of it.
 
   The settings are the command's flags; `batch_size` is of each device, so that a latent comes out
-  the same to the bit whatever their number, and `max_corrupt` of each process.
+  the same to the bit whatever their number.
 
   Raises:
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
@@ -119,58 +108,42 @@ def encode(
     "records": len(indices),
   }
   _claim(output, manifest)
-  count = -(-len(indices) // shard_size)
-  paths = [output / shards.shard_name(number, count) for number in range(count)]
-  mine = {
-    number: indices[number * shard_size : (number + 1) * shard_size]
-    for number in range(jax.process_index(), count, jax.process_count())
-  }
-  there = [shards.Shard(paths[number]) for number in mine if paths[number].exists()]
-  first = _NOTES if jax.process_index() == 0 else ()
-  for name in (*(paths[number].name for number in mine), *first):  # left by a run that was killed
-    remove_partial(output, name)
   devices = mesh.local_mesh()
   batch_size *= devices.size
-  pieces = _pieces({n: x for n, x in mine.items() if not paths[n].exists()}, batch_size)
-  missing = sum(len(piece.indices) for piece in pieces)
-  size = missing * _bytes_of_one(tokenizer.config, dtype, moments)
-  check_free(output, size, "for the latents; give another --output")
-  load = functools.partial(_load, pictures, data.image_size, batch_size)
-  pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
-  run = _encoder(tokenizer, devices, pure)
-  total = sum(map(len, mine.values()))
-  lost = sum(len(shard.note.skipped) for shard in there if shard.note)
-  _check_lost(lost, max_corrupt, output)
-  parts: list[_Part] = []
-  done = total - missing
-  with console.Bar("encode", total, done) as bar:
-    for batch, encoded in _one_late(_loaded(load, pieces, threads), run):
-      lost = _leave_out(batch.skipped, lost, max_corrupt)
-      columns = {k: x[: len(batch.label)] for k, x in jax.device_get(encoded).items()}
-      parts.append((columns, batch.label, list(batch.skipped)))
-      done += len(batch.piece.indices)
-      bar.update(done)
-      if batch.piece.ends:
-        _write(paths[batch.piece.shard], parts)
-        parts = []
-  processes.wait_for_all()
+  encoded = Encoded(output, len(indices), shard_size, batch_size)
+
+  def begin() -> int:
+    missing = encoded.missing()
+    # Each process may have a shard that it joins, and one is being made.
+    in_parts = min(missing, (jax.process_count() + 1) * shard_size)
+    size = (missing + in_parts) * _bytes_of_one(tokenizer.config, dtype, moments)
+    check_free(output, size, "for the latents and their parts; give another --output")
+    encoded.begin()
+    return encoded.lost()
 
   def finish() -> None:
-    processes.check_seen(paths)
-    latents.finish_store(output, manifest, seed, paths)
+    processes.check_seen(encoded.paths)
+    _check_lost(encoded.lost(), max_corrupt, output)
+    latents.finish_store(output, manifest, seed, encoded.paths)
+    encoded.finish()
 
+  lost = processes.first_does(begin)
+  _check_lost(lost, max_corrupt, output)
+  load = functools.partial(_load, pictures, data.image_size, batch_size, indices)
+  pure = functools.partial(encoding.columns, seed=seed, dtype=dtype, moments=moments)
+  run = _encoder(tokenizer, devices, pure)
+  mine, done = encoded.mine(), 0
+  with console.Bar("encode", sum(map(len, mine))) as bar:
+    for batch, found in _one_late(_loaded(load, mine, threads), run):
+      lost = _leave_out(batch.skipped.values(), lost, max_corrupt)
+      columns = {k: x[: len(batch.part)] for k, x in jax.device_get(found).items()}
+      names = {row: name for row, (name, _) in batch.skipped.items()}
+      encoded.add(batch.part, columns, batch.label, names)
+      bar.update(done := done + len(batch.part))
+  encoded.join()
   processes.first_does(finish)
   processes.check_seen([output / latents.MANIFEST])
   return latents.LatentStore(output)
-
-
-def _pieces(missing: dict[int, np.ndarray], batch_size: int) -> list[_Piece]:
-  """Shards' indices, by batches."""
-  return [
-    _Piece(number, start + batch_size >= len(shard), shard[start : start + batch_size])
-    for number, shard in missing.items()
-    for start in range(0, len(shard), batch_size)
-  ]
 
 
 def _bytes_of_one(config: FrozenConfigDict, dtype: str, moments: bool) -> int:
@@ -197,9 +170,9 @@ def _indices(
   return indices
 
 
-def _leave_out(skipped: dict[str, str], lost: int, allowed: int) -> int:
-  """Reports the unreadable pictures of a batch; returns how many there are by now."""
-  for name, message in skipped.items():
+def _leave_out(skipped: Iterable[tuple[str, str]], lost: int, allowed: int) -> int:
+  """Reports the unreadable pictures of a batch; returns how many this process knows by now."""
+  for name, message in skipped:
     lost += 1
     console.say(f"left out ({lost} of at most {allowed}): {message}")
     _check_lost(lost, allowed, name)
@@ -211,15 +184,6 @@ def _check_lost(lost: int, allowed: int, last: Any) -> None:
     raise InputError(
       f"{lost} pictures cannot be read, and --max_corrupt allows {allowed}; the last: {last}"
     )
-
-
-def _write(path: Path, parts: list[_Part]) -> None:
-  """Writes a whole shard."""
-  columns, labels, skipped = zip(*parts, strict=True)
-  whole = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
-  if bad := [name for name, x in whole.items() if not np.isfinite(x.astype(np.float32)).all()]:
-    raise InputError(f"{', '.join(bad)} for {path} are not finite; train the tokenizer anew.")
-  shards.write_shard(path, whole, np.concatenate(labels), [n for names in skipped for n in names])
 
 
 def _claim(output: Path, manifest: dict[str, Any]) -> None:
@@ -247,29 +211,30 @@ def _check_same(output: Path, begun: dict[str, Any], manifest: dict[str, Any]) -
 
 
 def _loaded(
-  load: Callable[[_Piece], _Batch], pieces: list[_Piece], threads: int
+  load: Callable[[range], _Batch], parts: Sequence[range], threads: int
 ) -> Iterator[_Batch]:
-  """The pieces in their order, each loaded ahead by a thread."""
+  """The parts in their order, each loaded ahead by a thread."""
   import grain  # which takes half a second
 
-  data = grain.MapDataset.range(len(pieces)).map(lambda i: load(pieces[int(i)]))
+  data = grain.MapDataset.range(len(parts)).map(lambda i: load(parts[int(i)]))
   yield from data.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
 
 
-def _load(pictures: sources.Source, side: int, batch_size: int, piece: _Piece) -> _Batch:
-  image = np.zeros((batch_size, side, side, 3), np.uint8)
-  index = np.zeros(batch_size, np.int32)
-  labels: list[int] = []
-  skipped: dict[str, str] = {}
-  for record in piece.indices.tolist():
+def _load(
+  pictures: sources.Source, side: int, batch_size: int, indices: np.ndarray, part: range
+) -> _Batch:
+  rows = -(-len(part) // batch_size) * batch_size
+  image, index = np.zeros((rows, side, side, 3), np.uint8), np.zeros(rows, np.int32)
+  label = np.zeros(len(part), np.int64)
+  skipped: dict[int, tuple[str, str]] = {}
+  for row, record in enumerate(indices[part.start : part.stop].tolist()):
     try:
-      picture, label = pictures.picture(record)
+      picture, label[row] = pictures.picture(record)
     except sources.Unreadable as error:
-      skipped[pictures.name(record)] = str(error)
+      skipped[row] = pictures.name(record), str(error)
       continue
-    image[len(labels)], index[len(labels)] = images.center_crop(picture, side), record
-    labels.append(label)
-  return _Batch(piece, {"image": image, "index": index}, np.array(labels, np.int64), skipped)
+    image[row], index[row] = images.center_crop(picture, side), record
+  return _Batch(part, {"image": image, "index": index}, label, skipped)
 
 
 def _one_late(
@@ -313,8 +278,8 @@ def main() -> None:
   names += ("moments", "max_corrupt", "threads")
   settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
   tokenizer = restore.load(folder.find(FLAGS.workdir), "tokenizer", FLAGS.step)
-  with owned(local_place(FLAGS.output)):
-    store = encode(tokenizer, local_place(FLAGS.output), **settings)
+  with owned(output := place(FLAGS.output)):
+    store = encode(tokenizer, output, **settings)
   height, width, channels = store.shape
   drift = np.abs(store.mean - store.manifest["exact_mean"]) / store.std
   console.table(

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from launch import restore
+from launch.encode import encode
 from launch.engine.parts import Parts
 from launch.evaluation import drawn, training
 from launch.evaluation.sample_files import read_samples
+from lightningdit_jax.store import fetching, latents
 from tests.conftest import CLOCK, ROOT, start_job
 from tests.fake_gcs import FakeGcs
 from tests.survive import ended
@@ -135,6 +137,32 @@ def test_samples_of_a_stopped_evaluation_are_in_the_bucket(gcs, workdir):
   assert [part.start for part in parts.there()] == [0, 2, 4]
   drawn.remove(parts.folder)
   assert list(gcs.objects) == ["run/samples.parts_of_a_neighbour"]
+
+
+def test_latents_are_made_in_a_bucket_and_read_there(gcs, workdir, tokenizer, tmp_path):
+  """As on a disk to the byte, by a run that goes on where another was stopped."""
+  settings = {"batch_size": 8, "shard_size": 20, "dtype": "bfloat16"}
+  output = workdir / "latents[1]"
+  encode(tokenizer, tmp_path / "here", **settings)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(latents, "finish_store", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      encode(tokenizer, output, **settings)
+  for name in [name for name in gcs.objects if "shard002" in name]:
+    del gcs.objects[name]
+  there = encode(tokenizer, output, **settings)
+  expected = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+  found = {name.removeprefix("run/latents[1]/"): x for name, (x, _) in gcs.objects.items()}
+  assert found == expected
+  here = latents.LatentStore(tmp_path / "here")
+  for index in (0, 41, 64):
+    np.testing.assert_array_equal(there[index]["latent"], here[index]["latent"])
+  copied = fetching.open_store(str(output), str(tmp_path / "cache"))
+  assert copied.sha256 == here.sha256 == there.sha256
+
+
+def _interrupt(*_):
+  raise KeyboardInterrupt
 
 
 def test_a_training_in_a_bucket_exports_its_model_there(gcs, workdir, tokenizer, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.encode import encode
+from launch.encoded import PARTS, Encoded
 from launch.evaluation import check_latents
 from lightningdit_jax.store import latents, shards
 from tests.conftest import ROOT
@@ -116,6 +117,33 @@ def test_a_shard_without_a_readable_picture_is_empty(tokenizer, pictures, tmp_pa
   )
   assert len(found) == 71
   check_latents.check(tmp_path / "store")
+
+
+@pytest.mark.parametrize("sizes", [(4, 7), (9, 2), (3, 25), (25,)])
+def test_parts_of_any_size_are_joined_to_the_same_shards(sizes, tmp_path):
+  """Some were left by a run with other batches; of two that overlap one counts."""
+  whole = np.arange(23 * 2 * 3 * 4, dtype=np.float32).reshape(23, 2, 3, 4)
+  unreadable = {3, 10, 19, 20, 21, 22}
+  for run, size in enumerate(sizes):
+    encoded = Encoded(tmp_path, 23, 10, size)
+    encoded.begin()
+    parts = encoded.mine()
+    for part in parts[:3] if run < len(sizes) - 1 else parts:
+      rows = slice(part.start, part.stop)
+      skipped = {i - part.start: f"{i}" for i in part if i in unreadable}
+      encoded.add(part, dict.fromkeys(shards.SAMPLES, whole[rows]), np.arange(23)[rows], skipped)
+  assert not encoded.mine()
+  encoded.join()
+  assert encoded.missing() == 0
+  assert encoded.lost() == 6
+  encoded.finish()
+  assert not (tmp_path / PARTS).exists()
+  opened = [shards.Shard(path) for path in encoded.paths]
+  kept = [i for i in range(23) if i not in unreadable]
+  assert np.concatenate([shard.labels for shard in opened]).tolist() == kept
+  assert [shard.note.skipped for shard in opened] == [["3"], ["10", "19"], ["20", "21", "22"]]
+  found = np.concatenate([shard.tensors["latents"] for shard in opened])
+  np.testing.assert_array_equal(found, whole[kept].transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("stray", ["lost", "foreign"])
@@ -259,10 +287,11 @@ def words(pipeline):
   ]
 
 
-def test_killed_at_random_moments_it_ends_the_same(words, command, environment, tmp_path):
+def test_killed_at_random_moments_it_ends_the_same(
+  words, tokenizer, command, environment, tmp_path
+):
   """KILLS sets how often; each takes a start of Python."""
-  done = command(*words, f"--output={tmp_path / 'undisturbed'}")
-  assert done.returncode == 0, done.stderr
+  encode(tokenizer, tmp_path / "undisturbed", batch_size=4, shard_size=4)
   rng = np.random.default_rng(0)
   disturbed = tmp_path / "disturbed"
   # In a cache of their own, since a kill may leave half an entry.

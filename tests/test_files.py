@@ -256,5 +256,5 @@ def test_a_path_begins_at_home_where_it_says_so(monkeypatch):
     open_source("folder:~/runs")
   assert place("~/runs") == local_file("~/runs") == local_place("~/runs") == Path("/home/me/runs")
   assert place("runs/~") == Path("runs/~")
-  with pytest.raises(InputError, match="only trainings, samples and evaluations"):
+  with pytest.raises(InputError, match="only trainings, latents, samples and evaluations"):
     local_place("gs://bucket/runs")

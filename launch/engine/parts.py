@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,27 +81,27 @@ class Parts:
     starts = range(0, self.total, self.size)
     return [range(start, min(start + self.size, self.total)) for start in starts]
 
-  def missing(self, begin: int = 0) -> list[range]:
-    """Those of them that have an item from `begin` on that is in no file."""
+  def missing(self, but: Iterable[range] = ()) -> list[range]:
+    """Those of them that have an item that is in no file, `but` some that are not needed."""
     done = bytearray(self.total)
-    for part in (range(begin), *self.there()):
+    for part in (*but, *self.there()):
       done[part.start : part.stop] = b"\1" * len(range(self.total)[part.start : part.stop])
     return [part for part in self.all if not all(done[part.start : part.stop])]
 
-  def mine(self, at_once: int = 1, begin: int = 0) -> list[list[range]]:
+  def mine(self, at_once: int = 1, but: Iterable[range] = ()) -> list[list[range]]:
     """This process's of what is `missing`, as `shared_out` gives it."""
-    return shared_out(lambda: self.missing(begin), at_once)
+    return shared_out(lambda: self.missing(but), at_once)
 
-  def check_complete(self) -> None:
-    """Returns when this process sees all that was written; for the first, when all have ended."""
-    processes.check_seen(map(self.path, self.missing()))
+  def check_complete(self, but: Iterable[range] = ()) -> None:
+    """Returns when this process sees all that was written, once all have ended."""
+    processes.check_seen(map(self.path, self.missing(but)))
 
-  def in_order(self, count: int) -> Iterator[tuple[Path, slice]]:
-    """The files that have the first `count` items, and which of the items of each to take."""
-    done = 0
+  def in_order(self, items: range) -> Iterator[tuple[Path, slice]]:
+    """The files that have these items, and which of the items of each to take."""
+    done = items.start
     for part in self.there():
-      if part.start <= done < min(part.stop, count):
-        yield self.path(part), slice(done - part.start, count - part.start)
+      if part.start <= done < min(part.stop, items.stop):
+        yield self.path(part), slice(done - part.start, min(part.stop, items.stop) - part.start)
         done = part.stop
 
 
@@ -133,7 +133,7 @@ def write_rows(path: Path, array: np.ndarray) -> None:
 
 def rows_of(parts: Parts, count: int) -> Iterator[np.ndarray]:
   """The first `count` rows in order, a part at a time; InputError for a damaged file."""
-  for path, some in parts.in_order(count):
+  for path, some in parts.in_order(range(count)):
     try:
       yield np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)[some]
     except (OSError, ValueError, EOFError) as error:

@@ -208,7 +208,7 @@ class _Blocks:
   def mine(self, at_once: int) -> list[list[range]]:
     """This process's of the blocks that are missing."""
     if self._in_files:
-      return self._parts.mine(at_once, self._done)
+      return self._parts.mine(at_once, [range(self._done)])
     return shared_out(lambda: self._parts.all, at_once)
 
   def add(self, part: range, tensors: dict[str, np.ndarray]) -> None:
@@ -225,7 +225,7 @@ class _Blocks:
     if self._in_files:
       processes.wait_for_all()
       if jax.process_index() == 0:
-        processes.check_seen(map(self._parts.path, self._parts.missing(self._done)))
+        self._parts.check_complete([range(self._done)])
         self._join()
       return self._found
     for each in processes.gather(

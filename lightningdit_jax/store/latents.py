@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from lightningdit_jax.store import shards
 from lightningdit_jax.store.shards import Shard
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, write_json, write_safetensors
+from vavae_jax.common.files import place, read_note, write_json, write_safetensors
 from vavae_jax.data import order
 from vavae_jax.weights.torch_files import read_torch_file
 
@@ -45,12 +45,14 @@ _NOISE = 3  # the record's random stream for noise; see order.py
 class LatentStore:
   """A folder of latent shards, read record by record; with statistics alone its length is 0.
 
+  In a bucket it can be read, too, but each record is fetched: `fetching` copies it for training.
+
   InputError if it has neither shards nor statistics, shards are damaged or disagree, or the
   statistics are missing.
   """
 
   def __init__(self, path: Path | str):
-    self.path = Path(path)
+    self.path = place(str(path))
     self._files = [str(file) for file in shard_files(self.path)]
     if not self._files and not any((self.path / name).is_file() for name in _STATISTICS_FILES):
       raise InputError(f"{path} holds no latent shards; make them with python -m launch.encode.")
@@ -180,7 +182,7 @@ class LatentStore:
     ours, published = self.path / STATISTICS, self.path / PUBLISHED_STATISTICS
     if ours.is_file():
       try:
-        stored: dict[str, Any] = load_file(ours)
+        stored: dict[str, Any] = load(ours.read_bytes())
       except (SafetensorError, OSError) as error:
         raise InputError(f"{ours} cannot be read ({error}); encode again.") from error
     elif published.is_file():
@@ -244,7 +246,7 @@ def shard_files(path: Path) -> list[Path]:
 def _open(path: str, process: int) -> Shard:
   """A shard, kept open in each process: opening one for each record is seven times slower."""
   del process
-  return Shard(Path(path))
+  return Shard(place(path))
 
 
 def normalise(latent: Any, mean: Any, std: Any, multiplier: float = 1.0) -> Any:
@@ -289,7 +291,7 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequenc
   opened = [Shard(file) for file in files]
   mean, std = channel_statistics(opened, seed)
   stored = {"mean": mean.reshape(1, -1, 1, 1), "std": std.reshape(1, -1, 1, 1)}
-  write_safetensors(Path(path) / STATISTICS, stored)
+  write_safetensors(path / STATISTICS, stored)
   notes = [shard.note for shard in opened if shard.note]
   exact = shards.merge(note.moments for note in notes)
   listed = {
@@ -304,7 +306,7 @@ def finish_store(path: Path, manifest: dict[str, Any], seed: int, files: Sequenc
     "exact_std": exact.std.tolist(),
     "shards": listed,
   }
-  write_json(Path(path) / MANIFEST, manifest | counts)
+  write_json(path / MANIFEST, manifest | counts)
 
 
 def channel_statistics(opened: Sequence[Shard], seed: int) -> tuple[np.ndarray, np.ndarray]:

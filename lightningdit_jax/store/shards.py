@@ -18,11 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import ml_dtypes
 import numpy as np
 
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import write_safetensors
+from vavae_jax.common.files import is_url, write_safetensors
 
 SAMPLES = ("latents", "latents_flip")
 POSTERIORS = ("mean", "std", "mean_flip", "std_flip")
@@ -93,15 +94,15 @@ class Note(NamedTuple):
 
 
 class Shard:
-  """A shard, mapped into memory; its arrays, `tensors` by name, cost nothing until they are read.
+  """A shard; its arrays, `tensors` by name, cost nothing until they are read: see `read`.
 
   `note` is None in shards that others wrote. InputError if the file is damaged or no such shard.
   """
 
   def __init__(self, path: Path):
-    self.path = Path(path)
+    self.path = path
     try:
-      self.tensors, metadata = _map(self.path)
+      self.tensors, metadata = read(path)
       self.note = _parse_note(metadata.get(_NOTE))
     except (OSError, *_DAMAGE) as error:
       raise InputError(
@@ -111,7 +112,7 @@ class Shard:
     wanted = {*(POSTERIORS if self.has_posteriors else SAMPLES), LABELS}
     if missing := sorted(wanted - self.tensors.keys()):
       raise InputError(f"The latent shard {path} lacks {missing}.")
-    self.labels = self.tensors[LABELS]
+    self.labels = np.asarray(self.tensors[LABELS][:])
     shapes = {self.tensors[name].shape for name in wanted - {LABELS}}
     kinds = {self.tensors[name].dtype for name in wanted - {LABELS}}
     if (
@@ -137,25 +138,80 @@ class Shard:
     return _moments(self.tensors)
 
 
-def _map(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """(arrays by name, metadata) of a safetensors file; ValueError if it is not complete."""
-  with path.open("rb") as file:
-    size = int.from_bytes(file.read(8), "little")
-    if not 0 < size <= min(_MAX_HEADER, path.stat().st_size - 8):
-      raise ValueError("its header is not whole")
-    header: dict[str, Any] = json.loads(file.read(size))
-    payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + size :]
+class _Object:
+  """The bytes of a file in a bucket, which are fetched when they are asked for."""
+
+  def __init__(self, path: Path):
+    self._system, self._name = fsspec.core.url_to_fs(str(path))
+    self._size = int(self._system.info(self._name)["size"])
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, some: slice) -> bytes:
+    return self._system.cat_file(self._name, *some.indices(self._size)[:2])
+
+  def pieces(self, starts: np.ndarray, size: int) -> list[bytes]:
+    """Those of `size` bytes that begin at `starts`, all at once."""
+    names, ends = [self._name] * len(starts), (starts + size).tolist()
+    return self._system.cat_ranges(names, starts.tolist(), ends, on_error="raise")
+
+
+class Rows:
+  """An array of a file in a bucket, whose rows are fetched when they are indexed."""
+
+  def __init__(self, file: _Object, begin: int, dtype: np.dtype, shape: tuple[int, ...]):
+    self._file, self._begin, self.dtype, self.shape = file, begin, dtype, shape
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    places = np.arange(len(self))[rows]
+    size = math.prod(self.shape[1:]) * self.dtype.itemsize
+    starts = self._begin + places.ravel() * size
+    if len(starts) and (np.diff(starts) == size).all():
+      found = self._file[int(starts[0]) : int(starts[-1]) + size]
+    else:
+      found = b"".join(self._file.pieces(starts, size))
+    return np.frombuffer(found, self.dtype).reshape(*places.shape, *self.shape[1:])
+
+
+def read(path: Path, *, whole: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+  """(arrays by name, metadata) of a safetensors file: mapped into memory or, in a bucket, `Rows`,
+  unless it is fetched `whole`.
+
+  ValueError if it is not complete.
+  """
+  lazily = is_url(path) and not whole
+  content: Any
+  if lazily:
+    content = _Object(path)
+  elif is_url(path):
+    content = memoryview(path.read_bytes())
+  else:
+    with path.open("rb") as file:
+      content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+  size = int.from_bytes(content[:8], "little")
+  if not 0 < size <= min(_MAX_HEADER, len(content) - 8):
+    raise ValueError("its header is not whole")
+  header: dict[str, Any] = json.loads(bytes(content[8 : 8 + size]))
   metadata = header.pop("__metadata__", {})
-  tensors = {}
+  tensors: dict[str, Any] = {}
   for name, entry in header.items():
     dtype = (DTYPES | _LABEL_DTYPES).get(entry["dtype"])
     begin, end = (int(x) for x in entry["data_offsets"])
     shape = tuple(int(x) for x in entry["shape"])
     if dtype is None or min(shape, default=0) < 0:
       raise ValueError(f"{name} is {entry['dtype']} of shape {shape}")
-    if not 0 <= begin <= end <= len(payload) or end - begin != math.prod(shape) * dtype.itemsize:
+    most = len(content) - 8 - size
+    if not 0 <= begin <= end <= most or end - begin != math.prod(shape) * dtype.itemsize:
       raise ValueError(f"{name} is not whole")
-    tensors[name] = np.frombuffer(payload[begin:end], dtype).reshape(shape)
+    begin, end = (8 + size + x for x in (begin, end))
+    if lazily:
+      tensors[name] = Rows(content, begin, dtype, shape)
+    else:
+      tensors[name] = np.frombuffer(content[begin:end], dtype).reshape(shape)
   return tensors, metadata
 
 

@@ -157,8 +157,8 @@ def local_place(text: str) -> Path:
   """The path of an output that a person named; InputError for a bucket, into which it cannot go."""
   if is_url(text):
     raise InputError(
-      f"{text}: only trainings, samples and evaluations are written to a bucket; give a "
-      "path of this machine."
+      f"{text}: only trainings, latents, samples and evaluations are written to a bucket; "
+      "give a path of this machine."
     )
   return Path(at_home(text))
 
