@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
 import configs.base
 import launch.sample
 from launch import restore
-from launch.engine import console, processes, subcommands
+from launch.engine import console, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
@@ -37,16 +34,15 @@ from launch.evaluation.pictures import (
   Sampled,
   open_pictures,
   own_pictures,
-  stored_statistics,
 )
-from launch.evaluation.reference import Reference, open_reference, statistics_of
+from launch.evaluation.reference import Reference, open_reference, store
 from launch.sample import given_settings
 from lightningdit_jax import checks, transport
 from vavae_jax import folder
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import atomic_file, check_outputs, place, remove_folder
+from vavae_jax.common.files import check_outputs, place
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
@@ -247,33 +243,12 @@ def _statistics() -> None:
   path = place(FLAGS.output)
   if path.suffix != ".npz":
     raise InputError(f"--output is {path}; give the name of a file that ends in .npz.")
-  progress = path.with_suffix(".progress")
-  check_outputs([path], [progress])
+  check_outputs([path], [path.with_suffix(".progress")])
   network = _network()
   pictures = open_pictures(FLAGS.reference, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
-  about = json.dumps({"network": network.about, "pictures": pictures.about})
-
-  def there() -> bool:
-    if not path.exists():
-      return False
-    if str(stored_statistics(FLAGS.output).get("about")) != about:
-      raise InputError(f"{path} holds something else; give --output the name of a new file.")
+  if not store(pictures, network, path):
     console.say(f"{path} has these statistics already")
-    return True
-
-  if processes.first_does(there):
     return
-  found = statistics_of(pictures, network, "reference", progress=progress)
-  if jax.process_index():
-    return
-  arrays: dict[str, Any] = {"about": np.array(about)}
-  for name, ending in (("pool", ""), ("spatial", "_s")):
-    if name in found.moments:
-      arrays[f"mu{ending}"] = found.moments[name].mean
-      arrays[f"sigma{ending}"] = found.moments[name].cov
-  with atomic_file(path) as file:
-    np.savez(file, **arrays)
-  remove_folder(progress)
   console.table(
     "Statistics",
     ("what", "value"),

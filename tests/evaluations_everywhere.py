@@ -9,12 +9,7 @@ into OUTPUT/FOLDER. The processes are forks of one, which imports all once.
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import signal
-import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
 from launch import cached_features, restore
 from launch.engine import processes
-from launch.evaluation import generation, reconstruction, solvers, space, statistics
+from launch.evaluation import generation, reconstruction, solvers, space, statistics, sweep
 from launch.evaluation.features import Network
 from launch.evaluation.figures import Options
+from launch.evaluation.frontier import frontier
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import Sampled, own_pictures
 from launch.evaluation.reference import reference_of
+from launch.evaluation.reference import store as store_statistics
 from lightningdit_jax.store.latents import LatentStore
+from tests import forked, killed
 from vavae_jax import frozen
 from vavae_jax.data import feature_cache
 
@@ -66,6 +65,25 @@ def evaluate(pipeline: Path, output: Path) -> None:
   store = LatentStore(pipeline / "latents")
   space.evaluate(store, Output(output / "latents", "latents"), runs=2, count=55)
   solvers.evaluate(diffusion, settings, GRID, Output(output / "solvers", "solvers"), count=20)
+  store_statistics(seen, network, output / "statistics.npz")
+  processes.wait_for_all()
+  word = f"tiny:{output / 'reconstruction.json'}:{output / 'generation.json'}"
+  frontier([word], Output(output / "frontier", "frontier"), "psnr", "fid")
+  sweep.sweep(
+    {"cfg_scale": [1.0, 1.5]},
+    lambda point: Sampled(
+      diffusion,
+      tokenizer,
+      FrozenConfigDict(settings.to_dict() | point),
+      count=20,
+      labels="balanced",
+      seed=1,
+    ),
+    reference,
+    network,
+    Output(output / "sweep", "sweep"),
+    options=Options(precision_recall=False),
+  )
   cache_features(tokenizer.config.data.source, output / "cache")
   processes.wait_for_all()
 
@@ -82,49 +100,19 @@ def cache_features(source: str, folder: Path) -> None:
   cached_features.make(configuration(**changes))
 
 
-def one(pipeline: Path, output: Path, pattern: str) -> None:
-  """What one process does."""
-
-  def watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "os.rename" and fnmatch.fnmatch(os.fsdecode(arguments[1]), pattern):
-      os.kill(os.getpid(), signal.SIGKILL)
-
-  if pattern:
-    sys.addaudithook(watch)
-  processes.start()
-  evaluate(pipeline, output)
-  processes.end(0, together=processes.several())
-
-
 def main() -> None:
   """The command."""
   pipeline, output = map(Path, sys.argv[1:3])
   for run in sys.argv[3].split(","):
     folder, number, *pattern = run.split(":")
     count = int(number)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-      address = f"127.0.0.1:{free.getsockname()[1]}"
-    children = []
-    for index in range(count):
-      children.append(os.fork())
-      if children[-1]:
-        continue
-      if count > 1:
-        os.environ.update(
-          JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=number, JAX_PROCESS_ID=str(index)
-        )
-      try:
-        one(pipeline, output / folder, pattern[0] if pattern and index == count - 1 else "")
-      except BaseException:
-        traceback.print_exc()
-      os._exit(1)
-    last = os.waitstatus_to_exitcode(os.waitpid(children.pop(), 0)[1])
-    if pattern:
-      for child in children:
-        os.kill(child, signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if {last, *codes} != ({-signal.SIGKILL} if pattern else {0}):
-      sys.exit(f"{run}: exit codes {[*codes, last]}")
+
+    def one(index: int) -> None:
+      if pattern and index == count - 1:  # noqa: B023 - forks have values of their own
+        killed.at(pattern[0])  # noqa: B023
+      evaluate(pipeline, output / folder)  # noqa: B023
+
+    forked.job(one, count, last_dies=bool(pattern))
     blocks = (output / folder).rglob("*_10.safetensors")
     left = sorted(path.parent.name for path in blocks if path.parent.name[0] != ".")
     print(f"left by {run}: {left}")

@@ -303,12 +303,12 @@ def test_samples_that_cannot_be_written_are_refused_at_once(name, diffusion, tok
   assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-def test_pictures_of_a_distance_are_missed_before_training(tokenizer):
-  assert _Distance(tokenizer, 2)
+def test_pictures_of_a_distance_are_missed_before_training(tokenizer, tmp_path):
+  assert _Distance(tokenizer, 2, tmp_path / "x.npz")
   data = tokenizer.config.data.to_dict() | {"source": "folder:no/such"}
   lost = FrozenConfigDict({"data": data})
   with pytest.raises(InputError, match="no/such does not exist"):
-    _Distance(dataclasses.replace(tokenizer, config=lost), 2)
+    _Distance(dataclasses.replace(tokenizer, config=lost), 2, tmp_path / "x.npz")
 
 
 def test_a_disk_that_fills_up_ends_with_the_command_that_resumes(monkeypatch, capsys):

@@ -10,12 +10,15 @@ import safetensors.numpy
 
 from launch.engine.evaluators import evaluate
 from launch.engine.parts import Parts
-from launch.evaluation import drawn
-from tests.evaluators_everywhere import HELD_OUT
+from launch.evaluation import drawn, reference
+from launch.evaluation.pictures import Array
+from tests.evaluators_everywhere import HELD_OUT, cells
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
 
-LAYOUTS = ("4:2:2",)  # tests/test_processes.py has two processes
+# Four processes in reverse, and two of two devices each, interleaved. Two of one each train in
+# tests/test_processes.py.
+LAYOUTS = ("4:2:2", "2:2:2")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,13 @@ def found(command, pipeline, tmp_path_factory):
   done = command("tests.evaluators_everywhere", pipeline, output, ",".join(["1:1:1", *LAYOUTS]))
   assert done.returncode == 0, done.stderr
   return {path.stem: dict(np.load(path)) for path in output.glob("*.npz")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_are_those_of_one_process_in_any_order_of_the_devices(found, layout):
+  names = ("tokenizer/image", "tokenizer/label", "diffusion/latent", "diffusion/label")
+  for name in names:
+    np.testing.assert_array_equal(found[layout][name], found["1:1:1"][name], name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,6 +105,26 @@ def test_samples_that_are_there_are_not_drawn_again(left, tmp_path):
   np.testing.assert_array_equal(shown, pictures[:3])
   drawn.remove(parts.folder)
   assert not parts.folder.exists()
+
+
+@pytest.mark.parametrize(("change", "computed"), [("", 1), ("picture", 2), ("damage", 2)])
+def test_the_real_pictures_of_a_distance_are_computed_once(change, computed, tmp_path, monkeypatch):
+  pictures = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+  calls, compute = [], reference.statistics_of
+
+  def statistics_of(*given):
+    calls.append(given)
+    return compute(*given)
+
+  monkeypatch.setattr(reference, "statistics_of", statistics_of)
+  path = tmp_path / "reference.npz"
+  first = reference.kept_gaussian(Array(pictures), cells(""), path)
+  pictures[3] += change == "picture"
+  if change == "damage":
+    path.write_bytes(path.read_bytes()[:-9])
+  again = reference.kept_gaussian(Array(pictures), cells(""), path)
+  assert len(calls) == computed
+  assert np.array_equal(first.mean, again.mean) == (change != "picture")
 
 
 def test_weights_are_named_by_their_bits():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
+import numpy as np
 import pytest
 
 from tests.conftest import start_job
@@ -50,8 +51,8 @@ def test_samples(shared, pipeline):
 
 def test_latents(shared, pipeline):
   words = ("launch.encode", f"--workdir={pipeline / 'tokenizer'}", "--batch_size=4")
-  one, pod, left = shared((*words, "--shard_size=10"), "x", "*_shard003.safetensors")
-  assert "latents_rank00_shard001.safetensors" in left
+  one, pod, left = shared((*words, "--shard_size=10"), "x", "*/parts/000000036_4.safetensors")
+  assert "000000028_4.safetensors" in left  # of the one that was killed, in two shards
   files = {path.name: path.read_bytes() for path in (one / "x").iterdir()}
   assert files == {path.name: path.read_bytes() for path in (pod / "x").iterdir()}
 
@@ -66,7 +67,9 @@ def evaluations(command, pipeline, tmp_path_factory):
   return output, done.stdout
 
 
-@pytest.mark.parametrize("kind", ["generation", "reconstruction", "latents", "solvers"])
+@pytest.mark.parametrize(
+  "kind", ["generation", "reconstruction", "latents", "solvers", "frontier", "sweep"]
+)
 def test_evaluations(evaluations, kind):
   output, printed = evaluations
   assert "left by pod:2:*/samples/000000010_10.*: ['reference', " in printed
@@ -74,8 +77,16 @@ def test_evaluations(evaluations, kind):
   for found in (one, pod):
     del found["run"]
     for point in found.get("points", ()):
-      del point["seconds"]
+      point.pop("seconds", None)
   assert one == pod
+
+
+def test_statistics(evaluations):
+  output, _ = evaluations
+  one, pod = (np.load(output / run / "statistics.npz") for run in ("one", "pod"))
+  assert set(one) == set(pod) == {"about", "mu", "sigma", "mu_s", "sigma_s"}
+  for name in one:
+    np.testing.assert_array_equal(one[name], pod[name])
 
 
 def test_features(evaluations):

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.engine import console, processes
 from launch.evaluation.features import Network
 from launch.evaluation.pictures import PictureSet, has_pictures, open_pictures, stored_statistics
 from launch.evaluation.statistics import Part, Statistics, compute
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import atomic_file, remove_folder
 from vavae_jax.metrics.distribution import Gaussian
 
 MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on the host
@@ -95,6 +97,71 @@ def gaussian_of(statistics: Statistics, name: str = "pool") -> Gaussian:
     return Gaussian(moments.mean, moments.cov)
   except ValueError as error:
     raise InputError(f"The features {name} have no Gaussian: {error}") from error
+
+
+def store(pictures: PictureSet, network: Network, path: Path) -> bool:
+  """Writes an npz of pictures' statistics, which `open_reference` reads; by all processes together.
+
+  False if it is there already; InputError if `path` holds something else.
+  """
+  about = _about_of(pictures, network)
+
+  def there() -> bool:
+    if not path.exists():
+      return False
+    if str(stored_statistics(str(path)).get("about")) != about:
+      raise InputError(f"{path} holds something else; give --output the name of a new file.")
+    return True
+
+  if processes.first_does(there):
+    return False
+  progress = path.with_suffix(".progress")
+  found = statistics_of(pictures, network, "reference", progress=progress)
+  if not jax.process_index():
+    _write(found, about, path)
+    remove_folder(progress)
+  return True
+
+
+def kept_gaussian(pictures: PictureSet, network: Network, path: Path) -> Gaussian | None:
+  """The Gaussian of pictures' features "pool", in the first process; in the others None.
+
+  It is computed where the npz `path`, which the first process alone needs to see, has not the same
+  pictures and network.
+  """
+  about = _about_of(pictures, network)
+
+  def there() -> bool:
+    try:
+      return str(stored_statistics(str(path)).get("about")) == about
+    except InputError as error:
+      console.say(f"{error} It is made again.")
+      return False
+
+  if not processes.first_does(there):
+    found = statistics_of(pictures, network, "reference")
+    if not jax.process_index():
+      gaussian_of(found)  # which may be impossible
+      _write(found, about, path)
+  if jax.process_index():
+    return None
+  stored = stored_statistics(str(path))
+  return Gaussian(stored["mu"], stored["sigma"])
+
+
+def _about_of(pictures: PictureSet, network: Network) -> str:
+  """What statistics depend on, as an npz of them notes it."""
+  return json.dumps({"network": network.about, "pictures": pictures.about})
+
+
+def _write(found: Statistics, about: str, path: Path) -> None:
+  arrays: dict[str, Any] = {"about": np.array(about)}
+  for name, ending in (("pool", ""), ("spatial", "_s")):
+    if name in found.moments:
+      arrays[f"mu{ending}"] = found.moments[name].mean
+      arrays[f"sigma{ending}"] = found.moments[name].cov
+  with atomic_file(path) as file:
+    np.savez(file, **arrays)
 
 
 def check_sizes(pictures: PictureSet, size: int, network: Network) -> None:

@@ -25,7 +25,7 @@ from launch.engine.writers import read_metrics
 from launch.evaluation import drawn
 from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.pictures import own_pictures
-from launch.evaluation.reference import compiled, gaussian_of, statistics_of
+from launch.evaluation.reference import compiled, kept_gaussian
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part
 from launch.sample import Sampler, make_sampler
@@ -43,6 +43,7 @@ from vavae_jax.tokenizer import Tokenizer
 
 PICTURE_SAMPLES = 36
 REFERENCE_PICTURES = 10_000
+REFERENCE = "reference.npz"  # in the workdir
 FEATURES_AT_ONCE = 50  # pictures on each device
 
 
@@ -68,7 +69,9 @@ def samples(config: FrozenConfigDict, store: LatentStore, workdir: Path) -> dict
   sampler = make_sampler(
     config, space.Space.of(store), tokenizer.on(devices), settings, seed=0, devices=devices
   )
-  distance = _Distance(tokenizer, config.evaluate_samples) if config.evaluate_samples else None
+  distance = None
+  if config.evaluate_samples:
+    distance = _Distance(tokenizer, config.evaluate_samples, workdir / REFERENCE)
   about = [total, settings.to_dict(), tokenizer.sha256, distance and distance.network.about]
 
   def show(state: Any) -> Iterator[Results | None]:
@@ -154,17 +157,17 @@ class _Distance:
   Few samples bias it upwards, so it compares only with sets of the same size.
   """
 
-  def __init__(self, tokenizer: restore.Trained, count: int):
+  def __init__(self, tokenizer: restore.Trained, count: int, path: Path):
+    """The statistics of the pictures, which one start computes, stay in the file `path`."""
     # What is not there is missed now, not at the first evaluation.
     self.network = load_network(EFFICIENTNET)
     self._real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
-    self._count = count
+    self._count, self._path = count, path
 
   @functools.cached_property
   def _reference(self) -> Gaussian | None:
     """In the first process."""
-    found = statistics_of(self._real, self.network, "reference")
-    return None if jax.process_index() else gaussian_of(found)
+    return kept_gaussian(self._real, self.network, self._path)
 
   @functools.cached_property
   def _run(self) -> Callable[[np.ndarray], Iterator[Part]]:
