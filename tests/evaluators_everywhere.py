@@ -5,8 +5,8 @@
 A layout is PROCESSES:DATA:FSDP, such as 2:1:2; a process has DATA x FSDP / PROCESSES devices, of
 which no two are neighbours in the mesh. The models are those of the tiny pipeline, with weights of
 noise. The first process of each layout writes OUTPUT/LAYOUT.npz with all that they return, by
-EVALUATOR/NAME, and with a batch of each training. The processes are forks of one, which imports all
-once.
+EVALUATOR/NAME, and with the first batch of each training; with that alone where the layout ends in
+":batches". The processes are forks of one, which imports all once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import restore, tasks
+from launch.engine import processes
 from launch.engine.step import jit_init
 from launch.evaluation import training
 from launch.evaluation.features import Network
 from tests import forked
 from vavae_jax.common import mesh
+from vavae_jax.common.batches import in_shares
 from vavae_jax.common.optimizer import averaged
-from vavae_jax.common.sharding import whole
+from vavae_jax.common.sharding import pin_batch, whole
 
 HELD_OUT, SAMPLES = 11, 41  # which no number of devices divides
 
@@ -76,6 +78,7 @@ def first_batch(config: FrozenConfigDict, devices: jax.sharding.Mesh) -> dict[st
   """What a training begins with, as all devices together have it."""
   rows = mesh.own_rows(config.batch_size, devices)
   batch = next(iter(tasks.of(config).train_data(config, rows, 0)))
+  processes.wait_for_all()  # the first collective operation allows 30 seconds
   found = jax.jit(functools.partial(jax.tree.map, whole))(mesh.to_global(batch, devices))
   return {f"{config.task}/{name}": mesh.to_host(x) for name, x in found.items()}
 
@@ -89,7 +92,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     evaluators |= training.samples(frozen, restore.check_latents(frozen), workdir)
   with jax.set_mesh(devices):
     state, results = state_of(frozen, devices), {}
-    results |= first_batch(frozen, devices)
     for name, (_, run) in evaluators.items():
       told = run(state)
       for some in [told] if isinstance(told, dict) else told:
@@ -109,7 +111,18 @@ def interleave() -> None:
   jax.make_mesh = made
 
 
-def one(pipeline: Path, output: Path, data: int, fsdp: int, _: int) -> None:
+def in_turns(devices: jax.sharding.Mesh) -> np.ndarray:
+  """Seven numbers, doubled a few at a time by all devices together."""
+  double = jax.jit(lambda x: pin_batch(2 * x))
+  found = [
+    x for pair in in_shares(double, lambda rows: np.float32(rows), 7, 2, devices) for x in pair
+  ]
+  own = {"rows": np.concatenate(found[::2]), "twice": np.concatenate(found[1::2])}
+  rows, twice = zip(*((x["rows"], x["twice"]) for x in processes.gather(own)), strict=True)
+  return np.concatenate(twice)[np.argsort(np.concatenate(rows))]
+
+
+def one(pipeline: Path, output: Path, data: int, fsdp: int, kind: str, _: int) -> None:
   """What one process does."""
   interleave()
   mesh.MIN_SHARDED_SIZE = 2**11  # so that the arrays of tiny models are sharded too
@@ -117,7 +130,11 @@ def one(pipeline: Path, output: Path, data: int, fsdp: int, _: int) -> None:
   found: dict[str, Any] = {}
   for config in configurations(pipeline):
     config.mesh.update(data=data, fsdp=fsdp)
-    found |= evaluate(config, output.with_suffix(""))
+    resolved, devices = tasks.resolve(config), mesh.make_mesh(data, fsdp)
+    with jax.set_mesh(devices):
+      found |= first_batch(resolved, devices) | {"twice": in_turns(devices)}
+    if kind != "batches":
+      found |= evaluate(config, output.with_suffix(""))
   if not jax.process_index():
     np.savez(output, **found)
 
@@ -126,10 +143,11 @@ def main() -> None:
   """The command."""
   pipeline, output, layouts = *map(Path, sys.argv[1:3]), sys.argv[3].split(",")
   for layout in layouts:
-    count, data, fsdp = map(int, layout.split(":"))
+    *numbers, kind = [*layout.split(":"), ""][:4]
+    count, data, fsdp = map(int, numbers)
     jax.config.update("jax_num_cpu_devices", data * fsdp // count)
     file = output / f"{layout}.npz"
-    forked.job(functools.partial(one, pipeline, file, data, fsdp), count)
+    forked.job(functools.partial(one, pipeline, file, data, fsdp, kind), count)
 
 
 if __name__ == "__main__":

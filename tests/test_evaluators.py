@@ -16,25 +16,26 @@ from tests.evaluators_everywhere import HELD_OUT, cells
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
 
-# Four processes in reverse, and two of two devices each, interleaved. Two of one each train in
-# tests/test_processes.py.
-LAYOUTS = ("4:2:2", "2:2:2")
+LAYOUTS = ("4:2:2",)  # tests/test_processes.py has two processes
+# Those four are in reverse; the two of two devices each are interleaved.
+ORDERS = (*LAYOUTS, "2:2:2:batches")
 
 
 @pytest.fixture(scope="module")
 def found(command, pipeline, tmp_path_factory):
   """By layout: all that the evaluators gave."""
   output = tmp_path_factory.mktemp("evaluators")
-  done = command("tests.evaluators_everywhere", pipeline, output, ",".join(["1:1:1", *LAYOUTS]))
+  done = command("tests.evaluators_everywhere", pipeline, output, ",".join(["1:1:1", *ORDERS]))
   assert done.returncode == 0, done.stderr
   return {path.stem: dict(np.load(path)) for path in output.glob("*.npz")}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ORDERS)
 def test_batches_are_those_of_one_process_in_any_order_of_the_devices(found, layout):
-  names = ("tokenizer/image", "tokenizer/label", "diffusion/latent", "diffusion/label")
+  names = ("tokenizer/image", "tokenizer/label", "diffusion/latent", "diffusion/label", "twice")
   for name in names:
     np.testing.assert_array_equal(found[layout][name], found["1:1:1"][name], name)
+  np.testing.assert_array_equal(found[layout]["twice"], 2 * np.arange(7))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
