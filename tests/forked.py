@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def run(words: Sequence[str]) -> int:
@@ -66,12 +67,30 @@ def _be(index: int, count: int, address: str, act: Callable[[int], None]) -> Non
       JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(index)
     )
   try:
+    _share_compiled()
     processes.start()
     act(index)
     processes.end(0, together=processes.several())
   except BaseException:
     traceback.print_exc()
   os._exit(1)
+
+
+def _share_compiled() -> None:
+  """Lets all processes of all jobs find in the cache what a first one has compiled.
+
+  By jax's own names they would not, since these tell devices of a process, too.
+  """
+  from jax._src import cache_key
+
+  options_of = cache_key._hash_serialized_compile_options
+
+  def options_without_devices(digest: Any, options: Any, strip_device_assignment: bool) -> None:
+    del strip_device_assignment
+    options_of(digest, options, strip_device_assignment=True)
+
+  cache_key._hash_serialized_compile_options = options_without_devices
+  cache_key._hash_accelerator_config = lambda *_: None
 
 
 def _code(child: int) -> int:
