@@ -27,11 +27,11 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 from launch import restore
-from launch.encoded import Encoded
 from launch.engine import console, processes
 from launch.engine.configuration import check_begun
 from launch.engine.ownership import owned
 from launch.evaluation import check_latents
+from launch.evaluation.encoded_files import Encoded
 from lightningdit_jax import encoding
 from lightningdit_jax.store import fetching, latents, shards
 from vavae_jax import folder

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.encode import encode
-from launch.encoded import PARTS, Encoded
 from launch.evaluation import check_latents
+from launch.evaluation.encoded_files import PARTS, Encoded
 from lightningdit_jax.store import latents, shards
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
