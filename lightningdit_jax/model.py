@@ -129,10 +129,7 @@ class Options:
     is_ours=True,
   )
   reduce_dtype: str = field(
-    "compute",
-    ("compute", "float32"),
-    'Of the sums of matrices\' gradients over devices: "compute", as products, or "float32".',
-    is_ours=True,
+    "compute", ("compute", "float32"), "Of matrices' gradients that devices add up.", is_ours=True
   )
   scan_unroll: int = field(
     1,

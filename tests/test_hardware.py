@@ -102,5 +102,6 @@ def test_accelerators_get_flags_and_a_cache_of_programs(monkeypatch, device, fla
 def test_a_training_step_may_use_more_vmem_unless_libtpu_is_told(monkeypatch, kind, given, kib):
   monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
   place = SimpleNamespace(device_set=[SimpleNamespace(device_kind=kind)])
-  options = hardware.compiler_options({"state": place})
+  options = hardware.compiler_options({"state": place}, "diffusion")
   assert options == ({hardware.VMEM_OPTION: kib} if kib else {})
+  assert not hardware.compiler_options({"state": place}, "tokenizer")

@@ -95,9 +95,10 @@ VMEM_OPTION = "xla_tpu_scoped_vmem_limit_kib"
 VMEM: dict[str, float] = {"TPU v5": 65536, "TPU v5 lite": 0, "TPU v6 lite": 65536}
 
 
-def compiler_options(shardings: Any) -> dict[str, str]:
+def compiler_options(shardings: Any, task: str | None) -> dict[str, str]:
   """Options for the compiler of a training step whose state lies as a tree of shardings says."""
-  for sharding in jax.tree.leaves(shardings)[:1]:
+  # They have been compared for LightningDiT alone.
+  for sharding in jax.tree.leaves(shardings)[:1] if task == "diffusion" else ():
     device = next(iter(sharding.device_set))
     kib = _of_kind(VMEM, device.device_kind)
     if kib and VMEM_OPTION not in os.environ.get("LIBTPU_INIT_ARGS", ""):

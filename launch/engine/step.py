@@ -82,14 +82,12 @@ def jit_init(init: Callable[[jax.Array], Any], shardings: Any = None) -> Callabl
 
 def jit_step(train_step: TrainStep, config: FrozenConfigDict, shardings: Any) -> Any:
   """The step jitted, with the arguments of `Step` and the state's memory donated."""
-  # The options have been compared for LightningDiT alone.
-  chosen = hardware.compiler_options(shardings) if config.get("task") == "diffusion" else None
   return jax.jit(
     functools.partial(_guarded, train_step, config),
     static_argnums=0,
     donate_argnums=1,
     out_shardings=(shardings, None),
-    compiler_options=chosen,
+    compiler_options=hardware.compiler_options(shardings, config.get("task")),
   )
 
 
@@ -99,12 +97,10 @@ def _guarded(
   """The task's step, whose metric "finite" says whether all metrics and the new state are; with
   "skip", one where they are not leaves all but the count.
 
-  All of both: a finite loss can have gradients that are not, and finite gradients an update that is
-  not. XLA checks each array where it writes it.
+  All of both: finite losses can have gradients that are not, and those have such updates.
   """
   new, metrics = train_step(config, phase, state, *more)
-  flags = functional.finite_state(new), functional.finite(metrics)
-  finite = jnp.stack(jax.tree.leaves(flags)).all()
+  finite = functional.all_finite(new, metrics)
   if config.non_finite == "skip":
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     new = dataclasses.replace(kept, step=new.step)

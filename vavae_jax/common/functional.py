@@ -62,6 +62,11 @@ def finite(tree: Any) -> Any:
   return jax.tree.map(lambda x: jnp.isfinite(x).all(), floats)
 
 
+def all_finite(state: Any, metrics: Any) -> jax.Array:
+  """Whether all numbers of a training's state and metrics are; XLA checks where it writes them."""
+  return jnp.stack(jax.tree.leaves((finite_state(state), finite(metrics)))).all()
+
+
 def finite_state(state: Any) -> Any:
   """Flags, bool [], that together say whether all numbers of a training's state are finite.
 
