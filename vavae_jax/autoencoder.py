@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -26,8 +26,9 @@ from flax import nnx
 from vavae_jax.common import keys
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import field
-from vavae_jax.common.sharding import pin_batch
+from vavae_jax.common.sharding import pin_batch, platform
 from vavae_jax.data.images import to_uint8
+from vavae_jax.normalization import normalized
 
 # Name -> arguments, beside the defaults. "fN" is the factor between image and latent, "dN" the
 # latent's channels. The three without a prefix are the paper's.
@@ -130,8 +131,8 @@ class ResnetBlock(nnx.Module):
     self.nin_shortcut = None if same else layers.conv(in_channels, out_channels, 1)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = self.conv1(nnx.swish(self.norm1(x)))
-    y = self.conv2(nnx.swish(self.norm2(y)))
+    y = self.conv1(normalized(self.norm1, x, swish=True))
+    y = self.conv2(normalized(self.norm2, y, swish=True))
     shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
     return pin_batch(shortcut + y)
 
@@ -144,7 +145,7 @@ class AttnBlock(nnx.Module):
     self.q, self.k, self.v, self.proj_out = (layers.conv(channels, channels, 1) for _ in range(4))
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
-    y_BhwD = self.norm(x_BhwD)
+    y_BhwD = normalized(self.norm, x_BhwD)
     q_BNKE, k_BNKE, v_BNKE = (
       rearrange(project(y_BhwD), "B h w D -> B (h w) 1 D") for project in (self.q, self.k, self.v)
     )
@@ -169,7 +170,28 @@ class Upsample(nnx.Module):
     self.conv = layers.conv(channels, channels)
 
   def __call__(self, x_BhwD: jax.Array) -> jax.Array:
+    if platform() == "tpu":
+      return self._in_place(x_BhwD)
     return self.conv(repeat(x_BhwD, "B h w D -> B (h p) (w q) D", p=2, q=2))
+
+  def _in_place(self, x_BhwD: jax.Array) -> jax.Array:
+    """The same without the larger array, which TPUs are slow to write: each of its 2 x 2 positions
+    sees 2 x 2 of the input, through sums of the kernel's rows and columns.
+    """
+    wide = jnp.asarray(self.conv.kernel[...])  # [3, 3, in, out]
+    for axis in (0, 1):
+      before, behind = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((1, 0), (0, 1)))
+      wide = jnp.pad(wide, before) + jnp.pad(wide, behind)
+    dtype = self.conv.dtype
+    y_BhwD = jax.lax.conv_general_dilated(
+      x_BhwD.astype(dtype),
+      wide.astype(dtype),
+      window_strides=(1, 1),
+      padding=((2, 2), (2, 2)),
+      lhs_dilation=(2, 2),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y_BhwD + jnp.asarray(cast(nnx.Param, self.conv.bias)[...], dtype)
 
 
 def run(block: ResnetBlock | AttnBlock, x: jax.Array, use_checkpoint: bool) -> jax.Array:
@@ -260,7 +282,7 @@ class Encoder(nnx.Module):
     x = self.conv_in(image_BHWC)
     for level in self.down:
       x = level(x)
-    return nnx.swish(self.norm_out(self.mid(x)))
+    return normalized(self.norm_out, self.mid(x), swish=True)
 
 
 class Decoder(nnx.Module):
@@ -291,7 +313,7 @@ class Decoder(nnx.Module):
     x = self.mid(self.conv_in(z_BhwZ))
     for level in reversed(self.up):
       x = level(x)
-    return nnx.swish(self.norm_out(x))
+    return normalized(self.norm_out, x, swish=True)
 
 
 def fold(image_BHWC: jax.Array, size: int) -> jax.Array:
