@@ -16,6 +16,7 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax import losses, teachers
 from vavae_jax.autoencoder import downsampling
+from vavae_jax.common.sharding import platform
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite
@@ -115,7 +116,23 @@ def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
 
 def load(config: FrozenConfigDict) -> dict[str, Any]:
   """The weights of the networks, by name, as a pytree of host arrays."""
-  return {name: nnx.to_pure_dict(nnx.state(network)) for name, network in _networks(config).items()}
+  networks = _networks(config).items()
+  return as_multiplied({name: nnx.to_pure_dict(nnx.state(x)) for name, x in networks}, platform())
+
+
+def as_multiplied(weights: dict[str, Any], on_platform: str) -> dict[str, Any]:
+  """The weights, on TPUs the teacher's matrices in bfloat16: to that they are rounded there in any
+  case, unless jax is configured otherwise, and each step would do it anew for all of them.
+  """
+  chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  if on_platform != "tpu" or chosen is not None:
+    return weights
+
+  def rounded(path: Any, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if path[-1] == jax.tree_util.DictKey("kernel") else x
+
+  round_all = functools.partial(jax.tree_util.tree_map_with_path, rounded)
+  return {name: round_all(x) if name == "teacher" else x for name, x in weights.items()}
 
 
 def merge(config: FrozenConfigDict, weights: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def _train(config: FrozenConfigDict, devices: Mesh) -> Program:
   state = jax.eval_shape(functools.partial(task.init_state, config), jax.random.key(0))
   shardings = mesh.parameter_shardings(state, devices)
   state = jax.tree.map(_sharded, state, shardings)
+  on_platform = devices.devices.flat[0].platform
+  weights = jax.eval_shape(lambda x: frozen.as_multiplied(x, on_platform), weights)
   weights = everywhere(weights, devices)
   batch = _batch(config, config.batch_size, devices)
   key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), devices)
