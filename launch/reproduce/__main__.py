@@ -6,9 +6,9 @@ r"""Makes a published number, and checks before that whatever could keep it from
   python -m launch.reproduce fid2.11 --workdir=runs/own --train --pictures=folder:IMAGENET
 
 Without a name it lists the numbers, and what each needs that is not here. With a name it finds all
-that the number depends on (weights of the hub are fetched), compares hashes, configurations and
-contents, and shows in one table what is there and what is wrong; what is missing is named, with
-where it is published and which flag takes it. --check ends here. Then come the stages: samples and
+that the number depends on (weights of the hub are fetched) and names what is missing, with where it
+is published and which flag takes it; it compares hashes, configurations and contents, and says of
+each what it found and whether that is right. --check ends here. Then come the stages: samples and
 FID, or with --train latents, training, samples and FID; of a tokenizer rFID, or training and rFID.
 Stopped at any point, the same command goes on. In the end the figures stand beside the published
 ones, and in WORKDIR/reproduce.json with hashes, settings, versions, devices and seeds, to attach to
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from launch.reproduce import estimates, stages
 from launch.reproduce.checks import check
 from launch.reproduce.needs import Given, needs
 from launch.reproduce.records import RECORDS, Record
-from vavae_jax import folder
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import local_place, read_note, write_json
 from vavae_jax.common.keys import LAST_SEED
@@ -82,7 +82,7 @@ def reproduce(
   config = checked.config.to_dict() if checked.config else None
   about = {"record": dataclasses.asdict(record), "config": config, "checks": checked.rows}
   result = {**note, "figures": pairs, "allowed": given.allow, **about, **more}
-  write_json(workdir / RESULT, stages.plain(result | {"run": circumstances()}))
+  write_json(workdir / RESULT, result | {"run": circumstances()})
   return figures
 
 
@@ -141,27 +141,17 @@ def main(*words: str) -> None:
 
 
 FLAGS = flags.FLAGS
+_DEFINE: dict[str, Any] = {  # by the type of a field of `Given`
+  "str": flags.DEFINE_string,
+  "bool": flags.DEFINE_boolean,
+  "int": functools.partial(flags.DEFINE_integer, lower_bound=0, upper_bound=LAST_SEED),
+  "tuple[str, ...]": flags.DEFINE_multi_string,
+}
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "Folder for everything; runs/NAME if not given.")
-  either = "or a file of weights, also hf:OWNER/NAME/FILE; the published file if not given."
-  flags.DEFINE_string("tokenizer", "", f"The tokenizer: {folder.TAKEN}, {either}")
-  flags.DEFINE_string("diffusion", "", f"The diffusion model: {folder.TAKEN}, {either}")
-  text = "Latents to train on, or without --train their statistics: a folder or latents_stats.pt."
-  flags.DEFINE_string("latents", "", text)
-  flags.DEFINE_string("reference", "", "FID's reference, ADM's npz.")
-  flags.DEFINE_string("inception", "", "FID's Inception, as pytorch-fid publishes it.")
-  flags.DEFINE_string("pictures", "", "ImageNet's training pictures, any source of docs/data.md.")
-  flags.DEFINE_string("validation", "", "ImageNet's validation pictures, for rFID.")
-  flags.DEFINE_string("teacher", "", "The teacher's file, to train a tokenizer.")
-  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16, as config.perceptual.vgg.")
-  flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, as config.perceptual.heads.")
-  flags.DEFINE_boolean("train", False, "Train the model, whatever weights are published.")
-  flags.DEFINE_integer(
-    "seed", 0, "Of training, noise and labels.", lower_bound=0, upper_bound=LAST_SEED
-  )
-  flags.DEFINE_multi_string("set", [], "KEY=VALUE of a recipe's key that changes no number.")
-  flags.DEFINE_multi_string("allow", [], "A cause of docs/reproduce.md to go on in spite of.")
+  for field in dataclasses.fields(Given):
+    _DEFINE[str(field.type)](field.name, field.default, field.metadata["text"])
   flags.DEFINE_boolean("check", False, "Only check, and show the estimates.")
   flags.DEFINE_boolean("plan", True, "Estimate time and memory by launch.lab.plan, once.")
   flags.DEFINE_string("topology", "", "Estimate for these devices, such as v6e:4x4 or h200:8.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 
@@ -19,24 +19,32 @@ from vavae_jax.metrics import inception
 from vavae_jax.weights.state_dicts import SUFFIXES
 
 
+def _flag(text: str, default: Any = "") -> Any:
+  """A field of `Given`, and its flag."""
+  return dataclasses.field(default=default, metadata={"text": text})
+
+
+_EITHER = f"{folder.TAKEN}, or a file of weights, also hf:OWNER/NAME/FILE; the published one if not"
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
   """What a person gave, by the flags of the command; "" where nothing."""
 
-  tokenizer: str = ""
-  diffusion: str = ""
-  latents: str = ""
-  reference: str = ""
-  inception: str = ""
-  pictures: str = ""
-  validation: str = ""
-  teacher: str = ""
-  lpips_vgg: str = ""
-  lpips_heads: str = ""
-  train: bool = False
-  seed: int = 0
-  set: tuple[str, ...] = ()  # KEY=VALUE, of `checks.CHOICES`
-  allow: tuple[str, ...] = ()  # of `checked.CAUSES`
+  tokenizer: str = _flag(f"The tokenizer: {_EITHER} given.")
+  diffusion: str = _flag(f"The diffusion model: {_EITHER} given.")
+  latents: str = _flag("Latents to train on; without --train their statistics, or a file of these.")
+  reference: str = _flag("FID's reference, ADM's npz.")
+  inception: str = _flag("FID's Inception, as pytorch-fid publishes it.")
+  pictures: str = _flag("ImageNet's training pictures, any source of docs/data.md.")
+  validation: str = _flag("ImageNet's validation pictures, for rFID.")
+  teacher: str = _flag("The teacher's file, to train a tokenizer.")
+  lpips_vgg: str = _flag("LPIPS' VGG16, config.perceptual.vgg if not given.")
+  lpips_heads: str = _flag("LPIPS' heads, config.perceptual.heads if not given.")
+  train: bool = _flag("Train the model, whatever weights are published.", False)
+  seed: int = _flag("Of training, noise and labels.", 0)
+  set: tuple[str, ...] = _flag("KEY=VALUE of a key that changes no number.", ())
+  allow: tuple[str, ...] = _flag("A cause of docs/reproduce.md to go on in spite of.", ())
 
 
 class Need(NamedTuple):
@@ -86,7 +94,7 @@ def needs(record: Record, given: Given) -> dict[str, Need]:
     pictures(record.pictures, "pictures")
   if record.recipe and not given.train:
     need("the model's weights", "diffusion", record.weights)
-    if not Path(given.diffusion or "-").is_dir():  # which knows them
+    if not given.diffusion or given.diffusion.endswith(SUFFIXES):  # others know them
       need("statistics of the latents", "latents", record.statistics)
   return found
 

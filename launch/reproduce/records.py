@@ -9,7 +9,6 @@ what is computed is shown. Sources: arXiv 2501.01423, its tables; the reference'
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +81,7 @@ LOG = {
 }
 # (until which step, how far a loss may be from the log's). The spread of seeds is not known: these
 # are tolerances.
-TOLERANCE = ((1_000, 0.05), (math.inf, 0.02))
+TOLERANCE = ((1_000, 0.05), (1_000_000, 0.02))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Record:
   pictures: Pictures = TRAIN
   validation: Pictures = VALIDATION
   log: Mapping[int, float] = dataclasses.field(default_factory=dict)
-  tolerance: tuple[tuple[float, float], ...] = TOLERANCE
+  tolerance: tuple[tuple[int, float], ...] = TOLERANCE
   note: str = ""
 
   @property

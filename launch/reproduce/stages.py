@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,15 +66,6 @@ def settings(record: Record) -> list[tuple[str, str]]:
   told = ", ".join(f"{name} {drawn[name]}" for name in _TOLD)
   training = f"{record.recipe}, {config.num_steps:,} steps of {config.batch_size:,}"
   return [("recipe", training), ("sampling", told), ("protocol", record.protocol)]
-
-
-def plain(value: Any) -> Any:
-  """For JSON, which has neither infinity nor other keys than text."""
-  if isinstance(value, Mapping | FrozenConfigDict):
-    return {str(key): plain(x) for key, x in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(x) for x in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(
