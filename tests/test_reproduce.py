@@ -348,7 +348,7 @@ def test_the_page_has_every_number_and_cause():
 
 
 def test_times_are_those_of_the_plan(published, tmp_path, capsys):
-  estimates.show(published.sampled, published.given, tmp_path, estimates.here())
+  estimates.show(published.sampled, published.given, tmp_path)
   assert "no estimate" in capsys.readouterr().out
   given = published.given_with(train=True, latents="")
   plan = {"settings": {}, "needed": 2**33, "available": 2**34, "fits": True, "hours": 1.25}

@@ -67,7 +67,7 @@ def reproduce(
       configuration.check_begun(workdir, read_note(workdir / NOTE), note)
     checked = check(record, given, workdir)
     if plan:
-      estimates.show(record, given, workdir, topology or estimates.here())
+      estimates.show(record, given, workdir, topology)
     if only_check:
       return {}
     write_json(workdir / NOTE, note)

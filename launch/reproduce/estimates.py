@@ -14,6 +14,7 @@ from launch.engine import console
 from launch.reproduce.checks import config_of
 from launch.reproduce.needs import Given
 from launch.reproduce.records import Record
+from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note
 
 _CHIPS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p", "TPU v4": "v4"}
@@ -47,9 +48,14 @@ def _planned(record: Record, given: Given) -> Iterator[tuple[str, str, dict[str,
     yield what, record.tokenizer.recipe, {}, record.validation.count
 
 
-def show(record: Record, given: Given, workdir: Path, topology: str) -> None:
-  """Prints time and memory of the stages by `launch.lab.plan`, which compiles them, once."""
-  if not topology:
+def show(record: Record, given: Given, workdir: Path, asked: str = "") -> None:
+  """Prints time and memory of the stages on the devices asked for, or on these, by the plan.
+
+  It compiles them once, in the first process. InputError: it refuses the devices asked for.
+  """
+  if jax.process_index():
+    return
+  if not (topology := asked or here()):
     console.say("No TPU or GPU that the plan knows: no estimate. --topology=v6e:4x4 asks for one.")
     return
   rows = []
@@ -66,6 +72,8 @@ def show(record: Record, given: Given, workdir: Path, topology: str) -> None:
       )
       if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        if asked:
+          raise InputError(lines[-1].removeprefix("error: "))
         rows.append((what, "no estimate", lines[-1], ""))
         continue
     chosen = read_note(path, plans=list)["plans"][-1]
