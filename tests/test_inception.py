@@ -49,6 +49,18 @@ def test_adms_features(forward):
   cases.assert_near(found["block2"].mean((1, 2)), ADM["mixed6e_mean"], 1e-5)
 
 
+@pytest.mark.parametrize(("name", "size"), [("conv_1a", 13), ("conv_2b", 6), ("conv_3b", 5)])
+def test_convolutions_on_tpus_lose_no_digit(monkeypatch, model, name, size):
+  """Strided, padded and of one pixel."""
+  layer = getattr(model, name)
+  x = jnp.asarray(procedural.normal("x", (2, size, size, layer.conv.in_features)))
+  found = []
+  for place in ("cpu", "tpu"):
+    monkeypatch.setattr(inception, "platform", lambda place=place: place)
+    found.append(jax.jit(layer.__call__)(x))
+  cases.assert_near(found[1], found[0], 1e-6)
+
+
 @pytest.mark.parametrize(("size", "last"), [(299, 298.0), (600, 298 * 600 / 299), (64, 63.0)])
 def test_tensorflows_resize_keeps_the_first_pixel_and_repeats_the_last(size, last):
   """Of a ramp, each pixel's value is the place where it was taken."""
