@@ -101,9 +101,15 @@ HloModule step
 %slice (p0: f32[28,8,16], p1: s32[]) -> f32[8,16] {
   %p0 = f32[28,8,16]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
-  %all = f32[28,8,16]{2,1,0} bitcast(%p0)
+  %other = f32[28,8,16]{2,1,0:T(8,128)} fusion(%p0), kind=kLoop, calls=%tiles
+  %all = f32[28,8,16]{2,1,0} bitcast(%other)
   %one = f32[1,8,16]{2,1,0} dynamic-slice(%all, %p1, %p1, %p1), dynamic_slice_sizes={1,8,16}
   ROOT %flat = f32[8,16]{1,0} bitcast(%one)
+}
+
+%tiles (p0: f32[28,8,16]) -> f32[28,8,16] {
+  %p0 = f32[28,8,16]{2,1,0} parameter(0)
+  ROOT %tiled = f32[28,8,16]{2,1,0:T(8,128)} copy(%p0)
 }
 
 %update (p0: bf16[28,4], p1: bf16[1,4], p2: s32[]) -> bf16[28,4] {
@@ -358,10 +364,37 @@ def test_schedules_are_of_the_kernels_wherever_they_are_in_a_program(tmp_path):
 
   (kernel,) = schedule.kernels_of(jax.make_jaxpr(f)(jnp.zeros((8, 128))))
   assert kernel.outvars[0].aval.shape == (8, 128)
-  entry = 'hlo_op_estimate {{\n  hlo_op_name: "{}"\n  estimated_cycles: {}\n}}\n'
-  for name, cycles in (("kernel.7", 2554), ("add.6", 479)):
-    (tmp_path / f"{name}.textproto").write_text(entry.format(name, cycles))
-  assert schedule.read(tmp_path) == {"kernel.7": 2554, "add.6": 479}
+
+
+BUNDLES = """
+= control target key start
+LB: loop body
+     0   :  { %s1_s0 = inlined_call_operand.hbm [shape: bf16[64,256,3456]] /* the window
+shape is whole */ }
+   0x1   :  { %s7_s9 = smov 0 }
+   0x2 LB: > { %s8_s1 = sadd.s32 1, %s9_s2 /* copy */  ;;  %s9_s2 = sphi %s7_s9, %s13_s4 }
+   0x3   : > { %12 = sst [smem:[#allocation24_spill]] %s8_s1 }
+   0x4 LB: >> { %s5_s3 = sadd.s32 2, %s6_s3  ;;  %s6_s3 = sphi %s7_s9, %s5_s3 }
+   0x5   : >> { %p2_p1 = scmp.ge.s32.totalorder %s5_s3, 16 /* loop exit test */ }
+   0x6   : > { %27 = sbr.rel (!%p2_p1) target = $region108 }
+   0x7   : >> { %62 = vst [vmem:[%s12_s6] sm:$0xff] %v61_v2 }
+   0x8 LB: >> { %s5_s4 = sadd.s32 1, %s6_s4 }
+   0x9   : >> { %p2_p2 = scmp.ge.s32.totalorder %s5_s4, 5 /* loop exit test */ }
+   0xa PF: > { %s13_s4 = sld [smem:[#allocation24_spill]] }
+   0xb   : > { %p19_p3 = scmp.ge.s32.totalorder %s13_s4, 66 /* loop exit test */  ;;  %13 = x }
+   0xc   :  {} /* exit bundle: %attention_forward.1 = custom-call(%arrays_0_.1) */
+"""
+
+
+def test_the_cycles_of_a_schedule_are_its_words_as_often_as_their_loops_run(tmp_path):
+  cycles = 3 + 64 * (5 + 8 * 3 + 5 * 2)
+  assert schedule.cycles_of(BUNDLES) == cycles
+  with pytest.raises(ValueError, match="how many rounds"):
+    schedule.cycles_of(BUNDLES.replace("loop exit test", "test"))
+  (tmp_path / "179-kernel.7-72-final_bundles.txt").write_text(BUNDLES)
+  for name in ("71-schedule-analysis_final_bundles", "51-post-ra"):
+    (tmp_path / f"179-kernel.7-{name}.txt").write_text("Schedule analysis:")
+  assert schedule.read(tmp_path) == {"kernel.7": cycles}
   assert schedule.read(tmp_path) == {}
 
 

@@ -80,7 +80,7 @@ def _read_of(name: str, body: Body, program: Program) -> int:
   for x in body.values():
     if name not in x.operands:
       continue
-    if x.code == "bitcast":
+    if _renames(x, program):
       size += _read_of(x.name, body, program)
     elif x.code in _SLICES and x.operands[0] == name:
       size += sum(a.size for a in x.arrays)
@@ -94,6 +94,12 @@ def _read_of(name: str, body: Body, program: Program) -> int:
     else:
       return whole
   return min(size, whole)
+
+
+def _renames(x: Instruction, program: Program) -> bool:
+  """Whether an instruction within a fusion is its operand, perhaps in other tiles (tpu7x)."""
+  codes = {y.code for y, _ in inside(x, program)} if x.code == "fusion" else {x.code}
+  return not x.root and codes <= {"bitcast", "copy", "parameter"}
 
 
 def _written_of(x: Instruction, body: Body, program: Program) -> list[int]:
