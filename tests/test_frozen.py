@@ -14,8 +14,9 @@ from vavae_jax.teachers import layers
 
 def weights() -> dict:
   of_layer = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))}
+  depthwise = {"kernel": jnp.ones((3, 3, 1, 4))}
   return {
-    "teacher": {"blocks": {"fc1": of_layer}, "pos_embed": jnp.ones((1, 5, 3))},
+    "teacher": {"blocks": {"fc1": of_layer, "conv": depthwise}, "pos_embed": jnp.ones((1, 5, 3))},
     "perceptual": {"heads": {0: {"kernel": jnp.ones((1, 1, 3, 1))}}},
   }
 

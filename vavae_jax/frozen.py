@@ -129,7 +129,9 @@ def as_multiplied(weights: dict[str, Any], on_platform: str) -> dict[str, Any]:
     return weights
 
   def rounded(path: Any, x: jax.Array) -> jax.Array:
-    return x.astype(jnp.bfloat16) if path[-1] == jax.tree_util.DictKey("kernel") else x
+    # With one input the kernel is EfficientNet's filter of a channel, no factor of a product.
+    is_matrix = path[-1] == jax.tree_util.DictKey("kernel") and x.shape[-2] > 1
+    return x.astype(jnp.bfloat16) if is_matrix else x
 
   round_all = functools.partial(jax.tree_util.tree_map_with_path, rounded)
   return {name: round_all(x) if name == "teacher" else x for name, x in weights.items()}
