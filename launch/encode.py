@@ -115,7 +115,7 @@ def encode(
   def begin() -> int:
     missing = encoded.missing()
     # Each process may have a shard that it joins, and one is being made.
-    in_parts = min(missing, (jax.process_count() + 1) * shard_size)
+    in_parts = min(missing, (jax.process_count() + 1) * shard_size) - encoded.in_parts()
     size = (missing + in_parts) * _bytes_of_one(tokenizer.config, dtype, moments)
     check_free(output, size, "for the latents and their parts; give another --output")
     encoded.begin()
@@ -223,8 +223,8 @@ def _loaded(
 def _load(
   pictures: sources.Source, side: int, batch_size: int, indices: np.ndarray, part: range
 ) -> _Batch:
-  rows = -(-len(part) // batch_size) * batch_size
-  image, index = np.zeros((rows, side, side, 3), np.uint8), np.zeros(rows, np.int32)
+  image = np.zeros((batch_size, side, side, 3), np.uint8)
+  index = np.zeros(batch_size, np.int32)
   label = np.zeros(len(part), np.int64)
   skipped: dict[int, tuple[str, str]] = {}
   for row, record in enumerate(indices[part.start : part.stop].tolist()):

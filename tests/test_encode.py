@@ -171,17 +171,25 @@ def test_held_out_pictures_are_others(store, tokenizer, tmp_path):
   assert len(other) + len(store) == 72
 
 
-def test_a_stopped_run_encodes_only_what_is_missing(store, tokenizer, tmp_path, written):
+def test_a_stopped_run_encodes_only_what_is_missing(
+  store, tokenizer, tmp_path, written, monkeypatch
+):
+  """And asks for no room for the parts that it finds."""
+  needed = []
+  monkeypatch.setattr("launch.encode.check_free", lambda _, size, why: needed.append(size))
   written.stop_at = SHARDS[2]
   with pytest.raises(Stop):
     encode(tokenizer, tmp_path, batch_size=8, shard_size=20)
   with pytest.raises(InputError, match="was not finished"):
     latents.LatentStore(tmp_path)
   assert written == SHARDS[:2]
+  there = sum(int(path.stem.partition("_")[2]) for path in (tmp_path / PARTS).iterdir())
+  assert there > 20
   written.stop_at = ""
   encode(tokenizer, tmp_path, batch_size=8, shard_size=20)
   assert written == SHARDS
   assert contents(tmp_path) == contents(store.path)
+  assert needed[1] * (65 + 40) == needed[0] * (25 + 25 - there)
 
 
 @pytest.mark.parametrize(

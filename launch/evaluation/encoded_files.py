@@ -61,6 +61,10 @@ class Encoded:
     """The number of pictures that are in no shard."""
     return self._total - sum(map(len, self._joined()))
 
+  def in_parts(self) -> int:
+    """The number of pictures in parts, of which some may be there twice."""
+    return sum(map(len, self._parts.there()))
+
   def lost(self) -> int:
     """How many pictures the shards that are there note as unreadable."""
     opened = [shards.Shard(self.paths[number]) for number in self._there()]
@@ -138,6 +142,7 @@ class Encoded:
       except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and start again.") from error
       skipped += [unreadable[row] for row in rows.tolist() if row in unreadable]
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    # Popped, so that little is in memory twice.
+    columns = {name: np.concatenate([x.pop(name) for x in pieces]) for name in [*pieces[0]]}
     labels = columns.pop(shards.LABELS)
     shards.write_shard(self.paths[number], columns, labels, skipped)
