@@ -95,6 +95,7 @@ def test_accelerators_get_flags_and_a_cache_of_programs(monkeypatch, device, fla
     ("TPU v6 lite", "", "65536"),
     ("TPU v5p", "--xla_tpu_enable_async_all_to_all=true", "65536"),
     ("TPU v6 lite", "--xla_tpu_scoped_vmem_limit_kib=98304", None),
+    ("TPU v5 lite", "", None),
     ("TPU v4", "", None),
     ("cpu", "", None),
   ],
