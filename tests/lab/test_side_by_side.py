@@ -18,7 +18,7 @@ import configs.base
 from configs.lab import training as recipes
 from launch.engine import configuration
 from launch.lab.benchmark.loading import make_store
-from launch.lab.equivalence import handover, pieces, side_by_side, side_page
+from launch.lab.equivalence import handover, judging, pieces, side_by_side, side_page
 from launch.lab.equivalence.side_results import Results, distances
 from launch.lab.jobs import Record, digests
 from launch.lab.reference import Checkouts
@@ -52,6 +52,26 @@ def test_every_job_has_a_configuration_that_stands_and_what_it_needs(size, tmp_p
       assert any(word.startswith("--piece=") for word in job.words)
   kinds = {job.kind for job in jobs}
   assert kinds >= {"fed", "theirs", "ours", "judged", "continued", "to_ours", "to_theirs"}
+
+
+def test_distances_are_to_the_latents_that_are_there_now(tmp_path, monkeypatch):
+  """Not to those of a folder before it was encoded anew."""
+  rows = np.random.default_rng(0).normal(size=(50, 1, 1, 3))
+
+  class Store:
+    def __init__(self, _):
+      self.sha256 = str(rows.mean())
+
+    def __len__(self):
+      return len(rows)
+
+  monkeypatch.setattr(judging, "LatentStore", Store)
+  monkeypatch.setattr(judging, "_normalised", lambda settings, store, chosen: rows[chosen])
+  for shift in (0.0, 1.0):
+    rows += shift
+    for _ in range(2):
+      found = judging._gaussian(settings(tmp_path))
+      np.testing.assert_allclose(found.mean, rows.mean((0, 1, 2)), rtol=1e-6)
 
 
 def state_of(config):

@@ -24,7 +24,7 @@ from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common import functional
-from vavae_jax.common.files import write_json
+from vavae_jax.common.files import atomic_file, write_json
 from vavae_jax.common.optimizer import State, ema_name
 from vavae_jax.metrics.distribution import Gaussian, Moments
 from vavae_jax.weights.state_dicts import read_content
@@ -123,15 +123,16 @@ def real(settings: Settings, output: Path) -> None:
 
 def _gaussian(settings: Settings) -> Gaussian:
   """That of the latents that are trained on, normalised, all cells of a picture together."""
-  path = settings.root / "moments.npz"
+  store = LatentStore(settings.root / "latents")
+  path = settings.root / f"moments_{store.sha256[:16]}.npz"
   if not path.exists():
-    store = LatentStore(settings.root / "latents")
     moments = Moments()
     for rows in np.array_split(np.arange(len(store)), -(-len(store) // 5_000)):
       moments.update(_flat(_normalised(settings, store, rows)))
-    np.savez(path, mean=moments.mean, cov=moments.cov)
-  with np.load(path) as file:
-    return Gaussian(file["mean"], file["cov"])
+    with atomic_file(path) as file:  # several jobs may want it at once
+      np.savez(file, mean=moments.mean, cov=moments.cov)
+  with np.load(path) as stored:
+    return Gaussian(stored["mean"], stored["cov"])
 
 
 def _flat(latent_NhwZ: np.ndarray) -> np.ndarray:
