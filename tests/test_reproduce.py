@@ -23,9 +23,10 @@ from launch.evaluation.pictures import Array
 from launch.evaluation.reference import statistics_of
 from launch.reproduce import __main__ as command
 from launch.reproduce import checks, estimates
-from launch.reproduce.checked import CAUSES
+from launch.reproduce.checked import CAUSES, Checked
 from launch.reproduce.needs import Given, needs
 from launch.reproduce.records import RECORDS, File, Pictures, Record, Tokenizer
+from lightningdit_jax.store import fetching
 from tests import cases
 from tests.conftest import ROOT
 from vavae_jax import classification
@@ -174,8 +175,8 @@ def test_fid_of_published_weights(published, from_weights):
   assert (result["evaluation"]["samples"]["pictures"], result["allowed"]) == (10, [])
   assert {"command", "commit", "device", "jax"} <= result["run"].keys()
   told = {what: (found, verdict) for what, found, verdict in result["checks"]}
-  assert sha256_of(VAE) in told["tokenizer's file"][0]
-  assert told["statistics"][1] == "the published one's hash is not publicly known"
+  assert sha256_of(VAE) in told["tokenizer file"][0]
+  assert told["statistics file"][1] == "the published one's hash is not publicly known"
   assert all("WRONG" not in verdict for _, verdict in told.values())
 
 
@@ -195,20 +196,20 @@ def refused(record: Record, given: Given, workdir: Path) -> str:
 
 
 def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_path):
-  """Other hashes, statistics of normalised latents, another recipe, another reference."""
-  for name in ("tokenizer", "diffusion"):  # as the same command left them
+  """Other hashes, statistics of normalised latents, another recipe, another reference. Then a file
+  given anew is taken, an interrupted conversion made again, and a folder of others not touched.
+  """
+  for name in ("tokenizer", "diffusion", "statistics"):  # as the same command left them
     shutil.copytree(from_weights / name, tmp_path / name)
     shutil.copy(from_weights / f"{name}.json", tmp_path)
-  note = json.loads((tmp_path / "diffusion.json").read_text())
+  for name in ("diffusion.json", "diffusion/config.json"):
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace(str(from_weights), str(tmp_path)))
+  note = json.loads(note_of_model := (tmp_path / "diffusion.json").read_text())
   (tmp_path / "diffusion.json").write_text(json.dumps(note | {"part": "model"}))
-  space = json.loads((tmp_path / "diffusion" / "config.json").read_text())
   save_file(
     {"mean": np.zeros(8, np.float32), "std": np.ones(8, np.float32)}, tmp_path / "s.safetensors"
   )
-  (tmp_path / "statistics").mkdir()
-  shutil.copy(tmp_path / "s.safetensors", tmp_path / "statistics" / "latents_stats.safetensors")
-  space["latents"]["path"] = str(tmp_path / "statistics")
-  (tmp_path / "diffusion" / "config.json").write_text(json.dumps(space))
   arrays = published.arrays | {"mu": published.arrays["mu"] + 1}
   np.savez(tmp_path / "other.npz", **arrays)
   tokenizer = dataclasses.replace(published.sampled.tokenizer, file=File(sha256="0000"))
@@ -220,10 +221,11 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
     arrays={**published.sampled.arrays, "mu_s": (2023,)},
     log={80_000: 0.3},
   )
-  given = published.given_with(reference=str(tmp_path / "other.npz"))
+  others = {"reference": str(tmp_path / "other.npz"), "latents": str(tmp_path / "s.safetensors")}
+  given = published.given_with(**others)
   told = refused(record, given, tmp_path)
   for part in (
-    "tokenizer's file: the published one's sha256 begins 0000 (tokenizer)",
+    "tokenizer file: the published one's sha256 begins 0000 (tokenizer)",
     "FID's reference: the published one's sha256 begins 1111 (reference)",
     "its arrays: it lacks mu_s (2023,) (reference)",
     "mean feature of 20 pictures: the statistics are of another network or other pictures",
@@ -234,12 +236,30 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
     "mean squared error of these: the published log ends with 0.3 (model)",
   ):
     assert part in told, part
-  allowed = dataclasses.replace(given, allow=tuple(CAUSES))
-  rows = checks.check(record, allowed, tmp_path).rows
-  assert sum(verdict.startswith("ALLOWED: ") for *_, verdict in rows) == 7
+  fetching.open_store.cache_clear()  # as a new process
+  (tmp_path / "diffusion.json").write_text(note_of_model.replace('"part"', '"p"'))
+  checks.check(published.sampled, published.given, tmp_path)
+  (tmp_path / "diffusion.json").unlink()
+  with pytest.raises(InputError, match="diffusion is not of this command"):
+    checks.check(published.sampled, published.given, tmp_path)
 
 
-def test_fid_of_a_training(published, tmp_path, capsys):
+def test_a_file_of_another_number_is_told_by_its_name(tmp_path, capsys):
+  """Whose hashes nobody has published, and whose architectures are the same."""
+  records = RECORDS["fid2.11"], RECORDS["fid1.35"]
+  (tmp_path / records[1].weights.name).write_text("weights")
+  right, wrong, allowed = Checked((), None), Checked((), None), Checked(("model",), None)
+  right.file("model", "file", tmp_path / records[1].weights.name, records[1].weights)
+  right.end()
+  wrong.file("model", "file", tmp_path / records[1].weights.name, records[0].weights)
+  with pytest.raises(InputError, match=r"needed is lightningdit-xl-imagenet256-64ep\.pt"):
+    wrong.end()
+  allowed.file("model", "file", tmp_path / records[1].weights.name, records[0].weights)
+  allowed.end()
+  assert "ALLOWED: its name" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
   """Latents, training beside the published log, samples, FID; then the latents are given."""
   record = dataclasses.replace(
     published.sampled, log={1: 1e3, 3: 3.0}, tolerance=((2, 0.05), (9, 9.0))
@@ -254,6 +274,7 @@ def test_fid_of_a_training(published, tmp_path, capsys):
     assert part in told, part
   assert "more than 900%" not in told
   # Of these latents the records are wrong, and their labels.
+  monkeypatch.setattr(checks.probes, "together", lambda *_: None)
   few = dataclasses.replace(record.pictures, count=22, classes=6)
   again = published.given_with(train=True, diffusion="", latents=str(tmp_path / "latents"))
   told = refused(dataclasses.replace(record, pictures=few), again, tmp_path)
@@ -305,6 +326,8 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
   for word in ("sample.cfg_scale=4", "num_steps=7", "latents.path=x", "published.labels=balanced"):
     with pytest.raises(InputError, match="would change the number; choose of"):
       checks.config_of(published.sampled.recipe, {}, published.given_with(set=(word,)))
+  with pytest.raises(InputError, match=r"accumulate_steps is of another kind.* needs int"):
+    checks.config_of(published.sampled.recipe, {}, published.given_with(set=("accumulate_steps",)))
   words = (
     "sample.batch_size=4",
     "mesh.fsdp=-1",
@@ -344,7 +367,7 @@ def test_the_page_has_every_number_and_cause():
     elif line.startswith("| `"):
       (causes if name in CAUSES else numbers)[name] = cells[0]
   assert numbers == {name: f"{record.figure[1]:g}" for name, record in RECORDS.items()}
-  assert causes == CAUSES
+  assert tuple(causes) == CAUSES
 
 
 def test_times_are_those_of_the_plan(published, tmp_path, capsys):

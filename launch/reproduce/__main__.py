@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch.engine import configuration, console
+from launch.engine import configuration, console, processes
 from launch.engine.circumstances import circumstances
 from launch.engine.ownership import owned
 from launch.reproduce import estimates, stages
@@ -70,7 +70,7 @@ def reproduce(
       estimates.show(record, given, workdir, topology)
     if only_check:
       return {}
-    write_json(workdir / NOTE, note)
+    processes.first_does(lambda: write_json(workdir / NOTE, note))
     if given.train and record.recipe and not given.latents:
       stack.enter_context(owned(workdir / "latents"))
     for output in ("samples", stages.kind(record)):
@@ -94,8 +94,8 @@ def show_all() -> None:
     given = Given(train=bool(record.recipe) and not record.weights.address)
     lacks = [flag for flag, need in needs(record, given).items() if not need.find(fetch=False)]
     training = ["--train"] if given.train else []
-    rows.append((name, f"{figure} {value:g}", record.what, " ".join(training + lacks)))
-  header = ("name", "published", "of", "needs, and is not here")
+    rows.append((name, f"{figure} {value:g}", " ".join(training + lacks)))
+  header = ("name", "published", "needs, and is not here")
   console.table("Published numbers", header, rows)
   console.say("Flags of these names take what is not here; what the hub has is fetched.")
   console.say("--train: of these no weights are published.")
@@ -107,7 +107,7 @@ def main(*words: str) -> None:
     return
   name = words[0]
   if name not in RECORDS:
-    near = difflib.get_close_matches(name, RECORDS, 3) or [*RECORDS][:6]
+    near = difflib.get_close_matches(name.lower(), RECORDS, 3) or [*RECORDS][:6]
     raise InputError(
       f"There is no number {name!r}; did you mean {', '.join(near)}? Without a name all are listed."
     )
@@ -129,14 +129,15 @@ def main(*words: str) -> None:
     plan=FLAGS.plan,
   )
   if FLAGS.check or not figures:
-    console.say("All checks are passed.")
+    console.say("No check refuses the number.")
     return
   shown = [
     (k, f"{figures[k]:.4g}" if k in figures else "-", f"{x:g}") for k, x in record.figures.items()
   ]
   console.table(f"{name}, to attach: {workdir / RESULT}", ("figure", "here", "published"), shown)
   part, kind = "diffusion" if record.recipe else "tokenizer", stages.kind(record)
-  words = (f"--workdir={workdir / part}", f"--output={workdir / 'model'}")
+  made = workdir / part if (workdir / part).exists() else getattr(given, part)
+  words = (f"--workdir={made}", f"--output={workdir / 'model'}")
   console.say_next("export", *words, f"--evaluations={workdir / kind}.json")
 
 

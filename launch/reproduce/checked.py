@@ -8,24 +8,15 @@ from typing import Any
 
 from launch.engine import console
 from launch.evaluation.features import Network
+from launch.reproduce.records import RECORDS, File
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import sha256_of
+from vavae_jax.perceptual import Lpips
 
-# Why a number does not come out: how that is noticed. docs/reproduce.md has this table.
-CAUSES = {
-  "inception": "Another network than FID's Inception: by its file's hash; and the mean feature of "
-  "the reference's own pictures must be the one that the reference states.",
-  "reference": "Another reference for FID: by names and shapes of its arrays; its hash is noted.",
-  "tokenizer": "Another tokenizer: by its hash and architecture; its latents of the reference's "
-  "pictures must have the model's mean and deviation, or for rFID the pictures their PSNR.",
-  "latents": "Latents that are normalised already or by others' statistics: by mean and deviation "
-  "of stored ones; latents of another tokenizer: by what their manifest says.",
-  "model": "Another model, recipe or step, or weights that are no average: by every key of the "
-  "configuration; and the loss of the reference's pictures must be about the published log's.",
-  "pictures": "Other pictures: by their number.",
-  "labels": "Other classes, or another order of them: by their number, and the names of the first "
-  "and the last.",
-}
+# Why a number does not come out; docs/reproduce.md says how each is noticed.
+CAUSES = ("inception", "reference", "tokenizer", "latents", "model", "pictures", "labels")
+# Files that are easily taken for one another, as no hash of them is known.
+_NAMES = {file.name for record in RECORDS.values() for file in record.files} - {""}
 
 
 @dataclasses.dataclass
@@ -38,6 +29,7 @@ class Checked:
   config: Any = None  # of what is trained, or of the diffusion model that is sampled
   tokenizer: Any = None  # `restore.Trained`, where it need not be trained first
   diffusion: Any = None
+  lpips: Lpips | None = None  # of rFID's tokenizers, where its files are there
   rows: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
   refused: list[str] = dataclasses.field(default_factory=list)
 
@@ -48,12 +40,15 @@ class Checked:
     verdict = "ALLOWED" if cause in self.allow else f"WRONG ({cause})"
     self.rows.append((what, found, f"{verdict}: {wrong}" if wrong else "as it should be"))
 
-  def file(self, cause: str, what: str, path: Path, known: str) -> str:
-    """Notes a file with its hash, which it returns."""
-    sha256 = sha256_of(path)
+  def file(self, cause: str, what: str, path: Path, wanted: File) -> str:
+    """Notes a file with its hash, which it returns; without a known hash its name may tell it."""
+    sha256, wrong = sha256_of(path), ""
+    if not sha256.startswith(wanted.sha256):
+      wrong = f"the published one's sha256 begins {wanted.sha256}"
+    elif not wanted.sha256 and path.name in _NAMES - {wanted.name}:
+      wrong = f"its name is another published file's; needed is {wanted.name or 'none of them'}"
     found = f"{path}, sha256 {sha256}"
-    if known:
-      wrong = "" if sha256.startswith(known) else f"the published one's sha256 begins {known}"
+    if wrong or wanted.sha256:
       self.tell(cause, what, found, wrong)
     else:
       self.rows.append((what, found, "the published one's hash is not publicly known"))

@@ -7,7 +7,6 @@ since few hashes are known, all together by what they make of a few pictures (`p
 from __future__ import annotations
 
 import ast
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from launch import convert, restore, tasks
 from launch.engine import command_line, configuration, console, processes
 from launch.evaluation.features import load_network
-from launch.evaluation.sample_files import DAMAGES
+from launch.evaluation.pictures import stored_statistics
+from launch.evaluation.sample_files import Npz
 from launch.reproduce import probes
 from launch.reproduce.checked import CAUSES, Checked
 from launch.reproduce.needs import Given, find_all
@@ -28,9 +28,11 @@ from lightningdit_jax.checks import check_model
 from lightningdit_jax.model import ONLY_OURS
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax import folder
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, write_json
+from vavae_jax.common.files import read_note, remove_folder, write_json
 from vavae_jax.data import sources
+from vavae_jax.perceptual import Lpips, load_lpips
 
 _OURS = tuple(f"model.{name}" for name in ONLY_OURS)
 # Keys that a person may set: by what means, not what is computed.
@@ -58,9 +60,11 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   if unknown := sorted({*given.allow} - {*CAUSES}):
     raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
   paths = find_all(record, given)
-  checked = Checked(given.allow, load_network(record.protocol, str(paths.get("inception", ""))))
+  with console.naming({"--weights": "--inception"}):
+    network = load_network(record.protocol, str(paths.get("inception", "")))
+  checked = Checked(given.allow, network)
   if "inception" in paths and paths["inception"].is_file():
-    checked.file("inception", "FID's Inception", paths["inception"], record.network.sha256)
+    checked.file("inception", "FID's Inception", paths["inception"], record.network)
   made_by = config_of(record.tokenizer.recipe, {}, None if record.recipe else given)
   if not record.recipe:
     _check_pictures(checked, record.validation, given.validation)
@@ -74,6 +78,11 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
     else:
       spec = given.validation or record.validation.source
       probes.rebuilt(checked, found, record.figures["psnr"], spec)
+  if not record.recipe:
+    checked.lpips = _lpips(given, made_by)
+    if checked.lpips is None:
+      lacks = "without them LPIPS stays open; --lpips_vgg and --lpips_heads take them"
+      checked.rows.append(("LPIPS", "its files are not here", lacks))
   checked.end()
   return checked
 
@@ -88,13 +97,22 @@ def config_of(recipe: str, changes: Mapping[str, Any], given: Given | None = Non
     if name not in CHOICES:
       raise InputError(f"--set={word} would change the number; choose of {', '.join(CHOICES)}.")
     try:
-      config.update_from_flattened_dict({name: ast.literal_eval(value)})
-    except (ValueError, SyntaxError):  # a text without quotes
-      config.update_from_flattened_dict({name: value})
+      config.update_from_flattened_dict({name: _value(value)})
+    except TypeError as error:
+      kind = type(dict(configuration.flat(config.to_dict()))[name]).__name__
+      raise InputError(f"--set={word} is of another kind; {name} needs {kind}.") from error
   if given:
     config.seed = given.seed
   tasks.frozen(config)
   return config
+
+
+def _value(text: str) -> Any:
+  """What a person wrote, as Python reads it, else a text without quotes."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _check_pictures(checked: Checked, wanted: Pictures, given: str) -> None:
@@ -126,26 +144,45 @@ def _model(
   checked: Checked, file: File, path: Path, workdir: Path, config: ConfigDict, **more: Any
 ) -> restore.Trained:
   """A model whose configuration is compared with `config`; a file becomes a workdir first."""
-  task, noted = config.task, {"part": recognition.ITSELF}
+  task, part = config.task, recognition.ITSELF
   cause = "model" if task == "diffusion" else task
   if path.is_file():
-    note, dest = workdir / f"{task}.json", workdir / task
-    sha256 = checked.file(cause, f"{task}'s file", path, file.sha256)
-    if not dest.exists():
-      if processes.several():
-        raise InputError(f"{path} is no workdir yet; begin with --check, in one process.")
-      done = convert.convert(str(path), dest, config=config, **more)
-      write_json(note, {"sha256": sha256, "part": done.weights.part})
-    noted = read_note(note, sha256=str, part=str)
-    configuration.check_begun(dest, noted, {"sha256": sha256})
-    path = dest
+    path, part = _converted(checked, cause, task, path, file, workdir, config=config, **more)
   model = restore.load(path, task)
   wrong = _differences(model, config)
-  if task == "diffusion" and "ema" not in noted["part"] and noted["part"] != recognition.ITSELF:
-    wrong.append(f"the weights are {noted['part']} of the file and no average")
+  if task == "diffusion" and "ema" not in part and part != recognition.ITSELF:
+    wrong.append(f"the weights are {part} of the file and no average")
   found = f"step {model.step} in {path}, weights {model.sha256}"
   checked.tell(cause, task, found, "; ".join(wrong))
   return model
+
+
+def _converted(
+  checked: Checked,
+  cause: str,
+  name: str,
+  path: Path,
+  file: File,
+  workdir: Path,
+  *,
+  config: ConfigDict | None = None,
+  **more: Any,
+) -> tuple[Path, str]:
+  """(what `convert` makes of a file, anew where another one is given; which part of it)."""
+  note, dest = workdir / f"{name}.json", workdir / name
+  begun = {"sha256": checked.file(cause, f"{name} file", path, file), **more}
+  noted = read_note(note) if note.exists() else {}
+  if dest.exists() and not noted:
+    raise InputError(f"{dest} is not of this command; give another --workdir.")
+  same = dest.exists() and all(noted.get(key) == value for key, value in begun.items())
+  if not same or "part" not in noted:
+    if processes.several():
+      raise InputError(f"{path} is not converted yet; begin with --check, in one process.")
+    write_json(note, begun)  # whose the folder is, if this ends between
+    remove_folder(dest)
+    part = convert.convert(str(path), dest, config=config, **more).weights.part
+    write_json(note, noted := begun | {"part": part})
+  return dest, noted["part"]
 
 
 def _differences(model: restore.Trained, config: ConfigDict) -> list[str]:
@@ -159,7 +196,7 @@ def _differences(model: restore.Trained, config: ConfigDict) -> list[str]:
     if there.get(name) != wanted[name] and (not alone or name.startswith(_OF_WEIGHTS))
   ]
   steps = wanted["num_steps"] or there["num_steps"]
-  if not alone and model.step != steps:
+  if model.step and steps and model.step != steps:  # a model folder has no step to reach
     differing.append(f"its step is {model.step} instead of {steps}")
   return differing
 
@@ -179,8 +216,12 @@ def _check_generation(
   _check_reference(checked, record, paths["reference"])
   if not given.train:
     more = {"tokenizer": config.tokenizer}
-    if "latents" in paths:
-      more["latents"] = _statistics(checked, record, paths["latents"], workdir)
+    if latents := paths.get("latents"):
+      if latents.is_file():
+        latents, _ = _converted(
+          checked, "latents", "statistics", latents, record.statistics, workdir
+        )
+      more["latents"] = str(latents)
     found = _model(checked, record.weights, paths["diffusion"], workdir, config, **more)
     checked.diffusion, space = found, restore.space_of(found)
     _check_maker(checked, space.tokenizer, tokenizer)
@@ -197,32 +238,23 @@ def _check_generation(
   probes.together(checked, tokenizer, space, record.log)
 
 
-def _statistics(checked: Checked, record: Record, path: Path, workdir: Path) -> str:
-  """A folder with the statistics of the latents, which may be a file."""
-  if path.is_dir():
-    return str(path)
-  checked.file("latents", "statistics", path, record.statistics.sha256)
-  if not (workdir / "statistics").exists():
-    convert.convert(str(path), workdir / "statistics")
-  return str(workdir / "statistics")
-
-
 def _check_reference(checked: Checked, record: Record, path: Path) -> None:
-  """Names and shapes of the arrays of an npz, of which only the headers are read."""
-  shapes = {}
-  try:
-    with zipfile.ZipFile(path) as archive:
-      for name in archive.namelist():
-        with archive.open(name) as file:
-          np.lib.format.read_magic(file)
-          shapes[name.removesuffix(".npy")] = np.lib.format.read_array_header_1_0(file)[0]
-  except DAMAGES as error:
-    raise InputError(f"--reference is {path}, which is no sound npz ({error}).") from error
+  """Names and shapes of the arrays of an npz."""
+  pictures, stated = Npz(path), stored_statistics(str(path))
+  shapes = {name: array.shape for name, array in stated.items()}
+  shapes["arr_0"] = (len(pictures), pictures.size, pictures.size, 3)
   checked.reference = str(path)
-  checked.file("reference", "FID's reference", path, record.reference.sha256)
+  checked.file("reference", "FID's reference", path, record.reference)
   lacks = [f"{name} {shape}" for name, shape in record.arrays.items() if shapes.get(name) != shape]
   found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
   checked.tell("reference", "its arrays", found, f"it lacks {', '.join(lacks)}" if lacks else "")
+
+
+def _lpips(given: Given, config: ConfigDict) -> Lpips | None:
+  """If its files are given, or where the recipe has them."""
+  files = (given.lpips_vgg or config.perceptual.vgg, given.lpips_heads or config.perceptual.heads)
+  there = files[0] and all(local_file(file).is_file() for file in files if file)
+  return load_lpips(*files) if given.lpips_vgg or there else None
 
 
 def _check_store(checked: Checked, record: Record, store: LatentStore) -> None:

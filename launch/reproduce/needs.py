@@ -86,8 +86,7 @@ def needs(record: Record, given: Given) -> dict[str, Need]:
   if record.recipe or not given.train:
     need(f"tokenizer {record.tokenizer.name}", "tokenizer", record.tokenizer.file)
   if record.recipe:
-    name = record.reference.address.rpartition("/")[2]
-    need("FID's reference", "reference", record.reference, f"data/{name}")
+    need("FID's reference", "reference", record.reference, f"data/{record.reference.name}")
   else:
     pictures(record.validation, "validation")
   if given.train and not given.latents:
@@ -104,14 +103,15 @@ def find_all(record: Record, given: Given) -> dict[str, Path]:
   paths, missing = {}, []
   for flag, need in needs(record, given).items():
     reason = f"published at {need.file.address}" if need.file.address else "published nowhere"
-    if flag == "tokenizer":
-      reason += f", made by python -m launch.train --config={record.tokenizer.recipe}"
-    elif flag == "diffusion":
-      reason += ", made with --train"
     try:
       path = need.find()
     except InputError as error:
-      path, reason = None, f"{reason}; {str(error).partition('. ')[0]}"
+      why = str(error).partition(". ")[0].removeprefix(f"{need.file.address} ").rstrip(".")
+      path, reason = None, f"{reason}; {why}"
+    if flag == "tokenizer":
+      reason += f"; python -m launch.train --config={record.tokenizer.recipe} makes one"
+    elif flag == "diffusion":
+      reason += "; --train makes them"
     if path:
       paths[flag] = path
     else:

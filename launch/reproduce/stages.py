@@ -26,9 +26,7 @@ from launch.reproduce.needs import Given
 from launch.reproduce.records import Record
 from launch.sample import sample_set
 from launch.train import train
-from vavae_jax.common.addresses import local_file
 from vavae_jax.common.files import read_note
-from vavae_jax.perceptual import Lpips, load_lpips
 
 # Of a recipe's sampling; the JSON has all.
 _TOLD = (
@@ -139,10 +137,11 @@ def _rebuild(
   def evaluate() -> dict[str, float]:
     spec = given.validation or record.validation.source
     pictures = FromSource(spec, made.config.data.image_size, crop="resize")
-    output, lpips = Output(workdir / "reconstruction", "reconstruction"), _lpips(given, made.config)
+    output, lpips = Output(workdir / "reconstruction", "reconstruction"), checked.lpips
     of, network = {"step": made.step, "sha256": made.sha256}, checked.network
     about = {"pictures": pictures.about, "tokenizer": of, "network": network.about}
-    if (done := _done(output.json, about | {"seed": given.seed})) is not None:
+    done = _done(output.json, about | {"seed": given.seed})
+    if done is not None and ("lpips" in done) == (lpips is not None):
       return done
     return reconstruction.evaluate(*(made, pictures, network, output), seed=given.seed, lpips=lpips)
 
@@ -154,10 +153,3 @@ def _done(path: Path, about: Mapping[str, Any]) -> dict[str, float] | None:
   note = read_note(path) if path.is_file() else {}
   same = all(note.get(name) == value for name, value in about.items())
   return note["figures"] if note and same else None
-
-
-def _lpips(given: Given, config: FrozenConfigDict) -> Lpips | None:
-  """If its files are given, or where the recipe has them."""
-  files = (given.lpips_vgg or config.perceptual.vgg, given.lpips_heads or config.perceptual.heads)
-  there = files[0] and all(local_file(file).is_file() for file in files if file)
-  return load_lpips(*files) if given.lpips_vgg or there else None
