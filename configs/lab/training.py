@@ -91,9 +91,12 @@ def experiment(size: str = "cifar") -> ConfigDict:
       "seeds": (0, 1, 2),  # of order, times, noise and dropped labels, on each side
       # Steps with the same batches, times and noise; at half of them the sides change places.
       "fed_steps": 300,
-      "num_samples": 5_000,  # of each set
+      "num_samples": 5_000,  # of each training
+      "crossed_samples": 500,  # of the other side's weights, from the same noise as the first ones
+      "continued_steps": 500,  # with the other side's state, from the middle of a training on
     }
   )
   if size == "tiny":
     config.update(source="embedded:emoji", seeds=(0, 1), fed_steps=4, num_samples=96)
+    config.update(crossed_samples=48, continued_steps=2)
   return config

@@ -120,7 +120,7 @@ def made(root: Path, shift: float) -> pieces.Settings:
   for job in jobs:
     by = shift * (job.name.startswith("ours") or job.name.endswith(("by_ours", "fed/ours")))
     by += 0.01 * ("seed1" in job.name)
-    folder = job.output.parent if job.output.suffix or job.output.name == "4" else job.output
+    folder = job.output.parent if job.output.suffix or job.output.name.isdigit() else job.output
     folder.mkdir(parents=True, exist_ok=True)
     losses = {step: 1 / step + by for step in (2, 4)}
     lines = [json.dumps({"step": step, "mse": x}) for step, x in losses.items()]
@@ -131,7 +131,8 @@ def made(root: Path, shift: float) -> pieces.Settings:
     elif job.kind == "judged":
       note = {"mse": [1 + by] * 8, "cosine": [0.5 + by] * 8, "norm": 3 + by}
       note |= {"plain": 2 + by, "guided": 3 + by}
-      np.savez(job.output.with_suffix(".npz"), plain=np.full(3, by), guided=np.full(3, by))
+      samples = np.random.default_rng(0).standard_normal((9, 1, 1, 2)) + by
+      np.savez(job.output.with_suffix(".npz"), plain=samples, guided=samples)
     elif job.words[0] == "launch.train":
       (root / job.name).mkdir(parents=True, exist_ok=True)
       (root / job.name / "metrics.jsonl").write_text("\n".join(lines))
@@ -143,6 +144,7 @@ def made(root: Path, shift: float) -> pieces.Settings:
       job.output.touch()
     record.add(job, 1.0, done=True)
   write_torch_file(root / "initial.pt", weights)
+  np.savez(root / "moments.npz", mean=np.zeros(2), cov=np.eye(2))
   return given
 
 

@@ -55,15 +55,18 @@ def inputs(settings: Settings, output: Path) -> None:
   np.savez(output, **arrays)
 
 
-def judged_by_ours(settings: Settings, output: Path, *, weights: str) -> None:
-  """Losses and samples of weights, a workdir of ours or a checkpoint of theirs, by our code."""
+def judged_by_ours(settings: Settings, output: Path, *, weights: str, count: int = 0) -> None:
+  """Losses and samples of weights, a workdir of ours or a checkpoint of theirs, by our code.
+
+  `count` is the number of samples; 0: as many as `settings` say.
+  """
   config = settings.config
   params = _average(settings, Path(weights))
   state = State(jnp.zeros(()), params, {ema_name(config.optimizer.ema_decays[0]): params}, None)
   losses = training.validation(config)(state)
   times = [f"_t{t:.2f}" for t in training.validation_times(config)]
   found = {kind: np.array([losses[kind + t] for t in times]) for kind in ("mse", "cosine")}
-  index = np.arange(settings.experiment.num_samples, dtype=np.int32)
+  index = np.arange(count or settings.experiment.num_samples, dtype=np.int32)
   label, size = index % config.model.num_classes, config.sample.batch_size
   for name, scale in (("plain", 1.0), ("guided", config.sample.cfg_scale)):
     sample = FrozenConfigDict(config.sample.to_dict() | {"cfg_scale": scale})
@@ -74,7 +77,7 @@ def judged_by_ours(settings: Settings, output: Path, *, weights: str) -> None:
   _figures(settings, output, found, params)
 
 
-def judged_by_theirs(settings: Settings, output: Path, *, weights: str) -> None:
+def judged_by_theirs(settings: Settings, output: Path, *, weights: str, count: int = 0) -> None:
   """The same by the reference's code."""
   path, params = Path(weights), _average(settings, Path(weights))
   if path.is_dir():
@@ -87,6 +90,7 @@ def judged_by_theirs(settings: Settings, output: Path, *, weights: str) -> None:
     "weights": str(path),
     "sample": {name: sample[name] for name in (*names, "cfg_interval_start")},
     "batch_size": sample.batch_size,
+    "count": count or settings.experiment.num_samples,
     "inputs": str(settings.root / "inputs.npz"),
     "outputs": str(output.with_suffix(".there.npz")),
   }
@@ -99,12 +103,7 @@ def judged_by_theirs(settings: Settings, output: Path, *, weights: str) -> None:
 def _figures(settings: Settings, output: Path, found: dict[str, Any], params: Any) -> None:
   """Writes the figures of weights, and the samples beside them."""
   np.savez(output.with_suffix(".npz"), **{name: found[name] for name in ("plain", "guided")})
-  distances = {}
-  gaussian = _gaussian(settings)
-  for name in ("plain", "guided"):
-    moments = Moments()
-    moments.update(found[name].reshape(len(found[name]), -1))
-    distances[name] = float(gaussian.distance(moments.mean, moments.cov).distance)
+  distances = {name: distance(settings, found[name]) for name in ("plain", "guided")}
   squares = (np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(params))
   figures = {name: found[name].tolist() for name in ("mse", "cosine")}
   write_json(output, figures | distances | {"norm": float(np.sqrt(sum(squares)))})
@@ -114,11 +113,15 @@ def real(settings: Settings, output: Path) -> None:
   """The distance of held-out latents, as many as there are samples or fewer."""
   store = LatentStore(settings.root / "held_out")
   index = np.arange(min(settings.experiment.num_samples, len(store)))
-  gaussian = _gaussian(settings)
-  moments = Moments()
-  moments.update(_flat(_normalised(settings, store, index)))
-  distance = float(gaussian.distance(moments.mean, moments.cov).distance)
-  write_json(output, {"distance": distance, "count": len(index)})
+  found = distance(settings, np.moveaxis(_normalised(settings, store, index), -1, 1))
+  write_json(output, {"distance": found, "count": len(index)})
+
+
+def distance(settings: Settings, latent_NZhw: np.ndarray) -> float:
+  """The Frechet distance of normalised latents to those that are trained on."""
+  gaussian, moments = _gaussian(settings), Moments()
+  moments.update(latent_NZhw.reshape(len(latent_NZhw), -1))
+  return float(gaussian.distance(moments.mean, moments.cov).distance)
 
 
 def _gaussian(settings: Settings) -> Gaussian:
@@ -128,15 +131,12 @@ def _gaussian(settings: Settings) -> Gaussian:
   if not path.exists():
     moments = Moments()
     for rows in np.array_split(np.arange(len(store)), -(-len(store) // 5_000)):
-      moments.update(_flat(_normalised(settings, store, rows)))
+      latent = np.moveaxis(_normalised(settings, store, rows), -1, 1)
+      moments.update(latent.reshape(len(rows), -1))
     with atomic_file(path) as file:  # several jobs may want it at once
       np.savez(file, mean=moments.mean, cov=moments.cov)
   with np.load(path) as stored:
     return Gaussian(stored["mean"], stored["cov"])
-
-
-def _flat(latent_NhwZ: np.ndarray) -> np.ndarray:
-  return np.moveaxis(latent_NhwZ, -1, 1).reshape(len(latent_NhwZ), -1)
 
 
 def _normalised(settings: Settings, store: LatentStore, rows: np.ndarray) -> np.ndarray:

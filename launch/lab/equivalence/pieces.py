@@ -87,6 +87,7 @@ def theirs(
   *,
   seed: int,
   threads: int = 1,
+  steps: int = 0,
   fed: bool = False,
   replay: str = "",
   state: str = "",
@@ -94,12 +95,13 @@ def theirs(
   """A training by the reference's `train.py`.
 
   Args:
+    steps: the last; 0: as many as ours has.
     fed: only the first steps, with what they draw and the parameters between them kept.
     replay: a record of a fed training, to repeat what that drew.
     state: one of `handover.write` to go on from.
   """
   config, root = settings.config, settings.root
-  steps = settings.experiment.fed_steps if fed else config.num_steps
+  steps = settings.experiment.fed_steps if fed else steps or config.num_steps
   job = {
     **job_of(settings, threads),
     "seed": seed,

@@ -63,7 +63,9 @@ class Graph:
     changes = {name: experiment[name] for name in ("source", "fed_steps", "num_samples")}
     self.config += [f"--config.{name}={value}" for name, value in changes.items()]
     contents = (experiment.to_dict(), settings.config.to_dict())
-    self.content = json.dumps([{k: x for k, x in c.items() if k != "seeds"} for c in contents])
+    # What only some jobs take is among their words.
+    others = ("seeds", "crossed_samples", "continued_steps")
+    self.content = json.dumps([{k: x for k, x in c.items() if k not in others} for c in contents])
     self.content = self.content.replace(str(self.root), ".")
 
   def jobs(self) -> Iterator[Job]:
@@ -76,9 +78,9 @@ class Graph:
     first, *others = self.settings.experiment.seeds
     yield from self._trained(first)
     yield from self._crossed(first)
+    yield from self._continued(first)
     for seed in others:
       yield from self._trained(seed)
-    yield from self._continued(first)
 
   def _latents(self) -> Iterator[Job]:
     source = self.settings.experiment.source
@@ -115,38 +117,42 @@ class Graph:
       yield self._judged(side, f"{side}/seed{seed}")
 
   def _crossed(self, seed: int) -> Iterator[Job]:
-    yield self._judged("ours", f"theirs/seed{seed}")
-    yield self._judged("theirs", f"ours/seed{seed}")
+    count = self.settings.experiment.crossed_samples
+    yield self._judged("ours", f"theirs/seed{seed}", {"count": count}, weight=0.5)
+    yield self._judged("theirs", f"ours/seed{seed}", {"count": count}, weight=0.5)
 
   def _continued(self, seed: int) -> Iterator[Job]:
-    """The second half of each side's training on the other side."""
+    """Each side's training, continued on the other side from its middle on."""
     half = self.settings.config.num_steps // 2
+    steps = half + self.settings.experiment.continued_steps
     folder = self.root / "continued" / "theirs_by_ours"
     given = {"checkpoint": str(self._checkpoint(f"theirs/seed{seed}", half)), "step": half}
     given["workdir"] = str(folder)
     needs = (f"theirs/seed{seed}", "held_out")
     yield self._piece("to_ours", "continued/to_ours.json", given, needs)
     paths = [f"latents.{k}={self.settings.config.latents[k]}" for k in ("path", "valid_path")]
-    last = folder / "checkpoints" / str(self.settings.config.num_steps)
-    changes = (*paths, f"seed={SEED + seed}")
+    last = folder / "checkpoints" / str(steps)
+    changes = (*paths, f"seed={SEED + seed}", f"num_steps={steps}")
     name = "continued/theirs_by_ours"
-    yield self._train(name, "diffusion", changes, ("to_ours",), weight=2.5, output=last)
+    yield self._train(name, "diffusion", changes, ("to_ours",), weight=1, output=last)
     state = self.root / "continued" / "to_theirs.npz"
     given = {"workdir": str(self.root / f"ours/seed{seed}"), "step": half}
     trained = f"ours/seed{seed}"
     yield self._piece("to_theirs", "continued/to_theirs.npz", given, (trained,))
-    given = {"seed": SEED + seed, "state": str(state)}
+    given = {"seed": SEED + seed, "state": str(state), "steps": steps}
     name = "continued/ours_by_theirs"
-    yield self._piece(name, "", given, ("to_theirs",), "theirs", 2.5)
+    yield self._piece(name, "", given, ("to_theirs",), "theirs")
 
-  def _judged(self, side: str, training: str) -> Job:
+  def _judged(
+    self, side: str, training: str, more: dict[str, int] | None = None, weight: float = 2
+  ) -> Job:
     name = f"judged/{training.replace('/', '_')}_by_{side}"
     last = self.settings.config.num_steps
     is_ours = training.startswith("ours")
     weights = self.root / training if is_ours else self._checkpoint(training, last)
     needs = (training, "inputs")
-    given = {"weights": str(weights)}
-    return self._piece(name, f"{name}.json", given, needs, f"judged_by_{side}", 2)
+    given = {"weights": str(weights), **(more or {})}
+    return self._piece(name, f"{name}.json", given, needs, f"judged_by_{side}", weight)
 
   def _checkpoint(self, training: str, step: int) -> Path:
     return self.root / training / "run" / "checkpoints" / f"{step:07d}.pt"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from launch.lab.equivalence.judging import distance
 from launch.lab.equivalence.pieces import Settings, losses_of
 from launch.lab.equivalence.side_results import (
   FED,
@@ -146,9 +147,11 @@ def _crossed(found: Results) -> list[str]:
     if not (own and crossed):
       continue
     losses = np.array([each["mse"] + each["cosine"] for each in (own, crossed)])
+    kinds, count = ("plain", "guided"), found.settings.experiment.crossed_samples
     samples = [found.samples(training, by) for by in (side, other)]
-    largest = [np.abs(samples[0][k] - samples[1][k]).max() for k in ("plain", "guided")]
-    pairs = [f"{own[k]:.6g} / {crossed[k]:.6g}" for k in ("plain", "guided")]
+    largest = [np.abs(samples[0][k][:count] - samples[1][k]).max() for k in kinds]
+    ours = [distance(found.settings, samples[0][k][:count]) for k in kinds]
+    pairs = [f"{x:.6g} / {crossed[k]:.6g}" for x, k in zip(ours, kinds, strict=True)]
     worst = (np.abs(losses[0] - losses[1]) / losses[0]).max()
     rows.append([NAMES[side], f"{worst:.1e}", *(f"{x:.1e}" for x in largest), *pairs])
   if not rows:
@@ -158,8 +161,9 @@ def _crossed(found: Results) -> list[str]:
     "## Weights exchanged",
     "",
     "Weights of one training of each side, by their own side's code and by the other's: the worst "
-    "relative difference of the losses at all times, the largest of any number of the samples, "
-    "whose deviation is about 1, and FD by both.",
+    "relative difference of the losses at all times, the largest of any number of the first "
+    f"{found.settings.experiment.crossed_samples:,} samples, whose deviation is about 1, and FD of "
+    "these by both.",
     "",
     *table(header, rows),
     "",
@@ -169,16 +173,16 @@ def _crossed(found: Results) -> list[str]:
 def _continued(found: Results, drawn: Path | None) -> list[str]:
   """The curves of A4."""
   half, seed = found.settings.config.num_steps // 2, found.settings.experiment.seeds[0]
+  first = 2 * found.settings.config.log_every_steps
   rows = []
   for name, begun in CONTINUED.items():
     if not found.has(f"continued/{name}"):
       continue
     on = losses_of(found.root / "continued" / name)
     whole = dict(losses_of(found.root / f"{begun}/seed{seed}"))
-    spans = ((half, half + LAST), (half, 2 * half))
     columns = []
-    for low, high in spans:
-      steps = [step for step, _ in on if low < step <= high]
+    for end in (half + first, 2 * half):
+      steps = [step for step, _ in on if step <= end]
       means = [np.mean([series[step] for step in steps]) for series in (dict(on), whole)]
       columns.append(f"{means[0]:.4f} / {means[1]:.4f}")
     before = np.mean([x for step, x in whole.items() if half - LAST < step <= half])
@@ -186,13 +190,14 @@ def _continued(found: Results, drawn: Path | None) -> list[str]:
     rows.append([f"{NAMES[begun]}, then {NAMES[other]}", f"{before:.4f}", *columns])
   if not rows:
     return []
-  header = ("training", f"{LAST} steps before", f"{LAST} steps after", "all steps after")
+  after = (f"first {first} steps after", f"{found.settings.experiment.continued_steps} steps after")
+  header = ("training", f"{LAST} steps before", *after)
   return [
     "## States exchanged",
     "",
     f"Weights, average and AdamW's moments after {half:,} steps, converted, and the other side's "
     "training from there with random numbers of its own. Mean training loss, of the training that "
-    "went on / of the one that was not interrupted.",
+    "went on / of the one that was not interrupted in the same steps.",
     "",
     *picture(drawn, "Training loss where the other side goes on"),
     *table(header, rows),

@@ -18,8 +18,9 @@ def begin(job: dict[str, Any]) -> tuple[dict[str, Any], None]:
   Args:
     job: "checkout", "threads", "model" (the arguments of LightningDiT), "weights" (a state dict, or
       a checkpoint, whose average counts), "sample" (as `checkout.sampler` takes it), "batch_size",
-      "inputs": a file with "latent", "noise", "label" and "t" of the losses, "sample_noise" and
-      "sample_label"; "outputs": mse and cosine for each of the times, samples "plain" and "guided".
+      "count" (of samples), "inputs" (a file with "latent", "noise", "label" and "t" of the losses,
+      "sample_noise" and "sample_label"), "outputs" (a file of mse and cosine for each of the times,
+      samples "plain" and "guided").
   """
   torch.set_num_threads(job["threads"])
   model = checkout.lightningdit(job["checkout"])(**job["model"])
@@ -33,7 +34,10 @@ def begin(job: dict[str, Any]) -> tuple[dict[str, Any], None]:
     for name, scale in (("plain", 1.0), ("guided", job["sample"]["cfg_scale"])):
       draw = checkout.sampler(model, job["sample"] | {"cfg_scale": scale})
       parts = zip(
-        *(given[f"sample_{x}"].split(job["batch_size"]) for x in ("noise", "label")), strict=True
+        *(
+          given[f"sample_{x}"][: job["count"]].split(job["batch_size"]) for x in ("noise", "label")
+        ),
+        strict=True,
       )
       found[name] = torch.cat([draw(noise, label) for noise, label in parts])
   np.savez(job["outputs"], **{name: x.numpy() for name, x in found.items()})
