@@ -156,7 +156,7 @@ def test_the_page_tells_whether_the_sides_agree(shift, tmp_path):
   side_page.write(given, jobs, page, "the command")
   rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
   verdicts = {row[0]: row[-1] for row in rows if row[-1] in ("yes |", "no |")}
-  assert len(verdicts) == 14  # losses, at eight times too, the norm, both distances
+  assert len(verdicts) == 15  # losses, at eight times too, the norm, both distances
   assert {*verdicts.values()} == ({"no |"} if shift else {"yes |"})
   series = distances(Results(given, jobs))
   assert series["ours"][-1][1] == pytest.approx(shift / 4)

@@ -106,14 +106,20 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   rows, inside = [], 0
   for name, sides in shown.items():
     theirs, ours = sides["theirs"], sides["ours"]
-    within = theirs.min() <= ours.mean() <= theirs.max()
-    inside += bool(within)
-    columns = [f"{x.mean():.5g} ({x.min():.5g} to {x.max():.5g})" for x in (theirs, ours)]
-    rows.append([name, *columns, _errors(theirs, ours), "yes" if within else "no"])
+    within = bool(theirs.min() <= ours.mean() <= theirs.max())
+    inside += within
+    verdict = "-" if len(theirs) < 2 else "yes" if within else "no"
+    columns = [_spread(x) for x in (theirs, ours)]
+    rows.append([name, *columns, _errors(theirs, ours), verdict])
+  several = len(found.seeds("theirs")) > 1
+  summary = f": {inside} of {len(shown)} do" if several else ", which one seed does not tell"
   floor = ""
   if found.has("real"):
     real = found.note("real")
     floor = f" {real['count']:,} held-out latents have FD {real['distance']:.4g}."
+  theirs, ours = (found.losses(side).mean(0) for side in SIDES)
+  gap = ours - theirs
+  error = gap.std(ddof=1) / np.sqrt(len(gap))
   header = ("figure", *NAMES.values(), "standard errors apart", "mean within")
   return [
     "## Trainings of their own",
@@ -121,12 +127,22 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
     "Each side draws order, flips, times, noise and dropped labels by itself, and judges its own "
     "weights by its own code. Mean over seeds, lowest and highest; the difference of the means in "
     "units of its standard error; and whether this project's mean lies between the reference's "
-    f"lowest and highest: {inside} of {len(shown)} do.{floor}",
+    f"lowest and highest{summary}.{floor}",
     "",
     *picture(drawn, "Training loss (band: lowest to highest of the seeds), and validation loss"),
     *table(header, rows),
     "",
+    f"This project's training loss minus the reference's, mean over seeds and over {len(gap)} spans "
+    f"of {found.settings.config.log_every_steps} steps: {gap.mean():+.5f}, with a standard error of "
+    f"{error:.5f} from the scatter of the spans.",
+    "",
   ]
+
+
+def _spread(values: np.ndarray) -> str:
+  if len(values) < 2:
+    return f"{values[0]:.5g}"
+  return f"{values.mean():.5g} ({values.min():.5g} to {values.max():.5g})"
 
 
 def _errors(left: np.ndarray, right: np.ndarray) -> str:

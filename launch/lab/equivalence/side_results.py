@@ -98,11 +98,15 @@ def figures(found: Results) -> dict[str, dict[str, np.ndarray]]:
     seeds = [x for x in found.seeds(side) if found.judged(f"{side}/seed{x}", side)]
     judged = [found.judged(f"{side}/seed{x}", side) for x in seeds]
     losses = found.losses(side)
-    if not judged:
+    if not len(losses):
       continue
     lines = max(1, LAST // found.settings.config.log_every_steps)
-    named = {f"training loss, last {LAST} steps": losses[:, -lines:].mean(1)}
-    mse = np.array([each["mse"] for each in judged])
+    named = {"training loss": losses.mean(1)}
+    named[f"training loss, last {LAST} steps"] = losses[:, -lines:].mean(1)
+    rows |= {name: rows.get(name, {}) | {side: values} for name, values in named.items()}
+    if not judged:
+      continue
+    named, mse = {}, np.array([each["mse"] for each in judged])
     named["validation loss"] = mse.mean(1)
     for i, t in enumerate(validation_times(found.settings.config)):
       named[f"validation loss, t = {t:.4f}"] = mse[:, i]
@@ -110,6 +114,5 @@ def figures(found: Results) -> dict[str, dict[str, np.ndarray]]:
     named["norm of the average"] = np.array([each["norm"] for each in judged])
     for name, kind in (("FD", "plain"), ("FD, guided", "guided")):
       named[name] = np.array([each[kind] for each in judged])
-    for name, values in named.items():
-      rows.setdefault(name, {})[side] = values
+    rows |= {name: rows.get(name, {}) | {side: values} for name, values in named.items()}
   return rows
