@@ -132,9 +132,9 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
     *picture(drawn, "Training loss (band: lowest to highest of the seeds), and validation loss"),
     *table(header, rows),
     "",
-    f"This project's training loss minus the reference's, mean over seeds and over {len(gap)} spans "
-    f"of {found.settings.config.log_every_steps} steps: {gap.mean():+.5f}, with a standard error of "
-    f"{error:.5f} from the scatter of the spans.",
+    "This project's training loss minus the reference's, mean over seeds and over "
+    f"{len(gap)} spans of {found.settings.config.log_every_steps} steps: {gap.mean():+.5f}, with a "
+    f"standard error of {error:.5f} from the scatter of the spans.",
     "",
   ]
 
