@@ -57,9 +57,20 @@ def processor() -> str:
 
 
 def commit() -> str:
-  """The commit of this checkout; "unknown" for an installed package."""
-  words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+  """The commit of this checkout, with "-dirty" if its code has changed since, not only its docs.
+
+  "unknown" for an installed package.
+  """
+  git = ("git", "-C", str(Path(__file__).parent))
   try:
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    found = [
+      subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+      for words in (
+        ("describe", "--always"),
+        # A command that writes a page of docs after each of its parts is the same command.
+        ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"),
+      )
+    ]
+    return found[0] + ("-dirty" if found[1] else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"

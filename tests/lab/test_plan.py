@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 
 import jax
@@ -37,6 +38,26 @@ def test_a_record_names_the_command_without_a_path_of_the_machine(monkeypatch):
   monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
   monkeypatch.setattr(sys, "argv", ["/home/me/launch/lab/plan/__main__.py", "--all"])
   assert circumstances.circumstances()["command"] == "python -m launch.lab.plan --all"
+
+
+def test_a_page_that_is_written_does_not_change_the_commit_of_its_numbers(tmp_path, monkeypatch):
+  def git(*words):
+    subprocess.run(
+      ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *words], check=True
+    )
+
+  for name in ("docs", "launch"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").touch()
+  git("init", "-q")
+  git("add", ".")
+  git("commit", "-qm", "all")
+  monkeypatch.setattr(circumstances, "__file__", str(tmp_path / "launch" / "file"))
+  clean = circumstances.commit()
+  (tmp_path / "docs" / "file").write_text("numbers")
+  assert circumstances.commit() == clean
+  (tmp_path / "launch" / "file").write_text("code")
+  assert circumstances.commit() == f"{clean}-dirty"
 
 
 def test_products_and_convolutions_are_counted():
