@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -24,6 +25,7 @@ from launch.engine import console, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
+from launch.evaluation.cells import LEAST, open_cells
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.figures import Options
 from launch.evaluation.frontier import frontier
@@ -169,11 +171,12 @@ def _latents() -> None:
 
     python -m launch.evaluate latents --latents=RUNS/latents --output=RUNS/latents_figures
 
-  Figures are those of the paper's table 6, by t-SNE.
+  Figures are those of the paper's table 6, by t-SNE. A .pt, .npz or .safetensors file of normalised
+  cells [N,Z] is taken, too, such as the reference's tools/latent_demos/latents_cache_f16d32.pt.
   """
-  output, store = Output(place(FLAGS.output), "latents"), restore.open_latents(FLAGS.latents)
+  output, cells = Output(place(FLAGS.output), "latents"), open_cells(FLAGS.latents)
   space.evaluate(
-    store, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
+    cells, output, runs=FLAGS.runs, count=FLAGS.cells, seed=FLAGS.seed, path=FLAGS.path
   )
 
 
@@ -306,9 +309,9 @@ def _reconstruction_flags() -> None:
 
 
 def _latents_flags() -> None:
-  flags.DEFINE_string("latents", None, "A latent store.", required=True)
+  flags.DEFINE_string("latents", None, "A latent store, or a file of cells.", required=True)
   flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
-  flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=space.LEAST)
+  flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=LEAST)
   flags.DEFINE_integer("seed", 0, "Seed of the first run.", lower_bound=0, upper_bound=LAST_SEED)
   flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Path for signal to noise.")
 
@@ -345,7 +348,7 @@ def _say_next(evaluation: str) -> None:
     words = ("--samples=SAMPLES.npz", f"--reference={output}", f"--protocol={FLAGS.protocol}")
     to = f"--output={output.with_suffix('')}_generation"
     console.say_next("evaluate", "generation", *words, to)
-  elif evaluation == "latents":
+  elif evaluation == "latents" and not Path(FLAGS.latents).is_file():
     recipe, to = "--config=configs/lightningdit.py:B/1", f"--workdir={FLAGS.latents}_diffusion"
     console.say_next("train", recipe, to, f"--config.latents.path={FLAGS.latents}")
   else:

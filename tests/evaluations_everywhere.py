@@ -23,6 +23,7 @@ import vavae_jax.training
 from launch import cached_features, restore
 from launch.engine import processes
 from launch.evaluation import generation, reconstruction, solvers, space, statistics, sweep
+from launch.evaluation.cells import StoredCells
 from launch.evaluation.features import Network
 from launch.evaluation.figures import Options
 from launch.evaluation.frontier import frontier
@@ -63,7 +64,7 @@ def evaluate(pipeline: Path, output: Path) -> None:
   of = Output(output / "reconstruction", "reconstruction")
   reconstruction.evaluate(tokenizer, held_out, network, of)
   store = LatentStore(pipeline / "latents")
-  space.evaluate(store, Output(output / "latents", "latents"), runs=2, count=55)
+  space.evaluate(StoredCells(store), Output(output / "latents", "latents"), runs=2, count=55)
   solvers.evaluate(diffusion, settings, GRID, Output(output / "solvers", "solvers"), count=20)
   store_statistics(seen, network, output / "statistics.npz")
   processes.wait_for_all()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.reference import make_frechet, procedural
+from vavae_jax.metrics import energy
 from vavae_jax.metrics.distribution import (
   Moments,
   frechet_distance,
@@ -194,3 +195,18 @@ def test_inception_score_refuses(probabilities, split_size):
 def test_precision_recall_refuses(samples, k, message):
   with pytest.raises(ValueError, match=message):
     precision_recall(FEATURES, samples, k)
+
+
+def test_energy_distance_and_neighbours_tell_sets_apart(monkeypatch):
+  draw = np.random.default_rng(0)
+  same, other = (draw.standard_normal((2, 700, 3)) for _ in range(2))
+  far = other[0] + [2, 0, 0]
+  pairs = ((same[0], far), (same[0], same[0]), (far, far))
+  between, first, second = (np.linalg.norm(a[:, None] - b, axis=-1).sum() for a, b in pairs)
+  expected = 2 * between / 700**2 - (first + second) / (700 * 699)
+  monkeypatch.setattr(energy, "_BLOCK", 64)
+  assert energy.energy_distance(same[0], far) == pytest.approx(expected, rel=1e-6)
+  assert abs(energy.energy_distance(*same)) < 0.02
+  assert energy.told_apart(*same) == pytest.approx(0.5, abs=0.05)
+  assert energy.told_apart(same[0], far) > 0.8
+  assert energy.told_apart(same[0], same[0]) == 0

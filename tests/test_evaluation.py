@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 from PIL import Image
+from safetensors.numpy import save_file
 
 from launch.evaluation import (
   figures,
@@ -25,6 +26,7 @@ from launch.evaluation import (
   statistics,
   sweep,
 )
+from launch.evaluation.cells import StoredCells, open_cells
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.figures import Entry, Options
 from launch.evaluation.output import Output
@@ -410,7 +412,7 @@ def test_the_console_shows_four_decimals_and_the_unit_of_each_figure(tmp_path, c
 
 def test_a_latent_space_has_its_figures(pipeline, tmp_path):
   output = Output(tmp_path / "space", "latents")
-  found = space.evaluate(LatentStore(pipeline / "latents"), output, runs=2, count=60)
+  found = space.evaluate(StoredCells(LatentStore(pipeline / "latents")), output, runs=2, count=60)
   noted = json.loads(output.json.read_text())
   assert len(noted["runs"]) == 2
   assert noted["runs"][0] != noted["runs"][1]
@@ -424,7 +426,19 @@ def test_latents_that_are_not_finite_have_no_figures(pipeline, monkeypatch):
   store = LatentStore(pipeline / "latents")
   monkeypatch.setattr(store, "mean", store.mean * np.nan)
   with pytest.raises(InputError, match=r"not finite; python -m launch\.encode --check="):
-    space.draw_cells(store, 10, 0)
+    StoredCells(store).draw(10, 0)
+
+
+def test_a_file_of_cells_has_the_figures_of_a_latent_space(tmp_path):
+  """As the reference publishes some: a .pt of one tensor [cells, Z]."""
+  values = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+  file = tmp_path / "cells.safetensors"
+  save_file({"cells": values}, file)
+  found = space.evaluate(open_cells(str(file)), Output(tmp_path / "x", "latents"), runs=1)
+  assert abs(found["energy_from_normal"]) < 0.1
+  save_file({"cells": values[:9]}, file)
+  with pytest.raises(InputError, match=r"shape \[9, 4\]; cells are floating.*least 50"):
+    open_cells(str(file))
 
 
 def test_signal_to_noise_of_the_linear_path():

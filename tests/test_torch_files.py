@@ -154,6 +154,11 @@ def test_last_element_of_a_storage_is_inside(tmp_path):
   np.testing.assert_array_equal(array, [[2, 3], [4, 5]])
 
 
+def test_a_tensor_alone_is_read(tmp_path):
+  path = write(tmp_path / "cells.pt", tensor(6, 0, (2, 3), (3, 1)), SIX)
+  np.testing.assert_array_equal(read_torch_file(path)["0"], np.arange(6).reshape(2, 3))
+
+
 @pytest.mark.parametrize("count", [5, 7, -6])
 def test_storage_must_have_the_announced_size(tmp_path, count):
   content = b"(" + fragment("w") + tensor(count, 0, (2,), (1,)) + b"d"

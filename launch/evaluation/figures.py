@@ -137,6 +137,7 @@ class LatentSpace(NamedTuple):
   runs: list[Uniformity]  # of each t-SNE
   eigenvalues: np.ndarray  # of the channels' covariance [Z], descending
   correlation: np.ndarray  # of the channels [Z,Z]
+  from_normal: float  # energy distance from the standard normal distribution
   network: None = None
 
   def mean(self, name: str) -> float:
@@ -195,6 +196,7 @@ FIGURES: dict[str, tuple[Entry, ...]] = {
       "",
       lambda g: float(np.abs(g.correlation - np.eye(len(g.correlation))).max()),
     ),
+    Entry("energy_from_normal", "Energy distance from normal", "", lambda g: g.from_normal),
   ),
 }
 

@@ -14,19 +14,18 @@ import safetensors.numpy
 from launch.engine import console, processes
 from launch.engine.parts import share
 from launch.evaluation import figures
+from launch.evaluation.cells import Cells
 from launch.evaluation.figures import LatentSpace
 from launch.evaluation.output import Output
 from launch.report import plots
 from launch.report.charts import Curve, line_chart, scatter
 from launch.report.html import Section
 from lightningdit_jax import transport
-from lightningdit_jax.store import latents
-from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_safetensors
+from vavae_jax.metrics.energy import energy_distance
 from vavae_jax.metrics.uniformity import Uniformity, density, uniformity
 
 PERPLEXITY = 30.0
-LEAST = 50  # of which each has that many neighbours
 TIMES = np.linspace(0.02, 0.98, 49)
 _SHOWN_POINTS = 2_000
 
@@ -40,42 +39,8 @@ class Run(NamedTuple):
   density: np.ndarray  # at each place [n]
 
 
-def draw_cells(store: latents.LatentStore, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """(normalised cells at a random place of random pictures [n,Z], the pictures' labels [n]).
-
-  They are of `count` pictures, or of all, mirrored or not, as the reference draws them; where the
-  store has posteriors, of a sample.
-  """
-  draw = np.random.default_rng(seed)
-  records = draw.permutation(len(store))[:count]
-  flips = draw.random(len(records)) < 0.5
-  height, width, channels = store.shape
-  rows, columns = draw.integers(height, size=len(records)), draw.integers(width, size=len(records))
-  values = np.empty((len(records), channels), np.float32)
-  for start in range(0, len(records), 256):
-    some = slice(start, start + 256)
-    z_BhwZ = np.empty((len(records[some]), *store.shape), np.float32)
-    store.read(
-      records[some],
-      flips[some],
-      out=z_BhwZ,
-      mean=store.mean,
-      scale=1 / store.std,
-      noise=(lambda _: draw.standard_normal((channels, height, width), np.float32))
-      if store.has_posteriors
-      else None,
-    )
-    values[some] = z_BhwZ[np.arange(len(z_BhwZ)), rows[some], columns[some]]
-  if not np.isfinite(values).all():
-    raise InputError(
-      f"{store.path} has numbers that are not finite; python -m launch.encode --check={store.path} "
-      "names its damaged shards."
-    )
-  return values, store.labels_of(records)
-
-
 def evaluate(
-  store: latents.LatentStore,
+  cells: Cells,
   output: Output,
   *,
   runs: int = 10,
@@ -83,35 +48,35 @@ def evaluate(
   seed: int = 0,
   path: str = "Linear",
 ) -> dict[str, float]:
-  """All figures of a latent space, with JSON, picture and page; InputError if latents are too few.
+  """All figures of a latent space, with JSON, picture and page.
 
   There are `runs` t-SNEs of `count` cells each, the first by `seed`, the next by the seeds that
   follow; `path` is the transport's, for the curve of signal to noise. Several processes share the
   runs, and the first has the figures and writes.
   """
-  if len(store) < LEAST:
-    raise InputError(f"{store.path} has {len(store)} latents; at least {LEAST} are needed.")
   seeds = range(seed, seed + runs)
   mine = share(seeds)
   for each in console.tracked(mine, "t-SNE", len(mine)):
-    _run(store, count, each, output.progress)
+    _run(cells, count, each, output.progress)
   processes.wait_for_all()
   if jax.process_index():
     return {}
   processes.check_seen(_file(output.progress, each) for each in seeds)
-  done = [_run(store, count, each, output.progress) for each in seeds]
+  done = [_run(cells, count, each, output.progress) for each in seeds]
   first, found = done[0], [uniformity(run.density) for run in done]
   values = first.values.astype(np.float64)
   correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
   covariance = np.atleast_2d(np.cov(values.T))
   eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
-  computed = figures.compute("latents", LatentSpace(found, eigenvalues, correlation))
+  normal = np.random.default_rng(seed).standard_normal(values.shape)
+  from_normal = energy_distance(values, normal)
+  computed = figures.compute("latents", LatentSpace(found, eigenvalues, correlation, from_normal))
   spread = {
     name: float(np.std([getattr(x, name) for x in found], ddof=1)) if runs > 1 else None
     for name in Uniformity._fields
   }
   curves = signal_to_noise(eigenvalues, path)
-  channels = _channels(store, values)
+  channels = _channels(cells, values)
   _draw(output, first, channels, correlation, curves)
   output.write(
     {
@@ -121,13 +86,13 @@ def evaluate(
       "cells": len(values),
       "seed": seed,
       "perplexity": PERPLEXITY,
-      "latents": {"path": str(store.path), "sha256": store.sha256, "shape": list(store.shape)},
+      "latents": cells.about,
       "channels": channels,
       "eigenvalues": eigenvalues.tolist(),
       "signal_to_noise": {name: [[t, v] for t, v in points] for name, points in curves.items()},
     },
     title=f"Latents: density CV {computed['density_cv']:.3f}",
-    summary=f"{len(store):,} latents of {store.shape[0]} x {store.shape[1]} x {store.shape[2]}.",
+    summary=cells.summary,
     figures=figures.shown(
       "latents",
       computed,
@@ -136,15 +101,15 @@ def evaluate(
       units={name: f"± {x:.3f}" for name, x in spread.items() if x is not None}
       | {"effective_dimensions": f"of {values.shape[1]}"},
     ),
-    sections=_sections(store, first, curves, path),
+    sections=_sections(cells, first, curves, path),
   )
   return computed
 
 
 def _sections(
-  store: latents.LatentStore, run: Run, curves: dict[str, list[tuple[int, float]]], path: str
+  cells: Cells, run: Run, curves: dict[str, list[tuple[int, float]]], path: str
 ) -> list[Section]:
-  classes = store.manifest.get("class_names") or [str(i) for i in range(run.labels.max() + 1)]
+  classes = cells.names or [str(i) for i in range(run.labels.max() + 1)]
   some = slice(None, _SHOWN_POINTS)
   title = f"Signal to noise of the path {path}"
   chart = Curve(title, "log10 of variances", curves, x_label="time x 100")
@@ -162,16 +127,16 @@ def _file(progress: Path, seed: int) -> Path:
   return progress / f"run-{seed}.safetensors"
 
 
-def _run(store: latents.LatentStore, count: int, seed: int, progress: Path) -> Run:
+def _run(cells: Cells, count: int, seed: int, progress: Path) -> Run:
   """One t-SNE, or what a run before found of the same cells."""
-  values, labels = draw_cells(store, count, seed)
+  values, labels = cells.draw(count, seed)
   path = _file(progress, seed)
-  cells = np.frombuffer(hashlib.sha256(values.tobytes()).digest(), np.uint8)
+  digest = np.frombuffer(hashlib.sha256(values.tobytes()).digest(), np.uint8)
   found = safetensors.numpy.load(path.read_bytes()) if path.exists() else {}
   plane = found.get("plane")
-  if plane is None or not np.array_equal(found.get("cells", 0), cells):
+  if plane is None or not np.array_equal(found.get("cells", 0), digest):
     plane = tsne(values, seed)
-    write_safetensors(path, {"plane": plane, "cells": cells})
+    write_safetensors(path, {"plane": plane, "cells": digest})
   return Run(values, labels, plane, density(plane))
 
 
@@ -201,14 +166,14 @@ def signal_to_noise(eigenvalues: np.ndarray, path: str) -> dict[str, list[tuple[
   }
 
 
-def _channels(store: latents.LatentStore, values: np.ndarray) -> dict[str, list[float]]:
+def _channels(cells: Cells, values: np.ndarray) -> dict[str, list[float]]:
   """The mean and deviation that normalise each channel, and moments of its normalised cells."""
   centred = values - values.mean(0)
   std = values.std(0)
   standard = centred / np.maximum(std, np.finfo(np.float64).tiny)
   columns = {
-    "mean": store.mean,
-    "std": store.std,
+    "mean": cells.mean,
+    "std": cells.std,
     "normalised_mean": values.mean(0),
     "normalised_std": std,
     "skewness": (standard**3).mean(0),

@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vavae_jax.common.errors import InputError
 from vavae_jax.weights.torch_pickles import StandIn, Unpickler
 
@@ -43,11 +45,12 @@ _DAMAGE = (
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
-  """Reads a weight file (.pt, .pth, .bin, .ckpt) that torch.save wrote of a dictionary or list.
+  """Reads a file (.pt, .pth, .bin, .ckpt) that torch.save wrote of a dictionary, list or tensor.
 
   Each tensor or parameter, however deep, becomes a read-only numpy array of the same shape and
   dtype (those that numpy lacks as of ml_dtypes); numbers, strings, lists and dictionaries stay as
-  they are, and all else is a `StandIn`. A list becomes a dictionary with the keys "0", "1", ...
+  they are, and all else is a `StandIn`. A list becomes a dictionary with the keys "0", "1", ...,
+  a tensor alone one with the key "0".
 
   InputError if there is no such file, or it is no PyTorch file, is truncated or damaged, asks for
   what only an attack needs, or a tensor reaches outside its storage.
@@ -69,6 +72,8 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     raise InputError(
       f"{path} is truncated, damaged or not a PyTorch weight file ({error}): fetch it again."
     ) from error
+  if isinstance(content, np.ndarray):
+    content = [content]
   if type(content) in (list, tuple) and content:
     content = {str(i): value for i, value in enumerate(content)}
   if not isinstance(content, dict) or (isinstance(content, StandIn) and not content):

@@ -8,12 +8,12 @@ import lightningdit_jax.checks
 from configs.lab import dilemma
 from configs.lab.dilemma import MAIN
 from launch import tasks
-from launch.evaluation import space
+from launch.evaluation import cells
 from launch.lab.dilemma import graph
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import sources
 
-LEAST = {"num_samples": 2, "curve_samples": 2, "cells": space.LEAST, "runs": 1, "cfg_scale": 1.0}
+LEAST = {"num_samples": 2, "curve_samples": 2, "cells": cells.LEAST, "runs": 1, "cfg_scale": 1.0}
 
 
 def check(config: FrozenConfigDict) -> None:
