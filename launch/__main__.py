@@ -22,7 +22,9 @@ COMMANDS = {
       *("export", "studio"),
     )
   },
-  **{name: f"launch.lab.{name}" for name in ("benchmark", "plan", "equivalence", "dilemma")},
+  **{
+    name: f"launch.lab.{name}" for name in ("benchmark", "plan", "equivalence", "dilemma", "cells")
+  },
 }
 
 
