@@ -87,7 +87,8 @@ def log_likelihood(
   """Log-density of latents under the flow, by Hutchinson's estimate of the divergence.
 
   Args:
-    velocity: see `sample_ode`; without guidance.
+    velocity: see `sample_ode`; without guidance, of a model with `attention="xla"`, since kernels
+      have no forward derivative.
     latent: [B, ...], at t=1, normalised as the model sees them. For the density of stored latents
       add the sum of log(multiplier / std) over all their numbers.
     probe: +1 or -1, the shape of `latent`; the estimate is exact in the mean over probes.
