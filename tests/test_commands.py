@@ -351,7 +351,7 @@ def test_a_training_may_change_the_options_that_leave_the_numbers(monkeypatch, t
   given = {}
   monkeypatch.setattr(loop, "run", lambda *_, **options: given.update(options))
   train(quickstart.tokenizer(tiny=True), tmp_path)
-  names = {"use_checkpoint", "remat_policy", "attention", "scan_unroll"}
+  names = {"use_checkpoint", "remat_policy", "attention", "scan_unroll", "reduce_dtype"}
   assert {*given["may_change"]} == {f"model.{name}" for name in names}
 
 
@@ -450,7 +450,7 @@ def _owned(root, pipeline):
     ("a word too many", "Unexpected argument 'again'"),
     ("an empty word", "An argument is empty"),
     ("no such file at home", f"error: {Path.home()}/nothing_here does not exist"),
-    ("a model in a bucket", "gs://bucket/model: only trainings, samples and evaluations"),
+    ("a model in a bucket", "gs://bucket/model: only trainings, latents, samples and evaluations"),
     ("no name on the hub", "a b could not be pushed (Repo id must"),
     ("an empty key", "config.data.source is ''; give a text that is not empty"),
     ("nothing to evaluate", "invalid choice: 'everything'"),

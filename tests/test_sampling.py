@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightningdit_jax import sampling, solvers, transport
+from lightningdit_jax import likelihood, sampling, solvers, transport
 from lightningdit_jax.convert import from_torch
 from tests import cases
 from tests.reference import procedural
@@ -128,7 +128,7 @@ def test_likelihood_of_a_gaussian():
   probe = jnp.sign(points(3, seed=1))
   for method in ("dopri5", "rk4"):
     value, noise = jax.jit(
-      functools.partial(sampling.log_likelihood, lambda x, t: a * x, method=method, num_steps=20)
+      functools.partial(likelihood.log_likelihood, lambda x, t: a * x, method=method, num_steps=20)
     )(x, probe)
     np.testing.assert_allclose(noise, x * np.exp(-a), rtol=1e-4, atol=1e-5)
     size = x[0].size
@@ -149,7 +149,7 @@ def test_likelihood_of_a_flow_by_its_own_jacobian():
   prior = -0.5 * (jnp.sum(noise**2) + noise.size * np.log(2 * np.pi))
   probes = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=4))).reshape(-1, 1, 1, 1, 4)
   estimates = jax.vmap(
-    lambda probe: sampling.log_likelihood(
+    lambda probe: likelihood.log_likelihood(
       flow, end(noise).reshape(noise.shape), probe, method="rk4", num_steps=40
     )[0]
   )(probes)
