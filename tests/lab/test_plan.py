@@ -609,12 +609,11 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
   assert {"attention", "products", "optimizer", "scan stacks", "collectives"} <= {*sources}
   seconds = plan["seconds"]
   assert seconds["ideal"] < seconds["roofline"] < seconds["compiler"]
-  # The compiler moves bytes at 0.4 of the bandwidth, or a little faster where operations may use
-  # more of VMEM, the roofline at 0.8; products are slower by an order at the least effort, and say
-  # nothing.
+  # The compiler moves bytes at 0.4 of the bandwidth or, of float32, faster; the roofline at 0.8.
+  # Products are slower by an order at the least effort, and say nothing.
   names = ("norm and modulation", "biases", "other elementwise", "scan stacks", "optimizer")
   moving = [sum(sources[name][kind] for name in names) for kind in ("seconds", "roofline")]
-  assert 1.2 < moving[0] / moving[1] < 4
+  assert 2 < moving[0] / moving[1] < 4
 
 
 @pytest.mark.tpu_aot
