@@ -62,8 +62,9 @@ MAY_CHANGE = (
   "latents.path",
   "tokenizer",
 )
-# Keys that came later, by section, and what a training did that has none of them.
-LATER = {"data": {"split": "position", "changed": "refuse"}}
+# Keys that came later, by task and section, and what a training did that has none of them.
+_PICTURES = {"data": {"split": "position", "changed": "refuse"}}
+LATER: dict[str, dict[str, dict[str, Any]]] = {"tokenizer": _PICTURES, "classifier": _PICTURES}
 
 
 def define_flag(text: str) -> None:
@@ -175,8 +176,10 @@ def check_workdir(
 
 def read_noted(path: Path, **kinds: Any) -> dict[str, Any]:
   """A training's config.json with the values `kinds`, as of `read_note`."""
-  note = read_note(path, **dict.fromkeys(LATER, dict | None) | kinds)
-  return note | {name: keys | note[name] for name, keys in LATER.items() if name in note}
+  sections = {name for later in LATER.values() for name in later}
+  note = read_note(path, **dict.fromkeys(sections, dict | None) | kinds)
+  later = LATER.get(str(note.get("task")), {})
+  return note | {name: keys | note[name] for name, keys in later.items() if name in note}
 
 
 def check_begun(output: Path, begun: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
