@@ -2,10 +2,10 @@
 
 An experiment's file takes `tokenizer()`, `diffusion()` or `classifier()` and changes what differs.
 `launch.train` checks a configuration against `KEYS`: a key that is not there does not exist.
-docs/configuration.md is made from here: `python -m configs.base > docs/configuration.md`.
+docs/configuration.md is made from it: `python -m configs.page > docs/configuration.md`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -375,34 +375,3 @@ def _defaults(table: Mapping[str, Any]) -> ConfigDict:
     return key.default
 
   return ConfigDict({name: default(key) for name, key in table.items()})
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Key]]:
-  for name, key in table.items():
-    yield from [(prefix + name, key)] if isinstance(key, Key) else _flat(key, f"{prefix}{name}.")
-
-
-def page() -> str:
-  """docs/configuration.md: the keys of all trainings, then what each has beside them."""
-  tables = {task: dict(_flat(table)) for task, table in KEYS.items()}
-  first, *others = tables.values()
-  shared = {name: key for name, key in first.items() if all(key == t.get(name) for t in others)}
-  lines = [
-    "# Configuration keys",
-    "",
-    "Made by `python -m configs.base > docs/configuration.md`. Every key can be set with",
-    "`--config.KEY=VALUE`; an impossible value is refused before anything starts. The recipes in",
-    "`configs/` change the defaults.",
-  ]
-  for title, table in {"all trainings": shared, **tables}.items():
-    lines += ["", f"## {title.capitalize()}", "", "| key | default | possible | meaning |"]
-    lines += ["|---|---|---|---|"]
-    for name, key in table.items():
-      if table is shared or name not in shared:
-        cells = (f"`{name}`", f"`{key.default!r}`", key.needed().partition(" ")[2], key.text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-  return "\n".join(lines)
-
-
-if __name__ == "__main__":
-  print(page())

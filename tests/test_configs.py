@@ -40,7 +40,7 @@ from vavae_jax.update import build_autoencoder
 EXPERIMENTS = sorted(
   path.stem
   for path in Path(base.__file__).parent.glob("*.py")
-  if path.stem not in ("__init__", "base", "dilemma", "pictures", "quickstart", "speed")
+  if path.stem not in ("__init__", "base", "page", "pictures", "quickstart")
 )
 
 
