@@ -33,6 +33,7 @@ from launch.engine import console
 from launch.engine.checkpoint import read_config
 from launch.engine.ownership import owned
 from launch.engine.writers import curve, read_metrics
+from launch.evaluation.figures import PARTS
 from launch.evaluation.sample_files import class_sheet
 from launch.report import html
 from lightningdit_jax.pipeline import Pipeline
@@ -252,7 +253,11 @@ def _evaluated(path: Path, model: Pipeline | Tokenizer) -> dict[str, Any]:
     *note.get("warnings", []),
     f"measured at commit {note.get('run', {}).get('commit', 'unknown')}",
   ]
-  figures = [(name, f"{x:.5g}") for name, x in note["figures"].items() if isinstance(x, float)]
+  figures = [
+    (name, f"{x:.5g}")
+    for name, x in note["figures"].items()
+    if isinstance(x, float) and not name.endswith((*PARTS,))
+  ]
   return {"kind": note["evaluation"], "figures": figures, "protocol": "; ".join(protocol) + "."}
 
 

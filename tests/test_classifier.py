@@ -15,6 +15,7 @@ from configs.lab import dilemma
 from launch import tasks
 from launch.engine.step import jit_init
 from launch.evaluation.features import load_network
+from launch.evaluation.pictures import open_pictures
 from vavae_jax import classification
 from vavae_jax.common.errors import InputError
 from vavae_jax.metrics.classifier import Classifier
@@ -98,11 +99,16 @@ def test_it_is_trained_and_judges_by_the_released_commands(command, pictures, tm
   done = command("launch.evaluate", "statistics", *other)
   assert (done.returncode, "holds something else" in done.stderr) == (2, True)
   network = load_network("classifier", str(judge))
-  assert (network.distance, network.sizes) == ("FD-Drawn", {"pool": 32})
+  assert (network.distance, network.sizes) == ("FD-Drawn", {"pool": 32, "scores": 9})
   output = tmp_path / "same"
   words = (*own, f"--samples=folder:{pictures}", f"--reference={reference}", f"--output={output}")
   done = command("launch.evaluate", "generation", *words)
   assert done.returncode == 0, done.stderr
-  assert abs(json.loads(output.with_suffix(".json").read_text())["figures"]["fd_drawn"]) < 1e-3
+  found = json.loads(output.with_suffix(".json").read_text())["figures"]
+  assert abs(found["fd_drawn"]) < 1e-3
+  opened = open_pictures(f"folder:{pictures}")
+  labels = opened.classes[0]
+  scores = network.apply(network.params, opened.read(0, len(opened)))["scores"]
+  assert found["class_accuracy"] == np.mean(np.argmax(scores, 1) == labels)
   with pytest.raises(InputError, match=r"--weights=WORKDIR of a classifier"):
     load_network("classifier")

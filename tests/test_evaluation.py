@@ -209,6 +209,9 @@ def test_figures_of_equal_sets_and_of_shifted_ones(network, tmp_path):
   )
   assert shifted["fid"] > 1
   assert shifted["precision"] < 1
+  shift = features(network, PICTURES).mean(0) - features(network, 255 - PICTURES // 4).mean(0)
+  assert shifted["fid_means"] == pytest.approx(shift @ shift)
+  assert shifted["fid_means"] + shifted["fid_covariances"] == shifted["fid"]
 
 
 @pytest.mark.parametrize("kind", ["named", "without labels", "too many"])
@@ -237,7 +240,8 @@ def test_a_new_figure_is_one_entry(network, tmp_path, monkeypatch):
   output, options = Output(tmp_path / "x", "generation"), Options(precision_recall=False)
   reference = reference_of(pictures.Array(PICTURES), network)
   found = generation.evaluate(pictures.Array(PICTURES), reference, network, output, options=options)
-  assert list(found) == ["fid", "sfid", "inception_score", "count"]
+  distances = ["fid", "fid_means", "fid_covariances", "sfid", "sfid_means", "sfid_covariances"]
+  assert list(found) == [*distances, "inception_score", "count"]
   assert json.loads(output.json.read_text())["figures"]["count"] == 23
   assert "<td>Samples</td><td>23 pcs</td>" in output.html.read_text()
 

@@ -45,7 +45,7 @@ class Network:
     distance: name of the Frechet distance in its features; only Inception's is FID.
     about: protocol and weights, for a JSON file.
     apply: (params, uint8 [B,H,W,3]) -> "pool" [B,F]; of Inception also "spatial" [B,2023] and
-      "probabilities" [B,1008]. It can be called in a jitted function.
+      "probabilities" [B,1008], of a classifier "scores" [B,classes]. A jitted function can call it.
   """
 
   protocol: str
@@ -113,8 +113,8 @@ def _classifier(path: str) -> Network:
   graph = functional.graph_of(classification.build(judge.config))
 
   def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-    features_BF, _ = nnx.merge(graph, params)(images.to_float(image_BHWC))
-    return {"pool": features_BF}
+    features_BF, scores_BC = nnx.merge(graph, params)(images.to_float(image_BHWC))
+    return {"pool": features_BF, "scores": scores_BC}
 
   name = f"FD-{judge.config.name}"
   about = {

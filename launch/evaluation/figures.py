@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from launch.engine import console
 from launch.evaluation.features import Network
-from launch.evaluation.reference import MOST_KEPT, Reference, gaussian_of
+from launch.evaluation.reference import CLASS, MOST_KEPT, Reference, gaussian_of
 from launch.evaluation.statistics import Statistics
 from launch.report.html import Figure
 from vavae_jax.common.errors import InputError
@@ -24,6 +24,8 @@ from vavae_jax.metrics.distribution import Frechet, PrecisionRecall, precision_r
 from vavae_jax.metrics.uniformity import Uniformity
 
 NEIGHBOURS = 3  # k of precision and recall
+# The parts of a distance by how their names end; JSON files have them, tables do not.
+PARTS = {"_means": "means", "_covariances": "covariances"}
 
 
 class Options(NamedTuple):
@@ -47,6 +49,8 @@ class Generated:
   reference: Reference
   network: Network
   options: Options
+  # (label of each sample, names of the classes), both empty where nobody knows them.
+  classes: tuple[Sequence[int] | np.ndarray, Sequence[str]] = ((), ())
 
   @functools.cached_property
   def pool(self) -> Frechet:
@@ -75,6 +79,25 @@ class Generated:
     return precision_recall(real, drawn, NEIGHBOURS)
 
   @functools.cached_property
+  def class_accuracy(self) -> float | None:
+    """The share of samples that a classifier finds to be of the class of their label."""
+    labels = np.asarray(self.classes[0])
+    if not self.samples.has(CLASS) or not len(labels) or self._other_classes:
+      return None
+    return float(np.mean(self.samples.column(CLASS) == labels))
+
+  @functools.cached_property
+  def _other_classes(self) -> str:
+    """What keeps labels and a classifier from being compared; "" if nothing does."""
+    labels, names = self.classes
+    known = self.network.sizes.get("scores", 0)
+    highest = max(labels, default=0)
+    if not known or (highest < known and len(names) in (0, known)):
+      return ""
+    count = len(names) or highest + 1
+    return f"no class accuracy: the samples have labels of {count} classes, the judge of {known}"
+
+  @functools.cached_property
   def infinity(self) -> confidence.Infinity | None:
     """The distance of infinitely many samples."""
     if not self.options.infinity:
@@ -83,19 +106,18 @@ class Generated:
     return confidence.extrapolated(list(console.tracked(subsets, "subsets", confidence.POINTS)))
 
   def more(self) -> dict[str, Any]:
-    """What a JSON file says beside the figures: parts of the distances, warnings, confidence."""
+    """What a JSON file says beside the figures: rounding of the distances, warnings, confidence."""
     key, options, pool = self.network.key, self.options, self.samples.moments["pool"]
-    parts = {
-      name: {"means": x.means, "covariances": x.covariances, "negative_eigenvalue": x.negative}
-      for name, x in {key: self.pool, f"s{key}": self.spatial}.items()
-      if x
-    }
+    both = {key: self.pool, f"s{key}": self.spatial}
+    negative = {name: x.negative for name, x in both.items() if x}
     counts = {"samples": pool.count, "reference": self.reference.count}
     warnings = rank_warnings(counts, self.network)
     if options.precision_recall and self.reference.features is None:
       why = f"the reference has statistics alone, or more than {MOST_KEPT:,} pictures"
       warnings.insert(0, f"no precision and recall: {why}")
-    more: dict[str, Any] = {"parts": parts, "warnings": warnings}
+    if self._other_classes:
+      warnings.insert(0, self._other_classes)
+    more: dict[str, Any] = {"negative_eigenvalues": negative, "warnings": warnings}
     if options.bootstrap:
       features = self.samples.column("pool")
       draws = confidence.resampled(features, self.reference.gaussian, options.bootstrap)
@@ -155,11 +177,23 @@ class Entry(NamedTuple):
   unit: str = ""
 
 
+def _distance(prefix: str, find: Callable[[Any], Frechet | None]) -> tuple[Entry, ...]:
+  """A Frechet distance and its parts, of whatever `find` makes of what was gathered."""
+
+  def part(name: str) -> Callable[[Any], float | None]:
+    return lambda gathered: (found := find(gathered)) and getattr(found, name)
+
+  key = f"{prefix}{{distance}}"
+  names = {"": "distance", **PARTS}
+  return tuple(Entry(key + end, key, "lower", part(name)) for end, name in names.items())
+
+
 FIGURES: dict[str, tuple[Entry, ...]] = {
   "generation": (
-    Entry("{distance}", "{distance}", "lower", lambda g: g.pool.distance),
-    Entry("s{distance}", "s{distance}", "lower", lambda g: g.spatial and g.spatial.distance),
+    *_distance("", lambda g: g.pool),
+    *_distance("s", lambda g: g.spatial),
     Entry("inception_score", "Inception score", "higher", lambda g: g.samples.inception_score()),
+    Entry("class_accuracy", "Class accuracy", "higher", lambda g: g.class_accuracy),
     Entry("precision", "Precision", "higher", lambda g: g.shares and g.shares.precision),
     Entry("recall", "Recall", "higher", lambda g: g.shares and g.shares.recall),
     Entry(
@@ -170,7 +204,7 @@ FIGURES: dict[str, tuple[Entry, ...]] = {
     ),
   ),
   "reconstruction": (
-    Entry("r{distance}", "r{distance}", "lower", lambda g: g.distance and g.distance.distance),
+    *_distance("r", lambda g: g.distance),
     Entry("psnr", "PSNR", "higher", lambda g: g.mean("psnr"), "dB"),
     Entry("ssim", "SSIM", "higher", lambda g: g.mean("ssim")),
     Entry("lpips", "LPIPS", "lower", lambda g: g.mean("lpips")),
@@ -218,14 +252,14 @@ def shown(
 ) -> list[Figure]:
   """The figures of an evaluation, a key of `FIGURES`, as the console and pages show them.
 
-  `figures` are by their names in JSON, of which those that are not in the table are left out;
+  `figures` are by their names in JSON, of which parts and those not in the table are left out;
   `note` is about every figure; `notes` and `units` are those of single ones, by name.
   """
   key, name = (network.key, network.distance) if network else ("", "")
   rows = []
   for each in FIGURES[kind]:
     full = each.key.format(distance=key)
-    if full in figures:
+    if full in figures and not full.endswith((*PARTS,)):
       about = ", ".join(filter(None, [note, (notes or {}).get(full)]))
       label = each.label.format(distance=name)
       unit = (units or {}).get(full, each.unit)

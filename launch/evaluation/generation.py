@@ -13,9 +13,9 @@ from launch.evaluation import figures
 from launch.evaluation.features import Network
 from launch.evaluation.figures import NEIGHBOURS, Generated, Options
 from launch.evaluation.output import Output
-from launch.evaluation.pictures import PictureSet, Sampled, take
+from launch.evaluation.pictures import PictureSet, classes_of, take
 from launch.evaluation.reference import MOST_KEPT, Reference, check_sizes, statistics_of
-from launch.evaluation.sample_files import Npz, class_name, class_sheet, contact_sheet
+from launch.evaluation.sample_files import class_name, class_sheet, contact_sheet
 from launch.evaluation.statistics import Statistics
 from launch.report.charts import Curve, training_section
 from launch.report.html import Section, picture_pairs, picture_rows
@@ -63,9 +63,10 @@ def evaluate(
   if jax.process_index():
     return {}
   first = samples.read(0, min(len(samples), SHOWN))
-  labels, names = _classes(samples, len(first))
+  classes = classes_of(samples, network)
+  labels, names = _shown_classes(*classes, len(first))
   rows = {class_name(x, names): first[labels == x] for x in np.unique(labels)} or {"": first}
-  gathered = Generated(found, reference, network, options)
+  gathered = Generated(found, reference, network, options, classes)
   values, more = figures.compute("generation", gathered), gathered.more()
   notes = {
     name: f"95 % between {x['low']:.3f} and {x['high']:.3f} ({x['resamples']} resamples)"
@@ -104,12 +105,12 @@ def evaluate(
   return values
 
 
-def _classes(samples: PictureSet, count: int) -> tuple[np.ndarray, list[str]]:
+def _shown_classes(
+  labels: np.ndarray, names: list[str], count: int
+) -> tuple[np.ndarray, list[str]]:
   """(label of each of the first samples, names), both empty where these have no or many classes."""
-  labels, names = samples.classes if isinstance(samples, Npz | Sampled) else ((), [])
-  first = np.asarray(labels)[:count]
-  few = first.shape == (count,) and len(np.unique(first)) <= MOST_CLASSES
-  return (first, names) if few else (np.zeros(0, int), [])
+  first = labels[:count]
+  return (first, names) if len(np.unique(first)) <= MOST_CLASSES else (np.zeros(0, int), [])
 
 
 def _neighbours(samples: Statistics, reference: Reference) -> np.ndarray:

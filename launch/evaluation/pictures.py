@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from launch import restore
+from launch.evaluation.features import Network
 from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
 from launch.sample import make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
@@ -46,6 +47,17 @@ class PictureSet(Protocol):
 def take(pictures: PictureSet, indices: Sequence[int]) -> np.ndarray:
   """Some of them, uint8 [len(indices), H, W, 3]."""
   return np.concatenate([pictures.read(int(i), int(i) + 1) for i in indices])
+
+
+def classes_of(pictures: PictureSet, network: Network) -> tuple[np.ndarray, list[str]]:
+  """(label of each, names of the classes), both empty where nobody knows them.
+
+  Those of a source, which have to be read, are known for a network that is a classifier alone.
+  """
+  unread = isinstance(pictures, FromSource) and "scores" not in network.sizes
+  labels, names = ((), []) if unread else getattr(pictures, "classes", ((), []))
+  labels = np.asarray(labels)
+  return (labels, names) if labels.shape == (len(pictures),) else (np.zeros(0, int), [])
 
 
 class Array:
@@ -116,6 +128,15 @@ class FromSource:
   def read(self, start: int, stop: int) -> np.ndarray:
     with ThreadPoolExecutor() as pool:
       return np.stack(list(pool.map(self._one, self.indices[start:stop].tolist())))
+
+  @functools.cached_property
+  def classes(self) -> tuple[np.ndarray, list[str]]:
+    """As `classes_of`."""
+    if len(self.source.class_names) < 2:
+      return np.zeros(0, int), []
+    with ThreadPoolExecutor() as pool:
+      found = pool.map(self.source.encoded, self.indices.tolist())
+      return np.array([label for _, label in found], int), self.source.class_names
 
   def _one(self, index: int) -> np.ndarray:
     picture, _ = self.source.picture(index)

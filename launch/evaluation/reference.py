@@ -20,6 +20,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, remove_folder
 from vavae_jax.metrics.distribution import Gaussian
 
+CLASS = "class"  # the column of what a classifier finds each picture to be
 MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on the host
 
 
@@ -54,13 +55,20 @@ def feature_options() -> dict[str, str]:
 
 @functools.cache
 def compiled(network: Network, keep: bool) -> Callable[[Any, dict[str, jax.Array]], Part]:
-  """A jitted function for `compute`, which keeps the features "pool" as a column if `keep`."""
+  """A jitted function for `compute`, which keeps the features "pool" as a column if `keep`.
+
+  A classifier's `CLASS` [B] is one, too.
+  """
 
   @functools.partial(jax.jit, compiler_options=feature_options())
   def run(params: Any, batch: dict[str, jax.Array]) -> Part:
-    found = network.apply(params, batch["image"])
-    moments = {name: x for name, x in found.items() if name != "probabilities"}
-    return Part(moments, found.get("probabilities"), {"pool": found["pool"]} if keep else {})
+    found = dict(network.apply(params, batch["image"]))
+    columns = {"pool": found["pool"]} if keep else {}
+    if "scores" in found:
+      columns[CLASS] = found.pop("scores").argmax(-1)
+    return Part(
+      {k: x for k, x in found.items() if k != "probabilities"}, found.get("probabilities"), columns
+    )
 
   return run
 

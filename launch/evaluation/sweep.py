@@ -15,9 +15,9 @@ import numpy as np
 from launch.engine import console, processes
 from launch.evaluation import figures
 from launch.evaluation.features import Network
-from launch.evaluation.figures import Generated, Options
+from launch.evaluation.figures import PARTS, Generated, Options
 from launch.evaluation.output import Output, Point
-from launch.evaluation.pictures import PictureSet
+from launch.evaluation.pictures import PictureSet, classes_of
 from launch.evaluation.reference import Reference, statistics_of
 from launch.report import plots
 from launch.report.html import Section, picture_file
@@ -104,7 +104,7 @@ def sweep(
         [picture_file(output.png)],
       )
     ],
-    points=done,
+    points=[{k: v for k, v in point.items() if not k.endswith((*PARTS,))} for point in done],
   )
   return done
 
@@ -113,7 +113,10 @@ def _measured(
   samples: PictureSet, reference: Reference, network: Network, output: Output, options: Options
 ) -> dict[str, Any]:
   """Figures and warnings of a point, from its file if a run before has written it."""
-  noted = json.dumps([samples.about, network.about, reference.about, options], sort_keys=True)
+  wanted = [entry.key for entry in figures.FIGURES["generation"]]
+  noted = json.dumps(
+    [samples.about, network.about, reference.about, options, wanted], sort_keys=True
+  )
   name = hashlib.sha256(noted.encode()).hexdigest()[:16]
   path = output.points / f"{name}.json"
   if processes.first_does(path.is_file):
@@ -123,7 +126,7 @@ def _measured(
   )
 
   def measure() -> dict[str, Any]:
-    gathered = Generated(found, reference, network, options)
+    gathered = Generated(found, reference, network, options, classes_of(samples, network))
     values = figures.compute("generation", gathered)
     note = {"figures": values, "warnings": gathered.more()["warnings"]}
     write_json(path, note)
