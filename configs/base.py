@@ -190,6 +190,9 @@ def _teacher() -> Keys:
     "cache": Key(
       "", text="A folder to keep its features of all pictures in, where crops are fixed."
     ),
+    "centre": Key(
+      False, text="Features without their mean over all training pictures, which the cache has."
+    ),
   }
 
 

@@ -65,7 +65,7 @@ _SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys(TORCH_SUFFIXES, "pt"
 # The task of a model's workdir.
 _TASKS = {"LightningDiT": "diffusion", "tokenizer": "tokenizer"}
 # Options that the reference's autoencoder lacks, with the values it is built by.
-_ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
+_ONLY_OURS = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False, "final_norm": True}
 
 
 class Converted(NamedTuple):

@@ -114,6 +114,21 @@ def test_the_shortcut_is_linear_and_stays_in_its_cell():
   assert moved.sum() == 4
 
 
+def test_without_the_final_norm_the_last_layers_see_what_the_blocks_give():
+  model = tiny(final_norm=False, ch_mult=(1,))
+  assert model.encoder.norm_out is model.decoder.norm_out is None
+
+  @jax.jit
+  def found(image, z):
+    down, up = model.encoder.down[0], model.decoder.up[0]
+    encoded = model.encoder.mid(down(model.encoder.conv_in(image)))
+    decoded = up(model.decoder.mid(model.decoder.conv_in(z)))
+    return (model.encoder.trunk(image), model.decoder.trunk(z)), (encoded, decoded)
+
+  image, z = procedural.normal("image", (1, 4, 6, 3)), procedural.normal("z", (1, 2, 3, 3))
+  jax.tree.map(np.testing.assert_array_equal, *found(image, z))
+
+
 def test_an_image_depends_on_itself_only():
   model = tiny(ch_mult=(1,))
   image = jnp.asarray(procedural.normal("image", (3, 4, 6, 3)))

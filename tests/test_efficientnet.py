@@ -50,6 +50,15 @@ def test_endpoints_agree_with_pytorch(teacher, size):
     cases.assert_near(found[name], expected, 1e-5)
 
 
+def test_the_last_layer_is_what_the_head_sees(teacher):
+  last = load_teacher("efficientnet_lite0_last")
+  assert (last.stride, last.feature_size, feature_size("efficientnet_lite0_last")) == (32, 320, 320)
+  image = image_BHWC("small")
+  expected = jax.jit(teacher.endpoints)(image)["pool"]
+  pool = jnp.mean(jax.nn.relu6(teacher.head(jax.jit(last.__call__)(image))), axis=(1, 2))
+  cases.assert_near(pool, expected, 1e-5)
+
+
 def test_gradient_by_the_image_agrees_with_pytorch(teacher):
   cotangent = procedural.normal("cotangent", EXPECTED["small.stride8"].shape)
 

@@ -19,6 +19,7 @@ from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import frozen, training
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import feature_cache, images, selection
+from vavae_jax.teachers.enlarged import Centred
 
 
 @pytest.fixture
@@ -53,6 +54,23 @@ def test_features_go_with_their_pictures(cached, monkeypatch):
   source, indices = selection.training_pictures(config)
   with pytest.raises(InputError, match="There are no features of these pictures and weights in"):
     feature_cache.open_cache(config, source, indices[1:])
+
+
+def test_centred_features_have_no_mean_on_disk_or_off(cached, monkeypatch):
+  config, tiny = cached
+  config = FrozenConfigDict(config.to_dict() | {"teacher": {**config.teacher, "centre": True}})
+  monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": Centred(tiny)})
+  cached_features.make(config)
+  source, indices = selection.training_pictures(config)
+  found = feature_cache.open_cache(config, source, indices)[np.arange(len(indices))]
+  np.testing.assert_allclose(found.mean((0, 1, 2), dtype=float), 0, atol=1e-3)
+  networks = frozen.merge(config, training.load_frozen(config))
+  image = images.load_crops(source, indices, config.data.image_size)
+  expected = jax.jit(lambda image: networks["teacher"](images.to_float(image)))(image)
+  np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+  config = FrozenConfigDict(config.to_dict() | {"teacher": {**config.teacher, "cache": ""}})
+  with pytest.raises(InputError, match=r"config\.teacher\.centre takes off the mean"):
+    feature_cache.check(config)
 
 
 def test_changed_pictures_have_other_features(cached):
@@ -109,4 +127,4 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
 def test_random_crops_have_no_cache(cached):
   config = configuration(**{"teacher.cache": "somewhere"})
   with pytest.raises(InputError, match=r'set config\.data\.crop to "center"'):
-    training._check_losses(config)
+    feature_cache.check(config)

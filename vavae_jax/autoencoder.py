@@ -84,6 +84,7 @@ class Layers:
 
   norm_groups: int
   use_checkpoint: bool
+  final_norm: bool
   dtype: jax.typing.DTypeLike
   rngs: nnx.Rngs
 
@@ -274,7 +275,7 @@ class Encoder(nnx.Module):
       ]
     )
     self.mid = Middle(widths[-1], layers)
-    self.norm_out = layers.norm(widths[-1])
+    self.norm_out = layers.norm(widths[-1]) if layers.final_norm else None
     self.conv_out = layers.conv(widths[-1], out_channels)
 
   def trunk(self, image_BHWC: jax.Array) -> jax.Array:
@@ -305,7 +306,7 @@ class Decoder(nnx.Module):
         for i, (width, below) in enumerate(pairwise([*widths, widths[-1]]))
       ]
     )
-    self.norm_out = layers.norm(widths[0])
+    self.norm_out = layers.norm(widths[0]) if layers.final_norm else None
     self.conv_out = layers.conv(widths[0], out_channels)
 
   def trunk(self, z_BhwZ: jax.Array) -> jax.Array:
@@ -373,6 +374,10 @@ class Options:
     "networks add the rest; without them the norm before each last layer hinders anything linear. "
     "Short trainings gain decibels. False is as published.",
   )
+  final_norm: bool = field(
+    True,
+    text="Ours: False: neither norm nor swish before the last layers of encoder and decoder.",
+  )
   use_checkpoint: bool = field(
     False,
     text="Ours: compute every block again in the backward pass: less memory, up to a third more "
@@ -404,7 +409,7 @@ class Autoencoder(nnx.Module):
     self.downsampling = downsampling(o.ch_mult, o.patch_size)
     self.dtype = dtype
     z_channels = o.embed_dim if o.z_channels is None else o.z_channels
-    layers = Layers(o.norm_groups, o.use_checkpoint, dtype, rngs)
+    layers = Layers(o.norm_groups, o.use_checkpoint, o.final_norm, dtype, rngs)
     widths = [o.ch * mult for mult in o.ch_mult]
     sizes = [o.resolution // o.patch_size // 2**i for i in range(len(o.ch_mult))]
     attention = [size in o.attn_resolutions for size in sizes]

@@ -20,7 +20,7 @@ from vavae_jax.common.sharding import platform
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite
-from vavae_jax.teachers.enlarged import Enlarged
+from vavae_jax.teachers.enlarged import Centred, Enlarged
 
 PERCEPTUAL = ("lpips", "efficientnet_lite0")
 # Stages of EfficientNet whose features stand in for VGG's; later ones see too little of a texture.
@@ -87,7 +87,7 @@ def _networks(
     stride = downsampling(config.model.ch_mult, config.model.patch_size)
     if network.stride != stride or config.teacher.scale != 1:
       network = Enlarged(network, config.teacher.scale, stride)
-    networks["teacher"] = network
+    networks["teacher"] = Centred(network) if config.teacher.centre else network
   if config.loss.perceptual_weight:
     networks["perceptual"] = (perceptual or _loaded_perceptual)(config.perceptual)
   return networks
@@ -115,7 +115,7 @@ def fresh(config: FrozenConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
 
 
 def load(config: FrozenConfigDict) -> dict[str, Any]:
-  """The weights of the networks, by name, as a pytree of host arrays."""
+  """The weights of the networks, by name, as a pytree of host arrays; a teacher's mean is zero."""
   networks = _networks(config).items()
   return as_multiplied({name: nnx.to_pure_dict(nnx.state(x)) for name, x in networks}, platform())
 

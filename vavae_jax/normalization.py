@@ -24,8 +24,10 @@ from vavae_jax.common.sharding import platform
 Statistics = tuple[jax.Array, jax.Array]  # mean and 1 / deviation, [B, 1, 1, D]
 
 
-def normalized(norm: nnx.GroupNorm, x_BhwD: jax.Array, *, swish: bool = False) -> jax.Array:
-  """norm(x), then swish if wanted; float32, and on TPUs by `group_norm`."""
+def normalized(norm: nnx.GroupNorm | None, x_BhwD: jax.Array, *, swish: bool = False) -> jax.Array:
+  """norm(x), then swish if wanted; float32, and on TPUs by `group_norm`. None leaves x as it is."""
+  if norm is None:
+    return x_BhwD
   if platform() == "tpu":
     scale_D, bias_D = (jnp.asarray(cast(nnx.Param, a)[...]) for a in (norm.scale, norm.bias))
     return group_norm(x_BhwD, scale_D, bias_D, norm.num_groups, norm.epsilon, swish)

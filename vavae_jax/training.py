@@ -43,6 +43,7 @@ def check(config: FrozenConfigDict) -> None:
   judge = functional.outline(build_discriminator(config), "config.discriminator")
   learning_rate(config.optimizer)
   _check_losses(config)
+  feature_cache.check(config)
   size, factor = config.data.image_size, model.downsampling
   if size < factor or size % factor:
     raise InputError(
@@ -57,11 +58,6 @@ def check(config: FrozenConfigDict) -> None:
 
 
 def _check_losses(config: FrozenConfigDict) -> None:
-  if config.teacher.cache and (config.data.crop != "center" or config.data.flip):
-    raise InputError(
-      "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
-      'to "center" and config.data.flip to False, or the cache to "".'
-    )
   if config.train == "decoder" and not config.init_from:
     raise InputError(
       'config.train is "decoder", which trains on latents of config.init_from; name the weights.'
@@ -107,7 +103,7 @@ def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.
   return {"kernel": both[:-1], "bias": both[-1]}
 
 
-load_frozen = frozen.load
+load_frozen = feature_cache.frozen_weights
 
 
 def phase(config: FrozenConfigDict, step: int) -> Phase:
@@ -162,7 +158,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
 
   @functools.cache
   def on_devices() -> tuple[Any, jax.Array]:
-    weights = jax.device_put(frozen.load(config), mesh.replicated(devices))
+    weights = jax.device_put(load_frozen(config), mesh.replicated(devices))
     return weights, mesh.to_global(crops, devices)
 
   @jax.jit

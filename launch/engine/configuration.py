@@ -64,7 +64,10 @@ MAY_CHANGE = (
 )
 # Keys that came later, by task and section, and what a training did that has none of them.
 _PICTURES = {"data": {"split": "position", "changed": "refuse"}}
-LATER: dict[str, dict[str, dict[str, Any]]] = {"tokenizer": _PICTURES, "classifier": _PICTURES}
+LATER: dict[str, dict[str, dict[str, Any]]] = {
+  "tokenizer": {**_PICTURES, "model": {"final_norm": True}, "teacher": {"centre": False}},
+  "classifier": _PICTURES,
+}
 
 
 def define_flag(text: str) -> None:

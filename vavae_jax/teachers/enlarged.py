@@ -1,4 +1,4 @@
-"""A teacher for tokenizers with another grid than its own: it sees pictures enlarged."""
+"""Teachers around a teacher: for another grid than its own, and for features without their mean."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ class Enlarged(nnx.Module):
     batch, height, width, features = x_BhwF.shape
     cells = (batch, height // self.pool, self.pool, width // self.pool, self.pool, features)
     return x_BhwF.reshape(cells).mean((2, 4))
+
+
+class Centred(nnx.Module):
+  """A teacher's features without a mean [F], which is zero until somebody sets it."""
+
+  def __init__(self, teacher: Any):
+    self.teacher, self.stride, self.feature_size = teacher, teacher.stride, teacher.feature_size
+    self.mean = nnx.Variable(jnp.zeros(teacher.feature_size))
+
+  def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+    """As the teacher's."""
+    return self.teacher(image_BHWC) - self.mean[...]
