@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -59,12 +60,35 @@ def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
 
 
 def test_a_mesh_that_does_not_lie_on_the_slice_is_refused(monkeypatch):
-  def make(*_):
+  def make(*_, **__):
     raise NotImplementedError
 
   monkeypatch.setattr(jax, "make_mesh", make)
   with pytest.raises(InputError, match="data=1 x fsdp=1, which does not lie"):
     mesh.make_mesh()
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Gpu:
+  """A device of a cluster of GPUs, whose hosts jax calls slices."""
+
+  id: int
+  process_index: int
+  slice_index: int
+  platform: str = "gpu"
+  device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+  ("data", "fsdp", "hosts"), [(8, 1, [0] * 4 + [1] * 4), (2, 4, [0, 1]), (1, 8, [None])]
+)
+def test_hosts_of_gpus_lie_along_data_as_far_as_that_divides(data, fsdp, hosts):
+  devices = [Gpu(i, i // 4, i // 4) for i in range(8)]
+  made = mesh.make_mesh(data, fsdp, devices)
+  assert made.devices.shape == (data, fsdp)
+  assert sorted(made.devices.flat) == devices
+  rows = [{device.slice_index for device in row} for row in made.devices]
+  assert rows == [{0, 1} if host is None else {host} for host in hosts]
 
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(12, "8 and 16"), (3, "8 and 8"), (0, "8")])

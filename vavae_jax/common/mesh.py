@@ -7,10 +7,13 @@ One mesh ("data", "fsdp"). The batch goes over both axes; parameters, EMA and op
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vavae_jax.common.errors import InputError
@@ -20,19 +23,29 @@ from vavae_jax.common.sharding import BATCH_AXES
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-  """The mesh ("data", "fsdp") over all devices of all processes.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh ("data", "fsdp") over devices, by default all of all processes.
 
   A size of -1 takes what the other leaves; `fsdp` is the number of shards of parameters and
   optimizer state. Auto axes: Explicit ones, jax's default, break patchify and embedding look-ups.
 
   jax orders the devices by the links between them, so that those of a process need not be
   neighbours: on v5e:4x4, `fsdp` over all, they are of the processes 0 0 1 1 1 1 0 2 3 3 3 3 2 2 2
-  0. Whose rows are whose is for `own_rows` to say.
+  0. Whose rows are whose is for `own_rows` to say. Several slices of TPUs, or hosts of GPUs, lie
+  along "data" as far as that divides, so that only gradients go over the slow network.
   """
-  sizes = axis_sizes(data, fsdp, jax.device_count())
+  found = devices or jax.devices()
+  sizes = axis_sizes(data, fsdp, len(found))
+  slices = len({getattr(device, "slice_index", 0) for device in found})
   try:
-    return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2)
+    if slices == 1:
+      return jax.make_mesh(sizes, BATCH_AXES, (AxisType.Auto,) * 2, devices=devices)
+    between = (math.gcd(sizes[0], slices), slices // math.gcd(sizes[0], slices))
+    within = [size // count for size, count in zip(sizes, between, strict=True)]
+    placed = mesh_utils.create_hybrid_device_mesh(
+      within, between, found, allow_split_physical_axes=True
+    )
+    return Mesh(placed, BATCH_AXES, (AxisType.Auto,) * 2)
   except NotImplementedError as error:
     raise InputError(
       f"config.mesh asks for data={sizes[0]} x fsdp={sizes[1]}, which does not lie on these "

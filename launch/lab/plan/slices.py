@@ -14,14 +14,13 @@ import re
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from launch.engine import hardware
 from launch.lab.plan.times import Chip
+from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.mesh import axis_sizes
-from vavae_jax.common.sharding import BATCH_AXES
 
 # The slices in the table of plans: 16 chips, and one host.
 SLICES = {
@@ -91,15 +90,7 @@ def make_mesh(topology: str, data: int = -1, fsdp: int = 1) -> Mesh:
       f"each axis, such as v5e:4x4 or v5p:2x2x4; or one of {', '.join(GPUS)}, a colon and the "
       "number of GPUs, such as h200:8, or h200:4x8 for four hosts."
     )
-  sizes = axis_sizes(data, fsdp, len(found.devices))
-  try:
-    devices = mesh_utils.create_device_mesh(sizes, list(found.devices))
-  except NotImplementedError as error:
-    raise InputError(
-      f"A mesh of data={sizes[0]} x fsdp={sizes[1]} does not lie on {topology}: each must be a "
-      "product of sides of the slice."
-    ) from error
-  return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+  return mesh.make_mesh(data, fsdp, found.devices)
 
 
 def chip_of(topology: str, devices: Mesh) -> Chip:
