@@ -114,6 +114,24 @@ def test_batches_continue_from_their_state(folder):
   np.testing.assert_array_equal(next(fresh)["image"], expected)
 
 
+def test_crops_without_chance_are_made_once(folder, monkeypatch):
+  """Batches are the same whether the crops stay in memory or not."""
+
+  def drawn(kept):
+    monkeypatch.setattr(images, "KEPT", kept)
+    source, read = sources.open_source(f"folder:{folder}"), []
+    picture = source.picture
+    monkeypatch.setattr(source, "picture", lambda i: read.append(i) or picture(i))
+    share, how = Share(3, threads=1), {"crop": "center", "flip": True}
+    data = iter(images.training_batches(source, np.arange(4), share, size=8, seed=0, **how))
+    return np.stack([next(data)["image"] for _ in range(6)]), read
+
+  (kept, once), (made, often) = drawn(images.KEPT), drawn(0)
+  np.testing.assert_array_equal(kept, made)
+  assert sorted(once) == [0, 1, 2, 3]
+  assert len(often) >= 18
+
+
 def test_random_crops_differ_in_place():
   ramp = np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 3))
   rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ Pictures stay uint8 until they are on the device: a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 A = TypeVar("A", jax.Array, np.ndarray)
+KEPT = 2**30  # bytes of crops that stay in memory, of a process
 
 
 class Rows(Protocol):
@@ -89,20 +90,33 @@ def training_batches(
   """Endless shuffled batches of crops of the pictures at `indices`, the same for the same seed.
 
   A batch is {"image": uint8 [B, size, size, 3], "label": int32 [B]}, with "features" where these
-  are given. `crop` is one of `CROPS`; with `flip` a seeded coin mirrors each picture or not.
+  are given. `crop` is one of `CROPS`; with `flip` a seeded coin mirrors each picture or not. Crops
+  without chance are made once where all of them have at most `KEPT` bytes.
   """
   places = order.Order(len(indices), seed)
+  keeps = crop in FIXED_CROPS and 3 * size**2 * len(indices) * max(share.workers, 1) <= KEPT
+  kept: dict[int, tuple[np.ndarray, int]] = {}
+
+  def fixed(record: int) -> tuple[np.ndarray, int]:
+    found = kept.get(record)
+    if found is None:
+      picture, label = source.picture(int(indices[record]))
+      found = FIXED_CROPS[crop](picture, size), label
+      if keeps:
+        kept[record] = found
+    return found
 
   def load(positions: np.ndarray) -> dict[str, np.ndarray]:
     records, epochs = places.records(positions)
     image = np.empty((len(records), size, size, 3), np.uint8)
     label = np.empty(len(records), np.int32)
     for i, (record, epoch) in enumerate(zip(records.tolist(), epochs.tolist(), strict=True)):
-      picture, label[i] = source.picture(int(indices[record]))
-      rng = places.rng(record, epoch)
-      cropped = (
-        random_crop(picture, size, rng) if crop == "random" else FIXED_CROPS[crop](picture, size)
-      )
+      rng: Any = places.rng(record, epoch) if flip or crop == "random" else None
+      if crop == "random":
+        picture, label[i] = source.picture(int(indices[record]))
+        cropped = random_crop(picture, size, rng)
+      else:
+        cropped, label[i] = fixed(record)
       image[i] = cropped[:, ::-1] if flip and rng.integers(2) else cropped
     batch: dict[str, np.ndarray] = {"image": image, "label": label}
     if features is not None:
