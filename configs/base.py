@@ -260,7 +260,10 @@ def _classifier() -> Keys:
   return {
     **_training("classifier", Key(100_000, COUNT)),
     "name": Key("CIFAR", text="The distance is then FD-CIFAR."),
-    "data": _pictures("tfds:cifar10/train", 32, "center", flip=True, held_out=accuracy),
+    "data": {
+      **_pictures("tfds:cifar10/train", 32, "center", flip=True, held_out=accuracy),
+      "pad": Key(0, "[0, 65535]", "Reflected pixels around a picture, of which a random crop is."),
+    },
     "model": {
       "num_classes": Key(10, "[1, 1e7]"),
       "width": Key(32, "[1, 8192]", "Channels of the finest grid."),

@@ -62,12 +62,24 @@ def test_it_learns_to_tell_classes_apart(pictures):
   assert found["pictures"] == len(classification.selection.share(config.data, held_out=True))
 
 
+def test_a_shifted_picture_is_a_crop_of_the_reflected_one():
+  """Every place is as likely, and pictures of a batch are shifted by their own."""
+  pictures = np.random.default_rng(0).integers(256, size=(400, 5, 4, 3), dtype=np.uint8)
+  found = np.asarray(classification.shifted(jax.random.key(0), pictures, 1))
+  padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+  crops = {(y, x): padded[:, y : y + 5, x : x + 4] for y in range(3) for x in range(3)}
+  counts = [(crop == found).all((1, 2, 3)).sum() for crop in crops.values()]
+  assert sum(counts) == 400
+  assert min(counts) > 400 / 9 / 2
+
+
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
     ({"model.num_classes": 4}, r"has 9 classes, but config\.model\.num_classes is 4"),
     ({"model.norm_groups": 3}, "norm_groups=3 does not divide width=8"),
     ({"model.patch_size": 3}, "image_size is 16, no multiple of patch_size=3"),
+    ({"data.pad": 16}, r"data\.pad is 16; it must be below image_size=16"),
     ({"data.held_out": 0.0}, r"held_out is 0\.0"),
     ({"loss.label_smoothing": 1.0}, r"label_smoothing is 1\.0"),
     ({"batch_size": 1000}, "fewer than one batch"),

@@ -38,6 +38,8 @@ def check(config: FrozenConfigDict) -> None:
   size, patch = config.data.image_size, config.model.patch_size
   if size % patch:
     raise InputError(f"config.data.image_size is {size}, no multiple of patch_size={patch}.")
+  if config.data.pad >= size:
+    raise InputError(f"config.data.pad is {config.data.pad}; it must be below image_size={size}.")
   source, _ = selection.training_pictures(config)
   if len(source.class_names) != config.model.num_classes:
     raise InputError(
@@ -64,18 +66,33 @@ def phase(config: FrozenConfigDict, step: int) -> None:
   del config, step
 
 
+def shifted(key: jax.Array, image_BHWC: jax.Array, pad: int) -> jax.Array:
+  """A random crop of each picture with `pad` reflected pixels around it, of the picture's size."""
+  if not pad:
+    return image_BHWC
+  padded = jnp.pad(image_BHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)), "reflect")
+  places_B2 = jax.random.randint(key, (len(image_BHWC), 2), 0, 2 * pad + 1)
+
+  def crop(picture: jax.Array, place: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(picture, (place[0], place[1], 0), image_BHWC.shape[1:])
+
+  return jax.vmap(crop)(padded, places_B2)
+
+
 def train_step(
   config: FrozenConfigDict, phase: None, state: State, frozen: Any, batch: Any, key: jax.Array
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update by the cross-entropy of the classes."""
-  del phase, frozen, key
+  del phase, frozen
   graph = functional.graph_of(build(config))
   targets = optax.smooth_labels(
     jax.nn.one_hot(batch["label"], config.model.num_classes), config.loss.label_smoothing
   )
 
+  image_BHWC = shifted(key, batch["image"], config.data.pad)
+
   def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-    _, logits_BC = nnx.merge(graph, params)(images.to_float(batch["image"]))
+    _, logits_BC = nnx.merge(graph, params)(images.to_float(image_BHWC))
     loss = optax.softmax_cross_entropy(logits_BC, targets).mean()
     return loss, jnp.mean(logits_BC.argmax(-1) == batch["label"])
 

@@ -85,18 +85,31 @@ def get_config(argument: str = "cifar") -> ConfigDict:
   return diffusion(size, width, bool(long)) if part == "diffusion" else experiment(size)
 
 
-def judge(size: str = "cifar") -> ConfigDict:
-  """The classifier whose features serve to evaluate generated pictures; it is no teacher."""
+def judge(size: str = "cifar", second: bool = False) -> ConfigDict:
+  """The classifier whose features serve to evaluate generated pictures; it is no teacher.
+
+  A second one, of other layers and another seed, tells whether its verdict depends on the judge.
+  """
   config = base.classifier()
-  config.update(batch_size=64, num_steps=5_000, log_every_steps=100, save_every_steps=1_000)
-  config.evaluate_every_steps = 1_000
+  config.update(log_every_steps=100, save_every_steps=1_000, evaluate_every_steps=1_000)
   _pictures(config, size)
   config.data.flip = True
-  if size == "gpu":
-    config.update(batch_size=256, num_steps=20_000, model={"width": 96, "depth": 2})
-    config.optimizer.ema_decays = (0.999,)
   if size in ("emoji", "tiny"):
-    config.update(name="Emoji", num_steps=1_500, model={"num_classes": 9, "patch_size": 4})
+    config.update(name="Emoji", batch_size=64, num_steps=1_500)
+    config.model.update(num_classes=9, patch_size=4)
+  else:
+    config.update(batch_size=128, num_steps=6_000)
+    config.model.update(width=64, patch_size=1)
+    config.data.pad = 4
+    config.optimizer.update(weight_decay=0.1, warmup_steps=500)
+  if size == "gpu":
+    config.update(batch_size=256, num_steps=20_000)
+    config.model.update(width=96, depth=2, patch_size=2)
+    config.data.pad = 8
+    config.optimizer.ema_decays = (0.999,)
+  if second:
+    config.update(seed=1, name=f"{config.name}2")
+    config.model.update(depth=config.model.depth + 1, patch_size=2 * config.model.patch_size)
   _tiny(config, size)
   if size == "tiny":
     config.model.update(width=8, norm_groups=4)
