@@ -315,7 +315,12 @@ def _diffusion() -> Keys:
     "model": keys.of(Options),
     "transport": TRANSPORT,
     # The average begins at step 0 without the warm-up of a decay, as published.
-    "optimizer": _optimizer(2e-4, b1=0.9, b2=0.95, ema_decays=(0.9999,)),
+    "optimizer": {
+      **_optimizer(2e-4, b1=0.9, b2=0.95, ema_decays=(0.9999,)),
+      "muon": Key(
+        False, text="Muon for the blocks' matrices, at AdamW's rate and decay; docs/beyond.md."
+      ),
+    },
     "sample": SAMPLE,
     "published": PUBLISHED,
   }

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from tests.reference import procedural
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import (
   averaged,
@@ -68,6 +70,51 @@ def test_clipping_is_by_the_norm_of_all_gradients():
     s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
   ]
   np.testing.assert_allclose([adam.mu["a"][0], adam.mu["b"][0]], [0.06, 0.08], rtol=1e-5)
+
+
+def test_muon_steps_every_matrix_of_every_block_by_itself():
+  """By the formulas, one matrix at a time; all other parameters step as without it."""
+  shapes = {"qkv": (2, 8, 24), "w12": (2, 8, 20), "w3": (2, 10, 8), "adaLN_modulation": (2, 8, 48)}
+  pieces = {"qkv": 3, "w12": 2, "w3": 1, "adaLN_modulation": 6}
+
+  def tree(name):
+    matrices = {x: {"kernel": procedural.normal(name + x, shape)} for x, shape in shapes.items()}
+    rest = {"bias": procedural.normal(name, (2, 8)), "kernel": procedural.normal(name, (8, 8))}
+    return jax.tree.map(jnp.asarray, {"blocks": matrices | {"norm": rest}, "embedder": rest})
+
+  params, gradients = tree("params"), [tree("first"), tree("second")]
+  ends = []
+  for changes in ({}, {"muon": True}):
+    optimizer = make_optimizer(settings(weight_decay=0.1, clip_norm=1.0, **changes))
+    state, update, end = optimizer.init(params), jax.jit(optimizer.update), params
+    for grads in gradients:
+      updates, state = update(grads, state, end)
+      end = optax.apply_updates(end, updates)
+    ends.append(end)
+  for place in (["blocks", "norm"], ["embedder"]):
+    adam, ours = (functools.reduce(dict.get, place, end) for end in ends)
+    jax.tree.map(np.testing.assert_array_equal, ours, adam)
+  norms = [float(optax.tree.norm(grads)) for grads in gradients]
+  for name, count in pieces.items():
+    start, *grads, last = (x["blocks"][name]["kernel"] for x in (params, *gradients, ends[1]))
+    clipped = [grad / norm for grad, norm in zip(grads, norms, strict=True)]
+    for layer in range(2):
+      parts = [np.split(np.float64(x[layer]), count, axis=1) for x in (start, last, *clipped)]
+      for w, found, *given in zip(*parts, strict=True):
+        average = np.zeros_like(w)
+        for g in given:
+          average = 0.95 * average + g
+          step = 0.2 * max(w.shape) ** 0.5 * newton_schulz(g + 0.95 * average)
+          w = w - 0.1 * (step + 0.1 * w)
+        np.testing.assert_allclose(found, w, rtol=1e-4, atol=1e-5)
+
+
+def newton_schulz(x):
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    square = x @ x.T
+    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+  return x
 
 
 def test_emas_move_by_their_shares():

@@ -67,6 +67,7 @@ _PICTURES = {"data": {"split": "position", "changed": "refuse"}}
 LATER: dict[str, dict[str, dict[str, Any]]] = {
   "tokenizer": {**_PICTURES, "model": {"final_norm": True}, "teacher": {"centre": False}},
   "classifier": _PICTURES,
+  "diffusion": {"optimizer": {"muon": False}},
 }
 
 

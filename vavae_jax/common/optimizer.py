@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
+from vavae_jax.common import muon
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
 
@@ -38,17 +39,19 @@ def learning_rate(config: FrozenConfigDict) -> optax.Schedule:
 def make_optimizer(
   config: FrozenConfigDict, step: jax.Array | None = None
 ) -> optax.GradientTransformation:
-  """AdamW as `config.optimizer` says; eps 1e-8, float32 moments.
+  """AdamW as `config.optimizer` says, with Muon for blocks' matrices if that says so; eps 1e-8,
+  float32 moments.
 
   `step` is that of the schedule, if it is not the number of updates made before.
   """
   schedule = learning_rate(config)
-  adam = optax.adamw(
-    lambda count: schedule(count if step is None else step),
-    b1=config.b1,
-    b2=config.b2,
-    weight_decay=config.weight_decay,
-  )
+
+  def rate(count: jax.Array) -> jax.typing.ArrayLike:
+    return schedule(count if step is None else step)
+
+  adam = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  if config.get("muon"):  # a diffusion model's key
+    adam = muon.beside(adam, rate, config.weight_decay)
   if not config.clip_norm:
     return adam
   clip = optax.clip_by_global_norm(config.clip_norm)
