@@ -29,6 +29,7 @@ from launch.evaluation.cells import LEAST, open_cells
 from launch.evaluation.features import PROTOCOLS, Network, load_network
 from launch.evaluation.figures import Options
 from launch.evaluation.frontier import frontier
+from launch.evaluation.gaussians import Gaussians
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import (
   FromSource,
@@ -103,18 +104,28 @@ def _generation() -> None:
     python -m launch.evaluate generation --workdir=RUNS/diffusion --num_samples=50000 \
       --reference=VIRTUAL_imagenet256_labeled.npz --output=RUNS/generation
 
-  Samples are --samples, or drawn by the model of --workdir, never all in memory. The reference is
-  an npz of ADM's, of pytorch-fid's or of `launch.evaluate statistics`, or pictures of any kind.
+  Samples are --samples, or drawn by the model of --workdir, never all in memory, or, as a control,
+  by one Gaussian for each class, fitted to the latents of --gaussians. The reference is an npz of
+  ADM's, of pytorch-fid's or of `launch.evaluate statistics`, or pictures of any kind.
   """
-  if bool(FLAGS.samples) == bool(FLAGS.workdir):
-    raise InputError("Give either --samples or --workdir: existing samples, or a model.")
-  if FLAGS.samples:
-    for name in sorted({"step", "ema", "num_samples", "labels", "seed", *checks.SAMPLE}):
-      if FLAGS[name].present:
-        raise InputError(f"--{name} does not apply to --samples, which are drawn already.")
+  given = [name for name in ("samples", "workdir", "gaussians") if FLAGS[name].value]
+  if len(given) != 1:
+    raise InputError(
+      "Give one of --samples, --workdir and --gaussians: existing samples, a model, or latents."
+    )
+  idle = {"step", "ema", *checks.SAMPLE} if given != ["workdir"] else set()
+  idle |= {"num_samples", "labels", "seed"} if FLAGS.samples else set()
+  for name in sorted(idle):
+    if FLAGS[name].present:
+      raise InputError(f"--{name} does not apply to --{given[0]}.")
   output, network = Output(place(FLAGS.output), "generation"), _network()
   if FLAGS.samples:
     drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
+  elif FLAGS.gaussians:
+    latents = restore.open_latents(FLAGS.gaussians)
+    tokenizer = restore.tokenizer_of_latents(latents, FLAGS.tokenizer)
+    how = {"count": FLAGS.num_samples, "labels": FLAGS.labels, "seed": FLAGS.seed}
+    drawn = Gaussians(latents, tokenizer, **how)
   else:
     drawn = _drawer()({})
   options = Options(FLAGS.precision_recall, FLAGS.bootstrap, FLAGS.fid_infinity)
@@ -284,6 +295,8 @@ def _grid_flags() -> None:
 def _generation_flags() -> None:
   flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
   flags.DEFINE_string("workdir", "", f"A diffusion model that draws the samples: {folder.TAKEN}")
+  text = "A latent store; samples are of one Gaussian for each class, fitted to its latents."
+  flags.DEFINE_string("gaussians", "", text)
   flags.DEFINE_integer(
     "bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.", lower_bound=0
   )

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from launch.evaluation import (
   figures,
   frontier,
+  gaussians,
   generation,
   pictures,
   reconstruction,
@@ -389,6 +390,64 @@ def test_latents_are_decoded_by_their_tokenizer(pipeline, tokenizer):
   assert near < far
 
 
+class FewLatents:
+  """Seven latents [2, 1, 3] of two classes, the second with one, and their mirror images."""
+
+  path, manifest, shape, has_posteriors = "few", {}, (2, 1, 3), False
+  mean, std, labels = np.zeros(3), np.ones(3), np.array([0, 0, 0, 0, 0, 0, 1])
+  latents = np.random.default_rng(2).standard_normal((2, 7, 2, 1, 3)).astype(np.float32)
+
+  def __len__(self):
+    return len(self.labels)
+
+  def read(self, records, flips, *, out, noise):
+    assert noise is None
+    out[:] = self.latents[flips.astype(int), records]
+
+
+def test_a_class_s_draws_have_its_mean_and_covariance():
+  drawn = gaussians._drawn(FewLatents(), np.zeros(20_000, int), seed=0).reshape(-1, 6)
+  known = FewLatents.latents[:, :6].reshape(-1, 6)
+  spread = np.sqrt(np.diag(np.cov(known.T)))
+  assert np.abs((drawn.mean(0) - known.mean(0)) / spread).max() < 0.04
+  unlike = (np.cov(drawn.T) - np.cov(known.T)) / np.outer(spread, spread)
+  assert np.abs(unlike).max() < 0.06
+
+
+@pytest.mark.parametrize(
+  ("labels", "count", "message"),
+  [
+    ("balanced", 7, "1 latents of the class 1, and a covariance needs two"),
+    ("balanced", 6, "latents of 1 classes; a Gaussian for each needs two or more"),
+    ("2", 7, "There is no class 2"),
+  ],
+)
+def test_latents_without_classes_or_with_too_few_have_no_gaussians(labels, count, message):
+  store = FewLatents()
+  store.labels = store.labels[:count]
+  with pytest.raises(InputError, match=message):
+    gaussians.Gaussians(store, None, count=4, labels=labels, seed=0)
+
+
+def test_gaussians_of_classes_are_evaluated_as_samples(network, pipeline, tokenizer, tmp_path):
+  """They are the same each time, and the page has a row for each class."""
+  store = LatentStore(pipeline / "latents")
+  how = {"count": 45, "labels": "balanced", "seed": 0}
+  drawn = gaussians.Gaussians(store, tokenizer, **how)
+  again = gaussians.Gaussians(store, tokenizer, **how)
+  np.testing.assert_array_equal(drawn.read(3, 6), again.read(0, 6)[3:])
+  labels, names = drawn.classes
+  assert (list(labels[:10]), len(names)) == ([*range(9), 0], 9)
+  reference = reference_of(pictures.open_pictures(str(pipeline / "latents")), network)
+  output = Output(tmp_path / "gaussians", "generation")
+  options = Options(precision_recall=False)
+  found = generation.evaluate(drawn, reference, network, output, options=options)
+  assert found["fid"] > 0
+  noted = json.loads(output.json.read_text())
+  assert noted["samples"]["kind"] == "gaussians"
+  assert "&amp; Nature" in output.html.read_text()
+
+
 def test_reconstruction_measures_what_the_tokenizer_makes(tokenizer, tmp_path):
   own = pictures.own_pictures(tokenizer, held_out=True)
   output = Output(tmp_path / "rebuilt", "reconstruction")
@@ -614,6 +673,7 @@ def test_flags_of_another_evaluation_are_refused(command, tmp_path):
     (["latents", "--samples=x.npz"], "--samples; see python -m launch.evaluate latents --help"),
     (["generation", "--samples=a"], "--reference is missing; give --reference=REFERENCE"),
     (["generation", "--samples=a", "--reference=b", "--seed=1"], "--seed does not apply"),
+    (["generation", "--gaussians=a", "--reference=b", "--method=heun"], "--method does not apply"),
     (["everything"], "invalid choice: 'everything'"),
   ):
     done = command("launch.evaluate", *words, f"--output={tmp_path / 'x'}")

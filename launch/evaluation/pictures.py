@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,20 +191,32 @@ class Sampled:
     return self._run(np.arange(start, stop), self._labels[start:stop])
 
 
+def side_of(tokenizer: restore.Trained, store: LatentStore) -> int:
+  """The side of the pictures that a tokenizer makes of latents, 0 where they are no squares."""
+  return tokenizer.config.data.image_size if _side(store.shape[:2]) else 0
+
+
+def decoder_of(
+  tokenizer: restore.Trained, batch_size: int = 64
+) -> Callable[[np.ndarray], np.ndarray]:
+  """A compiled function from latents, float32 [n,h,w,Z], to pictures, uint8 [n,H,W,3]."""
+  devices = mesh.local_mesh()
+  here = tokenizer.on(devices)
+
+  @jax.jit
+  def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
+    return restore.autoencoder(here.config, params).decode_uint8(z_BhwZ)
+
+  batches = Batches(decode, batch_size, devices)
+  return lambda z_BhwZ: np.concatenate(list(batches(z_BhwZ, here.params)))
+
+
 class Decoded:
   """The pictures that a tokenizer makes of a latent store."""
 
-  def __init__(self, store: LatentStore, tokenizer: restore.Trained, batch_size: int = 64):
-    self.size = tokenizer.config.data.image_size if _side(store.shape[:2]) else 0
-    self._store = store
-    devices = mesh.local_mesh()
-    here = tokenizer.on(devices)
-
-    @jax.jit
-    def decode(params: Any, z_BhwZ: jax.Array) -> jax.Array:
-      return restore.autoencoder(here.config, params).decode_uint8(z_BhwZ)
-
-    self._params, self._decode = here.params, Batches(decode, batch_size, devices)
+  def __init__(self, store: LatentStore, tokenizer: restore.Trained):
+    self.size = side_of(tokenizer, store)
+    self._store, self._decode = store, decoder_of(tokenizer)
     self.about = {
       "kind": "latents",
       "latents": store.sha256,
@@ -219,7 +231,7 @@ class Decoded:
   def read(self, start: int, stop: int) -> np.ndarray:
     z_BhwZ = np.empty((stop - start, *self._store.shape), np.float32)
     self._store.read(np.arange(start, stop), np.zeros(stop - start, bool), out=z_BhwZ)
-    return np.concatenate(list(self._decode(z_BhwZ, self._params)))
+    return self._decode(z_BhwZ)
 
 
 def own_pictures(
