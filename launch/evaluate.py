@@ -26,8 +26,8 @@ from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
 from launch.evaluation import generation, reconstruction, solvers, space, sweep
 from launch.evaluation.cells import LEAST, open_cells
-from launch.evaluation.features import PROTOCOLS, Network, load_network
-from launch.evaluation.figures import Options
+from launch.evaluation.features import CLASSIFIER, PROTOCOLS, Network, load_network
+from launch.evaluation.figures import Options, Second
 from launch.evaluation.frontier import frontier
 from launch.evaluation.gaussians import Gaussians
 from launch.evaluation.output import Output
@@ -76,6 +76,26 @@ def _reference(network: Network, output: Output, size: int) -> Reference:
   )
 
 
+def _second_network() -> Network | None:
+  if FLAGS.second_reference and not FLAGS.second_weights:
+    raise InputError("--second_reference needs --second_weights, the second judge.")
+  return load_network(CLASSIFIER, FLAGS.second_weights) if FLAGS.second_weights else None
+
+
+def _second(network: Network | None, output: Output, size: int) -> Second | None:
+  if not network:
+    return None
+  reference = open_reference(
+    FLAGS.second_reference or FLAGS.reference,
+    network,
+    size=size,
+    image_size=FLAGS.image_size,
+    tokenizer=FLAGS.tokenizer,
+    progress=output.progress / "second",
+  )
+  return Second(network, reference)
+
+
 def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   """A function from changed settings to samples of --workdir's model."""
 
@@ -119,6 +139,7 @@ def _generation() -> None:
     if FLAGS[name].present:
       raise InputError(f"--{name} does not apply to --{given[0]}.")
   output, network = Output(place(FLAGS.output), "generation"), _network()
+  other = _second_network()
   if FLAGS.samples:
     drawn = open_pictures(FLAGS.samples, image_size=FLAGS.image_size, tokenizer=FLAGS.tokenizer)
   elif FLAGS.gaussians:
@@ -137,6 +158,7 @@ def _generation() -> None:
     output,
     options=options,
     workdir=folder.find(FLAGS.workdir) if FLAGS.workdir else None,
+    second=_second(other, output, drawn.size),
   )
 
 
@@ -202,6 +224,7 @@ def _sweep() -> None:
   defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
   grid = sweep.parse_grid(FLAGS.grid, defaults)
   output, network, draw = Output(place(FLAGS.output), "sweep"), _network(), _drawer()
+  other = _second_network()
   path = folder.find(FLAGS.workdir)
   diffusion = restore.load(path, "diffusion", FLAGS.step)
   averages, steps = (0.0, *diffusion.config.optimizer.ema_decays), steps_of(path)
@@ -218,7 +241,8 @@ def _sweep() -> None:
   options = Options(FLAGS.precision_recall)
   generation.check(first, options)
   reference = _reference(network, output, first.size)
-  sweep.sweep(grid, draw, reference, network, output, options=options)
+  second = _second(other, output, first.size)
+  sweep.sweep(grid, draw, reference, network, output, options=options, second=second)
 
 
 def _solvers() -> None:
@@ -285,6 +309,10 @@ def _reference_flags() -> None:
 def _drawn_flags() -> None:
   launch.sample.define_flags(50_000, least=2)
   flags.DEFINE_boolean("precision_recall", True, "Keeps all features in memory.")
+  text = "Workdir of a second classifier, which judges the same samples."
+  flags.DEFINE_string("second_weights", "", text)
+  text = "Real pictures, or their statistics by the second classifier; --reference if none."
+  flags.DEFINE_string("second_reference", "", text)
 
 
 def _grid_flags() -> None:

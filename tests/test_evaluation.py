@@ -233,6 +233,85 @@ def test_the_page_of_samples_has_a_row_for_each_of_few_classes(network, tmp_path
   assert counts == (few if kind == "named" else [("pictures", 20)])
 
 
+class Counted(pictures.Array):
+  """Pictures that note how many of them were read."""
+
+  read_at_all = 0
+
+  def read(self, start, stop):
+    self.read_at_all += stop - start
+    return super().read(start, stop)
+
+
+def judge(number: int) -> Network:
+  """A classifier of three classes."""
+
+  def judged(params, image_BHWC):
+    features = apply(params, image_BHWC)["pool"]
+    return {"pool": features, "scores": features[:, :3]}
+
+  params = {"w": np.random.default_rng(number).standard_normal((8 * 8 * 3, FEATURES), np.float32)}
+  about = {"protocol": "classifier", "weights_sha256": str(number)}
+  return Network("classifier", f"FD-J{number}", about, params, judged)
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "b")])
+def test_class_accuracy_is_of_samples_with_the_judge_s_classes(names, tmp_path):
+  network, labels = judge(3), np.arange(23) % 3
+  reference = reference_of(pictures.Array(PICTURES), network)
+  samples = pictures.Array(PICTURES)
+  samples.classes = labels, list(names)
+  output, options = Output(tmp_path / "x", "generation"), Options(precision_recall=False)
+  found = generation.evaluate(samples, reference, network, output, options=options)
+  warnings = json.loads(output.json.read_text())["warnings"]
+  if len(names) == 3:
+    right = features(network, PICTURES)[:, :3].argmax(1) == labels
+    assert found["class_accuracy"] == right.mean()
+    assert "<td>Class accuracy</td>" in output.html.read_text()
+  else:
+    assert "class_accuracy" not in found
+    assert "labels of 2 classes, the judge of 3" in warnings[0]
+
+
+def test_a_second_judge_sees_the_samples_that_the_first_sees(tmp_path):
+  """Each says what it says alone; the samples are drawn once."""
+  judges, options = (judge(3), judge(4)), Options(precision_recall=False)
+  references = [reference_of(pictures.Array(PICTURES), each) for each in judges]
+  second = figures.Second(judges[1], references[1])
+  samples = 255 - PICTURES // 4
+
+  def drawn(_=None):
+    found = Counted(samples)
+    found.classes = np.arange(23) % 3, ["a", "b", "c"]
+    counted.append(found)
+    return found
+
+  counted: list[Counted] = []
+  run = functools.partial(generation.evaluate, options=options)
+  alone = [
+    run(drawn(), reference, each, Output(tmp_path / f"{i}", "generation"))
+    for i, (reference, each) in enumerate(zip(references, judges, strict=True))
+  ]
+  output = Output(tmp_path / "both", "generation")
+  both = run(drawn(), references[0], judges[0], output, second=second)
+  assert both == alone[0] | {f"second_{name}": x for name, x in alone[1].items()}
+  noted = json.loads(output.json.read_text())
+  assert noted["second"]["network"] == judges[1].about
+  assert "<td>FD-J4</td>" in output.html.read_text()
+  (point,) = sweep.sweep(
+    {"cfg_scale": [1.0]},
+    drawn,
+    references[0],
+    judges[0],
+    Output(tmp_path / "sweep", "sweep"),
+    options=options,
+    second=second,
+  )
+  assert point == both | {"cfg_scale": 1.0}
+  shown = len(samples)  # on the page, for which they are read once more
+  assert [x.read_at_all for x in counted] == [23 + shown] * 3 + [23]
+
+
 def test_a_new_figure_is_one_entry(network, tmp_path, monkeypatch):
   """It stands in the JSON file and on the page under its own name."""
   entry = Entry("count", "Samples", "", lambda g: float(g.samples.moments["pool"].count), "pcs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vavae_jax.teachers.efficientnet import EfficientNetLite
 from vavae_jax.weights.state_dicts import read_content
 
 EFFICIENTNET = "efficientnet_lite0"
+SECOND = "second_"
 CLASSIFIER = "classifier"  # a network of one's own, by launch.train
 PROTOCOLS = (*inception.PROTOCOLS, *NAMES, CLASSIFIER)
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -65,6 +67,21 @@ class Network:
     picture = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
     found = jax.eval_shape(self.apply, self.params, picture)
     return {name: x.shape[-1] for name, x in found.items()}
+
+
+@functools.cache  # so that it compiles once
+def both(first: Network, second: Network | None) -> Network:
+  """A network that gives what two give; before names of the second's stands `SECOND`."""
+  if not second:
+    return first
+
+  def apply(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+    others = second.apply(params[1], image_BHWC)
+    return first.apply(params[0], image_BHWC) | {SECOND + name: x for name, x in others.items()}
+
+  about = first.about | {"second": json.dumps(second.about)}
+  params = first.params, second.params
+  return dataclasses.replace(first, about=about, params=params, apply=apply)
 
 
 def load_network(protocol: str, path: str = "") -> Network:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launch.engine import console
-from launch.evaluation.features import Network
+from launch.evaluation.features import SECOND, Network
 from launch.evaluation.reference import CLASS, MOST_KEPT, Reference, gaussian_of
 from launch.evaluation.statistics import Statistics
 from launch.report.html import Figure
@@ -127,6 +127,43 @@ class Generated:
     if self.infinity:
       more["infinity"] = self.infinity._asdict()
     return more
+
+
+class Second(NamedTuple):
+  """A second judge of the same samples, and real pictures in its features."""
+
+  network: Network
+  reference: Reference
+
+  @property
+  def about(self) -> dict[str, Any]:
+    """For a JSON file."""
+    return {"network": self.network.about, "reference": self.reference.about}
+
+
+def generated(
+  found: Statistics,
+  reference: Reference,
+  network: Network,
+  options: Options,
+  classes: tuple[np.ndarray, Sequence[str]],
+  second: Second | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+  """(figures of samples, what a JSON file says beside them), from statistics by `both` networks.
+
+  `SECOND` stands before the names of the second judge's figures.
+  """
+  gathered = Generated(found, reference, network, options, classes)
+  values, more = compute("generation", gathered), gathered.more()
+  if second:
+    plain = Options(precision_recall=False)
+    other = Generated(found.named(SECOND), second.reference, second.network, plain, classes)
+    values |= {SECOND + k: x for k, x in compute("generation", other).items()}
+    noted = other.more()
+    warnings = noted.pop("warnings")
+    more["warnings"] += [text for text in warnings if text not in more["warnings"]]
+    more["second"] = noted | second.about
+  return values, more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +301,21 @@ def shown(
       label = each.label.format(distance=name)
       unit = (units or {}).get(full, each.unit)
       rows.append(Figure(label, figures[full], unit, about, each.better))
+  return rows
+
+
+def shown_of(
+  values: Mapping[str, float],
+  network: Network,
+  second: Second | None,
+  note: str,
+  notes: Mapping[str, str] | None = None,
+) -> list[Figure]:
+  """The figures of `generated` as `shown`, the second judge's last."""
+  rows = shown("generation", values, network, note, notes)
+  if second:
+    other = {k.removeprefix(SECOND): x for k, x in values.items() if k.startswith(SECOND)}
+    rows += shown("generation", other, second.network, f"{note}, by the second judge")
   return rows
 
 

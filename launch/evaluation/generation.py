@@ -10,8 +10,8 @@ import numpy as np
 from launch.engine import console
 from launch.engine.writers import curve, read_metrics
 from launch.evaluation import figures
-from launch.evaluation.features import Network
-from launch.evaluation.figures import NEIGHBOURS, Generated, Options
+from launch.evaluation.features import Network, both
+from launch.evaluation.figures import NEIGHBOURS, Options, Second
 from launch.evaluation.output import Output
 from launch.evaluation.pictures import PictureSet, classes_of, take
 from launch.evaluation.reference import MOST_KEPT, Reference, check_sizes, statistics_of
@@ -47,6 +47,7 @@ def evaluate(
   *,
   options: Options,
   workdir: Path | None = None,
+  second: Second | None = None,
 ) -> dict[str, float]:
   """All figures of a set of samples, with JSON, sheet and page; InputError if sizes do not fit.
 
@@ -59,15 +60,15 @@ def evaluate(
     check_sizes(reference.pictures, samples.size, network)
     sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
     console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
-  found = statistics_of(samples, network, "samples", keep=options.keep, progress=output.progress)
+  judges = both(network, second and second.network)
+  found = statistics_of(samples, judges, "samples", keep=options.keep, progress=output.progress)
   if jax.process_index():
     return {}
   first = samples.read(0, min(len(samples), SHOWN))
   classes = classes_of(samples, network)
   labels, names = _shown_classes(*classes, len(first))
   rows = {class_name(x, names): first[labels == x] for x in np.unique(labels)} or {"": first}
-  gathered = Generated(found, reference, network, options, classes)
-  values, more = figures.compute("generation", gathered), gathered.more()
+  values, more = figures.generated(found, reference, network, options, classes, second)
   notes = {
     name: f"95 % between {x['low']:.3f} and {x['high']:.3f} ({x['resamples']} resamples)"
     for name, x in more.get("confidence", {}).items()
@@ -96,8 +97,8 @@ def evaluate(
     },
     title=f"{network.distance} {values[network.key]:.3f}",
     summary=f"{len(samples)} samples against real pictures, by the protocol {network.protocol}.",
-    figures=figures.shown(
-      "generation", values, network, f"{len(samples)} samples, {network.protocol}", notes
+    figures=figures.shown_of(
+      values, network, second, f"{len(samples)} samples, {network.protocol}", notes
     ),
     sections=sections,
     picture=class_sheet(first, labels, names) if len(labels) else contact_sheet(first, COLUMNS),

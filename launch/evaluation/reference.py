@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from launch.engine import console, processes
-from launch.evaluation.features import Network
+from launch.evaluation.features import SECOND, Network
 from launch.evaluation.pictures import PictureSet, has_pictures, open_pictures, stored_statistics
 from launch.evaluation.statistics import Part, Statistics, compute
 from vavae_jax.common.errors import InputError
@@ -64,8 +64,9 @@ def compiled(network: Network, keep: bool) -> Callable[[Any, dict[str, jax.Array
   def run(params: Any, batch: dict[str, jax.Array]) -> Part:
     found = dict(network.apply(params, batch["image"]))
     columns = {"pool": found["pool"]} if keep else {}
-    if "scores" in found:
-      columns[CLASS] = found.pop("scores").argmax(-1)
+    for before in ("", SECOND):
+      if before + "scores" in found:
+        columns[before + CLASS] = found.pop(before + "scores").argmax(-1)
     return Part(
       {k: x for k, x in found.items() if k != "probabilities"}, found.get("probabilities"), columns
     )

@@ -74,6 +74,14 @@ class Statistics:
     """What was kept of all pictures [N, ...]."""
     return np.concatenate(self.columns.values[name])
 
+  def named(self, before: str) -> Statistics:
+    """Those whose names begin so, by the rest of their names."""
+    found, rest = Statistics(), slice(len(before), None)
+    found.moments = {k[rest]: x for k, x in self.moments.items() if k.startswith(before)}
+    columns = {k[rest]: x for k, x in self.columns.values.items() if k.startswith(before)}
+    found.columns = CollectingMetric(columns)
+    return found
+
   def inception_score(self) -> float | None:
     """The mean over splits of 5,000 samples, a last smaller one included; None without classes."""
     if not self.has(SUMS):

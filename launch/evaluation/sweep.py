@@ -14,8 +14,8 @@ import numpy as np
 
 from launch.engine import console, processes
 from launch.evaluation import figures
-from launch.evaluation.features import Network
-from launch.evaluation.figures import PARTS, Generated, Options
+from launch.evaluation.features import Network, both
+from launch.evaluation.figures import PARTS, Options, Second
 from launch.evaluation.output import Output, Point
 from launch.evaluation.pictures import PictureSet, classes_of
 from launch.evaluation.reference import Reference, statistics_of
@@ -61,6 +61,7 @@ def sweep(
   output: Output,
   *,
   options: Options,
+  second: Second | None = None,
 ) -> list[Point]:
   """Figures at every point of a grid, whose samples `draw` makes of its settings.
 
@@ -77,7 +78,7 @@ def sweep(
     samples = draw(point)
     about = samples.about
     common = {k: v for k, v in (common or about).items() if about.get(k) == v}
-    noted = _measured(samples, reference, network, output, options)
+    noted = _measured(samples, reference, network, output, options, second)
     warnings |= set(noted["warnings"])
     done.append(point | noted["figures"])
   best = min(done, key=lambda point: point[network.key])
@@ -93,10 +94,11 @@ def sweep(
       "network": network.about,
       "samples": common,
       "reference": reference.about,
+      **({"second": second.about} if second else {}),
     },
     title=f"Sweep: {network.distance} {best[network.key]:.3f} at best",
     summary=", ".join(f"{name}={best[name]}" for name in grid),
-    figures=figures.shown("generation", best, network, "the best point"),
+    figures=figures.shown_of(best, network, second, "the best point"),
     sections=[
       Section(
         "Map",
@@ -110,25 +112,34 @@ def sweep(
 
 
 def _measured(
-  samples: PictureSet, reference: Reference, network: Network, output: Output, options: Options
+  samples: PictureSet,
+  reference: Reference,
+  network: Network,
+  output: Output,
+  options: Options,
+  second: Second | None,
 ) -> dict[str, Any]:
   """Figures and warnings of a point, from its file if a run before has written it."""
   wanted = [entry.key for entry in figures.FIGURES["generation"]]
-  noted = json.dumps(
-    [samples.about, network.about, reference.about, options, wanted], sort_keys=True
-  )
+  about = [samples.about, network.about, reference.about, options, wanted]
+  about += [second.about] if second else []
+  noted = json.dumps(about, sort_keys=True)
   name = hashlib.sha256(noted.encode()).hexdigest()[:16]
   path = output.points / f"{name}.json"
   if processes.first_does(path.is_file):
     return processes.first_does(lambda: read_note(path, figures=dict, warnings=list))
   found = statistics_of(
-    samples, network, f"point {name}", keep=options.keep, progress=output.progress
+    samples,
+    both(network, second and second.network),
+    f"point {name}",
+    keep=options.keep,
+    progress=output.progress,
   )
 
   def measure() -> dict[str, Any]:
-    gathered = Generated(found, reference, network, options, classes_of(samples, network))
-    values = figures.compute("generation", gathered)
-    note = {"figures": values, "warnings": gathered.more()["warnings"]}
+    classes = classes_of(samples, network)
+    values, more = figures.generated(found, reference, network, options, classes, second)
+    note = {"figures": values, "warnings": more["warnings"]}
     write_json(path, note)
     remove_folder(output.progress / f"point_{name}")
     return note
