@@ -5,7 +5,6 @@ Reference: `train.py`. Parameters, EMA, optimizer and losses are float32, matmul
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,24 +14,20 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import sampling, transport
+from lightningdit_jax import transport, validation
 from lightningdit_jax.checks import check_model, check_store
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
-from vavae_jax.common import functional, mesh, optimizer
-from vavae_jax.common.batches import in_shares
+from vavae_jax.common import functional, optimizer
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.optimizer import State, averaged, mean_gradients
-from vavae_jax.common.sharding import whole
+from vavae_jax.common.optimizer import State, mean_gradients
 from vavae_jax.data import order
 
 if TYPE_CHECKING:
   import grain  # which takes half a second
 
 Metrics = dict[str, jax.Array]
-VALIDATION_TIMES = 8
-VALIDATION_SEED = 0
 
 
 def check(config: FrozenConfigDict) -> None:
@@ -165,7 +160,7 @@ def evaluators(config: FrozenConfigDict) -> dict[str, Any]:
   """Losses of held-out latents, where `config.latents.valid_path` names some."""
   if not config.latents.valid_path:
     return {}
-  return {"validation": (config.evaluate_every_steps, validation(config))}
+  return {"validation": (config.evaluate_every_steps, validation.evaluator(config, losses))}
 
 
 def figures(config: FrozenConfigDict) -> list[str]:
@@ -173,64 +168,5 @@ def figures(config: FrozenConfigDict) -> list[str]:
   if not config.latents.valid_path:
     return []
   directed = transport.PREDICTIONS[config.transport.prediction].has_direction
-  places = ["", *(f"_t{t:.2f}" for t in validation_times(config))]
+  places = ["", *(f"_t{t:.2f}" for t in validation.times(config))]
   return [f"validation/{x}{at}" for x in ("mse", "cosine")[: 1 + directed] for at in places]
-
-
-def validation_times(config: FrozenConfigDict) -> np.ndarray:
-  """The times of `validation`, ascending."""
-  low, high = transport.interval(
-    config.transport.path_type, config.transport.prediction, config.transport.train_eps
-  )
-  return low + (high - low) * (np.arange(VALIDATION_TIMES) + 0.5) / VALIDATION_TIMES
-
-
-def validation(config: FrozenConfigDict) -> Callable[[State], dict[str, float]]:
-  """Losses of the averaged model on fixed latents, with fixed noise, on a fixed grid of times.
-
-  Equal weights give equal numbers, whatever training drew. The result maps a state to {"mse": mean
-  over all, "mse_t0.06": at the time 0.06, ...}, and "cosine" likewise if the loss has it.
-  """
-  store = open_store(config.latents.valid_path, config.latents.cache)
-  # Normalised as training does it.
-  mean, std = latents.statistics(
-    open_store(config.latents.path, config.latents.cache), latent_norm=config.latents.latent_norm
-  )
-  count = min(config.latents.valid_samples, len(store))
-  times = validation_times(config)
-  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  size = -(-min(config.batch_size // config.accumulate_steps, count) // devices.size)
-
-  def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-    records = [store[int(i)] for i in rows]
-    latent = np.stack([record["latent"] for record in records])
-    return {
-      "latent": latents.normalise(latent, mean, std, config.latents.latent_multiplier),
-      "label": np.asarray([record["label"] for record in records], np.int32),
-      "index": rows.astype(np.int32),
-    }
-
-  @jax.jit
-  def losses_of(params: Any, t: jax.Array, batch: dict[str, jax.Array]) -> Metrics:
-    latent = batch["latent"]
-    noise = sampling.noise_of(VALIDATION_SEED, batch["index"], latent.shape[1:])
-    found = losses(config, params, latent, noise, jnp.full(len(latent), t), batch["label"])
-    return jax.tree.map(whole, found)
-
-  def evaluate(state: State) -> dict[str, float]:
-    params = averaged(config.optimizer, state)
-    sums: dict[str, np.ndarray] = {}
-
-    def run(batch: dict[str, jax.Array]) -> list[Metrics]:
-      return [losses_of(params, np.float32(t), batch) for t in times]
-
-    for _, found in in_shares(run, load, count, size, devices):
-      for place, at in enumerate(found):
-        for name, loss_B in at.items():
-          sums.setdefault(name, np.zeros(len(times)))[place] += np.sum(loss_B)
-    results = {name: float(total.mean() / count) for name, total in sums.items()}
-    for name, total in sums.items():
-      results |= {f"{name}_t{t:.2f}": float(x / count) for t, x in zip(times, total, strict=True)}
-    return results
-
-  return evaluate

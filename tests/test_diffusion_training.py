@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import base, quickstart
-from lightningdit_jax import checks, convert, sampling, training
+from lightningdit_jax import checks, convert, sampling, training, validation
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import fetching
 from tests import cases
@@ -200,12 +200,12 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
   assert told == evaluate(state)
   assert {f"validation/{name}" for name in told} == {*training.figures(config)}
   times = [key for key in told if key.startswith("mse_t")]
-  assert len(times) == training.VALIDATION_TIMES
+  assert len(times) == validation.NUM_TIMES
   assert told["mse"] == pytest.approx(np.mean([told[key] for key in times]))
   # A fresh model predicts zero: what is left is the target itself, at every time.
   store = fetching.open_store(config.latents.path, config.latents.cache)
   latent = np.stack([(store[i]["latent"] - store.mean) / store.std for i in range(11)])
-  noise = sampling.noise_of(training.VALIDATION_SEED, jnp.arange(11), latent.shape[1:])
+  noise = sampling.noise_of(validation.SEED, jnp.arange(11), latent.shape[1:])
   assert told["mse"] == pytest.approx(float(np.mean((latent - noise) ** 2)), rel=1e-5)
 
 

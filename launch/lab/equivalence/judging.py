@@ -1,6 +1,6 @@
 """Weights judged by either side's code, for `launch.lab.equivalence training`.
 
-Losses of the average on held-out latents at `training.validation_times`, its norm, and samples,
+Losses of the average on held-out latents at `validation.times`, its norm, and samples,
 all with the same noise, whose distance to the latents that are trained on is taken here.
 """
 
@@ -19,7 +19,7 @@ from ml_collections import FrozenConfigDict
 from launch import restore
 from launch.lab.equivalence import handover
 from launch.lab.equivalence.pieces import Settings, ask, job_of
-from lightningdit_jax import convert, sampling, training
+from lightningdit_jax import convert, sampling, training, validation
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.latents import LatentStore
@@ -42,13 +42,13 @@ def inputs(settings: Settings, output: Path) -> None:
   index, every = np.arange(count), np.arange(settings.experiment.num_samples)
   noise = [
     np.moveaxis(np.asarray(sampling.noise_of(seed, jnp.asarray(rows), shape)), -1, 1)
-    for seed, rows in ((training.VALIDATION_SEED, index), (SAMPLE_SEED, every))
+    for seed, rows in ((validation.SEED, index), (SAMPLE_SEED, every))
   ]
   arrays = {
     "latent": np.moveaxis(_normalised(settings, held_out, index), -1, 1),
     "label": held_out.labels_of(index).astype(np.int64),
     "noise": noise[0],
-    "t": training.validation_times(config).astype(np.float32),
+    "t": validation.times(config).astype(np.float32),
     "sample_noise": noise[1],
     "sample_label": every % config.model.num_classes,
   }
@@ -63,8 +63,8 @@ def judged_by_ours(settings: Settings, output: Path, *, weights: str, count: int
   config = settings.config
   params = _average(settings, Path(weights))
   state = State(jnp.zeros(()), params, {ema_name(config.optimizer.ema_decays[0]): params}, None)
-  losses = training.validation(config)(state)
-  times = [f"_t{t:.2f}" for t in training.validation_times(config)]
+  losses = validation.evaluator(config, training.losses)(state)
+  times = [f"_t{t:.2f}" for t in validation.times(config)]
   found = {kind: np.array([losses[kind + t] for t in times]) for kind in ("mse", "cosine")}
   index = np.arange(count or settings.experiment.num_samples, dtype=np.int32)
   label, size = index % config.model.num_classes, config.sample.batch_size

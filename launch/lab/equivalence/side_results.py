@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.lab.equivalence.pieces import Settings, losses_of
 from launch.lab.jobs import Job, Record
-from lightningdit_jax.training import validation_times
+from lightningdit_jax import validation
 from vavae_jax.weights.state_dicts import read_content
 
 SIDES = ("theirs", "ours")
@@ -108,7 +108,7 @@ def figures(found: Results) -> dict[str, dict[str, np.ndarray]]:
       continue
     named, mse = {}, np.array([each["mse"] for each in judged])
     named["validation loss"] = mse.mean(1)
-    for i, t in enumerate(validation_times(found.settings.config)):
+    for i, t in enumerate(validation.times(found.settings.config)):
       named[f"validation loss, t = {t:.4f}"] = mse[:, i]
     named["validation cosine loss"] = np.array([np.mean(each["cosine"]) for each in judged])
     named["norm of the average"] = np.array([each["norm"] for each in judged])
