@@ -308,8 +308,8 @@ def test_a_second_judge_sees_the_samples_that_the_first_sees(tmp_path):
     second=second,
   )
   assert point == both | {"cfg_scale": 1.0}
-  shown = len(samples)  # on the page, for which they are read once more
-  assert [x.read_at_all for x in counted] == [23 + shown] * 3 + [23]
+  shown = len(samples)  # on the sheet, for which they are read once more
+  assert [x.read_at_all for x in counted] == [23 + shown] * 4
 
 
 def test_a_new_figure_is_one_entry(network, tmp_path, monkeypatch):
@@ -624,6 +624,8 @@ def test_a_sweep_goes_on_and_finds_the_best_point(network, tmp_path):
     "cfg_scale": 2.0,
     "num_steps": 0,
   }
+  sheets = [tmp_path / name for name in noted["sheets"]]
+  assert len({path.read_bytes() for path in sheets}) == 4
   kept = {path: path.stat().st_mtime_ns for path in output.points.iterdir()}
   assert len(run({"cfg_scale": [1.0, 2.0, 3.0], "num_steps": [1, 0]}, draw)) == 6
   assert all(path.stat().st_mtime_ns == time for path, time in kept.items())

@@ -64,9 +64,8 @@ def evaluate(
   found = statistics_of(samples, judges, "samples", keep=options.keep, progress=output.progress)
   if jax.process_index():
     return {}
-  first = samples.read(0, min(len(samples), SHOWN))
   classes = classes_of(samples, network)
-  labels, names = _shown_classes(*classes, len(first))
+  first, labels, names = first_of(samples, *classes)
   rows = {class_name(x, names): first[labels == x] for x in np.unique(labels)} or {"": first}
   values, more = figures.generated(found, reference, network, options, classes, second)
   notes = {
@@ -101,17 +100,24 @@ def evaluate(
       values, network, second, f"{len(samples)} samples, {network.protocol}", notes
     ),
     sections=sections,
-    picture=class_sheet(first, labels, names) if len(labels) else contact_sheet(first, COLUMNS),
+    picture=sheet_of(first, labels, names),
   )
   return values
 
 
-def _shown_classes(
-  labels: np.ndarray, names: list[str], count: int
-) -> tuple[np.ndarray, list[str]]:
-  """(label of each of the first samples, names), both empty where these have no or many classes."""
-  first = labels[:count]
-  return (first, names) if len(np.unique(first)) <= MOST_CLASSES else (np.zeros(0, int), [])
+def first_of(
+  samples: PictureSet, labels: np.ndarray, names: list[str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """(the first samples, their labels, names), the last two empty where classes are none or many."""
+  first = samples.read(0, min(len(samples), SHOWN))
+  if len(np.unique(labels[: len(first)])) > MOST_CLASSES:
+    return first, labels[:0], []
+  return first, labels[: len(first)], names
+
+
+def sheet_of(first: np.ndarray, labels: np.ndarray, names: list[str]) -> np.ndarray:
+  """The first samples as one picture, by class where they have any."""
+  return class_sheet(first, labels, names) if len(labels) else contact_sheet(first, COLUMNS)
 
 
 def _neighbours(samples: Statistics, reference: Reference) -> np.ndarray:

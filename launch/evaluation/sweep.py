@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from launch.engine import console, processes
-from launch.evaluation import figures
+from launch.evaluation import figures, generation
 from launch.evaluation.features import Network, both
 from launch.evaluation.figures import PARTS, Options, Second
 from launch.evaluation.output import Output, Point
@@ -22,7 +23,9 @@ from launch.evaluation.reference import Reference, statistics_of
 from launch.report import plots
 from launch.report.html import Section, picture_file
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note, remove_folder, write_json
+from vavae_jax.common.files import atomic_file, read_note, remove_folder, write_json
+
+MOST_SHEETS = 24  # on the page
 
 
 def parse_grid(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, list[Any]]:
@@ -65,10 +68,12 @@ def sweep(
 ) -> list[Point]:
   """Figures at every point of a grid, whose samples `draw` makes of its settings.
 
-  Finished points stay in the folder OUTPUT.points, also for a larger grid.
+  Finished points stay in the folder OUTPUT.points, also for a larger grid, each with a sheet of its
+  first samples.
   """
   points = points_of(grid)
   done: list[Point] = []
+  sheets: dict[str, str] = {}  # of each point
   warnings: set[str] = set()
   about: dict[str, Any] = {}
   common: dict[str, Any] = {}  # to all points
@@ -81,6 +86,7 @@ def sweep(
     noted = _measured(samples, reference, network, output, options, second)
     warnings |= set(noted["warnings"])
     done.append(point | noted["figures"])
+    sheets[settings] = noted["sheet"]
   best = min(done, key=lambda point: point[network.key])
   if jax.process_index():
     return done
@@ -90,6 +96,7 @@ def sweep(
       "grid": grid,
       "points": done,
       "best": best,
+      "sheets": list(sheets.values()),
       "warnings": sorted(warnings),
       "network": network.about,
       "samples": common,
@@ -104,7 +111,11 @@ def sweep(
         "Map",
         f"{network.distance} of {about['pictures']} samples over the grid.",
         [picture_file(output.png)],
-      )
+      ),
+      *(
+        Section(name, "The first samples.", [picture_file(output.png.parent / sheet)])
+        for name, sheet in itertools.islice(sheets.items(), MOST_SHEETS)
+      ),
     ],
     points=[{k: v for k, v in point.items() if not k.endswith((*PARTS,))} for point in done],
   )
@@ -127,7 +138,7 @@ def _measured(
   name = hashlib.sha256(noted.encode()).hexdigest()[:16]
   path = output.points / f"{name}.json"
   if processes.first_does(path.is_file):
-    return processes.first_does(lambda: read_note(path, figures=dict, warnings=list))
+    return processes.first_does(lambda: read_note(path, figures=dict, warnings=list, sheet=str))
   found = statistics_of(
     samples,
     both(network, second and second.network),
@@ -139,7 +150,13 @@ def _measured(
   def measure() -> dict[str, Any]:
     classes = classes_of(samples, network)
     values, more = figures.generated(found, reference, network, options, classes, second)
+    sheet = path.with_suffix(".png")
+    output.points.mkdir(exist_ok=True)
+    with atomic_file(sheet) as file:
+      first = generation.first_of(samples, *classes)
+      Image.fromarray(generation.sheet_of(*first)).save(file, "PNG")
     note = {"figures": values, "warnings": more["warnings"]}
+    note["sheet"] = f"{output.points.name}/{sheet.name}"
     write_json(path, note)
     remove_folder(output.progress / f"point_{name}")
     return note
