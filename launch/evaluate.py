@@ -37,11 +37,13 @@ from launch.evaluation.pictures import (
   Sampled,
   open_pictures,
   own_pictures,
+  sampler_of,
 )
 from launch.evaluation.reference import Reference, open_reference, store
-from launch.sample import given_settings
+from launch.sample import Sampler, given_settings
 from lightningdit_jax import checks, transport
 from vavae_jax import folder
+from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
@@ -100,18 +102,25 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
   """A function from changed settings to samples of --workdir's model."""
 
   @functools.lru_cache(maxsize=1)
-  def models(step: int | None, ema: float | None) -> tuple[restore.Trained, restore.Trained]:
-    diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", step, ema)
-    return diffusion, restore.tokenizer_of(diffusion, FLAGS.tokenizer)
+  def model(step: int | None, ema: float | None) -> restore.Trained:
+    return restore.load(folder.find(FLAGS.workdir), "diffusion", step, ema)
+
+  # What all checkpoints share: the tokenizer, and a program for each choice of settings.
+  tokenizers: list[restore.Trained] = []
+  programs: dict[FrozenConfigDict, Sampler] = {}
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
-    diffusion, tokenizer = models(which.pop("step"), which.pop("ema"))
+    diffusion = model(which.pop("step"), which.pop("ema"))
     settings = given_settings(diffusion, **which)
     checks.check_sampling(settings, diffusion.config.model, has_guide=False)
-    return Sampled(
-      diffusion, tokenizer, settings, count=FLAGS.num_samples, labels=FLAGS.labels, seed=FLAGS.seed
-    )
+    if not tokenizers:
+      found = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
+      tokenizers.append(found.on(mesh.local_mesh()))
+    if settings not in programs:
+      programs[settings] = sampler_of(diffusion, tokenizers[0], settings, FLAGS.seed)
+    how = {"count": FLAGS.num_samples, "labels": FLAGS.labels, "seed": FLAGS.seed}
+    return Sampled(diffusion, tokenizers[0], settings, **how, sampler=programs[settings])
 
   return draw
 
@@ -380,7 +389,10 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
 def _say_next(evaluation: str) -> None:
   """Prints the command that usually follows an evaluation."""
   output = place(FLAGS.output)
-  if evaluation in ("generation", "reconstruction"):
+  if evaluation == "generation" and FLAGS.gaussians:
+    words = ("--workdir=DIFFUSION", f"--reference={FLAGS.reference}", f"--output={output}_trained")
+    console.say_next("evaluate", "generation", *words, f"--protocol={FLAGS.protocol}")
+  elif evaluation in ("generation", "reconstruction"):
     where = (f"--workdir={FLAGS.workdir or 'WORKDIR'}", f"--output={output}_model")
     console.say_next("export", *where, f"--evaluations={output}.json")
   elif evaluation in ("sweep", "solvers"):

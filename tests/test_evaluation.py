@@ -456,6 +456,15 @@ def test_samples_of_a_model_are_those_of_launch_sample(pipeline, diffusion, toke
   # Those were drawn in a process that compiles differently: rounding may tip a level.
   assert np.abs(drawn.read(0, 18).astype(int) - written).max() <= 1
   np.testing.assert_array_equal(drawn.read(7, 9), drawn.read(0, 18)[7:9])
+  # Another checkpoint takes the program of this one.
+  other = dataclasses.replace(diffusion, params=jax.tree.map(lambda x: 1.1 * x, diffusion.params))
+  settings, how = diffusion.config.sample, {"count": 18, "labels": "balanced", "seed": 0}
+  program = pictures.sampler_of(diffusion, tokenizer, settings, seed=0)
+  shared = pictures.Sampled(other, tokenizer, settings, **how, sampler=program).read(0, 3)
+  np.testing.assert_array_equal(
+    shared, pictures.Sampled(other, tokenizer, settings, **how).read(0, 3)
+  )
+  assert (shared != drawn.read(0, 3)).any()
 
 
 def test_latents_are_decoded_by_their_tokenizer(pipeline, tokenizer):

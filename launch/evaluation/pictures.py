@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 from launch import restore
 from launch.evaluation.features import Network
 from launch.evaluation.sample_files import DAMAGES, FIRST, Npz
-from launch.sample import make_sampler
+from launch.sample import Sampler, make_sampler
 from lightningdit_jax.store.latents import LatentStore, shard_files
 from lightningdit_jax.store.space import labels_for
 from vavae_jax.common import mesh
@@ -151,8 +151,21 @@ class FromSource:
     return np.asarray(picture)
 
 
+def sampler_of(
+  diffusion: restore.Trained, tokenizer: restore.Trained, settings: FrozenConfigDict, seed: int
+) -> Sampler:
+  """A sampler for all checkpoints and averages of a training, by this process's devices, which have
+  the tokenizer's parameters.
+  """
+  space, devices = restore.space_of(diffusion), mesh.local_mesh()
+  return make_sampler(diffusion.config, space, tokenizer, settings, seed, devices)
+
+
 class Sampled:
-  """Samples of a trained model, drawn when they are read; `settings` are as `config.sample`."""
+  """Samples of a trained model, drawn when they are read; `settings` are as `config.sample`.
+
+  `sampler` is `sampler_of` the same settings and seed, if that is there already.
+  """
 
   def __init__(
     self,
@@ -163,14 +176,14 @@ class Sampled:
     count: int,
     labels: str,
     seed: int,
+    sampler: Sampler | None = None,
   ):
     self.size = tokenizer.config.data.image_size
     space, classes = restore.space_of(diffusion), diffusion.config.model.num_classes
     self._labels = labels_for(labels, count, classes, seed, space.class_names)
     self.classes = self._labels, list(space.class_names)
     devices = mesh.local_mesh()
-    here = tokenizer.on(devices)
-    sampler = make_sampler(diffusion.config, space, here, settings, seed, devices)
+    sampler = sampler or sampler_of(diffusion, tokenizer.on(devices), settings, seed)
     self._run = functools.partial(sampler, diffusion.on(devices).params)
     self.about = {
       "kind": "sampled",
