@@ -1,4 +1,9 @@
-"""A teacher's features of all pictures, made once by all processes of a training."""
+"""Makes a teacher's features of all pictures, which launch.train does too where they are missing.
+
+  python -m launch.cached_features --config=RECIPE --config.teacher.cache=FOLDER
+
+Several trainings that begin together need them before.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
-from launch.engine import console, processes
+from launch import tasks
+from launch.engine import configuration, console, processes
 from launch.engine.ownership import owned
 from launch.engine.parts import ROWS, Parts, make_rows, rows_of
+from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import check_free, remove_folder, remove_partial
 from vavae_jax.data import feature_cache, images, selection, sources
+from vavae_jax.frozen import uses_teacher
 
 
 def make(config: FrozenConfigDict) -> None:
@@ -53,3 +62,18 @@ def _make(
   make_rows(parts, compute, jax.local_device_count(), "teacher's features")
   processes.wait_for_all()
   processes.first_does(finish)
+
+
+def main() -> None:
+  config = tasks.frozen(FLAGS.config)
+  if config.task != "tokenizer" or not uses_teacher(config) or not config.teacher.cache:
+    raise InputError("Give --config of a tokenizer with a teacher, and --config.teacher.cache.")
+  make(config)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT, of a tokenizer")
+  flags.mark_flag_as_required("config")
+  console.run_command(main)
