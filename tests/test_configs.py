@@ -102,8 +102,8 @@ def test_every_argument_of_the_tokenizer_can_be_trained(argument):
     *((vavae_f16d32.get_config, ("sd_f8d4", word)) for word in ("clip", "dinov2", "plain", "50ep")),
     *((vavae_f16d32.get_config, (word, "50ep", "mae")) for word in ("no_margin", "d64", "decoder")),
     (quickstart.get_config, ("diffusion", "tiny")),
-    (dilemma.get_config, ("tokenizer", "d16", "plain", "emoji")),
-    (dilemma.get_config, ("long", "diffusion", "d16", "tiny")),
+    (dilemma.get_config, ("tokenizer", "f8d16", "plain", "kl0")),
+    (dilemma.get_config, ("w64", "diffusion", "f8d16", "tiny")),
   ],
 )
 def test_arguments_commute(get_config, words):

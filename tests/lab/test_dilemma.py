@@ -11,10 +11,11 @@ import configs.base
 from configs.lab import dilemma
 from launch.engine import configuration
 from launch.lab.dilemma import checks, graph, page
+from launch.lab.dilemma.results import Space
 from launch.lab.jobs import Record, digests, run
 from vavae_jax.common.errors import InputError
 
-SIZES = ("cifar", "emoji", "gpu", "tiny")
+SIZES = ("cifar", "tiny")
 
 
 def experiment(size, /, **changes):
@@ -26,42 +27,72 @@ def experiment(size, /, **changes):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_job_has_a_configuration_that_stands_and_what_it_needs(size, tmp_path):
   """Every configuration that a job names is complete, and models fit their latents."""
+  checks.check(experiment(size))
   found = graph.jobs_of(experiment(size), tmp_path)
   digests(found, tmp_path)  # each after what it needs
   for job in found:
     given = [word for word in job.words if word.startswith("--config=")]
-    if job.words[0] != "launch.train":
+    if job.words[0] not in ("launch.train", "launch.cached_features"):
       assert not given
       continue
     config = dilemma.get_config(given[0].partition(":")[2])
     configuration.resolve(config, configs.base.KEYS[config.task])
     if config.task == "diffusion":
-      assert config.num_steps % config.keep_every_steps == 0
-      assert config.model.in_channels == int(job.name.split("/")[2][1:])
-  assert any(job.name.endswith("/long") for job in found) == experiment(size).long
-  assert {job.kind for job in found} >= {"judge", "tokenizer", "diffusion", "samples", "curve"}
+      shape, width = job.name.split("/")[2::2][:2]
+      assert shape == f"f{32 // config.model.input_size}d{config.model.in_channels}"
+      assert width == f"w{config.model.hidden_size}"
+  kinds = {job.kind for job in found}
+  assert kinds >= {"judge", "second", "features", "tokenizer", "diffusion", "curve", "gaussian"}
+
+
+def test_what_answers_soonest_comes_first(tmp_path):
+  """All seeds of the first spaces before the others, and each seed of all before the next one."""
+  jobs = graph.jobs_of(experiment("cifar"), tmp_path)
+  runs = [job.name.removeprefix("curve/") for job in jobs if job.kind == "curve"]
+  by_seeds = [
+    f"{space}/seed{first}.{seed}"
+    for spaces in (dilemma.FIRST, dilemma.THEN)
+    for seed in (0, 1)
+    for first in (0, 1)
+    for space in spaces
+  ]
+  assert runs == by_seeds
+  # What is compared differs in the teacher alone, and plain has every weight that aligned has.
+  for spaces in (dilemma.FIRST, dilemma.THEN):
+    aligned = {x.partition("/")[2] for x in spaces if x.startswith("aligned/")}
+    assert aligned == {x.partition("/")[2] for x in spaces if x.startswith("plain/")}
+  names = [job.name for job in jobs]
+  assert len({*names}) == len(names)
+  assert names.count("tokenizer/shortcut/f8d128/kl1e-6/seed0") == 1  # of two widths
 
 
 def test_tokenizers_differ_by_what_their_name_says_alone():
-  plain, aligned, no_cos = (
-    dict(configuration.flat(dilemma.tokenizer("cifar", 16, name).to_dict()))
-    for name in ("plain", "aligned", "no_cos")
-  )
-  assert {k for k in plain if plain[k] != aligned[k]} == {"teacher.name"}
-  assert {k for k in plain if no_cos[k] != aligned[k]} == {"loss.cos_weight"}
-  wide = dict(configuration.flat(dilemma.tokenizer("cifar", 48, "aligned").to_dict()))
-  assert {k for k in plain if wide[k] != aligned[k]} == {"model.embed_dim", "model.z_channels"}
+  def found(*words):
+    return dict(configuration.flat(dilemma.tokenizer("cifar", *words).to_dict()))
+
+  def changed(*words):
+    return {key for key, value in found(*words).items() if value != aligned[key]}
+
+  aligned = found("aligned", "f8d16", "kl1e-6")
+  assert changed("plain", "f8d16", "kl1e-6") == {"teacher.name", "teacher.centre"}
+  assert changed("aligned", "f8d16", "kl0.05") == {"loss.kl_weight"}
+  assert changed("aligned", "f8d48", "kl1e-6") == {"model.embed_dim", "model.z_channels"}
+  assert changed("aligned", "f16d16", "kl1e-6") == {"model.patch_size"}
+  linear = {"model.linear_shortcut", "model.final_norm"}
+  assert changed("shortcut", "f8d16", "kl1e-6") == {"teacher.name", "teacher.centre", *linear}
+  assert not aligned["model.linear_shortcut"]
+  assert len(aligned["model.ch_mult"]) == 1
 
 
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
     ("cifra", "'cifra' is not one of cifar"),
-    ("cifar,emoji", "exclude each other"),
-    ("cifar,tokenizer", "take a width such as d16"),
-    ("cifar,diffusion,aligned,d4", "aligned is for a tokenizer"),
-    ("cifar,judge,d4", "no other part"),
-    ("cifar,tokenizer,d4,long", "long is for a diffusion model"),
+    ("cifar,tiny", "exclude each other"),
+    ("cifar,tokenizer,plain,f8d4", "takes variant and shape and kl beside the size; check kl"),
+    ("cifar,diffusion,aligned,f8d4,w64", "check variant"),
+    ("cifar,judge,f8d4", "takes judge beside the size; check shape"),
+    ("cifar,second", "the experiment takes nothing beside the size"),
   ],
 )
 def test_arguments_that_mean_nothing_are_refused(argument, message):
@@ -72,15 +103,17 @@ def test_arguments_that_mean_nothing_are_refused(argument, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"ablations": ("no_sense",)}, "names 'no_sense'; choose from"),
-    ({"ablations": ("no_cos", "plain")}, "a name twice, or one of plain and aligned"),
-    ({"widths": (4, 4)}, "2 or more, each once"),
-    ({"widths": ()}, "2 or more, each once"),
-    ({"seeds": ()}, "1 or more, each once"),
-    ({"seeds": (0, 0)}, "1 or more, each once"),
-    ({"ablation_seeds": ()}, "1 or more, each once"),
+    ({"spaces": ("plain/f8d4/kl0",)}, "'plain/f8d4/kl0', which is not VARIANT/fPdZ/klW/wD"),
+    ({"more_spaces": ("best/f8d4/kl0/w64",)}, "'best' is not one of cifar"),
+    ({"spaces": ("plain/f8d4/kl1e/w64",)}, "could not convert string to float"),
+    ({"spaces": ("plain/f9d4/kl0/w64",)}, "its cells must divide 32"),
+    ({"spaces": ("plain/f8d4/kl0/w65",)}, "65"),
+    ({"more_spaces": ("plain/f16d8/kl1e-6/w64",)}, "one or more, each once"),
+    ({"spaces": ()}, "one or more, each once"),
+    ({"seeds": (0, 0)}, "one or more, each once"),
+    ({"steps": (4, 2)}, "give multiples of 2, ascending"),
+    ({"steps": (2, 3)}, "give multiples of 2, ascending"),
     ({"cells": 10}, "must be 50 or more"),
-    ({"cfg_scale": -1.0}, r"must be 1\.0 or more"),
     ({"size": "tinny"}, "choose one of cifar"),
     ({"source": "folder:/nowhere"}, "nowhere"),
   ],
@@ -95,9 +128,9 @@ def test_what_cannot_be_run_is_refused_at_once(changes, message):
 
 
 def test_a_teacher_without_weights_is_refused_before_any_job(monkeypatch):
-  monkeypatch.setitem(dilemma.VARIANTS, "other_teacher", {"teacher.name": "dinov2_vitb14"})
+  monkeypatch.setitem(dilemma.VARIANTS, "aligned", {"teacher.name": "dinov2_vitb14"})
   with pytest.raises(InputError, match="dinov2_vitb14"):
-    checks.check_parts(experiment("tiny", ablations=("other_teacher",)))
+    checks.check_parts(experiment("tiny"))
 
 
 def test_a_training_is_identified_by_what_its_configuration_sets(tmp_path, monkeypatch):
@@ -107,10 +140,10 @@ def test_a_training_is_identified_by_what_its_configuration_sets(tmp_path, monke
     return digests(graph.jobs_of(experiment("tiny"), tmp_path), tmp_path)
 
   before = found()
-  monkeypatch.setitem(dilemma.VARIANTS, "no_cos", {"loss.cos_weight": 0.1})
+  monkeypatch.setitem(dilemma.VARIANTS, "aligned", {"loss.cos_weight": 0.1})
   changed = {name for name, digest in found().items() if digest != before[name]}
   assert changed
-  assert all("no_cos" in name for name in changed)
+  assert all("aligned" in name or name.startswith("features") for name in changed)
   monkeypatch.undo()
   usual = dilemma.diffusion
 
@@ -121,15 +154,17 @@ def test_a_training_is_identified_by_what_its_configuration_sets(tmp_path, monke
 
   monkeypatch.setattr(dilemma, "diffusion", other)
   kinds = {name.partition("/")[0] for name, digest in found().items() if digest != before[name]}
-  assert kinds == {"samples", "guided", "curve"}
+  assert kinds == {"curve", "sheets"}
 
 
-TESTED = {"test_source": "embedded:emoji"}
+TESTED = {"test_source": "embedded:emoji", "seeds": (0, 1)}
+SPACE, WIDTH = "plain/f16d8/kl1e-6", "w64"
+ROW = "| plain | f16d8 | 1e-6 | 64 | 2 | 20.25 | 3.0000 | - | 12.000 ± 2.828 | 8.000 | 4.000 |"
 
 
 @pytest.fixture
 def measured(tmp_path):
-  """A workdir with some results: of seed 0 and 1 of plain d4, and of the rest nothing."""
+  """A workdir with some results: of two diffusion models on one tokenizer, and of the rest none."""
   jobs = graph.jobs_of(experiment("tiny", **TESTED), tmp_path / "run")
   record = Record(tmp_path / "run", jobs)
 
@@ -140,12 +175,14 @@ def measured(tmp_path):
     record.add(next(job for job in jobs if job.name == name), 60.0, done=True)
 
   for seed, distance in enumerate((10.0, 14.0)):
-    write(f"samples/plain/d4/seed{seed}", figures={"fd_emoji": distance})
-  write("reconstruction/plain/d4", figures={"psnr": 20.25, "ssim": 0.5, "rfd_emoji": 3.0})
-  write("curve/plain/d4/seed0", points=[{"step": 2, "fd_emoji": 50.0}])
-  write("samples/plain/d8/long", figures={"fd_emoji": 7.25})
-  write("curve/plain/d8/long", points=[{"step": 4, "fd_emoji": 8.0}, {"step": 16, "fd_emoji": 7}])
-  write("real", figures={"fd_emoji": 0.5}, samples={"pictures": 1234})
+    last = {"fd_emoji": distance, "fd_emoji_means": 8.0, "fd_emoji_covariances": 4.0}
+    last |= {"step": 4, "class_accuracy": 0.5, "second_fd_emoji2": 6.0}
+    points = [{"step": 2, "fd_emoji": 50.0}, last]
+    write(f"curve/{SPACE}/{WIDTH}/seed0.{seed}", points=points)
+  write(f"reconstruction/{SPACE}/seed0", figures={"psnr": 20.25, "ssim": 0.5, "rfd_emoji": 3.0})
+  write(f"gaussian/{SPACE}/seed0", figures={"fd_emoji": 13.0, "class_accuracy": 0.25})
+  real = {"fd_emoji": 0.5, "second_fd_emoji2": 0.25}
+  write("real", figures=real, samples={"pictures": 1234})
   return tmp_path / "run"
 
 
@@ -154,10 +191,9 @@ def test_the_page_shows_what_there_is_and_keeps_what_a_person_wrote(measured, tm
   jobs = graph.jobs_of(config, measured)
   page.write(config, measured, jobs, file, "the command")
   first = file.read_text()
-  assert "| plain | 4 | 20.25 | 0.500 | 3.00 | 12.00 ± 2.83 | - |" in first
-  assert "| aligned | 4 | - |" in first
-  assert "| plain, 16 steps | 8 | - | - | - | 7.25 | - |" in first
-  assert "1,234 real pictures that no training used have 0.500." in first
+  assert f"{ROW} 50.0 ± 0.0 | 6.000 ± 0.000 | 13.000 | 25.0 | - |" in first
+  assert "| aligned | f16d8 | 1e-6 | 64 | 0 | - |" in first
+  assert "| plain | f16d8 | 1e-6 | 64 | 50.000 ± 0.000 | 12.000 ± 2.828 |" in first
   assert (tmp_path / "page_frontier.png").stat().st_size > 1_000
   file.write_text(f"before {first} after")
   page.write(config, measured, jobs, file, "another command")
@@ -178,7 +214,21 @@ def test_the_page_shows_what_there_is_and_keeps_what_a_person_wrote(measured, tm
 def test_the_page_shows_nothing_that_was_measured_otherwise(measured, tmp_path):
   config, file = experiment("tiny", num_samples=301, **TESTED), tmp_path / "page.md"
   page.write(config, measured, graph.jobs_of(config, measured), file, "the command")
-  assert "| plain | 4 | 20.25 | 0.500 | 3.00 | - | - |" in file.read_text()
+  assert "| plain | f16d8 | 1e-6 | 64 | 0 | 20.25 | 3.0000 | - | - |" in file.read_text()
+
+
+def test_the_best_weight_of_each_side_is_compared():
+  """Plain at its own best KL weight, not at that of aligned."""
+
+  def space(variant, kl, *distances):
+    figures = {"fd_cifar": [*distances]}
+    return Space(variant, "f8d4", kl, 64, {"psnr": [30.0]}, {}, {5: figures})
+
+  spaces = [space("plain", "0.05", 3.0), space("plain", "1e-6", 2.0, 2.2)]
+  spaces += [space("aligned", "0.05", 1.0, 1.4), space("aligned", "1e-6", 1.5)]
+  (line, _) = page.best(spaces, "fd_cifar", "FD-CIFAR")
+  assert "plain 2.100 ± 0.141, 30.00 dB (KL weight 1e-6, 2 models)" in line
+  assert "aligned 1.200 ± 0.283, 30.00 dB (KL weight 0.05, 2 models)" in line
 
 
 def test_the_command_writes_its_page_and_shows_how_it_was_called(command, measured, tmp_path):
@@ -187,9 +237,8 @@ def test_the_command_writes_its_page_and_shows_how_it_was_called(command, measur
   words = ("--config=configs/lab/dilemma.py:tiny", f"--workdir={measured}", *settings)
   done = command("launch.lab.dilemma", *words, "--page", str(file), "--page_only")
   assert done.returncode == 0, done.stderr
-  text = file.read_text()
-  assert "| plain | 4 | 20.25 | 0.500 | 3.00 | 12.00 ± 2.83 | - |" in text
-  assert f"\npython -m launch.lab.dilemma {' '.join(words)}\n" in text
+  assert ROW in file.read_text()
+  assert "\npython -m launch.lab.dilemma --config=configs/lab/dilemma.py:tiny" in file.read_text()
   file.write_text("a page of another kind")
   done = command("launch.lab.dilemma", *words, f"--page={file}")
   assert (done.returncode, "has no place for results" in done.stderr) == (2, True)
@@ -197,21 +246,15 @@ def test_the_command_writes_its_page_and_shows_how_it_was_called(command, measur
 
 
 def test_one_chain_of_jobs_runs_by_the_released_commands(environment, monkeypatch, tmp_path):
-  """From the judge to the samples of one diffusion model, and its page."""
+  """From the judge and the teacher's features to samples of a diffusion model, and their page."""
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  config = experiment("tiny", ablations=())
-  chain = [
-    job
-    for job in graph.jobs_of(config, tmp_path)
-    if job.name in ("judge", "reference") or ("aligned/d4" in job.name and "seed1" not in job.name)
-  ]
-  run(chain, tmp_path, 2)
+  config = experiment("tiny", spaces=("aligned/f16d8/kl1e-6/w64",), more_spaces=(), second=False)
   jobs = graph.jobs_of(config, tmp_path)
+  run(jobs, tmp_path, 2)
   page.write(config, tmp_path, jobs, tmp_path / "dilemma.md", "the command")
-  row = next(
-    line for line in (tmp_path / "dilemma.md").read_text().splitlines() if "| aligned | 4 |" in line
-  )
-  assert row.count(" - ") == 0
+  text = (tmp_path / "dilemma.md").read_text()
+  row = next(line for line in text.splitlines() if "| aligned | f16d8 |" in line)
+  assert row.count(" - ") == 1  # the second judge's
   assert (tmp_path / "dilemma_samples.png").stat().st_size > 1_000
   assert (tmp_path / "dilemma_curves.png").stat().st_size > 1_000

@@ -3,11 +3,12 @@ r"""Reconstruction against generation, with and without alignment: the experimen
   python -m launch.lab.dilemma --config=configs/lab/dilemma.py:cifar --workdir=runs/dilemma \
     --config.source=zip:cifar10_train.zip --config.test_source=zip:cifar10_test.zip
 
-Trains tokenizers of several widths with and without a teacher, trains a diffusion model of one size
-on the latents of each, and evaluates them in features of a classifier that was no teacher. Every
-part is a released command in a process of its own, --jobs at a time; on a CPU each job stays on one
-core. If it is stopped, the same command continues; --page_only writes the page of the results so
-far. configs/lab/dilemma.py has the settings.
+Trains tokenizers with and without a teacher, for latents of several shapes by several KL weights,
+trains diffusion models on the latents of each, and evaluates them in features of a classifier that
+was no teacher. Every part is a released command in a process of its own, --jobs at a time; on a CPU
+each job stays on one core, on a GPU several need XLA_PYTHON_CLIENT_PREALLOCATE=false. If it is
+stopped, the same command continues; --page_only writes the page of the results so far.
+configs/lab/dilemma.py has the settings, in the order that answers soonest.
 
 Writes jobs.json, logs/, a folder for each kind of job, and dilemma.md with its pictures.
 """

@@ -1,4 +1,8 @@
-"""The jobs of `launch.lab.dilemma`: released commands, one process each, and what they need."""
+"""The jobs of `launch.lab.dilemma`: released commands, one process each, and what they need.
+
+A space is "VARIANT/fPdZ/klW/wD" of configs/lab/dilemma.py, and its first three parts are a
+tokenizer. Jobs of a tokenizer are KIND/TOKENIZER/seedT, of a diffusion model KIND/SPACE/seedT.S.
+"""
 
 from __future__ import annotations
 
@@ -11,149 +15,159 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from configs.lab import dilemma
-from configs.lab.dilemma import MAIN
 from launch.engine import configuration
-from launch.lab.dilemma.results import seeds_of
 from launch.lab.jobs import Job
 
-# Each of these makes a cache of features; other jobs that use it need the first of its kind.
-BUILDERS = ("aligned", "other_teacher", "finer_teacher")
+SHEET = 80  # samples to look at
+SIDE = f"--image_size={dilemma.IMAGE_SIZE}"
+_PARTS = {"judge": "judge", "second": "judge,second"}
 
 
 def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
   """All jobs of an experiment (configs/lab/dilemma.py without a part), the important ones first."""
-  return list(_Graph(config, workdir).jobs())
+  found = {job.name: job for job in _Graph(config, workdir).jobs()}
+  return [*found.values()]
 
 
-def tokenizers(config: FrozenConfigDict) -> list[tuple[str, int]]:
-  """(variant, width) of all tokenizers: the experiment's, then the ablations'."""
-  main = [(variant, width) for width in config.widths for variant in MAIN]
-  return main + [(variant, max(config.widths)) for variant in config.ablations]
+def tokenizer_of(space: str) -> str:
+  """ "VARIANT/fPdZ/klW"."""
+  return space.rpartition("/")[0]
 
 
 class _Graph:
-  """Makes the jobs. A space is "VARIANT/dWIDTH", a run "SPACE/seedN" or "SPACE/long"."""
+  """Makes the jobs; two spaces may share some."""
 
   def __init__(self, config: FrozenConfigDict, root: Path):
     self.config, self.root = config, root
-    self.reference = root / "reference.npz"
-    self.network = ("--protocol=classifier", f"--weights={root / 'judge'}")
+    self.source = f"data.source={config.source}"
+    self.judges = ("judge", "second") if config.second else ("judge",)
 
   def jobs(self) -> Iterator[Job]:
     config = self.config
-    yield self._train("judge", "judge", (f"data.source={config.source}",), weight=10)
-    image_size = f"--image_size={dilemma.judge(config.size).data.image_size}"
-    words = ["launch.evaluate", "statistics", *self.network, image_size]
-    words += [f"--reference={config.source}", f"--output={self.reference}"]
-    yield Job("reference", tuple(words), self.reference, resumes=True, needs=("judge",))
+    for judge in self.judges:
+      yield self._train(judge, _PARTS[judge], config.judge_steps, (self.source,), weight=3)
+      words = ["launch.evaluate", "statistics", *self._network(judge), SIDE]
+      words += [f"--reference={config.source}", f"--output={self._reference(judge)}"]
+      reference = self._reference(judge)
+      yield Job(f"reference/{judge}", (*words,), reference, resumes=True, needs=(judge,))
     if config.test_source:
-      words = [*self.network, image_size, f"--samples={config.test_source}"]
-      words += [f"--reference={self.reference}", "--precision_recall=false"]
-      yield self._evaluate("generation", "real", words, ("reference",))
-    names = tokenizers(config)
-    count = len(MAIN) * len(config.widths)
-    # The experiment as a whole, then one ablation after the other.
-    for part in (names[:count], *([name] for name in names[count:])):
-      for variant, width in part:
-        yield from self._tokenizer(variant, width)
-      for i in range(max(len(config.seeds), len(config.ablation_seeds))):
-        for variant, width in part:
-          if seeds := seeds_of(config, variant)[i : i + 1]:
-            yield from self._diffusion(variant, width, seeds[0])
-      for variant, width in part:
-        yield from self._measured(f"{variant}/d{width}")
-    if config.long:
-      for variant in MAIN:
-        yield from self._diffusion(variant, max(config.widths), None)
+      yield self._judged("generation", "real", (SIDE, f"--samples={config.test_source}"))
+    for spaces in (config.spaces, config.more_spaces):
+      for number, seed in enumerate(config.seeds):
+        for first in config.tokenizer_seeds if not number else ():
+          for space in spaces:
+            yield from self._tokenizer(tokenizer_of(space), first)
+        for first in config.tokenizer_seeds:
+          for space in spaces:
+            yield from self._diffusion(space, first, seed)
+        for first in config.tokenizer_seeds if not number else ():
+          for space in spaces:
+            yield from self._measured(f"{tokenizer_of(space)}/seed{first}")
+      for space in spaces:
+        yield self._sheet(space)
 
-  def _tokenizer(self, variant: str, width: int) -> Iterator[Job]:
-    """A tokenizer and its latents."""
-    builder = variant if variant in BUILDERS else "aligned"
-    first = next(f"tokenizer/{v}/d{w}" for v, w in tokenizers(self.config) if v == builder)
-    space = f"{variant}/d{width}"
-    name = f"tokenizer/{space}"
-    settings = (f"data.source={self.config.source}", f"teacher.cache={self.root / 'features'}")
-    needs = () if variant.startswith("plain") or name == first else (first,)
-    yield self._train(name, f"tokenizer,{variant},d{width}", settings, needs, weight=4)
-    for kind, more in (("latents", ()), ("held_out", ("--held_out",))):
-      output = self.root / kind / space
-      begun = ("launch.encode", f"--workdir={self.root / name}", f"--output={output}")
-      words = (*begun, *more, "--batch_size=128")
-      yield Job(f"{kind}/{space}", words, output, resumes=True, needs=(name,))
+  def _tokenizer(self, tokenizer: str, seed: int) -> Iterator[Job]:
+    """A tokenizer and its latents, of an aligned one after the teacher's features."""
+    variant, shape, kl = tokenizer.split("/")
+    cache = f"teacher.cache={self.root / 'features'}"
+    needs: tuple[str, ...] = ()
+    if variant == "aligned":
+      # The features are those of all tokenizers with such cells.
+      argument = f"{self.config.size},tokenizer,{variant},f{dilemma.shape_of(shape)[0]}d1,kl0"
+      name = f"features/{shape.partition('d')[0]}"
+      words = ("launch.cached_features", *self._configured(argument, (self.source, cache)))
+      yield Job(name, words, self.root / "features", content=_content(argument))
+      needs = (name,)
+    name = f"{tokenizer}/seed{seed}"
+    settings = (self.source, f"seed={seed}", cache)
+    part, steps = f"tokenizer,{variant},{shape},{kl}", self.config.tokenizer_steps
+    yield self._train(f"tokenizer/{name}", part, steps, settings, needs, weight=2)
+    output = self.root / "latents" / name
+    trained = f"--workdir={self.root / 'tokenizer' / name}"
+    words = ("launch.encode", trained, f"--output={output}", "--batch_size=500")
+    yield Job(f"latents/{name}", words, output, resumes=True, needs=(f"tokenizer/{name}",))
 
-  def _diffusion(self, variant: str, width: int, seed: int | None) -> Iterator[Job]:
-    """A diffusion model and its samples; of a first seed also guided samples, and a curve.
-
-    The seed None stands for the model with more steps, which has a curve too.
-    """
-    size, long = self.config.size, seed is None
-    space = f"{variant}/d{width}"
-    run = f"{space}/{dilemma.LONG if long else f'seed{seed}'}"
-    paths = [f"latents.path={self.root / 'latents' / space}"]
-    paths += [f"latents.valid_path={self.root / 'held_out' / space}"]
-    yield self._train(
-      f"diffusion/{run}",
-      f"diffusion,d{width}" + (f",{dilemma.LONG}" if long else ""),
-      (*paths, *(() if long else (f"seed={seed}",))),
-      (f"latents/{space}", f"held_out/{space}"),
-      weight=5 * (dilemma.LONGER if long else 1),
+  def _diffusion(self, space: str, first: int, seed: int) -> Iterator[Job]:
+    """A diffusion model, and figures of samples of all its checkpoints."""
+    _, shape, _, width = space.split("/")
+    latents = f"latents/{tokenizer_of(space)}/seed{first}"
+    settings = (f"latents.path={self.root / latents}", f"seed={seed}")
+    run, last = f"{space}/seed{first}.{seed}", self.config.steps[-1]
+    name, part = f"diffusion/{run}", f"diffusion,{shape},{width}"
+    yield self._train(name, part, last, settings, (latents,), weight=3)
+    words = (
+      f"--workdir={self.root / name}",
+      f"--grid=step={','.join(map(str, self.config.steps))}",
+      f"--num_samples={self.config.num_samples}",
+      *self._sampler(),
     )
-    count = f"--num_samples={self.config.num_samples}"
-    yield self._drawn("generation", f"samples/{run}", (count, "--cfg_scale=1.0"), weight=2)
-    first = variant in MAIN and seed == self.config.seeds[0]
-    if first:
-      guided = (count, f"--cfg_scale={self.config.cfg_scale}")
-      yield self._drawn("generation", f"guided/{run}", guided, weight=4)
-    if first or long:
-      trained = dilemma.diffusion(size, width, long)
-      kept = range(trained.keep_every_steps, trained.num_steps + 1, trained.keep_every_steps)
-      grid = f"--grid=step={','.join(map(str, kept))}"
-      words = (grid, f"--num_samples={self.config.curve_samples}", "--cfg_scale=1.0")
-      yield self._drawn("sweep", f"curve/{run}", words, weight=3)
+    yield self._judged("sweep", f"curve/{run}", words, (name,))
 
-  def _drawn(self, what: str, name: str, words: Sequence[str], weight: float) -> Job:
-    """An evaluation of samples that a diffusion model draws; the name is "KIND/RUN"."""
-    run = name.partition("/")[2]
-    sampler = dilemma.diffusion(self.config.size, 1).sample
-    how = (
-      *self.network,
-      f"--workdir={self.root / 'diffusion' / run}",
-      f"--reference={self.reference}",
-      "--precision_recall=false",
-      f"--method={sampler.method}",
-      f"--num_steps={sampler.num_steps}",
-    )
-    return self._evaluate(what, name, (*how, *words), (f"diffusion/{run}", "reference"), weight)
-
-  def _measured(self, space: str) -> Iterator[Job]:
-    """The figures of a tokenizer and of its latents."""
-    words = [*self.network, f"--workdir={self.root / 'tokenizer' / space}", "--posterior=mode"]
-    needs = (f"tokenizer/{space}", "judge")
-    yield self._evaluate("reconstruction", f"reconstruction/{space}", words, needs)
+  def _measured(self, name: str) -> Iterator[Job]:
+    """The figures of a tokenizer and of its latents, named "TOKENIZER/seedT"."""
+    words = [*self._network("judge"), f"--workdir={self.root / 'tokenizer' / name}"]
+    needs = (f"tokenizer/{name}", "judge")
+    words += ["--posterior=mode"]
+    yield self._evaluate("reconstruction", f"reconstruction/{name}", words, needs)
+    latents = f"latents/{name}"
+    words = [f"--gaussians={self.root / latents}", f"--num_samples={self.config.num_samples}"]
+    yield self._judged("generation", f"gaussian/{name}", words, (latents,))
     words = [f"--cells={self.config.cells}", f"--runs={self.config.runs}"]
-    words += [f"--latents={self.root / 'latents' / space}"]
-    yield self._evaluate("latents", f"uniformity/{space}", words, (f"latents/{space}",))
+    words += [f"--latents={self.root / latents}"]
+    yield self._evaluate("latents", f"uniformity/{name}", words, (latents,))
+
+  def _sheet(self, space: str) -> Job:
+    """Samples to look at, of the first seeds."""
+    run = f"{space}/seed{self.config.tokenizer_seeds[0]}.{self.config.seeds[0]}"
+    output = self.root / "sheets" / f"{run}.npz"
+    trained = f"--workdir={self.root / 'diffusion' / run}"
+    how = (f"--output={output}", f"--num_samples={SHEET}", *self._sampler())
+    words = ("launch.sample", trained, *how)
+    return Job(f"sheets/{run}", words, output, resumes=True, needs=(f"diffusion/{run}",))
+
+  def _sampler(self) -> tuple[str, ...]:
+    sampler = dilemma.diffusion(self.config.size, "f8d1", "w64").sample
+    return f"--method={sampler.method}", f"--num_steps={sampler.num_steps}", "--cfg_scale=1.0"
+
+  def _network(self, judge: str) -> tuple[str, ...]:
+    return "--protocol=classifier", f"--weights={self.root / judge}"
+
+  def _reference(self, judge: str) -> Path:
+    return self.root / "reference" / f"{judge}.npz"
+
+  def _judged(self, what: str, name: str, words: Sequence[str], needs: tuple[str, ...] = ()) -> Job:
+    """An evaluation by all judges."""
+    how = [*self._network("judge"), f"--reference={self._reference('judge')}"]
+    how += ["--precision_recall=false"]
+    if self.config.second:
+      how += [f"--second_weights={self.root / 'second'}"]
+      how += [f"--second_reference={self._reference('second')}"]
+    needs = (*needs, *(f"reference/{judge}" for judge in self.judges))
+    return self._evaluate(what, name, [*how, *words], needs)
+
+  def _configured(self, argument: str, settings: Sequence[str]) -> list[str]:
+    # The file's name is relative where it can be, since a checkout may move.
+    file = os.path.relpath(dilemma.__file__)
+    return [f"--config={file}:{argument}", *(f"--config.{setting}" for setting in settings)]
 
   def _train(
     self,
     name: str,
     part: str,
+    steps: int,
     settings: tuple[str, ...],
     needs: tuple[str, ...] = (),
     weight: float = 1,
   ) -> Job:
     argument, output = f"{self.config.size},{part}", self.root / name
-    # The file's name is relative where it can be, since a checkout may move.
-    words = ["launch.train", f"--config={os.path.relpath(dilemma.__file__)}:{argument}"]
-    words += [f"--workdir={output}", *(f"--config.{setting}" for setting in settings)]
+    settings = (*settings, f"num_steps={steps}", f"optimizer.decay_steps={steps}")
+    words = ["launch.train", *self._configured(argument, settings), f"--workdir={output}"]
     return Job(name, tuple(words), output, True, _content(argument), needs, weight)
 
-  def _evaluate(
-    self, what: str, name: str, words: Sequence[str], needs: tuple[str, ...], weight: float = 1
-  ) -> Job:
+  def _evaluate(self, what: str, name: str, words: Sequence[str], needs: tuple[str, ...]) -> Job:
     begun = ("launch.evaluate", what, f"--output={self.root / name}")
     # Not with_suffix: a dot in the name is part of it.
-    return Job(name, (*begun, *words), self.root / f"{name}.json", needs=needs, weight=weight)
+    return Job(name, (*begun, *words), self.root / f"{name}.json", needs=needs)
 
 
 def _content(argument: str) -> str:

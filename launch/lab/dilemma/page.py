@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from configs.lab import dilemma
-from configs.lab.dilemma import MAIN
-from launch.lab.dilemma.results import Results, Space
+from launch.lab.dilemma.results import Results, Space, mean
 from launch.lab.jobs import Job
 from launch.lab.markdown import Region, beside, picture, table
 from launch.report import plots
@@ -24,14 +23,14 @@ REGION = Region(
   "Reconstruction against generation",
 )
 NOT_RUN = "-"
-COLOURS = {"plain": "#cc6677", "aligned": "#117733"}
-SHOWN_ROWS = 2  # of each set's sheet
+COLOURS = {"plain": "#cc6677", "aligned": "#117733", "shortcut": "#332288"}
 NOTES = (
-  "Validation MSE is the diffusion model's loss on held-out latents; its scale differs between "
-  "latent spaces, so rows do not compare. Density CV, Gini and entropy measure how evenly latents "
-  "are spread (mean ± standard deviation of several t-SNEs), effective dimensions how many "
-  "directions they use. Teacher cosine is the cosine between projected latents and the teacher's "
-  "features, on held-out pictures at the end of training."
+  "± is the standard deviation over all models of a row. The distance is the sum of its two parts, "
+  "of means and of covariances. Class accuracy is the share of samples that the judge finds to be "
+  "of their label's class. The Gaussian is one of each class, fitted to the latents and not "
+  "trained, decoded by the same tokenizer. Effective dimensions tell how many directions latents "
+  "use. Teacher cosine is that of projected latents with the teacher's features, on held-out "
+  "pictures at the end of training."
 )
 
 
@@ -43,105 +42,130 @@ def write(
   `page` is a new page, or one whose results are replaced (InputError if it has no place for them);
   pictures go beside it. `command` is shown as the one that runs the experiment.
   """
-  found = Results(config, workdir, jobs)
-  name = found.name
-  main = [found.space(v, w) for w in config.widths for v in MAIN]
-  widest = [s for s in main if s.width == found.widest]
-  others = [found.space(v, found.widest) for v in config.ablations]
-  longer = [found.longer(v) for v in MAIN] if config.long else []
-  changed = [
-    f"At {found.widest} channels, with parts of the method or of the budget changed:",
-    "",
-    *_table([*widest, *others, *longer], name),
-    "",
-  ]
-  seeds = f"± is the standard deviation over {len(config.seeds)} seeds of the diffusion model"
-  if len(config.seeds) == 1:
-    seeds = "the diffusion model has one seed, so there is no spread"
   REGION.check(page)
-  frontier = _draw_frontier(main, others, name, beside(page, "frontier"))
-  curves = _draw_curves([*main, *longer], name, beside(page, "curves"))
-  samples = _draw_samples(found, main, beside(page, "samples"))
+  found = Results(config, workdir, jobs)
+  spaces, name = found.spaces(), found.name
+  frontier = _draw_frontier(spaces, found, beside(page, "frontier"))
+  curves = _draw_curves(spaces, found, beside(page, "curves"))
+  samples = _draw_samples(found, beside(page, "samples"))
+  sampler = dilemma.diffusion(config.size, "f8d1", "w64").sample
   text = [
-    *_judge(found),
-    *picture(
-      frontier,
-      f"{name} over PSNR, with arrows from plain to aligned"
-      + (f"; right: changes at {found.widest} channels" if others else ""),
-    ),
+    *best(spaces, found.key, name),
+    *_judges(found),
     f"Reconstruction of held-out pictures by the posterior's mode, and generation, {name} of "
-    f"{config.num_samples:,} samples, lower is better; {seeds}. {_sampler(config)}",
+    f"{config.num_samples:,} samples after {config.steps[-1]:,} steps, lower is better; of up to "
+    f"{len(config.tokenizer_seeds)} tokenizers and {len(config.seeds)} diffusion models of each. "
+    f"Samples are drawn by {sampler.method} at {sampler.num_steps} times, without guidance.",
     "",
-    *_table(main, name),
+    *_table(spaces, found),
     "",
     NOTES,
     "",
-    *picture(curves, f"{name} of {config.curve_samples:,} samples over steps"),
-    *picture(
-      samples,
-      f"Without guidance (left) and with it ({config.cfg_scale:g}, right): the labels are the same "
-      "in each row, and the noise for the two tokenizers of a width",
-    ),
-    *(changed if others or longer else []),
+    *picture(frontier, f"{name} over PSNR, with arrows from plain to aligned"),
+    f"{name} after so many steps of one training with a cosine decay:",
+    "",
+    *_steps(spaces, found),
+    "",
+    *picture(curves, f"{name} over steps"),
+    *picture(samples, "Samples of the first seeds: the same labels and the same noise everywhere"),
     *_made(found, command),
   ]
   REGION.write(page, text)
 
 
-def _judge(found: Results) -> list[str]:
-  """The classifier, and the distance of real pictures."""
-  accuracy = found.figure("judge", "held_out/accuracy")
-  percent = NOT_RUN if accuracy is None else f"{100 * accuracy:.1f} %"
-  text = (
+def best(spaces: Sequence[Space], key: str, name: str) -> list[str]:
+  """Plain at its best KL weight beside aligned at its best, for latents of each shape.
+
+  `key` and `name` are the distance's, in files and on the page.
+  """
+  lines = []
+  for shape in dict.fromkeys(space.shape for space in spaces):
+    shown = []
+    for variant in ("plain", "aligned"):
+      run = [s for s in spaces if (s.shape, s.variant) == (shape, variant) and s.last(key)]
+      if run:
+        found = min(run, key=lambda space: np.mean(space.last(key)))
+        distances = found.last(key)
+        how = f"KL weight {found.kl}, {len(distances)} model{'s' if len(distances) > 1 else ''}"
+        shown.append(f"{variant} {_spread(distances, 3)}, {_decibels(found)} dB ({how})")
+    if len(shown) == 2:
+      lines.append(f"- {shape}, {name} at the better KL weight of each: {', '.join(shown)}.")
+  return [*lines, ""] if lines else []
+
+
+def _judges(found: Results) -> list[str]:
+  """The classifiers, and the distances of real pictures."""
+  real = found.read("real")
+  text = []
+  for judge, name, key in (
+    ("judge", found.name, found.key),
+    ("second", f"{found.name}2", found.second_key),
+  ):
+    if (accuracy := found.logged(judge, "held_out/accuracy")) is not None:
+      line = f"The classifier of {name} is right about {100 * accuracy:.1f} % of held-out pictures"
+      if real:
+        line += f"; {real['samples']['pictures']:,} real ones that no training used have a "
+        line += f"distance of {real['figures'][key]:.4f}"
+      text.append(f"{line}.")
+  return [
     f"{found.name} is the Frechet distance in the features of a classifier that was trained on the "
-    f"same pictures and taught no tokenizer; its accuracy on the held-out tenth is {percent}. It "
-    "is not FID and compares with nothing outside this page."
-  )
-  if real := found.read("real"):
-    distance = next(iter(real["figures"].values()))
-    count = real["samples"]["pictures"]
-    text += f" {count:,} real pictures that no training used have {distance:.3f}."
-  return [text, ""]
+    "same pictures and taught no tokenizer. It is not FID and compares with nothing outside this "
+    f"page. {' '.join(text)}",
+    "",
+  ]
 
 
-def _sampler(config: FrozenConfigDict) -> str:
-  sampler = dilemma.diffusion(config.size, 1).sample
-  return (
-    f"Samples are drawn by {sampler.method} at {sampler.num_steps} times, shifted by "
-    f"{sampler.timestep_shift:g}; those of the first seed also with a guidance scale of "
-    f"{config.cfg_scale:g} in all channels where t is at least {sampler.cfg_interval_start:g}."
-  )
-
-
-def _table(spaces: Sequence[Space], name: str) -> list[str]:
-  """A row for each tokenizer."""
+def _table(spaces: Sequence[Space], found: Results) -> list[str]:
+  """A row for each space."""
+  key, name = found.key, found.name
   head = [
-    *("tokenizer", "channels", "PSNR (dB)", "SSIM", f"r{name}", name, f"{name}, guided"),
-    *("density CV", "Gini", "entropy", "effective dimensions", "teacher cosine", "validation MSE"),
+    *("tokenizer", "latents", "KL weight", "width", "models", "PSNR (dB)", f"r{name}"),
+    *("effective dimensions", name, "of means", "of covariances", "class accuracy (%)"),
+    *(f"{name}2", f"{name}, Gaussian", "accuracy, Gaussian (%)", "teacher cosine"),
   ]
   rows = []
   for space in spaces:
-    found = space.figures
-    shown = functools.partial(_shown, found)
-    distance = next((key for key in found if key.startswith("rfd_")), "")
-    spread = f" ± {found['density_cv_std']:.3f}" if "density_cv_std" in found else ""
-    row = [space.variant, str(space.width), shown("psnr", 2), shown("ssim", 3)]
-    row += [shown(distance, 2 if found.get(distance, 1) >= 0.1 else 4)]
-    row += [_spread(space.distances), _spread(space.guided)]
-    row += [shown("density_cv", 3) + spread, shown("gini", 3), shown("normalized_entropy", 3)]
-    row += [shown("effective_dimensions", 1), shown("teacher_cosine", 2)]
-    rows.append([*row, f"{np.mean(space.mse):.3f}" if space.mse else NOT_RUN])
+    percent = [100 * x for x in space.last("class_accuracy")]
+    by_gaussian = [100 * x for x in space.gaussian.get("class_accuracy", [])]
+    row = [space.variant, space.shape, space.kl, str(space.width), str(len(space.last(key)))]
+    row += [_decibels(space), _spread(space.figures.get(f"r{key}", []), 4)]
+    row += [_spread(space.figures.get("effective_dimensions", []), 1), _spread(space.last(key), 3)]
+    row += [_mean(space.last(f"{key}_{part}"), 3) for part in ("means", "covariances")]
+    row += [
+      _spread(percent, 1),
+      _spread(space.last(found.second_key), 3),
+      _spread(space.gaussian.get(key, []), 3),
+    ]
+    row += [_mean(by_gaussian, 1), _mean(space.figures.get("teacher_cosine", []), 2)]
+    rows.append(row)
   return table(head, rows)
 
 
-def _shown(figures: Mapping[str, float], name: str, digits: int) -> str:
-  return f"{figures[name]:.{digits}f}" if name in figures else NOT_RUN
+def _steps(spaces: Sequence[Space], found: Results) -> list[str]:
+  steps = found.config.steps
+  rows = [
+    [
+      *(space.variant, space.shape, space.kl, str(space.width)),
+      *(_spread(space.steps.get(step, {}).get(found.key, []), 3) for step in steps),
+    ]
+    for space in spaces
+  ]
+  head = ["tokenizer", "latents", "KL weight", "width", *(f"{step:,}" for step in steps)]
+  return table(head, rows)
 
 
-def _spread(values: Sequence[float]) -> str:
-  if len(values) < 2:
-    return f"{values[0]:.2f}" if values else NOT_RUN
-  return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+def _decibels(space: Space) -> str:
+  return _mean(space.figures.get("psnr", []), 2)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+  found = mean(values)
+  return NOT_RUN if found is None else f"{found:.{digits}f}"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+  spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+  return _mean(values, digits) + spread
 
 
 def _made(found: Results, command: str) -> list[str]:
@@ -156,11 +180,11 @@ def _made(found: Results, command: str) -> list[str]:
     ", ".join(sorted({*each} - {""}))
     for each in zip(*(record.where(job.name) for job in found.jobs), strict=True)
   )
-  runs = [found.read(job.name).get("run", {}) for job in found.jobs if not job.resumes]
+  runs = [found.read(job.name).get("run", {}) for job in found.jobs if job.output.suffix == ".json"]
   jaxes = ", ".join(sorted({run["jax"] for run in runs if "jax" in run}))
   devices = sorted({x for run in runs if "cpu" not in (x := run.get("device", "cpu"))})
-  seeds = ", ".join(map(str, found.config.seeds))
-  rows = [(kind, str(len(s)), f"{sum(s) / 60:.0f}") for kind, s in kinds.items()]
+  rows = [(kind, str(len(s)), f"{sum(s) / 60:.1f}") for kind, s in kinds.items()]
+  config = found.config
   return [
     "How this was made:",
     "",
@@ -168,100 +192,77 @@ def _made(found: Results, command: str) -> list[str]:
     command,
     "```",
     "",
-    f"Commits {commits}; jax {jaxes}; {', '.join([machines, *devices])}. Seeds of the diffusion "
-    f"models: {seeds}; of everything else 0. All jobs together took {total / 3600:.1f} hours of "
-    "one worker, including work that was stopped and repeated:",
+    f"Commits {commits}; jax {jaxes}; {', '.join([machines, *devices])}. Tokenizers had "
+    f"{config.tokenizer_steps:,} steps, the judges {config.judge_steps:,}. Seeds are "
+    f"{', '.join(map(str, config.tokenizer_seeds))} of the tokenizers and "
+    f"{', '.join(map(str, config.seeds))} of the diffusion models. All jobs together took "
+    f"{total / 3600:.1f} hours of one worker, including work that was stopped and repeated:",
     "",
     *table(("jobs", "how many", "minutes"), rows),
     "",
   ]
 
 
-def _draw_frontier(
-  main: Sequence[Space], others: Sequence[Space], name: str, path: Path
-) -> Path | None:
-  """All widths on the left; on the right the widest, with the variants that were tried there."""
-  shown = _places(main)
-  changed = _places(others)
-  if not shown:
+def _draw_frontier(spaces: Sequence[Space], found: Results, path: Path) -> Path | None:
+  """A panel for each shape of latents: plain and aligned, of each KL weight."""
+  places: dict[str, dict[str, tuple[float, float]]] = {}
+  for space in spaces:
+    psnr, distance = mean(space.figures.get("psnr", [])), mean(space.last(found.key))
+    if psnr is not None and distance is not None and space.variant != "shortcut":
+      panel = places.setdefault(space.shape, {})
+      panel[f"{space.variant}/KL {space.kl}"] = psnr, distance
+  if not places:
     return None
-  figure, axes = plots.panels(1, 2 if changed else 1, size=(13 if changed else 7, 5))
-  plots.frontier(axes[0, 0], shown, COLOURS)
-  _by_factors(axes[0, 0])
-  axes[0, 0].set(ylabel=f"{name}, lower is better")
-  axes[0, 0].set_xlabel("PSNR of held-out pictures (dB), higher is better")
-  if changed:
-    _draw_changes(axes[0, 1], shown | _places(others), max(space.width for space in main), name)
+  figure, axes = plots.panels(1, len(places), size=(4.5 * len(places) + 1.5, 4.5))
+  for axis, (shape, shown) in zip(axes[0], places.items(), strict=True):
+    plots.frontier(axis, shown, COLOURS)
+    axis.set(title=shape, xlabel="PSNR of held-out pictures (dB), higher is better")
+  axes[0, 0].set_ylabel(f"{found.name}, lower is better")
   return plots.save(figure, path, dpi=110)
 
 
-def _draw_changes(
-  axis: Any, places: Mapping[str, tuple[float, float]], width: int, name: str
-) -> None:
-  """A row for each variant of one width by distance, with its PSNR: points may coincide."""
-  rows = [(key, *place) for key, place in places.items() if key.endswith(f"/d{width}")]
-  rows.sort(key=lambda row: row[2])
-  variants = [key.partition("/")[0] for key, _, _ in rows]
-  distances = [distance for _, _, distance in rows]
-  labels = [f"{v}, {psnr:.1f} dB" for v, (_, psnr, _) in zip(variants, rows, strict=True)]
-  axis.barh(labels, distances, height=0.6, color=[COLOURS.get(v, "#bbbbbb") for v in variants])
-  axis.bar_label(axis.containers[0], fmt="%.2f", padding=4, fontsize=8)
-  axis.margins(x=0.12)
-  axis.invert_yaxis()
-  axis.grid(axis="x", alpha=0.3)
-  axis.set(xlabel=f"{name} at {width} channels, lower is better")
+def _draw_curves(spaces: Sequence[Space], found: Results, path: Path) -> Path | None:
+  shapes = {space.shape: None for space in spaces if space.steps}
+  if not shapes:
+    return None
+  figure, axes = plots.panels(1, len(shapes), size=(4.2 * len(shapes), 4.2))
+  for axis, shape in zip(axes[0], shapes, strict=True):
+    styles = itertools.cycle(("o-", "s--", "^:"))
+    style: dict[tuple[str, int], str] = {}
+    for space in spaces:
+      if space.shape != shape or not space.steps:
+        continue
+      line = style.setdefault((space.kl, space.width), next(styles))
+      points = [(step, np.mean(x[found.key])) for step, x in sorted(space.steps.items())]
+      label = f"{space.variant}, KL {space.kl}, width {space.width}"
+      axis.plot(*zip(*points, strict=True), line, color=COLOURS[space.variant], label=label)
+    axis.set(title=shape, xlabel="diffusion steps")
+    axis.set_xscale("log")
+    _plain_numbers(axis)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3, which="both")
+  axes[0, 0].set_ylabel(found.name)
+  return plots.save(figure, path, dpi=110)
 
 
-def _places(spaces: Sequence[Space]) -> dict[str, tuple[float, float]]:
-  """(PSNR, distance) of "VARIANT/dWIDTH", of those that have both."""
-  return {
-    f"{space.variant}/d{space.width}": (space.figures["psnr"], space.distance)
-    for space in spaces
-    if space.distance is not None and "psnr" in space.figures
-  }
-
-
-def _by_factors(axis: Any) -> None:
+def _plain_numbers(axis: Any) -> None:
   """Makes the y axis logarithmic, with plain numbers."""
   axis.set_yscale("log")
   for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
     which("{x:g}")
 
 
-def _draw_curves(main: Sequence[Space], name: str, path: Path) -> Path | None:
-  drawn = [space for space in main if space.steps]
-  if not drawn:
+def _draw_samples(found: Results, path: Path) -> Path | None:
+  sheets = {name: file for name in found.config.spaces if (file := found.sheet(name))}
+  if not sheets:
     return None
-  widths = sorted({space.width for space in drawn})
-  figure, axes = plots.panels(1, len(widths), size=(4 * len(widths), 3.6), sharey=True)
-  for axis, width in zip(axes[0], widths, strict=True):
-    for space in drawn:
-      if space.width == width:
-        colour = COLOURS[space.variant.partition(",")[0]]
-        style = "o-" if space.variant in MAIN else "o--"
-        axis.plot(*zip(*space.steps, strict=True), style, color=colour, label=space.variant)
-    axis.set(title=f"{width} channels", xlabel="diffusion steps")
-    _by_factors(axis)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-  axes[0, 0].set_ylabel(name)
-  return plots.save(figure, path, dpi=110)
-
-
-def _draw_samples(found: Results, main: Sequence[Space], path: Path) -> Path | None:
-  side = dilemma.judge(found.config.size).data.image_size
-  rows: list[tuple[str, list[np.ndarray]]] = []
-  for space in main:
-    files = [found.sheet(kind, space) for kind in ("samples", "guided")]
-    sheets = [np.asarray(Image.open(file))[: SHOWN_ROWS * side] for file in files if file]
-    if len(sheets) == len(files):
-      rows.append((f"{space.variant} d{space.width}", sheets))
-  if not rows:
-    return None
-  figure, axes = plots.panels(len(rows), 2, size=(12, 1.45 * len(rows)))
-  for (label, sheets), pair in zip(rows, axes, strict=True):
-    for sheet, axis in zip(sheets, pair, strict=True):
-      axis.imshow(sheet, interpolation="nearest")
-      axis.set(xticks=[], yticks=[])
-    pair[0].set_ylabel(label, fontsize=9)
+  columns = min(len(sheets), 4)
+  rows = -(-len(sheets) // columns)
+  figure, axes = plots.panels(rows, columns, size=(3.2 * columns, 4.6 * rows))
+  for axis in axes.flat:
+    axis.axis("off")
+    axis.set(xticks=[], yticks=[])
+  for axis, (name, file) in zip(axes.flat, sheets.items(), strict=False):
+    axis.imshow(np.asarray(Image.open(file)), interpolation="nearest")
+    axis.set_title(name, fontsize=8)
   return plots.save(figure, path, dpi=110)

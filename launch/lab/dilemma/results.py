@@ -12,29 +12,33 @@ from ml_collections import FrozenConfigDict
 
 from configs.lab import dilemma
 from launch.engine.writers import curve, read_metrics
+from launch.evaluation.features import SECOND
+from launch.lab.dilemma import graph
 from launch.lab.jobs import Job, Record
 
 
-def seeds_of(config: FrozenConfigDict, variant: str) -> tuple[int, ...]:
-  """The seeds of the diffusion models on a tokenizer's latents."""
-  return config.seeds if variant in dilemma.MAIN else config.ablation_seeds
-
-
 class Space(NamedTuple):
-  """Measurements of one tokenizer and of the diffusion models on its latents."""
+  """Measurements of one kind of tokenizer, over its seeds, and of diffusion models on its latents.
+
+  Lists have a value for each seed that has been run.
+  """
 
   variant: str
-  width: int  # channels
-  figures: dict[str, float]  # of reconstruction and uniformity
-  distances: list[float]  # of each seed's samples
-  guided: list[float]  # likewise, with guidance
-  mse: list[float]  # validation losses of the seeds
-  steps: list[tuple[int, float]]  # (step, distance) of the first seed
+  shape: str  # "fPdZ"
+  kl: str  # the weight
+  width: int  # of the diffusion models
+  figures: dict[str, list[float]]  # of reconstruction and uniformity, by tokenizer
+  gaussian: dict[str, list[float]]  # of samples of a Gaussian for each class, by tokenizer
+  steps: dict[int, dict[str, list[float]]]  # figures of samples after so many steps, by model
 
   @property
-  def distance(self) -> float | None:
-    """The mean over the seeds."""
-    return float(np.mean(self.distances)) if self.distances else None
+  def name(self) -> str:
+    """As the configuration's."""
+    return f"{self.variant}/{self.shape}/kl{self.kl}/w{self.width}"
+
+  def last(self, figure: str) -> list[float]:
+    """A figure of the last samples."""
+    return self.steps[max(self.steps)].get(figure, []) if self.steps else []
 
 
 class Results:
@@ -44,8 +48,8 @@ class Results:
     self.config, self.workdir, self.jobs = config, workdir, jobs
     self.record = Record(workdir, jobs)
     self.name = f"FD-{dilemma.judge(config.size).name}"
-    self.widest = max(config.widths)
-    self._key = self.name.lower().replace("-", "_")
+    self.key = self.name.lower().replace("-", "_")
+    self.second_key = f"{SECOND}{self.key}2"
     self._done = {job.name for job in jobs if self.record.is_done(job)}
 
   def read(self, job: str) -> dict[str, Any]:
@@ -53,52 +57,53 @@ class Results:
     path = self.workdir / f"{job}.json"
     return json.loads(path.read_text()) if job in self._done else {}
 
-  def figure(self, job: str, name: str) -> float | None:
+  def logged(self, job: str, name: str) -> float | None:
     """The last value that a training has logged."""
     if job not in self._done:
       return None
     points = curve(read_metrics(self.workdir / job), name)
     return points[-1][1] if points else None
 
-  def space(self, variant: str, width: int) -> Space:
-    """A tokenizer with all its diffusion models."""
-    return self._of(variant, width, [f"seed{seed}" for seed in seeds_of(self.config, variant)])
-
-  def longer(self, variant: str) -> Space:
-    """A tokenizer of the widest latents with its diffusion model of more steps."""
-    steps = dilemma.diffusion(self.config.size, self.widest, long=True).num_steps
-    found = self._of(variant, self.widest, [dilemma.LONG])
-    return found._replace(variant=f"{variant}, {steps:,} steps")
-
-  def sheet(self, kind: str, space: Space) -> Path | None:
-    """The picture of the samples of a space, of the first seed."""
-    name = f"{kind}/{space.variant}/d{space.width}/seed{self.config.seeds[0]}"
+  def sheet(self, space: str) -> Path | None:
+    """The picture of the samples of a space, of the first seeds."""
+    name = f"sheets/{space}/seed{self.config.tokenizer_seeds[0]}.{self.config.seeds[0]}"
     path = self.workdir / f"{name}.png"
     return path if name in self._done and path.is_file() else None
 
-  def _of(self, variant: str, width: int, names: Sequence[str]) -> Space:
-    space = f"{variant}/d{width}"
-    runs = [f"{space}/{name}" for name in names]
+  def spaces(self) -> list[Space]:
+    """All spaces of the experiment."""
+    return [self._space(name) for name in (*self.config.spaces, *self.config.more_spaces)]
 
-    def distances(kind: str) -> list[float]:
-      found = [self.read(f"{kind}/{run}") for run in runs]
-      return [x["figures"][self._key] for x in found if x]
+  def _space(self, space: str) -> Space:
+    variant, shape, kl, width = space.split("/")
+    firsts = [f"{graph.tokenizer_of(space)}/seed{seed}" for seed in self.config.tokenizer_seeds]
+    runs = [
+      f"{space}/seed{first}.{seed}"
+      for first in self.config.tokenizer_seeds
+      for seed in self.config.seeds
+    ]
+    figures: dict[str, list[float]] = {}
+    for first in firsts:
+      found = self.read(f"reconstruction/{first}").get("figures", {})
+      found |= self.read(f"uniformity/{first}").get("figures", {})
+      cosine = self.logged(f"tokenizer/{first}", "reconstruction/teacher_cosine")
+      _gather(figures, found | ({} if cosine is None else {"teacher_cosine": cosine}))
+    gaussian: dict[str, list[float]] = {}
+    for first in firsts:
+      _gather(gaussian, self.read(f"gaussian/{first}").get("figures", {}))
+    steps: dict[int, dict[str, list[float]]] = {}
+    for run in runs:
+      for point in self.read(f"curve/{run}").get("points", []):
+        _gather(steps.setdefault(point["step"], {}), point)
+    return Space(variant, shape, kl[2:], int(width[1:]), figures, gaussian, steps)
 
-    uniformity = self.read(f"uniformity/{space}")
-    spread = uniformity.get("standard_deviation_over_runs", {})
-    figures = self.read(f"reconstruction/{space}").get("figures", {})
-    figures |= uniformity.get("figures", {}) | {f"{k}_std": v for k, v in spread.items()}
-    cosine = self.figure(f"tokenizer/{space}", "reconstruction/teacher_cosine")
-    if cosine is not None:
-      figures["teacher_cosine"] = cosine
-    losses = [self.figure(f"diffusion/{run}", "validation/mse") for run in runs]
-    points = self.read(f"curve/{runs[0]}").get("points", [])
-    return Space(
-      variant,
-      width,
-      {name: value for name, value in figures.items() if value is not None},
-      distances("samples"),
-      distances("guided"),
-      [loss for loss in losses if loss is not None],
-      [(point["step"], point[self._key]) for point in points],
-    )
+
+def _gather(lists: dict[str, list[float]], figures: dict[str, float | None]) -> None:
+  for name, value in figures.items():
+    if value is not None:
+      lists.setdefault(name, []).append(value)
+
+
+def mean(values: Sequence[float]) -> float | None:
+  """None of no values."""
+  return float(np.mean(values)) if values else None
