@@ -154,7 +154,7 @@ def test_a_training_is_identified_by_what_its_configuration_sets(tmp_path, monke
 
   monkeypatch.setattr(dilemma, "diffusion", other)
   kinds = {name.partition("/")[0] for name, digest in found().items() if digest != before[name]}
-  assert kinds == {"curve", "sheets"}
+  assert kinds == {"curve"}
 
 
 TESTED = {"test_source": "embedded:emoji", "seeds": (0, 1)}

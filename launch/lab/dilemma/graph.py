@@ -18,7 +18,6 @@ from configs.lab import dilemma
 from launch.engine import configuration
 from launch.lab.jobs import Job
 
-SHEET = 80  # samples to look at
 SIDE = f"--image_size={dilemma.IMAGE_SIZE}"
 _PARTS = {"judge": "judge", "second": "judge,second"}
 
@@ -30,7 +29,7 @@ def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
 
 
 def tokenizer_of(space: str) -> str:
-  """ "VARIANT/fPdZ/klW"."""
+  """The part of a space that names its tokenizer."""
   return space.rpartition("/")[0]
 
 
@@ -63,8 +62,6 @@ class _Graph:
         for first in config.tokenizer_seeds if not number else ():
           for space in spaces:
             yield from self._measured(f"{tokenizer_of(space)}/seed{first}")
-      for space in spaces:
-        yield self._sheet(space)
 
   def _tokenizer(self, tokenizer: str, seed: int) -> Iterator[Job]:
     """A tokenizer and its latents, of an aligned one after the teacher's features."""
@@ -88,7 +85,7 @@ class _Graph:
     yield Job(f"latents/{name}", words, output, resumes=True, needs=(f"tokenizer/{name}",))
 
   def _diffusion(self, space: str, first: int, seed: int) -> Iterator[Job]:
-    """A diffusion model, and figures of samples of all its checkpoints."""
+    """A diffusion model, and figures and sheets of samples after all steps that are wanted."""
     _, shape, _, width = space.split("/")
     latents = f"latents/{tokenizer_of(space)}/seed{first}"
     settings = (f"latents.path={self.root / latents}", f"seed={seed}")
@@ -115,15 +112,6 @@ class _Graph:
     words = [f"--cells={self.config.cells}", f"--runs={self.config.runs}"]
     words += [f"--latents={self.root / latents}"]
     yield self._evaluate("latents", f"uniformity/{name}", words, (latents,))
-
-  def _sheet(self, space: str) -> Job:
-    """Samples to look at, of the first seeds."""
-    run = f"{space}/seed{self.config.tokenizer_seeds[0]}.{self.config.seeds[0]}"
-    output = self.root / "sheets" / f"{run}.npz"
-    trained = f"--workdir={self.root / 'diffusion' / run}"
-    how = (f"--output={output}", f"--num_samples={SHEET}", *self._sampler())
-    words = ("launch.sample", trained, *how)
-    return Job(f"sheets/{run}", words, output, resumes=True, needs=(f"diffusion/{run}",))
 
   def _sampler(self) -> tuple[str, ...]:
     sampler = dilemma.diffusion(self.config.size, "f8d1", "w64").sample

@@ -65,10 +65,11 @@ class Results:
     return points[-1][1] if points else None
 
   def sheet(self, space: str) -> Path | None:
-    """The picture of the samples of a space, of the first seeds."""
-    name = f"sheets/{space}/seed{self.config.tokenizer_seeds[0]}.{self.config.seeds[0]}"
-    path = self.workdir / f"{name}.png"
-    return path if name in self._done and path.is_file() else None
+    """The picture of the last samples of a space, of the first seeds."""
+    name = f"curve/{space}/seed{self.config.tokenizer_seeds[0]}.{self.config.seeds[0]}"
+    sheets = self.read(name).get("sheets")
+    path = (self.workdir / name).parent / sheets[-1] if sheets else None
+    return path if path and path.is_file() else None
 
   def spaces(self) -> list[Space]:
     """All spaces of the experiment."""
