@@ -3,24 +3,33 @@ r"""Whole trainings of the PyTorch reference and of this project, side by side.
   python -m launch.lab.equivalence training --reference=LIGHTNINGDIT --torch_python=PYTHON \
     --config=configs/lab/training.py:cifar --config.source=zip:cifar10_train.zip
 
-Arguments: "cifar" (an hour of one core of a CPU) or "tiny" (a smoke test on the embedded emoji).
-Behind a comma one part, for `launch.train`: "tokenizer" or "diffusion".
+Arguments: "cifar" compares trainings of diffusion models, "vavae" of a tokenizer with teacher,
+LPIPS and discriminator, which takes --taming too: an hour of one core of a CPU each. "tiny" and
+"vavae_tiny" are smoke tests on the embedded emoji. Behind a comma one part, for `launch.train`:
+"tokenizer", or without "vavae" also "diffusion".
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-SIZES = ("cifar", "tiny")
+SIZES = ("cifar", "tiny", "vavae", "vavae_tiny")
 
 
 def get_config(argument: str = "cifar") -> ConfigDict:
   """The configuration of one part, or of the whole comparison."""
   size, _, part = argument.partition(",")
   parts = {"": experiment, "tokenizer": tokenizer, "diffusion": diffusion}
+  if of_tokenizers(size):
+    parts = {"": tokenizer_experiment, "tokenizer": vavae}
   if size not in SIZES or part not in parts:
     raise ValueError(f"{argument!r} is none of {', '.join(SIZES)}, alone or with a part of it.")
   return parts[part](size)
+
+
+def of_tokenizers(size: str) -> bool:
+  """Whether trainings of tokenizers are compared."""
+  return size.startswith("vavae")
 
 
 def tokenizer(size: str = "cifar") -> ConfigDict:
@@ -99,4 +108,43 @@ def experiment(size: str = "cifar") -> ConfigDict:
   if size == "tiny":
     config.update(source="embedded:emoji", seeds=(0, 1), fed_steps=4, num_samples=96)
     config.update(crossed_samples=48, continued_steps=2)
+  return config
+
+
+def vavae(size: str = "vavae") -> ConfigDict:
+  """A tokenizer trained as published, but small and with all losses from the first step.
+
+  Its teacher is an MAE, since with DINOv2 the reference takes 256 pixels alone. Normalised by twos
+  of channels, the least that leave the convolutions' biases a gradient.
+  """
+  config = base.tokenizer()
+  config.update(batch_size=2, num_steps=500, log_every_steps=10, save_every_steps=500)
+  config.evaluate_every_steps = 250
+  config.data.update(source="tfds:cifar10/train", image_size=64, held_out=0.9, split="position")
+  config.data.crop = "center"
+  config.model.update(ch=64, num_res_blocks=1)
+  config.teacher.name = "mae_vits16"
+  config.perceptual.heads = ""
+  config.stages.update(
+    epochs=(0.0,), vf_weight=(0.1,), cos_margin=(0.5,), distmat_margin=(0.25,), disc_start=(0,)
+  )
+  if size == "vavae_tiny":
+    config.update(num_steps=4, log_every_steps=2, save_every_steps=4, evaluate_every_steps=2)
+    config.data.update(source="embedded:emoji", image_size=32)
+    config.model.update(ch=32, embed_dim=4, z_channels=4)
+  return config
+
+
+def tokenizer_experiment(size: str = "vavae") -> ConfigDict:
+  """What is compared of tokenizers' trainings."""
+  config = ConfigDict(
+    {
+      "size": size,
+      "source": "tfds:cifar10/train",
+      "seeds": (0, 1, 2),  # of order, noise and the discriminator's initial weights
+      "fed_steps": 100,  # with the same batches and noise
+    }
+  )
+  if size == "vavae_tiny":
+    config.update(source="embedded:emoji", seeds=(0, 1), fed_steps=4)
   return config

@@ -13,6 +13,7 @@ from ml_collections import FrozenConfigDict
 
 import configs.base
 from lightningdit_jax.model import ONLY_OURS
+from vavae_jax import teachers
 from vavae_jax.common.errors import InputError
 
 # Flags that are defined here are those of the command that asks for them.
@@ -26,6 +27,11 @@ _SAMPLE = (
 _AUTOENCODER = ("z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")
 _LOSS = ("kl_weight", "disc_weight", "adaptive_vf", "pp_style", "perceptual_weight")
 _STAGE = ("vf_weight", "cos_margin", "distmat_margin")
+# Our teachers -> the reference's name of their kind, and timm's of the network.
+_TEACHERS = {
+  "dinov2_vitl14": ("dinov2", "vit_large_patch14_dinov2"),
+  "mae_vits16": ("mae", "vit_small_patch16_224"),  # of another size than the reference's
+}
 
 
 class Checkouts(NamedTuple):
@@ -156,12 +162,14 @@ def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, An
   Raises InputError if it does not have them.
   """
   checkouts.check_taming()
-  if config.data.image_size != 256 or config.teacher.name != "dinov2_vitl14":
+  size, name = config.data.image_size, config.teacher.name
+  # With DINOv2 its latents have as many cells as 224 pixels have patches of 14.
+  if name not in _TEACHERS or (name == "dinov2_vitl14" and size != 256):
     raise InputError(
-      f"config.data.image_size={config.data.image_size} and config.teacher.name="
-      f"{config.teacher.name!r}; the reference trains tokenizers at 256 pixels, and beside ours "
-      "with dinov2_vitl14."
+      f"config.data.image_size={size} and config.teacher.name={name!r}; beside ours the reference "
+      f"trains tokenizers with {' or '.join(_TEACHERS)}, with the first at 256 pixels."
     )
+  kind, model = _TEACHERS[name]
   loss = {name: config.loss[name] for name in _LOSS}
   loss |= {name: config.stages[name][-1] for name in _STAGE}
   ends = {"double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
@@ -169,6 +177,7 @@ def training_job(config: FrozenConfigDict, checkouts: Checkouts) -> dict[str, An
     "taming": str(Path(checkouts.taming).absolute()),
     "embed_dim": config.model.embed_dim,
     "ddconfig": {name: config.model[name] for name in _AUTOENCODER} | ends,
+    "teacher": {"kind": kind, "model": model, "width": teachers.feature_size(name)},
     "loss": loss | {"disc_start": 0},
     "learning_rate": config.optimizer.learning_rate,
   }

@@ -6,9 +6,15 @@ r"""Whole trainings of the PyTorch reference and of this project, side by side.
 Trains a tokenizer, writes its latents as published, and trains LightningDiT on them by the
 reference's own `train.py` and by launch.train, from the same weights, several seeds each. Compares
 curves, losses, averages and samples, exchanges weights between the samplers and states between the
-trainings, and repeats the reference's first steps here with the same batches, times and noise. All
-of it runs on the CPU, --jobs at a time; `taskset -c 0` before it gives it one core. If it is
-stopped, the same command continues; --page_only writes the page of the results so far.
+trainings, and repeats the reference's first steps here with the same batches, times and noise.
+
+  python -m launch.lab.equivalence training --reference=LIGHTNINGDIT --taming=TAMING \
+    --torch_python=PYTHON --config=configs/lab/training.py:vavae \
+    --config.source=zip:cifar10_train.zip --workdir=runs/training_vavae
+
+trains a tokenizer by the reference's own `training_step` and by launch.train, likewise. All of it
+runs on the CPU, --jobs at a time; `taskset -c 0` before it gives it one core. If it is stopped, the
+same command continues; --page_only writes the page of the results so far.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.engine.subcommands import Subcommand
 from launch.lab import reference
-from launch.lab.equivalence import judging, pieces, side_page
+from launch.lab.equivalence import judging, pieces, side_page, tokenizer_page, tokenizer_pieces
 from launch.lab.equivalence.pieces import RECORD, Settings
 from launch.lab.jobs import Job, run
 from vavae_jax.common.errors import InputError
@@ -41,32 +47,82 @@ PIECES = {
   for function in (
     *(pieces.initial, pieces.theirs, pieces.ours_fed, pieces.to_ours, pieces.to_theirs),
     *(judging.inputs, judging.real, judging.judged_by_ours, judging.judged_by_theirs),
+    *(tokenizer_pieces.pictures, tokenizer_pieces.tokenizer_initial),
+    *(tokenizer_pieces.tokenizer_theirs, tokenizer_pieces.tokenizer_fed),
   )
 }
 SEED = 100  # added to the seeds of trainings that go on with the other side's state
 
 
 def settings_of(experiment: FrozenConfigDict, root: Path, given: reference.Checkouts) -> Settings:
-  """What all pieces share; the diffusion models learn from the workdir's latents."""
-  config = training.diffusion(experiment.size)
-  config.latents.update(path=str(root / "latents"), valid_path=str(root / "held_out"))
+  """What all pieces share; models learn from latents, and begin with weights, of the workdir."""
+  if training.of_tokenizers(experiment.size):
+    config = training.vavae(experiment.size)
+    config.data.source = experiment.source
+    config.teacher.weights = str(root / "teacher.pt")
+    config.perceptual.vgg = config.init_from = str(root / "initial.pt")
+  else:
+    config = training.diffusion(experiment.size)
+    config.latents.update(path=str(root / "latents"), valid_path=str(root / "held_out"))
   return Settings(root, experiment, FrozenConfigDict(config), given)
 
 
-class Graph:
-  """Makes the jobs, those that answer soonest first."""
+class Jobs:
+  """Makes jobs: pieces, and trainings by `launch.train`."""
+
+  CHANGES = ("source", "fed_steps", "num_samples")  # keys of an experiment that jobs get
 
   def __init__(self, settings: Settings):
     self.settings, self.root = settings, settings.root
     experiment = settings.experiment
     self.config = [f"--config={os.path.relpath(training.__file__)}:{experiment.size}"]
-    changes = {name: experiment[name] for name in ("source", "fed_steps", "num_samples")}
+    changes = {name: experiment[name] for name in self.CHANGES if name in experiment}
     self.config += [f"--config.{name}={value}" for name, value in changes.items()]
     contents = (experiment.to_dict(), settings.config.to_dict())
     # What only some jobs take is among their words.
     others = ("seeds", "crossed_samples", "continued_steps")
     self.content = json.dumps([{k: x for k, x in c.items() if k not in others} for c in contents])
     self.content = self.content.replace(str(self.root), ".")
+
+  def _piece(
+    self,
+    name: str,
+    output: str,
+    given: dict[str, Any],
+    needs: tuple[str, ...],
+    piece: str = "",
+    weight: float = 0.5,
+  ) -> Job:
+    """One of `PIECES`; a training's output is the note in its folder."""
+    path = self.root / (output or f"{name}/about.json")
+    checkouts = self.settings.checkouts
+    words = ["launch.lab.equivalence", "piece", *self.config, f"--workdir={self.root}"]
+    words += [f"--reference={checkouts.lightningdit}", f"--torch_python={checkouts.python}"]
+    words += [f"--taming={checkouts.taming}"] * bool(checkouts.taming)
+    words += [f"--piece={piece or name.rpartition('/')[2]}", f"--output={path}"]
+    words += [f"--given={json.dumps(given)}"]
+    return Job(name, tuple(words), path, content=self.content, needs=needs, weight=weight)
+
+  def _train(
+    self,
+    name: str,
+    part: str,
+    changes: tuple[str, ...],
+    needs: tuple[str, ...],
+    *,
+    weight: float,
+    output: Path | None = None,
+  ) -> Job:
+    size = self.settings.experiment.size
+    words = ["launch.train", f"--config={os.path.relpath(training.__file__)}:{size},{part}"]
+    words += [f"--workdir={output.parent.parent if output else self.root / name}"]
+    words += [f"--config.{change}" for change in changes]
+    resumes, content = output is None, training.get_config(f"{size},{part}").to_json()
+    return Job(name, tuple(words), output or self.root / name, resumes, content, needs, weight)
+
+
+class Graph(Jobs):
+  """The jobs that compare diffusion trainings, those that answer soonest first."""
 
   def jobs(self) -> Iterator[Job]:
     """All of them."""
@@ -157,61 +213,59 @@ class Graph:
   def _checkpoint(self, training: str, step: int) -> Path:
     return self.root / training / "run" / "checkpoints" / f"{step:07d}.pt"
 
-  def _piece(
-    self,
-    name: str,
-    output: str,
-    given: dict[str, Any],
-    needs: tuple[str, ...],
-    piece: str = "",
-    weight: float = 0.5,
-  ) -> Job:
-    """One of `PIECES`; a training's output is the note in its folder."""
-    path = self.root / (output or f"{name}/about.json")
-    checkouts = self.settings.checkouts
-    words = ["launch.lab.equivalence", "piece", *self.config, f"--workdir={self.root}"]
-    words += [f"--reference={checkouts.lightningdit}", f"--torch_python={checkouts.python}"]
-    words += [f"--piece={piece or name.rpartition('/')[2]}", f"--output={path}"]
-    words += [f"--given={json.dumps(given)}"]
-    return Job(name, tuple(words), path, content=self.content, needs=needs, weight=weight)
 
-  def _train(
-    self,
-    name: str,
-    part: str,
-    changes: tuple[str, ...],
-    needs: tuple[str, ...],
-    *,
-    weight: float,
-    output: Path | None = None,
-  ) -> Job:
-    size = self.settings.experiment.size
-    words = ["launch.train", f"--config={os.path.relpath(training.__file__)}:{size},{part}"]
-    words += [f"--workdir={output.parent.parent if output else self.root / name}"]
-    words += [f"--config.{change}" for change in changes]
-    resumes, content = output is None, training.get_config(f"{size},{part}").to_json()
-    return Job(name, tuple(words), output or self.root / name, resumes, content, needs, weight)
+class TokenizerGraph(Jobs):
+  """The jobs that compare trainings of tokenizers, those that answer soonest first."""
+
+  def jobs(self) -> Iterator[Job]:
+    """All of them."""
+    needs, config = ("pictures", "initial"), self.settings.config
+    yield self._piece("pictures", "pictures.npz", {}, ())
+    yield self._piece("initial", "initial.pt", {}, (), "tokenizer_initial")
+    fed = {"seed": tokenizer_pieces.SEED, "fed": True}
+    record = {"record": str(self.root / "fed" / "theirs" / RECORD)}
+    yield self._piece("fed/theirs", "", fed, needs, "tokenizer_theirs", 2)
+    yield self._piece("fed/ours", "", record, ("fed/theirs",), "tokenizer_fed", 2)
+    yield self._piece("fed/threads", "", fed | {"threads": 2}, needs, "tokenizer_theirs", 2)
+    paths = {"data.source": config.data.source, "init_from": config.init_from}
+    paths |= {"teacher.weights": config.teacher.weights, "perceptual.vgg": config.perceptual.vgg}
+    for seed in self.settings.experiment.seeds:
+      name = f"theirs/seed{seed}"
+      yield self._piece(name, "", {"seed": seed}, needs, "tokenizer_theirs", 10)
+      changes = (*(f"{key}={value}" for key, value in paths.items()), f"seed={seed}")
+      yield self._train(f"ours/seed{seed}", "tokenizer", changes, ("initial",), weight=8)
+
+
+def graph_of(settings: Settings) -> list[Job]:
+  """All jobs of a comparison."""
+  graph = TokenizerGraph if training.of_tokenizers(settings.experiment.size) else Graph
+  return list(graph(settings).jobs())
 
 
 def _settings() -> Settings:
-  experiment = configuration.resolve(FLAGS.config, training.experiment().to_dict())
+  of_tokenizers = training.of_tokenizers(str(FLAGS.config.get("size", "")))
+  known = training.tokenizer_experiment() if of_tokenizers else training.experiment()
+  experiment = configuration.resolve(FLAGS.config, known.to_dict())
   if not experiment.seeds or experiment.fed_steps < 2 or experiment.fed_steps % 2:
     raise InputError("config.seeds must name some, and config.fed_steps be even and 2 or more.")
   given = reference.checkouts(compiled=False)
   if given is None:
     raise InputError("--reference is missing; give a checkout of hustvl/LightningDiT.")
   given.check()
+  if of_tokenizers:
+    given.check_taming()
   return settings_of(experiment, Path(FLAGS.workdir).absolute(), given)
 
 
 def main() -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"  # of the jobs, where the reference is
   settings = _settings()
-  jobs = list(Graph(settings).jobs())
+  jobs = graph_of(settings)
   file = Path(FLAGS.page) if FLAGS.page else settings.root / "training.md"
-  side_page.REGION.check(file)
+  page: Any = tokenizer_page if training.of_tokenizers(settings.experiment.size) else side_page
+  page.REGION.check(file)
   command = whole_command(("page", "page_only", "jobs"))
-  write_page = functools.partial(side_page.write, settings, jobs, file, command)
+  write_page = functools.partial(page.write, settings, jobs, file, command)
   if not FLAGS.page_only:
     settings.checkouts.check_python("scipy", "safetensors")
     console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")

@@ -35,6 +35,8 @@ FED_NAMES = {
   "to_ours": "reference, then this project",
   "to_theirs": "this project, then reference",
 }
+# The header of `compared`.
+FIGURES = ("figure", *NAMES.values(), "standard errors apart", "mean within")
 CONTINUED = {"theirs_by_ours": "theirs", "ours_by_theirs": "ours"}  # whose first half
 
 
@@ -103,14 +105,7 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   shown = {name: x for name, x in figures(found).items() if len(x) == len(SIDES)}
   if not shown:
     return []
-  rows, inside = [], 0
-  for name, sides in shown.items():
-    theirs, ours = sides["theirs"], sides["ours"]
-    within = bool(theirs.min() <= ours.mean() <= theirs.max())
-    inside += within
-    verdict = "-" if len(theirs) < 2 else "yes" if within else "no"
-    columns = [_spread(x) for x in (theirs, ours)]
-    rows.append([name, *columns, _errors(theirs, ours), verdict])
+  rows, inside = compared(shown)
   several = len(found.seeds("theirs")) > 1
   summary = f": {inside} of {len(shown)} do" if several else ", which one seed does not tell"
   floor = ""
@@ -120,7 +115,6 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   theirs, ours = (found.losses(side).mean(0) for side in SIDES)
   gap = ours - theirs
   error = gap.std(ddof=1) / np.sqrt(len(gap))
-  header = ("figure", *NAMES.values(), "standard errors apart", "mean within")
   return [
     "## Trainings of their own",
     "",
@@ -130,13 +124,25 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
     f"lowest and highest{summary}.{floor}",
     "",
     *picture(drawn, "Training loss (band: lowest to highest of the seeds), and validation loss"),
-    *table(header, rows),
+    *table(FIGURES, rows),
     "",
     "This project's training loss minus the reference's, mean over seeds and over "
     f"{len(gap)} spans of {found.settings.config.log_every_steps} steps: {gap.mean():+.5f}, with a "
     f"standard error of {error:.5f} from the scatter of the spans.",
     "",
   ]
+
+
+def compared(figures: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[list[str]], int]:
+  """Rows under `FIGURES` of the values of each side's seeds, and how many say "yes" at the end."""
+  rows, inside = [], 0
+  for name, sides in figures.items():
+    theirs, ours = sides["theirs"], sides["ours"]
+    within = bool(theirs.min() <= ours.mean() <= theirs.max())
+    inside += within
+    verdict = "-" if len(theirs) < 2 else "yes" if within else "no"
+    rows.append([name, _spread(theirs), _spread(ours), _errors(theirs, ours), verdict])
+  return rows, inside
 
 
 def _spread(values: np.ndarray) -> str:
@@ -287,16 +293,20 @@ def _draw_continued(found: Results, path: Path, dpi: int) -> Path | None:
 
 
 def _made(found: Results, command: str) -> list[str]:
-  """What was replaced, command, commit, machine and time."""
-  lines = []
-  if found.has("fed/theirs"):
-    about = found.note("fed/theirs")
-    lines = [
-      f"The reference is `do_train` of its `train.py` in PyTorch {about['torch']}, with its data "
-      f"set, transport, AdamW and update_ema. Replaced: {'; '.join(about['replaced'])}. Its folder "
-      "of latents has our shards and, as published, `latents_stats.pt`.",
-      "",
-    ]
+  """What was replaced, and `made`."""
+  if not found.has("fed/theirs"):
+    return made(found, command, [])
+  about = found.note("fed/theirs")
+  text = (
+    f"The reference is `do_train` of its `train.py` in PyTorch {about['torch']}, with its data "
+    f"set, transport, AdamW and update_ema. Replaced: {'; '.join(about['replaced'])}. Its folder "
+    "of latents has our shards and, as published, `latents_stats.pt`."
+  )
+  return made(found, command, [text, ""])
+
+
+def made(found: Results, command: str, lines: Sequence[str]) -> list[str]:
+  """`lines` on the reference's side, command, commit, machine and time."""
   kinds: dict[str, float] = {}
   for job in found.jobs:
     if seconds := found.record.seconds(job.name):

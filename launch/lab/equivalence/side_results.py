@@ -75,16 +75,18 @@ def distances(found: Results) -> dict[str, list[tuple[int, float]]]:
   first = read_content(found.root / "initial.pt")
   for step in steps:
     right = found.parameters("theirs", step)
-    series["moved"].append((step, _relative(right, first)))
+    series["moved"].append((step, relative(right, first)))
     for name in FED:
       file = found.root / "fed" / name / f"{step}.npz"
       if found.has(f"fed/{name}") and file.is_file():
         both = found.parameters(name, step), right
-        series.setdefault(name, []).append((step, _relative(*both)))
+        series.setdefault(name, []).append((step, relative(*both)))
   return series
 
 
-def _relative(left: Tensors, right: Tensors) -> float:
+def relative(left: Tensors, right: Tensors) -> float:
+  """The norm of the difference of all tensors of `left`, in units of that of `right`."""
+
   def norm(arrays: Iterable[np.ndarray]) -> float:
     return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays)))
 

@@ -149,14 +149,15 @@ def tokenizer_training(job: dict[str, Any]) -> nn.Module:
 
   Args:
     job: "checkout" and "taming" (one of CompVis/taming-transformers), "ddconfig", "embed_dim",
-      "loss" (the arguments of LPIPSWithDiscriminator), "learning_rate".
+      "teacher" ("kind", the reference's name, and timm's "model" of a "width"), "loss" (the
+      arguments of LPIPSWithDiscriminator), "learning_rate".
   """
   import timm
   import torchvision.models
 
-  create = timm.create_model
+  create, teacher = timm.create_model, job["teacher"]
   timm.create_model = lambda name, pretrained, **kwargs: create(
-    name.rpartition("/")[2].partition(".")[0], **kwargs
+    teacher["model"], num_classes=0, **kwargs
   )
   torchvision.models.vgg16 = vgg16
   lightning: Any = types.SimpleNamespace(LightningModule=nn.Module)
@@ -165,10 +166,15 @@ def tokenizer_training(job: dict[str, Any]) -> nn.Module:
   from taming.modules.losses.lpips import LPIPS
 
   LPIPS.load_from_pretrained = lambda self: None
+  from ldm.models import foundation_models
   from ldm.models.autoencoder import AutoencoderKL
 
+  made = foundation_models.create_foundation_model  # which takes every width for ViT-L's
+  foundation_models.create_foundation_model = lambda kind: (made(kind)[0], teacher["width"])
   loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": job["loss"]}
-  model = AutoencoderKL(job["ddconfig"], loss, job["embed_dim"], use_vf="dinov2", reverse_proj=True)
+  model = AutoencoderKL(
+    job["ddconfig"], loss, job["embed_dim"], use_vf=teacher["kind"], reverse_proj=True
+  )
   model.learning_rate = job["learning_rate"]
   optimizers, _ = model.configure_optimizers()
   model.optimizers = lambda: optimizers
