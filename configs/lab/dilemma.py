@@ -135,7 +135,7 @@ def tokenizer(size: str, variant: str, shape: str, kl: str) -> ConfigDict:
     attn_resolutions=(),
     resolution=IMAGE_SIZE,
     patch_size=pixels,
-    final_norm=False,  # which lets 3,000 steps reach what linear latents have
+    final_norm=False,  # it hinders anything linear
   )
   config.teacher.update(
     name="efficientnet_lite0_last", scale=4, centre=True, cache="runs/dilemma/features"
