@@ -13,6 +13,7 @@ from ml_collections.config_dict import placeholder
 
 from lightningdit_jax.checks import PUBLISHED, SAMPLE, TRANSPORT
 from lightningdit_jax.model import Options, preset
+from lightningdit_jax.routing import ROUTE
 from vavae_jax import frozen, losses, teachers
 from vavae_jax.common import keys
 from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, NOT_EMPTY, Key
@@ -314,6 +315,7 @@ def _diffusion() -> Keys:
     ),
     "model": keys.of(Options),
     "transport": TRANSPORT,
+    "route": ROUTE,
     # The average begins at step 0 without the warm-up of a decay, as published.
     "optimizer": {
       **_optimizer(2e-4, b1=0.9, b2=0.95, ema_decays=(0.9999,)),

@@ -113,7 +113,7 @@ def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
     diffusion = model(which.pop("step"), which.pop("ema"))
     settings = given_settings(diffusion, **which)
-    checks.check_sampling(settings, diffusion.config.model, has_guide=False)
+    checks.check_sampling(settings, diffusion.config, has_guide=False)
     if not tokenizers:
       found = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
       tokenizers.append(found.on(mesh.local_mesh()))
@@ -245,7 +245,7 @@ def _sweep() -> None:
     if point.pop("step", steps[0]) not in steps:
       raise InputError(f"{FLAGS.workdir} has checkpoints of the steps {steps}, no others.")
     settings = given_settings(diffusion, **point)
-    checks.check_sampling(settings, diffusion.config.model, has_guide=False)
+    checks.check_sampling(settings, diffusion.config, has_guide=False)
   first = draw({name: values[0] for name, values in grid.items()})
   options = Options(FLAGS.precision_recall)
   generation.check(first, options)

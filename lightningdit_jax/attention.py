@@ -137,7 +137,7 @@ class _Constants(NamedTuple):
   """References to what all programs read."""
 
   norms: Any = None  # scale and bias of queries, then of keys, [4, LANES]
-  cos: Any = None  # [N, LANES]
+  cos: Any = None  # [N, LANES], or [1, N, LANES] of an image of its own
   sin: Any = None
   turn: Any = None  # `quarter_turn`, [LANES, LANES]
 
@@ -161,7 +161,8 @@ def _read(
     return x, lambda g: pulls[0](g) if pulls else (g,)
   # In the dtype of the values it is exact but for the norm's digits, which go anyway.
   dtype = constants.turn.dtype
-  cos, sin, turn = constants.cos[rows, :], constants.sin[rows, :], constants.turn[...]
+  at = (0,) * (len(constants.cos.shape) - 2) + (rows, slice(None))
+  cos, sin, turn = constants.cos[at], constants.sin[at], constants.turn[...]
 
   def pull_back(g: _Array) -> tuple[_Array, ...]:
     g = g * cos + _product((g * sin).astype(dtype), turn, (1, 1))
@@ -311,8 +312,9 @@ def fused(
 ) -> jax.Array:
   """Self-attention [B, N, K E] of queries, keys and values [B, N, 3 K E], in their dtype.
 
-  Queries and keys are normed, then rotated by `rope_tables`. Sizes are those that `refusal` lets
-  pass. Without a TPU it is interpreted, slowly. It has no forward mode: `jax.jvp` raises TypeError.
+  Queries and keys are normed, then rotated by `rope_tables`, or by tables [B, 1, N, E] of each
+  image. Sizes are those that `refusal` lets pass. Without a TPU it is interpreted, slowly. It has
+  no forward mode: `jax.jvp` raises TypeError.
   """
   tokens, size = qkv_BNF.shape[1], qkv_BNF.shape[2] // 3 // num_heads
   fill = -tokens % (ROWS if tokens > ROWS else SUBLANES)
@@ -322,7 +324,9 @@ def fused(
     norm, weights_4E = norms
     constants.append(jnp.pad(weights_4E, ((0, 0), (0, LANES - size))))
   if rope is not None:
-    constants += [np.pad(table, ((0, fill), (0, LANES - size))) for table in rope]
+    tables = [jnp.squeeze(table, 1) if table.ndim == 4 else table for table in rope]
+    more = ((0, fill), (0, LANES - size))
+    constants += [jnp.pad(x, ((0, 0), *more)) if x.ndim == 3 else np.pad(x, more) for x in tables]
     constants.append(jnp.asarray(quarter_turn(LANES), jnp.float32 if norm else qkv_BNF.dtype))
   sizes = _Sizes(num_heads, size, tokens, norm, rope is not None, platform() != "tpu")
   y_BND = _fused(sizes, jnp.pad(qkv_BNF, ((0, 0), (0, fill), (0, 0))), constants)
@@ -357,9 +361,8 @@ def _run(sizes: _Sizes, arrays: list[_Array], constants: list[Any]) -> list[_Arr
 
   if set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
     images = PartitionSpec(BATCH_AXES)
-    local = jax.shard_map(
-      local, in_specs=(images, PartitionSpec()), out_specs=images, check_vma=False
-    )
+    of_constants = [images if x.ndim == 3 else PartitionSpec() for x in constants]
+    local = jax.shard_map(local, in_specs=(images, of_constants), out_specs=images, check_vma=False)
   return local(arrays, constants)
 
 
@@ -372,7 +375,10 @@ def _call(sizes: _Sizes, arrays: list[_Array], constants: list[Any]) -> list[_Ar
     return pl.BlockSpec((1, *shape), lambda i: (i, 0, 0))
 
   inputs = [of_image(*x.shape[1:]) for x in arrays]
-  whole = [pl.BlockSpec(x.shape, lambda i: (0, 0)) for x in constants]
+  others = [
+    of_image(*x.shape[1:]) if x.ndim == 3 else pl.BlockSpec(x.shape, lambda i: (0, 0))
+    for x in constants
+  ]
   shapes = [jax.ShapeDtypeStruct((batch, tokens, width if is_forward else features), qkv.dtype)]
   if sizes.norm is not None and not is_forward:
     shapes.append(jax.ShapeDtypeStruct((batch, 4, LANES), jnp.float32))
@@ -382,7 +388,7 @@ def _call(sizes: _Sizes, arrays: list[_Array], constants: list[Any]) -> list[_Ar
   return pl.pallas_call(
     functools.partial(_forward_kernel if is_forward else _backward_kernel, sizes),
     grid=(batch,),
-    in_specs=[inputs[0], *whole, *inputs[1:]],
+    in_specs=[inputs[0], *others, *inputs[1:]],
     out_specs=[of_image(*x.shape[1:]) for x in shapes],
     out_shape=shapes,
     scratch_shapes=[] if is_forward else sums,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import attention, solvers, transport
+from lightningdit_jax import attention, routing, solvers, transport
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import LatentStore
 from lightningdit_jax.store.space import Space, check_classes
@@ -24,6 +24,14 @@ SAMPLE: dict[str, Key] = {
     "[0, 65536]",
     "Guidance acts on the first channels only; the published scale of 10 is right only for 3. 0: "
     "all channels, where about 4 serves.",
+  ),
+  "routed": Key(
+    0.0, "[0, 1)", "Share of the tokens that config.route leads around blocks in a sample too;"
+  ),
+  "guide_routed": Key(
+    0.0,
+    "[0, 1)",
+    "in what it is guided away from, which then has its label. 0: guidance by the null label.",
   ),
   "dtype": Key(
     "float32",
@@ -91,20 +99,29 @@ def check_transport(config: FrozenConfigDict) -> None:
 
 
 def check_sampling(
-  sample: FrozenConfigDict, model: FrozenConfigDict, *, has_guide: bool = False
+  sample: FrozenConfigDict, config: FrozenConfigDict, *, has_guide: bool = False
 ) -> None:
-  """Raises InputError for sampling settings that cannot work with this model.
+  """Raises InputError for sampling settings that cannot work with the model of a training.
 
   With `has_guide` another model guides it, so that it needs no null label.
   """
   keys.check(SAMPLE, sample, "config.sample.")
   solvers.check_solver(**{name: sample[name] for name in solvers.SETTINGS})
+  model = config.model
   if sample.cfg_channels > model.in_channels:
     raise InputError(
       f"config.sample.cfg_channels is {sample.cfg_channels}; the latents have {model.in_channels} "
       "channels, 0 means all of them."
     )
-  if has_guide:
+  if sample.routed or sample.guide_routed:
+    routing.stretch(config.route, model.depth)
+    if sample.mode == "ODE" and sample.method not in solvers.TABLEAUX:
+      raise InputError(
+        f"config.sample.method is {sample.method!r}, which takes tokens drawn anew at every "
+        "time for errors of its steps; with routed or guide_routed give a method on a grid: "
+        f"{', '.join(solvers.TABLEAUX)}."
+      )
+  if has_guide or sample.guide_routed:
     return
   if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
     raise InputError(
@@ -133,7 +150,9 @@ def check_model(config: FrozenConfigDict) -> None:
     raise InputError("config.evaluate_samples is 1; 0 or at least 2.")
   learning_rate(config.optimizer)
   check_transport(config.transport)
-  check_sampling(config.sample, config.model)
+  check_sampling(config.sample, config)
+  if config.route.share:
+    routing.stretch(config.route, model.depth)
   if config.batch_size % (config.accumulate_steps * jax.device_count()):
     raise InputError(
       f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "

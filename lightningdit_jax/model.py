@@ -27,7 +27,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import attention
+from lightningdit_jax import attention, routing
 from lightningdit_jax.dense import ATTENDED, REMAT_POLICIES, Layers
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from vavae_jax.common import functional, keys
@@ -347,11 +347,18 @@ class LightningDiT(nnx.Module):
     out_channels = o.in_channels * (2 if o.learn_sigma else 1)
     self.final_layer = FinalLayer(width, o.patch_size**2 * out_channels, layers)
 
-  def __call__(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> jax.Array:
+  def __call__(
+    self,
+    x_BhwZ: jax.Array,
+    t_B: jax.Array,
+    label_B: jax.Array,
+    route: routing.Route | None = None,
+  ) -> jax.Array:
     """The velocity, float32, at a point of the path from noise to data.
 
     Latents [B,h,w,in_channels] are normalised, h and w multiples of patch_size; t is in [0, 1], t=0
-    noise and t=1 data; labels are integers in 0 .. num_classes. Any other label gives NaN.
+    noise and t=1 data; labels are integers in 0 .. num_classes. Any other label gives NaN. A route
+    leads tokens around blocks.
     """
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)
@@ -368,15 +375,20 @@ class LightningDiT(nnx.Module):
 
     graph, weights = nnx.split(self.blocks)
 
-    def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
-      block = nnx.merge(graph, gather(weights_of_block, self.dtype, unrounded))
-      return pin_batch(block(x_BND, c_BD, rope)), None
+    def scan(x_BND: jax.Array, rope: Rope | None, weights: Any) -> jax.Array:
+      def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
+        block = nnx.merge(graph, gather(weights_of_block, self.dtype, unrounded))
+        return pin_batch(block(x_BND, c_BD, rope)), None
 
-    # A scan keeps the recomputation from being merged away, so the barriers against that can go;
-    # unrolled they stay where memory matters, and where it does not a merge is a gain.
-    keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
-    run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
-    x_BND, _ = jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)
+      # A scan keeps the recomputation from being merged away, so the barriers against that can go;
+      # unrolled they stay where memory matters, and where it does not a merge is a gain.
+      keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
+      run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
+      return jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)[0]
+
+    x_BND = (
+      routing.through(scan, x_BND, rope, weights, route) if route else scan(x_BND, rope, weights)
+    )
 
     patches = gathered(self.final_layer, self.dtype, unrounded)(x_BND, c_BD).astype(jnp.float32)
     out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)

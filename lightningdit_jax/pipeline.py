@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 from rich.progress import Progress
 
-from lightningdit_jax import checks, sampling, solvers, training, transport
+from lightningdit_jax import checks, routing, sampling, solvers, training, transport
 from lightningdit_jax.model import Options, build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
@@ -42,6 +42,7 @@ from vavae_jax.tokenizer import Tokenizer
 SETTINGS: dict[str, Any] = {
   "model": keys.of(Options),
   "transport": checks.TRANSPORT,
+  "route": routing.ROUTE,
   "sample": checks.SAMPLE,
   "published": checks.PUBLISHED,
   "latents": {
@@ -280,7 +281,8 @@ class Pipeline:
       settings = (self.config, chosen, self._placed, np.uint32(seed))
       yield _all_at_once(*settings, batch["index"], batch["label"])
       return
-    static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels)
+    shares = (chosen.routed, chosen.guide_routed)
+    static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
     is_guided = chosen.cfg_scale != 1 and chosen.cfg_interval_start < 1
     guidance = (np.float32(chosen.cfg_scale), np.float32(chosen.cfg_interval_start))
     x = batch.get("noise")
@@ -288,8 +290,8 @@ class Pipeline:
       x = _noise(self._shape, np.uint32(seed), batch["index"])
     yield x
     for ends in itertools.pairwise(self._grid(chosen)):
-      before, label = x, batch["label"]
-      x = _advance(*static, is_guided, self._placed, x, np.array(ends), label, *guidance)
+      before, each = x, (batch["label"], batch["index"], np.uint32(seed))
+      x = _advance(*static, is_guided, self._placed, x, np.array(ends), *each, *guidance)
       before.block_until_ready()  # so that the host is never more than a step ahead
       yield x
 
@@ -316,7 +318,7 @@ class Pipeline:
     given = {_OURS[name]: name for name in changes if name in _OURS}
     names = {f"config.sample.{name}": own for name, own in given.items()}
     with naming(names | {"config.sample.": ""}):
-      checks.check_sampling(chosen, self.config.model)
+      checks.check_sampling(chosen, self.config)
     return chosen
 
 
@@ -335,29 +337,34 @@ def _noise(shape: tuple[int, ...], seed: jax.Array, index_B: jax.Array) -> jax.A
   return sampling.noise_of(seed, index_B, shape)
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
+@functools.partial(jax.jit, static_argnums=range(6))
 def _advance(
   config: FrozenConfigDict,
   dtype: str,
   method: str,
   channels: int,
+  shares: tuple[float, float],
   is_guided: bool,
   params: Any,
   x_BhwZ: jax.Array,
   ends: jax.Array,
   label_B: jax.Array,
+  index_B: jax.Array,
+  seed: jax.Array,
   scale: jax.Array,
   start: jax.Array,
 ) -> jax.Array:
   """One step of a solver, from the time ends[0] to ends[1]."""
   model = nnx.merge(functional.graph_of(build_model(config, dtype)), params)
+  towards, away = routing.for_sampling((config, model), None, shares, seed, index_B)
   predict = sampling.guided(
-    model,
+    towards,
     label_B,
     config.model.num_classes,
     cfg_scale=scale if is_guided else 1.0,
     cfg_interval_start=start,
     cfg_channels=channels,
+    guide=away,
   )
   path, prediction = config.transport.path_type, config.transport.prediction
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import transport
+from lightningdit_jax import routing, transport
 from lightningdit_jax.model import LightningDiT, build_model
 from lightningdit_jax.solvers import check_solver, integrate, sample_sde
 from vavae_jax.common import functional
@@ -199,14 +199,17 @@ def sample_latents(
   eps = config.transport.sample_eps
   size, channels = config.model.input_size, config.model.in_channels
   draw = functools.partial(noise_of, seed, index_B, (size, size, channels))
+  main, other = (config, network(config, params)), guide and (guide[0], network(*guide))
+  shares = (sample.routed, sample.guide_routed)
+  model, away = routing.for_sampling(main, other, shares, seed, index_B)
   predict = guided(
-    network(config, params),
+    model,
     label_B,
     config.model.num_classes,
     cfg_scale=sample.cfg_scale,
     cfg_interval_start=sample.cfg_interval_start,
     cfg_channels=sample.cfg_channels,
-    guide=network(*guide) if guide else None,
+    guide=away,
   )
   if sample.mode == "SDE":
     settings: dict[str, Any] = {"path": path, "prediction": prediction, "eps": eps}

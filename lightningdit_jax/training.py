@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import transport, validation
+from lightningdit_jax import routing, transport, validation
 from lightningdit_jax.checks import check_model, check_store
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
@@ -56,10 +56,13 @@ def load_frozen(config: FrozenConfigDict) -> Any:
 
 
 def phase(config: FrozenConfigDict, step: int) -> str:
-  """Which times `step` draws: logit-normal ones may end at a step, as in the 800-epoch recipe."""
+  """Which times `step` draws: logit-normal ones may end at a step, as in the 800-epoch recipe, and
+  so may a route for tokens.
+  """
   until = config.transport.lognorm_until
   is_lognorm = config.transport.use_lognorm and (not until or step <= until)
-  return "logit-normal" if is_lognorm else "uniform"
+  times = "logit-normal" if is_lognorm else "uniform"
+  return times + ", routed" * routing.lasts(config, step)
 
 
 def train_step(
@@ -68,7 +71,7 @@ def train_step(
   """One update; of the scalar metrics "mse" is what the reference logs as its training loss.
 
   A batch is {"latent": float32 [B, h, w, Z] normalised, "label": int32 [B]}; the key is of times,
-  noise and dropped labels.
+  noise, dropped labels and tokens.
   """
   del frozen
   latent, label = batch["latent"], batch["label"]
@@ -77,7 +80,7 @@ def train_step(
   t_B = transport.sample_time(
     key_time,
     len(latent),
-    use_lognorm=phase == "logit-normal",
+    use_lognorm="logit-normal" in phase,
     shifted_mu=settings.shifted_mu,
     partial_train=settings.partial_train,
     partial_ratio=settings.partial_ratio,
@@ -88,7 +91,8 @@ def train_step(
   noise = jax.random.normal(key_noise, latent.shape)
   dropped_B = jax.random.bernoulli(key_drop, config.model.class_dropout_prob, label.shape)
   label = jnp.where(dropped_B, config.model.num_classes, label)
-  return update(config, state, latent, noise, t_B, label)
+  kept_BN = routing.drawn(config, key, len(latent)) if "routed" in phase else None
+  return update(config, state, latent, noise, t_B, label, kept_BN)
 
 
 def update(
@@ -98,6 +102,7 @@ def update(
   noise_BhwZ: jax.Array,
   t_B: jax.Array,
   label_B: jax.Array,
+  kept_BN: jax.Array | None = None,
 ) -> tuple[State, Metrics]:
   """`train_step` once everything random is drawn: the same in any number of parts."""
 
@@ -108,7 +113,7 @@ def update(
       loss += metrics["cosine"]
     return loss, {"loss": loss, **metrics}
 
-  batch = (latent_BhwZ, noise_BhwZ, t_B, label_B)
+  batch = (latent_BhwZ, noise_BhwZ, t_B, label_B, kept_BN)
   grads, metrics = mean_gradients(loss_fn, state.params, batch, config.accumulate_steps)
   new = optimizer.step(config.optimizer, state, grads)
   return new, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -121,13 +126,14 @@ def losses(
   noise_BhwZ: jax.Array,
   t_B: jax.Array,
   label_B: jax.Array,
+  kept_BN: jax.Array | None = None,
 ) -> Metrics:
-  """Per-sample losses [B], by `transport.losses`."""
+  """Per-sample losses [B], by `transport.losses`; `routing` leads all but `kept_BN` around."""
   model = nnx.merge(functional.graph_of(build_model(config)), params)
   settings = config.transport
   x_BhwZ = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, settings.path_type)
   return transport.losses(
-    model(x_BhwZ, t_B, label_B),
+    model(x_BhwZ, t_B, label_B, routing.of(config, kept_BN)),
     latent_BhwZ,
     noise_BhwZ,
     t_B,

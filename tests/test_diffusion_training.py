@@ -79,7 +79,7 @@ def drawn(config: FrozenConfigDict, count: int, key: int = 0) -> tuple[np.ndarra
   """What one training step draws: noise at one place, times, labels."""
   batch = {"latent": jnp.zeros((count, 4, 4, 48)), "label": jnp.full(count, 3)}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(training, "update", lambda config, state, latent, *drawn: drawn)
+    patch.setattr(training, "update", lambda config, state, latent, *drawn: drawn[:3])
     draw = functools.partial(training.train_step, config, training.phase(config, 1), None, {})
     noise, t_B, label_B = jax.jit(draw)(batch, jax.random.key(key))
   return np.asarray(noise[:, 0, 0, 0]), np.asarray(t_B), np.asarray(label_B)
@@ -142,8 +142,9 @@ def step_of(config: FrozenConfigDict, state: training.State, step: int = 1) -> A
   return train_step(state, {}, batch_of(config.batch_size), jax.random.key(step))
 
 
-def test_a_batch_in_parts_makes_the_same_update():
-  whole, parts = (tiny(accumulate_steps=count) for count in (1, 4))
+@pytest.mark.parametrize("changes", [{}, {"route.share": 0.5, "route.first": 0, "route.last": 0}])
+def test_a_batch_in_parts_makes_the_same_update(changes):
+  whole, parts = (tiny(accumulate_steps=count, **changes) for count in (1, 4))
   begin = fresh(whole)
   expected, once = step_of(whole, begin)
   state, told = step_of(parts, begin)
@@ -176,13 +177,15 @@ def test_singular_paths_and_predictions_train_and_sample_with_the_default_eps(pa
   assert np.isfinite(sample(state.params, jnp.arange(2), jnp.array([0, 8]))).all()
 
 
-def test_logit_normal_times_end_where_the_recipe_says():
-  config = tiny(**{"transport.lognorm_until": 5})
-  assert [training.phase(config, step) for step in (1, 5, 6)] == [
-    "logit-normal",
-    "logit-normal",
+def test_logit_normal_times_and_routes_end_where_the_recipe_says():
+  config = tiny(**{"transport.lognorm_until": 5, "route.share": 0.5, "route.until": 6})
+  assert [training.phase(config, step) for step in (1, 5, 6, 7)] == [
+    "logit-normal, routed",
+    "logit-normal, routed",
+    "uniform, routed",
     "uniform",
   ]
+  assert training.phase(tiny(), 1) == "logit-normal"
 
 
 def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
@@ -228,6 +231,12 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
     ({"transport.path_type": "VP", "transport.sample_eps": 0.0}, "sample_eps is 0"),
     ({"sample.dtype": "float16"}, "dtype is 'float16'"),
     ({"accumulate_steps": 3}, "accumulate_steps is 3"),
+    ({"route.share": 0.5, "route.first": 5}, "first=5 and last=-4 are no stretch of the 2 blocks"),
+    ({"sample.routed": 0.5, "route.first": 3}, "first=3 and last=-4 are no stretch"),
+    (
+      {"sample.guide_routed": 0.5, "route.first": 0, "route.last": 0, "sample.method": "dopri5"},
+      "method is 'dopri5', which takes tokens drawn anew",
+    ),
     ({"model.attention": "cudnn"}, "attention is 'cudnn', which needs an NVIDIA GPU"),
     ({"model.attention": "pallas"}, "attention is 'pallas', which needs a TPU"),
   ],

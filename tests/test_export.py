@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -63,9 +64,15 @@ def rewrite(path, **values):
   (path / folder.CONFIG).write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
-def test_samples_are_those_of_the_command(pipe, diffusion, tokenizer, method):
-  words = {"steps": 4, "method": method, "guidance": 2.5, "interval_start": 0.2}
+@pytest.mark.parametrize(
+  ("method", "routed"), [("euler", {}), ("heun", {"guide_routed": 0.5}), ("dopri5", {})]
+)
+def test_samples_are_those_of_the_command(diffusion, tokenizer, method, routed):
+  words = {"steps": 4, "method": method, "guidance": 2.5, "interval_start": 0.2, **routed}
+  config = ConfigDict(diffusion.config.to_dict())
+  config.route.update(first=0, last=0)
+  diffusion = dataclasses.replace(diffusion, config=FrozenConfigDict(config))
+  pipe = restore.for_use(diffusion, tokenizer)
   space, settings = restore.space_of(diffusion), pipe.settings(**words)
   run = make_sampler(diffusion.config, space, tokenizer, settings, 3, mesh.make_mesh())
   expected = run(diffusion.params, np.arange(3), np.array([1, 1, 4]))

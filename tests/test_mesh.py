@@ -16,7 +16,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from launch import restore
 from launch.engine.writers import read_metrics
-from tests.train_on_mesh import NUM_STEPS
+from launch.train import train
+from tests.train_on_mesh import NUM_STEPS, beyond
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 
@@ -105,7 +106,9 @@ def test_global_batches_hold_the_hosts_rows():
 
 @pytest.fixture(scope="module")
 def on_8_devices(command, pictures, pipeline, tmp_path_factory):
-  """Both trainings of `pipeline` anew, on 4 x 2 devices: (workdir, what was printed)."""
+  """Both trainings of `pipeline` anew, and one with options, on 4 x 2 devices: (workdir, what was
+  printed).
+  """
   workdir = tmp_path_factory.mktemp("mesh")
   done = command(
     *("tests.train_on_mesh", pictures, pipeline / "latents", workdir, 4, 2),
@@ -146,6 +149,18 @@ def test_weights_and_averages_of_8_devices_are_those_of_one(pipeline, on_8_devic
 
   one, eight = weights(pipeline, NUM_STEPS), weights(on_8_devices[0], NUM_STEPS)
   before = weights(on_8_devices[0], NUM_STEPS - 2)
+  moved = optax.tree.norm(optax.tree.sub(eight, before))
+  assert optax.tree.norm(optax.tree.sub(eight, one)) < 1e-3 * moved
+
+
+def test_options_train_on_8_devices_as_on_one_that_goes_on(pipeline, on_8_devices, tmp_path):
+  for steps in (NUM_STEPS // 2, NUM_STEPS):
+    config = beyond()
+    config.latents.path = str(pipeline / "latents")
+    config.num_steps, config.evaluate_every_steps = steps, 0
+    state = train(config, tmp_path / "beyond")
+  one, eight = state.params, restore.load(on_8_devices[0] / "beyond", "diffusion", None, 0.0).params
+  before = restore.load(on_8_devices[0] / "beyond", "diffusion", NUM_STEPS - 2, 0.0).params
   moved = optax.tree.norm(optax.tree.sub(eight, before))
   assert optax.tree.norm(optax.tree.sub(eight, one)) < 1e-3 * moved
 

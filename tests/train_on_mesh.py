@@ -2,6 +2,7 @@
 
   python -m tests.train_on_mesh PICTURES LATENTS WORKDIR DATA FSDP [STEPS]
 
+Without STEPS also a diffusion model with all options of docs/beyond.md that a training can have.
 Prints one line of JSON: of each training the parameter with the most elements, as [its shape, the
 shape that one device holds].
 """
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from configs import quickstart
 from launch.engine import processes
@@ -20,6 +22,14 @@ from launch.train import train
 from vavae_jax.common import mesh
 
 NUM_STEPS = 4
+
+
+def beyond() -> ConfigDict:
+  """The tiny diffusion model with every option of docs/beyond.md."""
+  config = quickstart.diffusion(tiny=True)
+  config.optimizer.muon = True
+  config.route.update(share=0.5, first=0, last=0)
+  return config
 
 
 def main() -> None:
@@ -30,17 +40,23 @@ def main() -> None:
   mesh.MIN_SHARDED_SIZE = 2**11
   tokenizer, diffusion = quickstart.tokenizer(tiny=True), quickstart.diffusion(tiny=True)
   tokenizer.data.source = f"folder:{pictures}"
-  diffusion.latents.path = latents
+  trainings = {"tokenizer": tokenizer, "diffusion": diffusion}
+  if not more:
+    trainings["beyond"] = beyond()
   largest = {}
-  for config in (tokenizer, diffusion):
+  for name, config in trainings.items():
+    if config.task == "diffusion":
+      config.latents.path = latents
     config.num_steps = config.evaluate_every_steps = NUM_STEPS
+    if name == "beyond":
+      config.evaluate_every_steps = 0
     if more:
       config.num_steps, config.evaluate_every_steps = int(more[0]), 0
       config.log_every_steps, config.save_every_steps = 1, int(more[0])
     config.mesh.update(data=int(data), fsdp=int(fsdp))
-    state = train(config, Path(workdir) / config.task)
+    state = train(config, Path(workdir) / name)
     leaf = max(jax.tree.leaves(state.params), key=lambda x: x.size)
-    largest[config.task] = [leaf.shape, leaf.addressable_shards[0].data.shape]
+    largest[name] = [leaf.shape, leaf.addressable_shards[0].data.shape]
   print(json.dumps(largest))
 
 

@@ -203,10 +203,13 @@ def _name(path: tuple[str | int, ...]) -> str:
 
 
 def frozen(table: Mapping[str, Any], config: FrozenConfigDict) -> FrozenConfigDict:
-  """Of a training's configuration what a tree of keys has."""
+  """Of a training's configuration what a tree of keys has; defaults, where it is older than one."""
 
   def only(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: given[k] if isinstance(x, Key) else only(x, given[k]) for k, x in table.items()}
+    return {
+      k: given.get(k, x.default) if isinstance(x, Key) else only(x, given.get(k, {}))
+      for k, x in table.items()
+    }
 
   return FrozenConfigDict(ConfigDict(only(table, config.to_dict())))
 

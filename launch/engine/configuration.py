@@ -65,9 +65,17 @@ MAY_CHANGE = (
 # Keys that came later, by task and section, and what a training did that has none of them.
 _PICTURES = {"data": {"split": "position", "changed": "refuse"}}
 LATER: dict[str, dict[str, dict[str, Any]]] = {
-  "tokenizer": {**_PICTURES, "model": {"final_norm": True}, "teacher": {"centre": False}},
+  "tokenizer": {
+    **_PICTURES,
+    "model": {"final_norm": True},
+    "teacher": {"centre": False},
+  },
   "classifier": _PICTURES,
-  "diffusion": {"optimizer": {"muon": False}},
+  "diffusion": {
+    "optimizer": {"muon": False},
+    "sample": {"routed": 0.0, "guide_routed": 0.0},
+    "route": {"share": 0.0, "until": 0, "first": 2, "last": -4},
+  },
 }
 
 
@@ -183,7 +191,7 @@ def read_noted(path: Path, **kinds: Any) -> dict[str, Any]:
   sections = {name for later in LATER.values() for name in later}
   note = read_note(path, **dict.fromkeys(sections, dict | None) | kinds)
   later = LATER.get(str(note.get("task")), {})
-  return note | {name: keys | note[name] for name, keys in later.items() if name in note}
+  return note | {name: keys | note.get(name, {}) for name, keys in later.items()}
 
 
 def check_begun(output: Path, begun: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
