@@ -18,6 +18,7 @@ from vavae_jax import frozen, losses, teachers
 from vavae_jax.common import keys
 from vavae_jax.common.keys import COUNT, DTYPES, MAYBE, NOT_EMPTY, Key
 from vavae_jax.data import images, selection
+from vavae_jax.equivariance import EQUIVARIANCE
 from vavae_jax.tokenizer import MODEL as AUTOENCODER
 from vavae_jax.training import TRAINED_PARTS
 
@@ -156,6 +157,7 @@ def _tokenizer() -> Keys:
     "teacher": _teacher(),
     "perceptual": _perceptual(),
     "stages": _stages(),
+    "equivariance": EQUIVARIANCE,
     "loss": _tokenizer_loss(),
     "discriminator": {
       "ndf": Key(64, "[1, 8192]", "Width of the first layer."),

@@ -12,16 +12,21 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vavae_jax import equivariance
 from vavae_jax.common.errors import InputError
+from vavae_jax.equivariance import Size
 
 COLUMNS = ("vf_weight", "cos_margin", "distmat_margin", "disc_start")
 
 
 class Phase(NamedTuple):
-  """What is static about one step: the stage's index, and whether the discriminator judges it."""
+  """What is static about one step: the stage's index, whether the discriminator judges it, and the
+  size of what is decoded.
+  """
 
   stage: int
   gan: bool
+  size: Size = Size()
 
 
 def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
@@ -59,4 +64,5 @@ def phase_of(config: FrozenConfigDict, step: int) -> Phase:
   begins = config.stages.begins or (0,)
   stage = max(i for i, begin in enumerate(begins) if begin < step or i == 0)
   started = step - begins[stage] > config.stages.disc_start[stage]
-  return Phase(stage, config.loss.disc_weight > 0 and started)
+  size = equivariance.drawn(config, step)
+  return Phase(stage, config.loss.disc_weight > 0 and started, size)

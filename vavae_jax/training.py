@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import frozen, losses, stages
+from vavae_jax import equivariance, frozen, losses, stages
 from vavae_jax.common import functional, mesh, optimizer
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import averaged, learning_rate, make_optimizer
@@ -50,8 +50,10 @@ def check(config: FrozenConfigDict) -> None:
       f"config.data.image_size is {size}, but this model needs a multiple of its downsampling "
       f"{factor}, such as {max(round(size / factor), 1) * factor}."
     )
+  equivariance.check(config, size // factor)
   if config.loss.disc_weight > 0 or config.loss.disc_idle:
-    picture = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
+    least = round(size * equivariance.least(config))
+    picture = jax.ShapeDtypeStruct((config.batch_size, least, least, 3), jnp.float32)
     nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
   frozen.check(config)
   selection.check_pictures(config)
@@ -124,12 +126,14 @@ def train_step(
   *,
   merge: Callable[[FrozenConfigDict, Any], dict[str, Any]] = frozen.merge,
 ) -> tuple[State, Metrics]:
-  """One update of both networks; `key` draws the noise that picks latents.
+  """One update of both networks; `key` draws the noise that picks latents, and how these turn.
 
   `merge` makes the frozen networks of their weights.
   """
-  noise = jax.random.normal(key, (len(batch["image"]), *latent_shape(config)))
-  return update(config, phase, state, merge(config, weights), batch, noise)
+  shape = equivariance.encoded(phase.size, latent_shape(config))
+  noise = jax.random.normal(key, (len(batch["image"]), *shape))
+  change = equivariance.change(phase.size, key)
+  return update(config, phase, state, merge(config, weights), batch, noise, change)
 
 
 data_source = selection.data_source

@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import losses
+from vavae_jax import equivariance, losses
 from vavae_jax.autoencoder import Autoencoder, Posterior
 from vavae_jax.common import functional, optimizer
 from vavae_jax.common.optimizer import make_optimizer
@@ -135,21 +135,24 @@ def update(
   networks: Mapping[str, Any],
   batch: Any,
   noise: jax.Array,
+  change: equivariance.Change = lambda x: x,
 ) -> tuple[State, Metrics]:
   """One update of the autoencoder and, once the GAN has started, of the discriminator.
 
   `networks` are the frozen ones, by name, from `frozen.merge`; `batch` is {"image": uint8
   [B, H, W, 3], and "features" [B, h, w, F] where they are kept}; `noise`, standard normal
-  [B, h, w, Z], picks the latents. Metrics are scalars.
+  [B, h, w, Z], picks the latents; `change` is done to these, and to the picture that they should be
+  decoded to. Metrics are scalars.
   """
-  image = images.to_float(batch["image"])
+  image = equivariance.before(phase.size, images.to_float(batch["image"]))
   chex.assert_rank([image, noise], 4)
-  forward = _Forward(config, state.params["autoencoder"], image, noise)
+  forward = _Forward(config, state.params["autoencoder"], image, noise, change)
+  target = change(image)
 
   def nll_of(recon: jax.Array) -> tuple[jax.Array, Metrics]:
-    chex.assert_equal_shape([image, recon])
-    loss, parts = _total("reconstruction", config, image, recon, networks.get("perceptual"))
-    return loss * (1 if config.loss.pp_style else image[0].size), parts
+    chex.assert_equal_shape([target, recon])
+    loss, parts = _total("reconstruction", config, target, recon, networks.get("perceptual"))
+    return loss * (1 if config.loss.pp_style else target[0].size), parts
 
   nll, pull_nll, parts = jax.vjp(nll_of, forward.recon, has_aux=True)
   (nll_cotangent,) = pull_nll(jnp.ones_like(nll))
@@ -159,7 +162,7 @@ def update(
 
   # Without a discriminator's weight in the loss it may still watch, as the reference's does.
   if phase.gan or config.loss.disc_idle:
-    gan = _Adversary(config, state, image, forward.recon)
+    gan = _Adversary(config, state, target, forward.recon)
     weight = gan.weight(forward, nll_cotangent)
     if phase.gan:
       recon_cotangent = recon_cotangent + weight * gan.recon_cotangent
@@ -202,7 +205,12 @@ class _Forward:
   """
 
   def __init__(
-    self, config: FrozenConfigDict, params: Any, image: jax.Array, noise_BhwZ: jax.Array
+    self,
+    config: FrozenConfigDict,
+    params: Any,
+    image: jax.Array,
+    noise_BhwZ: jax.Array,
+    change: equivariance.Change,
   ):
     graph = functional.graph_of(build_autoencoder(config))
 
@@ -216,11 +224,12 @@ class _Forward:
     (self.z_BhwZ, self.loss), self._pull_latent, parts = jax.vjp(
       latent, params, trunk, has_aux=True
     )
+    changed, self._pull_changed = jax.vjp(change, self.z_BhwZ)
     decoded, self._pull_decoded = jax.vjp(
-      lambda p, z: nnx.merge(graph, p).decode_trunk(z), params, self.z_BhwZ
+      lambda p, z: nnx.merge(graph, p).decode_trunk(z), params, changed
     )
     self.recon, self._pull_image = jax.vjp(
-      lambda p, d, z: nnx.merge(graph, p).image(d, z), params, decoded, self.z_BhwZ
+      lambda p, d, z: nnx.merge(graph, p).image(d, z), params, decoded, changed
     )
     z_BhwZ = self.z_BhwZ
     self.metrics = {"latent_mean": jnp.mean(z_BhwZ), "latent_std": jnp.std(z_BhwZ), **parts}
@@ -229,7 +238,7 @@ class _Forward:
     """Back from the reconstruction: (gradients of the parameters, cotangent of z)."""
     last_grads, decoded_cotangent, z_direct = self._pull_image(recon_cotangent)
     grads, z_cotangent = self._pull_decoded(decoded_cotangent)
-    return _add(grads, last_grads), z_cotangent + z_direct
+    return _add(grads, last_grads), self._pull_changed(z_cotangent + z_direct)[0]
 
   def decoder_last_grad(self, recon_cotangent: jax.Array) -> jax.Array:
     """The gradient at the kernel of the decoder's last layer."""

@@ -69,6 +69,7 @@ LATER: dict[str, dict[str, dict[str, Any]]] = {
     **_PICTURES,
     "model": {"final_norm": True},
     "teacher": {"centre": False},
+    "equivariance": {"share": 0.0, "low_share": 0.0, "scales": [0.25, 0.5, 0.75]},
   },
   "classifier": _PICTURES,
   "diffusion": {
