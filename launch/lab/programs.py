@@ -188,14 +188,13 @@ def _params(config: FrozenConfigDict, devices: Mesh) -> Any:
 def _batch(config: FrozenConfigDict, size: int, devices: Mesh) -> dict[str, Any]:
   """A batch as the task's data have it."""
   mesh.check_batch_size(size, devices)
-  if config.task == "tokenizer":
+  label = {"label": rows((size,), jnp.int32, devices)}
+  if config.task != "diffusion":
     side = config.data.image_size
-    return {"image": rows((size, side, side, 3), jnp.uint8, devices)}
+    image = {"image": rows((size, side, side, 3), jnp.uint8, devices)}
+    return image | (label if config.task == "classifier" else {})
   shape = (size, config.model.input_size, config.model.input_size, config.model.in_channels)
-  return {
-    "latent": rows(shape, jnp.float32, devices),
-    "label": rows((size,), jnp.int32, devices),
-  }
+  return {"latent": rows(shape, jnp.float32, devices)} | label
 
 
 def rows(shape: tuple[int, ...], dtype: Any, devices: Mesh) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import lightningdit, quickstart, vavae_f16d32
+from configs.lab import dilemma
 from launch.engine import flops
 from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, measuring, parts, steps
@@ -293,6 +294,12 @@ def test_decoding_gives_pictures_and_encoding_takes_batches_as_asked():
   assert z.shape == (8, 2, 2, 48)
   out = jax.eval_shape(program.function, *program.arguments)
   assert (out.shape, out.dtype) == ((8, 32, 32, 3), jnp.uint8)
+
+
+def test_a_classifiers_step_is_counted_too():
+  devices = mesh.make_mesh()
+  program = programs.of(row_module.resolved(dilemma.judge("tiny"), "train", 8), devices, "train", 1)
+  assert programs.count(program, devices) > 0
 
 
 def test_the_reference_is_asked_for_what_ours_does(tmp_path):
