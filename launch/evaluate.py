@@ -98,29 +98,32 @@ def _second(network: Network | None, output: Output, size: int) -> Second | None
   return Second(network, reference)
 
 
-def _drawer() -> Callable[[dict[str, Any]], PictureSet]:
-  """A function from changed settings to samples of --workdir's model."""
+def _drawer(guide: str = "") -> Callable[[dict[str, Any]], PictureSet]:
+  """A function from changed settings to samples of --workdir's model, which may have a guide."""
 
-  @functools.lru_cache(maxsize=1)
-  def model(step: int | None, ema: float | None) -> restore.Trained:
-    return restore.load(folder.find(FLAGS.workdir), "diffusion", step, ema)
+  @functools.lru_cache(maxsize=2)
+  def model(step: int | None, ema: float | None, source: str = "") -> restore.Trained:
+    return restore.load(folder.find(source or FLAGS.workdir), "diffusion", step, ema)
 
   # What all checkpoints share: the tokenizer, and a program for each choice of settings.
   tokenizers: list[restore.Trained] = []
-  programs: dict[FrozenConfigDict, Sampler] = {}
+  programs: dict[tuple[FrozenConfigDict, str], Sampler] = {}
 
   def draw(changes: dict[str, Any]) -> PictureSet:
     which = {"step": FLAGS.step, "ema": FLAGS.ema} | changes
     diffusion = model(which.pop("step"), which.pop("ema"))
+    step, ema = which.pop("guide_step", None), which.pop("guide_ema", None)
+    away = model(step, ema, guide) if guide else None
     settings = given_settings(diffusion, **which)
-    checks.check_sampling(settings, diffusion.config, has_guide=False)
+    checks.check_sampling(settings, diffusion.config, has_guide=away is not None)
     if not tokenizers:
       found = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
       tokenizers.append(found.on(mesh.local_mesh()))
-    if settings not in programs:
-      programs[settings] = sampler_of(diffusion, tokenizers[0], settings, FLAGS.seed)
+    program = settings, away.sha256 if away else ""
+    if program not in programs:
+      programs[program] = sampler_of(diffusion, tokenizers[0], settings, FLAGS.seed, away)
     how = {"count": FLAGS.num_samples, "labels": FLAGS.labels, "seed": FLAGS.seed}
-    return Sampled(diffusion, tokenizers[0], settings, **how, sampler=programs[settings])
+    return Sampled(diffusion, tokenizers[0], settings, **how, sampler=programs[program], guide=away)
 
   return draw
 
@@ -228,30 +231,42 @@ def _sweep() -> None:
     python -m launch.evaluate sweep --workdir=RUNS/diffusion --grid=cfg_scale=1,1.5,2 \
       --grid=cfg_interval_start=0,0.1 --num_samples=2000 --reference=REFERENCE --output=RUNS/sweep
 
-  Finished points are kept, also for a larger grid.
+  Finished points are kept, also for a larger grid. With --guide=WORKDIR, for autoguidance, the
+  grid may have guide_step and guide_ema too.
   """
-  defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0}
+  guided = {"guide_ema": 0.0, "guide_step": 0} if FLAGS.guide else {}
+  defaults = configs.base.sample().to_dict() | {"ema": 0.0, "step": 0} | guided
   grid = sweep.parse_grid(FLAGS.grid, defaults)
-  output, network, draw = Output(place(FLAGS.output), "sweep"), _network(), _drawer()
+  output, network, draw = Output(place(FLAGS.output), "sweep"), _network(), _drawer(FLAGS.guide)
   other = _second_network()
-  path = folder.find(FLAGS.workdir)
-  diffusion = restore.load(path, "diffusion", FLAGS.step)
-  averages, steps = (0.0, *diffusion.config.optimizer.ema_decays), steps_of(path)
-  if folder.is_model(path):
-    averages, steps = (diffusion.ema,), [diffusion.step]
+  diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step)
+  if FLAGS.guide:
+    guide = restore.load(folder.find(FLAGS.guide), "diffusion")
+    launch.sample.check_guide(diffusion, guide)
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
-    if point.pop("ema", averages[0]) not in averages:
-      raise InputError(f"{FLAGS.workdir} keeps averages of decays {averages}, no others.")
-    if point.pop("step", steps[0]) not in steps:
-      raise InputError(f"{FLAGS.workdir} has checkpoints of the steps {steps}, no others.")
+    _check_kept(FLAGS.workdir, diffusion, point.pop("step", None), point.pop("ema", None))
+    if FLAGS.guide:
+      _check_kept(FLAGS.guide, guide, point.pop("guide_step", None), point.pop("guide_ema", None))
     settings = given_settings(diffusion, **point)
-    checks.check_sampling(settings, diffusion.config, has_guide=False)
+    checks.check_sampling(settings, diffusion.config, has_guide=bool(FLAGS.guide))
   first = draw({name: values[0] for name, values in grid.items()})
   options = Options(FLAGS.precision_recall)
   generation.check(first, options)
   reference = _reference(network, output, first.size)
   second = _second(other, output, first.size)
   sweep.sweep(grid, draw, reference, network, output, options=options, second=second)
+
+
+def _check_kept(source: str, trained: restore.Trained, step: int | None, ema: float | None) -> None:
+  """Raises InputError where a training keeps no checkpoint of a step, or no such average."""
+  path = folder.find(source)
+  averages, steps = (0.0, *trained.config.optimizer.ema_decays), steps_of(path)
+  if folder.is_model(path):
+    averages, steps = (trained.ema,), [trained.step]
+  if ema is not None and ema not in averages:
+    raise InputError(f"{source} keeps averages of decays {averages}, no others.")
+  if step is not None and step not in steps:
+    raise InputError(f"{source} has checkpoints of the steps {steps}, no others.")
 
 
 def _solvers() -> None:
@@ -379,7 +394,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
   "generation": (_generation, (*_drawn, _generation_flags)),
   "reconstruction": (_reconstruction, (_reconstruction_flags,)),
   "latents": (_latents, (_latents_flags,)),
-  "sweep": (_sweep, (*_drawn, _grid_flags)),
+  "sweep": (_sweep, (*_drawn, _grid_flags, launch.sample.define_guide)),
   "solvers": (_solvers, (_few_samples, _grid_flags)),
   "frontier": (_frontier, (_frontier_flags,)),
   "statistics": (_statistics, (_reference_flags,)),

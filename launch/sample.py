@@ -137,7 +137,7 @@ def sample_set(
   settings = settings or diffusion.config.sample
   checks.check_sampling(settings, diffusion.config, has_guide=guide is not None)
   if guide:
-    _check_guide(diffusion, guide)
+    check_guide(diffusion, guide)
   space = restore.space_of(diffusion)
   count, names = diffusion.config.model.num_classes, space.class_names
   label_N = labels_for(labels, num_samples, count, seed, names)
@@ -188,7 +188,8 @@ def sample_set(
   processes.first_does(finish)
 
 
-def _check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:
+def check_guide(diffusion: restore.Trained, guide: restore.Trained) -> None:
+  """Raises InputError where a guide was trained on other latents, or otherwise."""
   for name in SHARED_WITH_GUIDE:
     part, key = name.split(".")
     mine, other = diffusion.config[part][key], guide.config[part][key]
@@ -220,6 +221,12 @@ def define_flags(num_samples: int, least: int) -> None:
     flags.FLAGS[name].default_as_str = f"the model's own, usually {key.default!r}"  # for --help
 
 
+def define_guide() -> None:
+  """Defines --guide."""
+  text = f"A second, weaker model to be guided away from: {folder.TAKEN}"
+  flags.DEFINE_string("guide", "", text)
+
+
 def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:
   """The model's own `config.sample` with the flags that were given and these changes."""
   settings = diffusion.config.sample.to_dict()
@@ -234,7 +241,7 @@ def main() -> None:
   diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step, FLAGS.ema)
   guide = None
   if FLAGS.guide:
-    guide = restore.load(folder.find(FLAGS.guide), "diffusion", FLAGS.guide_step)
+    guide = restore.load(folder.find(FLAGS.guide), "diffusion", FLAGS.guide_step, FLAGS.guide_ema)
   drawn = {"num_samples": FLAGS.num_samples, "labels": FLAGS.labels}
   if FLAGS.published:
     if "published" not in diffusion.config:
@@ -271,9 +278,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", None, "The npz to write.", required=True)
   text = f"The tokenizer, where it has moved: {folder.TAKEN}"
   flags.DEFINE_string("tokenizer", "", text)
-  text = f"A second, weaker model to be guided away from: {folder.TAKEN}"
-  flags.DEFINE_string("guide", "", text)
+  define_guide()
   flags.DEFINE_integer("guide_step", None, "Step of its checkpoint; the newest if not given.")
+  flags.DEFINE_float("guide_ema", None, "Decay of its average; the first if not given, 0: none.")
   flags.DEFINE_boolean("png", False, "Also write a folder of PNG files.")
   text = "Draws as the number that the recipe names was made: count, labels and sampler."
   flags.DEFINE_boolean("published", False, text)

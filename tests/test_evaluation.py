@@ -709,18 +709,19 @@ def test_eight_devices_find_what_one_does(command, tmp_path):
 
 
 def test_a_sweep_of_two_processes_is_that_of_one(command, two_processes, pipeline, tmp_path):
-  """Drawn, measured, merged and written together."""
+  """Drawn, measured, merged and written together, by several checkpoints of a guide."""
+  model = pipeline / "diffusion"
   words = (
     "launch.evaluate",
-    *("sweep", f"--workdir={pipeline / 'diffusion'}", "--num_samples=30", "--num_steps=3"),
-    *("--grid=cfg_scale=1,3", f"--reference={pipeline / 'samples.npz'}"),
+    *("sweep", f"--workdir={model}", f"--guide={model}", "--num_samples=30", "--num_steps=3"),
+    *("--grid=guide_step=4,6", "--cfg_scale=3", f"--reference={pipeline / 'samples.npz'}"),
     f"--protocol={EFFICIENTNET}",
   )
   two_processes(*words, f"--output={tmp_path / 'two'}")
   done = command(*words, f"--output={tmp_path / 'one'}")
   assert done.returncode == 0, done.stderr
   one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
-  assert len(one["points"]) == 2
+  assert one["points"][0]["fd_efficientnet"] != one["points"][1]["fd_efficientnet"]
   for ours, theirs in zip(one["points"], two["points"], strict=True):
     assert theirs == ours
   assert "30 samples are fewer" in one["warnings"][1]
@@ -746,6 +747,7 @@ def test_a_sweep_is_refused_before_its_first_point(command, pipeline, tmp_path):
   for grid, message, *more in (
     ("method=euler,leap", "leap"),
     ("ema=0.77", "keeps averages of decays"),
+    ("guide_step=3", "has checkpoints of the steps", f"--guide={pipeline / 'diffusion'}"),
     ("num_steps=3", "There are 3 samples; at least 4 are needed", "--num_samples=3"),
   ):
     done = command(

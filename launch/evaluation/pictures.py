@@ -152,19 +152,24 @@ class FromSource:
 
 
 def sampler_of(
-  diffusion: restore.Trained, tokenizer: restore.Trained, settings: FrozenConfigDict, seed: int
+  diffusion: restore.Trained,
+  tokenizer: restore.Trained,
+  settings: FrozenConfigDict,
+  seed: int,
+  guide: restore.Trained | None = None,
 ) -> Sampler:
   """A sampler for all checkpoints and averages of a training, by this process's devices, which have
-  the tokenizer's parameters.
+  the tokenizer's parameters; perhaps guided away from another model.
   """
   space, devices = restore.space_of(diffusion), mesh.local_mesh()
-  return make_sampler(diffusion.config, space, tokenizer, settings, seed, devices)
+  away = guide and guide.on(devices)
+  return make_sampler(diffusion.config, space, tokenizer, settings, seed, devices, away)
 
 
 class Sampled:
   """Samples of a trained model, drawn when they are read; `settings` are as `config.sample`.
 
-  `sampler` is `sampler_of` the same settings and seed, if that is there already.
+  `sampler` is `sampler_of` the same settings, seed and guide, if that is there already.
   """
 
   def __init__(
@@ -177,13 +182,14 @@ class Sampled:
     labels: str,
     seed: int,
     sampler: Sampler | None = None,
+    guide: restore.Trained | None = None,
   ):
     self.size = tokenizer.config.data.image_size
     space, classes = restore.space_of(diffusion), diffusion.config.model.num_classes
     self._labels = labels_for(labels, count, classes, seed, space.class_names)
     self.classes = self._labels, list(space.class_names)
     devices = mesh.local_mesh()
-    sampler = sampler or sampler_of(diffusion, tokenizer.on(devices), settings, seed)
+    sampler = sampler or sampler_of(diffusion, tokenizer.on(devices), settings, seed, guide)
     self._run = functools.partial(sampler, diffusion.on(devices).params)
     self.about = {
       "kind": "sampled",
@@ -191,6 +197,7 @@ class Sampled:
       "diffusion_step": diffusion.step,
       "ema": diffusion.ema,
       "tokenizer": tokenizer.sha256,
+      **({"guide": guide.sha256} if guide else {}),
       "pictures": count,
       "labels": labels,
       "seed": seed,
