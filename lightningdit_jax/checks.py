@@ -26,12 +26,12 @@ SAMPLE: dict[str, Key] = {
     "all channels, where about 4 serves.",
   ),
   "routed": Key(
-    0.0, "[0, 1)", "Share of the tokens that config.route leads around blocks in a sample too;"
+    0.0, "[0, 1)", "Share of the tokens led around config.route's blocks; docs/beyond.md."
   ),
   "guide_routed": Key(
     0.0,
     "[0, 1)",
-    "in what it is guided away from, which then has its label. 0: guidance by the null label.",
+    "Likewise in what a sample is guided away from, then by its own label; 0: by the null label.",
   ),
   "dtype": Key(
     "float32",

@@ -26,7 +26,7 @@ from vavae_jax.common.sharding import pin_batch
 # The keys of `config.route`.
 ROUTE: dict[str, Key] = {
   "share": Key(
-    0.0, "[0, 1)", "Of the tokens, which training leads around blocks; 0: none; docs/beyond.md."
+    0.0, "[0, 1)", "Of the tokens that training leads around blocks; 0: none; docs/beyond.md."
   ),
   "until": Key(0, MAYBE, "The last step that does; 0: all."),
   "first": Key(2, "[0, 1023]", "The first of these blocks, counted from 0,"),
