@@ -142,6 +142,12 @@ def _tokenizer() -> Keys:
   return {
     **_training("tokenizer", Key(0, MAYBE, "0: the epochs of the stages.")),
     "export": EXPORT,
+    "evaluate_probe": Key(
+      0,
+      "[0, 1e7]",
+      "Pictures for a probe of generation at each evaluation, usually 10,000; 0: none. It takes "
+      "minutes: docs/evaluation.md.",
+    ),
     "init_from": Key(
       "",
       text="Initial weights: a training's workdir, a model folder, USER/NAME on the hub, or a "

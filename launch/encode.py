@@ -68,6 +68,7 @@ def encode(
   *,
   source: str = "",
   held_out: bool = False,
+  places: range | None = None,
   batch_size: int = 64,
   shard_size: int = 10_000,
   seed: int = 0,
@@ -79,7 +80,7 @@ def encode(
   """Writes the latent store of a source, or what is missing of it.
 
   The settings are the command's flags; `batch_size` is of each device, so that a latent comes out
-  the same to the bit whatever their number.
+  the same to the bit whatever their number. `places` as for `chosen_pictures`.
 
   Raises:
     InputError: nothing to encode, too many unreadable pictures, or `output` was begun with other
@@ -89,7 +90,7 @@ def encode(
   data = tokenizer.config.data if source else restore.data_of(tokenizer)
   spec = source or data.source
   pictures = sources.open_source(spec)
-  indices = _indices(tokenizer, spec, pictures, held_out)
+  indices = chosen_pictures(tokenizer, spec, held_out=held_out, places=places)
   manifest = {
     "tokenizer": {
       "workdir": folder.address(tokenizer.workdir),
@@ -106,6 +107,7 @@ def encode(
     "dtype": dtype,
     "moments": moments,
     "records": len(indices),
+    **({"places": [places.start, places.stop]} if places else {}),
   }
   _claim(output, manifest)
   devices = mesh.local_mesh()
@@ -152,11 +154,20 @@ def _bytes_of_one(config: FrozenConfigDict, dtype: str, moments: bool) -> int:
   return math.prod(latent_shape(config)) * len(columns) * jnp.dtype(dtype).itemsize
 
 
-def _indices(
-  tokenizer: restore.Trained, spec: str, pictures: sources.Source, held_out: bool
+def chosen_pictures(
+  tokenizer: restore.Trained,
+  source: str = "",
+  *,
+  held_out: bool = False,
+  places: range | None = None,
 ) -> np.ndarray:
-  """Which pictures of a source are encoded."""
-  data = tokenizer.config.data
+  """Which pictures of a source, "": the tokenizer's own, are encoded: ascending indices.
+
+  `places`: only those at these places of a shuffled order, always the same.
+  """
+  data = tokenizer.config.data if source else restore.data_of(tokenizer)
+  spec = source or data.source
+  pictures = sources.open_source(spec)
   if spec == data.source:
     changes.check(tokenizer.workdir, data)
     train, rest = selection.split(pictures, data)
@@ -165,6 +176,8 @@ def _indices(
     raise InputError(f"--held_out is for {data.source}; training left out nothing of {spec}.")
   else:
     indices = np.arange(len(pictures))
+  if places:
+    indices = np.sort(np.random.default_rng(0).permutation(indices)[places.start : places.stop])
   if not len(indices):
     raise InputError(f"{spec} has no pictures to encode.")
   return indices

@@ -24,7 +24,7 @@ from launch import restore
 from launch.engine import console, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
-from launch.evaluation import generation, reconstruction, solvers, space, sweep
+from launch.evaluation import generation, probe, reconstruction, solvers, space, sweep
 from launch.evaluation.cells import LEAST, open_cells
 from launch.evaluation.features import CLASSIFIER, PROTOCOLS, Network, load_network
 from launch.evaluation.figures import Options, Second
@@ -225,6 +225,30 @@ def _latents() -> None:
   )
 
 
+def _probe() -> None:
+  r"""How well a tokenizer's latents will generate, in minutes: a small diffusion model and more.
+
+    python -m launch.evaluate probe --workdir=RUNS/tokenizer --output=RUNS/probe
+
+  With a --protocol the samples are judged as those of generation are, against --reference.
+  """
+  output = Output(place(FLAGS.output), probe.KIND)
+  if (FLAGS.protocol == "none") == bool(FLAGS.reference):
+    raise InputError("--protocol and --reference need each other: a judge, and real pictures.")
+  network = None if FLAGS.protocol == "none" else _network()
+  others = probe.read_others(FLAGS.among)
+  tokenizer = restore.load(folder.find(FLAGS.workdir), "tokenizer", FLAGS.step)
+  judge = None
+  if network:
+    size = tokenizer.config.data.image_size
+    reference = open_reference(
+      FLAGS.reference, network, size=size, progress=output.progress / "reference"
+    )
+    judge = probe.Judge(network, reference)
+  how = {"count": FLAGS.num_pictures, "source": FLAGS.source}
+  probe.evaluate(tokenizer, output, judge, others=others, **how)
+
+
 def _sweep() -> None:
   r"""Figures over a grid of sampling settings, checkpoints (step) and averages (ema).
 
@@ -373,6 +397,18 @@ def _reconstruction_flags() -> None:
   flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, if they are in another file.")
 
 
+def _probe_flags() -> None:
+  flags.DEFINE_enum("protocol", "none", ("none", *PROTOCOLS), "Who judges samples; none: nobody.")
+  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
+  flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
+  flags.DEFINE_string("workdir", None, f"The tokenizer: {folder.TAKEN}", required=True)
+  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
+  flags.DEFINE_string("source", "", "Pictures; those of the tokenizer's training if none.")
+  flags.DEFINE_integer("num_pictures", probe.COUNT, "How many of them.", lower_bound=probe.LEAST)
+  text = "JSON of another probe, or a folder of such, for the table; more than once."
+  flags.DEFINE_multi_string("among", [], text)
+
+
 def _latents_flags() -> None:
   flags.DEFINE_string("latents", None, "A latent store, or a file of cells.", required=True)
   flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
@@ -394,6 +430,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
   "generation": (_generation, (*_drawn, _generation_flags)),
   "reconstruction": (_reconstruction, (_reconstruction_flags,)),
   "latents": (_latents, (_latents_flags,)),
+  "probe": (_probe, (_probe_flags,)),
   "sweep": (_sweep, (*_drawn, _grid_flags, launch.sample.define_guide)),
   "solvers": (_solvers, (_few_samples, _grid_flags)),
   "frontier": (_frontier, (_frontier_flags,)),

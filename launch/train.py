@@ -23,7 +23,7 @@ from launch.attention import choose
 from launch.engine import configuration, console, elastic, loop
 from launch.engine.checkpoint import read_config
 from launch.engine.log import Told
-from launch.evaluation.training import exports, samples
+from launch.evaluation.training import exports, probes, samples
 from lightningdit_jax.model import ONLY_OURS, Options
 from lightningdit_jax.store import space
 from vavae_jax.common.files import is_url, place
@@ -47,6 +47,8 @@ def train(
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
     frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
+  if config.task == "tokenizer":
+    more = probes(frozen, workdir)
   if config.task == "tokenizer" and uses_teacher(frozen):
     if (scale := frozen.teacher.scale) > 1:
       console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")

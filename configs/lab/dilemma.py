@@ -240,6 +240,7 @@ def experiment(size: str = "cifar") -> ConfigDict:
       "num_samples": 10_000,
       "cells": 2_000,  # of each of `runs` t-SNEs for the uniformity
       "runs": 1,
+      "probe_pictures": 10_000,  # for the quick figures of a tokenizer; 0: none
       "second": True,  # whether another judge sees the last samples, too
     }
   )
@@ -247,5 +248,5 @@ def experiment(size: str = "cifar") -> ConfigDict:
     config.update(source="embedded:emoji", test_source="", num_samples=300, cells=60, steps=(2, 4))
     config.spaces = ("plain/f16d8/kl1e-6/w64", "aligned/f16d8/kl1e-6/w64")
     config.more_spaces = ("shortcut/f8d4/kl0.05/w64",)
-    config.update(tokenizer_seeds=(0,), seeds=(0,))
+    config.update(tokenizer_seeds=(0,), seeds=(0,), probe_pictures=0)
   return config

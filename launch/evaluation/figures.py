@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from vavae_jax.metrics.distribution import Frechet, PrecisionRecall, precision_r
 from vavae_jax.metrics.uniformity import Uniformity
 
 NEIGHBOURS = 3  # k of precision and recall
+GAUSSIAN = "gaussian_"  # before figures of a Gaussian for each class, of a probe
 # The parts of a distance by how their names end; JSON files have them, tables do not.
 PARTS = {"_means": "means", "_covariances": "covariances"}
 
@@ -269,6 +271,17 @@ FIGURES: dict[str, tuple[Entry, ...]] = {
     ),
     Entry("energy_from_normal", "Energy distance from normal", "", lambda g: g.from_normal),
   ),
+  # Of a dictionary that has them already.
+  "probe": tuple(
+    Entry(key, label, better, operator.itemgetter(key))
+    for key, label, better in (
+      ("loss", "Loss of the small model", "lower"),
+      ("fd_latents", "Distance of its latents", "lower"),
+      (f"{GAUSSIAN}fd_latents", "Distance of the Gaussians' latents", "lower"),
+      ("linear_accuracy", "Accuracy of a linear classifier", "higher"),
+      ("linear_in_pixels", "Share linear in the pixels", ""),
+    )
+  ),
 }
 
 
@@ -316,6 +329,19 @@ def shown_of(
   if second:
     other = {k.removeprefix(SECOND): x for k, x in values.items() if k.startswith(SECOND)}
     rows += shown("generation", other, second.network, f"{note}, by the second judge")
+  return rows
+
+
+def shown_of_probe(values: Mapping[str, float], network: Network | None, note: str) -> list[Figure]:
+  """The figures of a probe as `shown`, the Gaussians' last."""
+  rows = shown("probe", values, None, note) + shown("latents", values, None, note)
+  if network:
+    of_gaussians = {
+      k.removeprefix(GAUSSIAN): x for k, x in values.items() if k.startswith(GAUSSIAN)
+    }
+    rows += shown("generation", values, network, note)
+    found = shown("generation", of_gaussians, network, f"{note} of a Gaussian for each class")
+    rows += [dataclasses.replace(each, name=f"{each.name}, Gaussians") for each in found]
   return rows
 
 

@@ -25,19 +25,33 @@ class Gaussians:
   weighted by standard normal numbers / sqrt(n - 1): it has exactly that covariance, whatever its
   rank, without a factor of it. Nothing is regularised: where n is at most h w Z, draws stay in the
   span of the latents. Draw i is a function of the seed, i and its label, but for rounding.
+
+  Attributes:
+    latents: the draws, float32 [N, h, w, Z].
   """
 
   def __init__(
-    self, store: LatentStore, tokenizer: restore.Trained, *, count: int, labels: str, seed: int
+    self,
+    store: LatentStore,
+    tokenizer: restore.Trained,
+    *,
+    count: int,
+    labels: str | np.ndarray,
+    seed: int,
   ):
-    """InputError where the latents have no classes, or one of those wanted has fewer than two."""
+    """`labels` is as for `labels_for`, or has one for each of `count` draws.
+
+    InputError where the latents have no classes, or one of those wanted has fewer than two.
+    """
     known = np.bincount(store.labels) if len(store) else np.zeros(0, int)
     if len(known) < 2:
       raise InputError(
         f"{store.path} has latents of {len(known)} classes; a Gaussian for each needs two or more."
       )
     names = list(Space.of(store).class_names)
-    self._labels = labels_for(labels, count, len(names) or len(known), seed, names)
+    self._labels = np.asarray(labels)
+    if isinstance(labels, str):
+      self._labels = labels_for(labels, count, len(names) or len(known), seed, names)
     known = np.pad(known, (0, max(len(names) - len(known), 0)))
     wanted = np.unique(self._labels)
     least = int(wanted[known[wanted].argmin()])
@@ -54,7 +68,7 @@ class Gaussians:
         f"{numbers} numbers: its Gaussian's draws stay in the span of these latents"
       )
     self.size, self.classes = side_of(tokenizer, store), (self._labels, names)
-    self._latents = _drawn(store, self._labels, seed)
+    self.latents = _drawn(store, self._labels, seed)
     self._decode = decoder_of(tokenizer)
     self.about = {
       "kind": "gaussians",
@@ -63,7 +77,7 @@ class Gaussians:
       "numbers": numbers,
       "tokenizer": tokenizer.sha256,
       "pictures": count,
-      "labels": labels,
+      "labels": labels if isinstance(labels, str) else labels.tolist(),
       "seed": seed,
     }
 
@@ -71,7 +85,7 @@ class Gaussians:
     return len(self._labels)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    return self._decode(self._latents[start:stop])
+    return self._decode(self.latents[start:stop])
 
 
 def _drawn(store: LatentStore, labels: np.ndarray, seed: int) -> np.ndarray:

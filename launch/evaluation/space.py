@@ -54,30 +54,19 @@ def evaluate(
   follow; `path` is the transport's, for the curve of signal to noise. Several processes share the
   runs, and the first has the figures and writes.
   """
-  seeds = range(seed, seed + runs)
-  mine = share(seeds)
-  for each in console.tracked(mine, "t-SNE", len(mine)):
-    _run(cells, count, each, output.progress)
-  processes.wait_for_all()
-  if jax.process_index():
+  measured = measure(cells, output.progress, runs=runs, count=count, seed=seed)
+  if measured is None:
     return {}
-  processes.check_seen(_file(output.progress, each) for each in seeds)
-  done = [_run(cells, count, each, output.progress) for each in seeds]
-  first, found = done[0], [uniformity(run.density) for run in done]
-  values = first.values.astype(np.float64)
-  correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
-  covariance = np.atleast_2d(np.cov(values.T))
-  eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
-  normal = np.random.default_rng(seed).standard_normal(values.shape)
-  from_normal = energy_distance(values, normal)
-  computed = figures.compute("latents", LatentSpace(found, eigenvalues, correlation, from_normal))
+  gathered, first = measured
+  found, values = gathered.runs, first.values.astype(np.float64)
+  computed = figures.compute("latents", gathered)
   spread = {
     name: float(np.std([getattr(x, name) for x in found], ddof=1)) if runs > 1 else None
     for name in Uniformity._fields
   }
-  curves = signal_to_noise(eigenvalues, path)
+  curves = signal_to_noise(gathered.eigenvalues, path)
   channels = _channels(cells, values)
-  _draw(output, first, channels, correlation, curves)
+  _draw(output, first, channels, gathered.correlation, curves)
   output.write(
     {
       "figures": computed,
@@ -88,7 +77,7 @@ def evaluate(
       "perplexity": PERPLEXITY,
       "latents": cells.about,
       "channels": channels,
-      "eigenvalues": eigenvalues.tolist(),
+      "eigenvalues": gathered.eigenvalues.tolist(),
       "signal_to_noise": {name: [[t, v] for t, v in points] for name, points in curves.items()},
     },
     title=f"Latents: density CV {computed['density_cv']:.3f}",
@@ -104,6 +93,31 @@ def evaluate(
     sections=_sections(cells, first, curves, path),
   )
   return computed
+
+
+def measure(
+  cells: Cells, progress: Path, *, runs: int, count: int, seed: int
+) -> tuple[LatentSpace, Run] | None:
+  """What the figures of a latent space are computed of, and the first t-SNE; arguments as above.
+
+  None in all processes but the first. Finished runs wait in the folder `progress`.
+  """
+  seeds = range(seed, seed + runs)
+  mine = share(seeds)
+  for each in console.tracked(mine, "t-SNE", len(mine)):
+    _run(cells, count, each, progress)
+  processes.wait_for_all()
+  if jax.process_index():
+    return None
+  processes.check_seen(_file(progress, each) for each in seeds)
+  done = [_run(cells, count, each, progress) for each in seeds]
+  found, values = [uniformity(run.density) for run in done], done[0].values.astype(np.float64)
+  correlation: np.ndarray = np.atleast_2d(np.corrcoef(values.T))
+  covariance = np.atleast_2d(np.cov(values.T))
+  eigenvalues = np.maximum(np.linalg.eigvalsh(covariance), 0)[::-1]
+  normal = np.random.default_rng(seed).standard_normal(values.shape)
+  from_normal = energy_distance(values, normal)
+  return LatentSpace(found, eigenvalues, correlation, from_normal), done[0]
 
 
 def _sections(

@@ -22,10 +22,10 @@ from launch.engine.evaluators import Evaluator, Results, best_step
 from launch.engine.log import NotFinite
 from launch.engine.parts import Parts
 from launch.engine.writers import read_metrics
-from launch.evaluation import drawn
+from launch.evaluation import drawn, probe
 from launch.evaluation.features import EFFICIENTNET, load_network
 from launch.evaluation.pictures import own_pictures
-from launch.evaluation.reference import compiled, kept_gaussian
+from launch.evaluation.reference import Reference, compiled, kept_gaussian
 from launch.evaluation.sample_files import contact_sheet
 from launch.evaluation.statistics import Part
 from launch.sample import Sampler, make_sampler
@@ -38,6 +38,7 @@ from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import atomic_file, is_url
 from vavae_jax.common.optimizer import averaged
+from vavae_jax.data import selection
 from vavae_jax.metrics.distribution import Gaussian, Moments
 from vavae_jax.tokenizer import Tokenizer
 
@@ -97,6 +98,46 @@ def _labelled(sampler: Sampler, params: Any, classes: int, index_B: np.ndarray) 
   return sampler(params, index_B, index_B % classes)
 
 
+def probes(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
+  """Where `config.evaluate_probe` says so, a probe of the averaged tokenizer's generation.
+
+  Its judge is EfficientNet-Lite0, with pictures that the tokenizer sees.
+  """
+  if not (config.get("evaluate_probe") and config.evaluate_every_steps):
+    return {}
+  probe.check(min(config.evaluate_probe, len(selection.share(config.data, held_out=False))))
+  network, of = load_network(EFFICIENTNET), _averaged(config, workdir)
+
+  def run(state: Any) -> Results:
+    tokenizer = of(state)
+    real = own_pictures(tokenizer, held_out=False, limit=REFERENCE_PICTURES)
+    gaussian = kept_gaussian(real, network, workdir / REFERENCE)
+    reference = Reference(real.about, {"pool": gaussian} if gaussian else {}, len(real))
+    parts, count = workdir / f"probe.{tokenizer.sha256[:16]}", config.evaluate_probe
+    try:
+      found = probe.measure(tokenizer, parts, probe.Judge(network, reference), count=count)
+    except NotFinite as error:  # of the small model
+      console.say(f"warning: {error}")
+      found = {}
+    drawn.remove(parts)
+    return found
+
+  return {"probe": (config.evaluate_every_steps, run)}
+
+
+def _averaged(config: FrozenConfigDict, workdir: Path) -> Callable[[Any], restore.Trained]:
+  """A function from a state to its averaged model, which every process has."""
+  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+  whole = jax.jit(lambda params: params, out_shardings=mesh.replicated(devices))
+  decay = (*config.optimizer.ema_decays, 0.0)[0]
+
+  def of(state: Any) -> restore.Trained:
+    params = jax.tree.map(lambda x: x.addressable_data(0), whole(averaged(config.optimizer, state)))
+    return restore.Trained(workdir, config, int(state.step), params, decay)
+
+  return of
+
+
 def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
   """Writes the averaged weights as a model folder, where `config.export` says so."""
   if not config.get("export"):
@@ -110,9 +151,7 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
   if config.task == "diffusion":
     found = restore.tokenizer_of_latents(restore.check_latents(config), config.tokenizer)
     tokenizer = found.on(mesh.local_mesh())
-  devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-  whole = jax.jit(lambda params: params, out_shardings=mesh.replicated(devices))
-  decay = (*config.optimizer.ema_decays, 0.0)[0]
+  of = _averaged(config, workdir)
 
   def is_best(step: int) -> bool:
     steps = [line["step"] for line in read_metrics(workdir)]
@@ -122,8 +161,7 @@ def exports(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:
     step = int(state.step)
     if config.export == "best" and not processes.first_does(functools.partial(is_best, step)):
       return {}
-    params = jax.tree.map(lambda x: x.addressable_data(0), whole(averaged(config.optimizer, state)))
-    trained = restore.Trained(workdir, config, step, params, decay)
+    trained = of(state)
     if jax.process_index() == 0:
       model = restore.for_use(trained, tokenizer)
       try:

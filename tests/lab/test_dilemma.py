@@ -10,8 +10,8 @@ from ml_collections import FrozenConfigDict
 import configs.base
 from configs.lab import dilemma
 from launch.engine import configuration
-from launch.lab.dilemma import checks, graph, page
-from launch.lab.dilemma.results import Space
+from launch.lab.dilemma import checks, graph, page, predictors
+from launch.lab.dilemma.results import Results, Space
 from launch.lab.jobs import Record, digests, run
 from vavae_jax.common.errors import InputError
 
@@ -229,6 +229,34 @@ def test_the_best_weight_of_each_side_is_compared():
   (line, _) = page.best(spaces, "fd_cifar", "FD-CIFAR")
   assert "plain 2.100 ± 0.141, 30.00 dB (KL weight 1e-6, 2 models)" in line
   assert "aligned 1.200 ± 0.283, 30.00 dB (KL weight 0.05, 2 models)" in line
+
+
+def test_quick_figures_are_ranked_by_how_they_predict_long_runs(tmp_path):
+  """Probes come last; tokenizers of another model's width do not count."""
+  spaces = [f"plain/f16d{channels}/kl0/w64" for channels in (1, 2, 3, 4)]
+  changes = {"spaces": (*spaces, "plain/f16d5/kl0/w128"), "more_spaces": (), "probe_pictures": 60}
+  config, run = experiment("tiny", **changes), tmp_path / "run"
+  jobs = graph.jobs_of(config, run)
+  assert [job.kind for job in jobs[-5:]] == ["probe"] * 5
+  assert predictors.section(Results(config, run, jobs)) == []
+  record = Record(run, jobs)
+  told = [(2, 9, 1.0), (1, 8, 2.0), (3, 7, 3.0), (4, 6, 4.0), (0, 99, 9.0)]
+  for space, (loss, share, distance) in zip(config.spaces, told, strict=True):
+    content = {
+      f"probe/{graph.tokenizer_of(space)}/seed0": {
+        "figures": {"loss": loss, "linear_in_pixels": share, "same": 1, "fd_emoji_means": share},
+        "seconds": 120,
+      },
+      f"curve/{space}/seed0.0": {"points": [{"step": 4, "fd_emoji": distance}]},
+    }
+    for name, note in content.items():
+      path = run / f"{name}.json"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(note))
+      record.add(next(job for job in jobs if job.name == name), 60.0, done=True)
+  text = predictors.section(Results(config, run, jobs))
+  assert "width 64. A probe took 2.0 minutes" in text[0]
+  assert text[-3:-1] == ["| `linear_in_pixels` | -1.00 | 0 | 4 |", "| `loss` | +0.80 | 0.2 | 4 |"]
 
 
 def test_the_command_writes_its_page_and_shows_how_it_was_called(command, measured, tmp_path):

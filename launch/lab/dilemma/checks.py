@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 import lightningdit_jax.checks
 from configs.lab import dilemma
 from launch import tasks
-from launch.evaluation import cells
+from launch.evaluation import cells, probe
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import sources
 
@@ -35,6 +35,8 @@ def check(config: FrozenConfigDict) -> None:
     if [*config.steps] != sorted(config.steps) or any(x < 1 or x % every for x in config.steps):
       raise InputError(f"config.steps is {config.steps}; give multiples of {every}, ascending.")
     lightningdit_jax.checks.check_model(FrozenConfigDict(diffusion))
+  if config.probe_pictures:
+    probe.check(config.probe_pictures)
   for name, lowest in LEAST.items():
     if config[name] < lowest:
       raise InputError(f"config.{name} is {config[name]}; it must be {lowest} or more.")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import configs.base
 from configs.lab import dilemma
@@ -24,7 +24,7 @@ _PARTS = {"judge": "judge", "second": "judge,second"}
 
 def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
   """All jobs of an experiment (configs/lab/dilemma.py without a part), the important ones first."""
-  found = {job.name: job for job in _Graph(config, workdir).jobs()}
+  found = {job.name: job for job in Graph(config, workdir).jobs()}
   return [*found.values()]
 
 
@@ -33,7 +33,7 @@ def tokenizer_of(space: str) -> str:
   return space.rpartition("/")[0]
 
 
-class _Graph:
+class Graph:
   """Makes the jobs; two spaces may share some."""
 
   def __init__(self, config: FrozenConfigDict, root: Path):
@@ -41,7 +41,8 @@ class _Graph:
     self.source = f"data.source={config.source}"
     self.judges = ("judge", "second") if config.second else ("judge",)
 
-  def jobs(self) -> Iterator[Job]:
+  def of_judges(self) -> Iterator[Job]:
+    """The classifiers, and the real pictures in their features."""
     config = self.config
     for judge in self.judges:
       yield self._train(judge, _PARTS[judge], config.judge_steps, (self.source,), weight=3)
@@ -51,6 +52,11 @@ class _Graph:
       yield Job(f"reference/{judge}", (*words,), reference, resumes=True, needs=(judge,))
     if config.test_source:
       yield self._judged("generation", "real", (SIDE, f"--samples={config.test_source}"))
+
+  def jobs(self) -> Iterator[Job]:
+    """All of them, the important ones first."""
+    yield from self.of_judges()
+    config = self.config
     for spaces in (config.spaces, config.more_spaces):
       for number, seed in enumerate(config.seeds):
         for first in config.tokenizer_seeds if not number else ():
@@ -62,6 +68,9 @@ class _Graph:
         for first in config.tokenizer_seeds if not number else ():
           for space in spaces:
             yield from self._measured(f"{tokenizer_of(space)}/seed{first}")
+    for space in (*config.spaces, *config.more_spaces) if config.probe_pictures else ():
+      for first in config.tokenizer_seeds:
+        yield self._probe(f"{tokenizer_of(space)}/seed{first}")
 
   def _tokenizer(self, tokenizer: str, seed: int) -> Iterator[Job]:
     """A tokenizer and its latents, of an aligned one after the teacher's features."""
@@ -73,7 +82,7 @@ class _Graph:
       argument = f"{self.config.size},tokenizer,{variant},f{dilemma.shape_of(shape)[0]}d1,kl0"
       name = f"features/{shape.partition('d')[0]}"
       words = ("launch.cached_features", *self._configured(argument, (self.source, cache)))
-      yield Job(name, words, self.root / "features", content=_content(argument))
+      yield Job(name, words, self.root / "features", content=content(dilemma.get_config(argument)))
       needs = (name,)
     name = f"{tokenizer}/seed{seed}"
     settings = (self.source, f"seed={seed}", cache)
@@ -113,6 +122,13 @@ class _Graph:
     words += [f"--latents={self.root / latents}"]
     yield self._evaluate("latents", f"uniformity/{name}", words, (latents,))
 
+  def _probe(self, name: str) -> Job:
+    """The quick figures of a tokenizer."""
+    words = [*self._network("judge"), f"--reference={self._reference('judge')}"]
+    words += [f"--workdir={self.root / 'tokenizer' / name}"]
+    words += [f"--num_pictures={self.config.probe_pictures}"]
+    return self._evaluate("probe", f"probe/{name}", words, (f"tokenizer/{name}", "reference/judge"))
+
   def _sampler(self) -> tuple[str, ...]:
     sampler = dilemma.diffusion(self.config.size, "f8d1", "w64").sample
     return f"--method={sampler.method}", f"--num_steps={sampler.num_steps}", "--cfg_scale=1.0"
@@ -150,7 +166,8 @@ class _Graph:
     argument, output = f"{self.config.size},{part}", self.root / name
     settings = (*settings, f"num_steps={steps}", f"optimizer.decay_steps={steps}")
     words = ["launch.train", *self._configured(argument, settings), f"--workdir={output}"]
-    return Job(name, tuple(words), output, True, _content(argument), needs, weight)
+    found = content(dilemma.get_config(argument))
+    return Job(name, tuple(words), output, True, found, needs, weight)
 
   def _evaluate(self, what: str, name: str, words: Sequence[str], needs: tuple[str, ...]) -> Job:
     begun = ("launch.evaluate", what, f"--output={self.root / name}")
@@ -158,9 +175,8 @@ class _Graph:
     return Job(name, (*begun, *words), self.root / f"{name}.json", needs=needs)
 
 
-def _content(argument: str) -> str:
-  """What configs/lab/dilemma.py sets of a training, apart from the drawing of samples."""
-  config = dilemma.get_config(argument)
+def content(config: ConfigDict) -> str:
+  """What a configuration sets of a training, apart from the drawing of samples."""
   usual = dict(configuration.flat(getattr(configs.base, config.task)().to_dict()))
   chosen = {
     key: value

@@ -12,6 +12,7 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from configs.lab import dilemma
+from launch.lab.dilemma import predictors
 from launch.lab.dilemma.results import Results, Space, mean
 from launch.lab.jobs import Job
 from launch.lab.markdown import Region, beside, picture, table
@@ -68,6 +69,7 @@ def write(
     "",
     *picture(curves, f"{name} over steps"),
     *picture(samples, "Samples of the first seeds: the same labels and the same noise everywhere"),
+    *predictors.section(found),
     *_made(found, command),
   ]
   REGION.write(page, text)
