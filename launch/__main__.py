@@ -23,7 +23,8 @@ COMMANDS = {
     )
   },
   **{
-    name: f"launch.lab.{name}" for name in ("benchmark", "plan", "equivalence", "dilemma", "cells")
+    name: f"launch.lab.{name}"
+    for name in ("benchmark", "plan", "equivalence", "dilemma", "beyond", "cells")
   },
 }
 

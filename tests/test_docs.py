@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", LAB, *sorted((ROOT / "docs").rglob("*.md"))]
 # Where none is given.
 OWN_CONFIG = {
   "launch.lab.dilemma": "configs/lab/dilemma.py",
+  "launch.lab.beyond": "configs/lab/beyond.py",
   "launch.lab.benchmark page": "configs/lab/speed.py",
   "launch.lab.equivalence training": "configs/lab/training.py",
 }

@@ -59,6 +59,17 @@ def backend() -> tuple[str, int]:
   return name, int(count)
 
 
+def processors(workers: int) -> tuple[int, list[int]]:
+  """How many jobs to run at a time, `workers` or, for 0, as many as fit; and for `run` the cores of
+  which each has one, where there are no fewer.
+  """
+  cores: list[int] = []
+  if backend()[0] == "cpu" and hasattr(os, "sched_getaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+  workers = workers or len(cores) or 1
+  return workers, cores if workers <= len(cores) else []
+
+
 def digests(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
   """By name, what identifies each job with all that it needs, wherever the folder is."""
   found: dict[str, str] = {}

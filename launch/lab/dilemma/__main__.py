@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from pathlib import Path
 
 import jax
@@ -27,7 +26,7 @@ from configs.lab import dilemma
 from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.dilemma import checks, graph, page
-from launch.lab.jobs import backend, run
+from launch.lab.jobs import processors, run
 
 CONFIG = f"{dilemma.__file__}:cifar"
 
@@ -44,11 +43,7 @@ def main() -> None:
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
   if not FLAGS.page_only:
     checks.check_parts(config)
-    cores: list[int] = []
-    if backend()[0] == "cpu" and hasattr(os, "sched_getaffinity"):
-      cores = sorted(os.sched_getaffinity(0))
-    workers = FLAGS.jobs or len(cores) or 1
-    cores = cores if workers <= len(cores) else []
+    workers, cores = processors(FLAGS.jobs)
     console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
     try:
       run(jobs, workdir, workers, cores)

@@ -1,0 +1,214 @@
+"""The jobs of `launch.lab.beyond`: those of the dilemma for judges and latents, then a row's each.
+
+Jobs of a row are KIND/ROW/seedS[/STEP]. Some follow from the results of others: the checkpoint of a
+row that had as much time as the baseline, and the row of all options that win. So the list grows
+while jobs are done, and ends when it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from configs.lab import beyond, dilemma
+from configs.lab.beyond import BASELINE, Row
+from launch.engine.writers import read_metrics
+from launch.lab.dilemma import graph
+from launch.lab.jobs import Job, Record
+
+BEYOND = "beyond"  # in names, beside those of the dilemma
+_CHANGES = tuple(map(operator.attrgetter, ("training", "tokenizer", "sampling")))
+GAUSSIANS = f"gaussian/{BEYOND}"
+
+
+def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
+  """All jobs that can be known by now."""
+  made = Beyond(config, workdir)
+  jobs = _once(made.jobs())
+  for name in made.rows:
+    jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
+  if config.combined and (name := made.winners(jobs, done_of(jobs, workdir))):
+    jobs = _once([*jobs, *made.row(name)])
+    jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
+  return jobs
+
+
+def _once(jobs: Iterable[Job]) -> list[Job]:
+  """Rows may share some."""
+  return [*{job.name: job for job in jobs}.values()]
+
+
+def done_of(jobs: Sequence[Job], workdir: Path) -> set[str]:
+  """The names of the jobs that are done."""
+  record = Record(workdir, jobs)
+  return {job.name for job in jobs if record.is_done(job)}
+
+
+class Beyond(graph.Graph):
+  """Makes the jobs."""
+
+  def __init__(self, config: FrozenConfigDict, root: Path):
+    size = "tiny" if config.size == "tiny" else "cifar"
+    given = ConfigDict(config.to_dict() | {"size": size})
+    super().__init__(FrozenConfigDict(given), root)
+    self.size, self.rows = config.size, config.rows
+    self.key = f"fd_{dilemma.judge(size).name.lower()}"
+
+  def jobs(self) -> Iterator[Job]:
+    """Judges, controls, and every row by itself."""
+    yield from self.of_judges()
+    yield from self._tokenizer(self.config.tokenizer, 0)
+    words = (f"--gaussians={self._latents()}", f"--num_samples={self.config.num_samples}")
+    needs = (self._latents_job(),)
+    yield self._judged("generation", GAUSSIANS, words, needs)
+    for name in self.rows:
+      yield from self.row(name)
+
+  def row(self, name: str) -> Iterator[Job]:
+    """A row's trainings, unless it has the baseline's, and its samples at all steps."""
+    row, owner = row_of(name), owner_of(name)
+    if row.tokenizer:
+      yield from self._changed_tokenizer(owner, row)
+    for seed in self.config.seeds:
+      yield self._training(owner, row, seed)
+      for step in self.config.steps:
+        yield from self._samples(name, row, seed, step)
+
+  def at_equal_time(self, name: str, done: set[str]) -> Iterator[Job]:
+    """Samples of the checkpoints that had the time that the baseline had at its end."""
+    for seed in self.config.seeds:
+      if {training_of(x, seed) for x in (name, BASELINE)} <= done:
+        step = self.equal_step(name, seed)
+        if step not in self.config.steps:
+          yield from self._samples(name, row_of(name), seed, step)
+
+  def equal_step(self, name: str, seed: int) -> int:
+    """The kept checkpoint of a row whose seconds are nearest to those of the baseline's training.
+
+    Both must be done. Of rows that the baseline outruns it is the last that they have.
+    """
+    total = seconds_of(self.root / training_of(BASELINE, seed))[self.config.steps[-1]]
+    every = beyond.diffusion(self.size).keep_every_steps
+    own = seconds_of(self.root / training_of(name, seed))
+    return min((x for x in own if x % every == 0), key=lambda step: abs(own[step] - total))
+
+  def winners(self, jobs: Sequence[Job], done: set[str]) -> str:
+    """The options that are better than the baseline by more than its seeds differ, joined by +; ""
+    for fewer than two, or before all rows are done.
+    """
+    rows = {f"figures/{BEYOND}/{name}/" for name in self.rows}
+    wanted = {job.name for job in jobs if job.name.rpartition("seed")[0] in rows}
+    if not wanted <= done:
+      return ""
+    last = {name: self.distances(name, self.config.steps[-1]) for name in self.rows}
+    spread = np.std(last[BASELINE], ddof=1) if len(self.config.seeds) > 1 else 0.0
+    limit = np.mean(last[BASELINE]) - spread
+    won = [n for n in self.rows if not beyond.ROWS[n].control and np.mean(last[n]) < limit]
+    return "+".join(won) if len(won) > 1 else ""
+
+  def distances(self, name: str, step: int) -> list[float]:
+    """Of a row's samples after a step, one for each seed."""
+    jobs = [samples_of(name, seed, step) for seed in self.config.seeds]
+    found = [json.loads((self.root / f"{job}.json").read_text()) for job in jobs]
+    return [each["figures"][self.key] for each in found]
+
+  def _latents_job(self, name: str = "") -> str:
+    return f"latents/{name or self.config.tokenizer}/seed0"
+
+  def _latents(self, name: str = "") -> Path:
+    return self.root / self._latents_job(name)
+
+  def _changed_tokenizer(self, name: str, row: Row) -> Iterator[Job]:
+    """The tokenizer with a row's changes, and its latents."""
+    variant, shape, kl = self.config.tokenizer.split("/")
+    own = f"{BEYOND}/{name}/seed0"
+    settings = (self.source, *(f"{key}={value}" for key, value in row.tokenizer.items()))
+    part = f"tokenizer,{variant},{shape},{kl}"
+    yield self._train(f"tokenizer/{own}", part, self.config.tokenizer_steps, settings, weight=2)
+    output, trained = self.root / "latents" / own, self.root / "tokenizer" / own
+    words = ("launch.encode", f"--workdir={trained}", f"--output={output}", "--batch_size=500")
+    yield Job(f"latents/{own}", words, output, resumes=True, needs=(f"tokenizer/{own}",))
+
+  def _training(self, name: str, row: Row, seed: int) -> Job:
+    own = f"{BEYOND}/{name}" if row.tokenizer else ""
+    latents, argument = self._latents_job(own), f"{self.size},diffusion"
+    every = beyond.diffusion(self.size).keep_every_steps
+    steps = round(self.config.steps[-1] * row.longer / every) * every
+    given = {"latents.path": self._latents(own), "seed": seed, "num_steps": steps}
+    settings = [f"--config.{key}={value}" for key, value in (given | {**row.training}).items()]
+    job, file = training_of(name, seed), os.path.relpath(beyond.__file__)
+    words = ("launch.train", f"--config={file}:{argument}", *settings)
+    output = self.root / job
+    content = graph.content(beyond.get_config(argument))
+    words += (f"--workdir={output}",)
+    return Job(job, words, output, True, content, (latents,), weight=20 * row.longer)
+
+  def _samples(self, name: str, row: Row, seed: int, step: int) -> Iterator[Job]:
+    """Samples of a checkpoint, and what the judges say of them."""
+    training = training_of(name, seed)
+    drawn = f"samples/{BEYOND}/{name}/seed{seed}/{step}"
+    file = self.root / f"{drawn}.npz"
+    words = ["launch.sample", f"--workdir={self.root / training}", f"--step={step}"]
+    words += [f"--output={file}", f"--num_samples={self.config.num_samples}"]
+    words += [f"--{key}={value}" for key, value in row.sampling.items()]
+    if row.guide:
+      every = beyond.diffusion(self.size).keep_every_steps
+      weaker = max(step // 2 // every, 1) * every
+      words += [f"--guide={self.root / training}", f"--guide_step={weaker}"]
+    yield Job(drawn, (*words,), file, resumes=True, needs=(training,), weight=5)
+    given = (f"--samples={file}",)
+    yield self._judged("generation", samples_of(name, seed, step), given, (drawn,))
+
+
+def row_of(name: str) -> Row:
+  """A row by its name, or the one that has all changes of some, joined by +."""
+  rows = [beyond.ROWS[each] for each in name.split("+")]
+
+  training, tokenizer, sampling = (
+    {key: x for row in rows for key, x in changes(row).items()} for changes in _CHANGES
+  )
+  return Row(
+    training,
+    tokenizer,
+    sampling,
+    guide=any(row.guide for row in rows),
+    longer=max(row.longer for row in rows),
+    control=any(row.control for row in rows),
+  )
+
+
+def owner_of(name: str) -> str:
+  """The row whose trainings a row samples: itself, or the first that trains likewise."""
+
+  def trained(row: Row) -> tuple[object, ...]:
+    return dict(row.training), dict(row.tokenizer), row.longer
+
+  own = trained(row_of(name))
+  return next((other for other, row in beyond.ROWS.items() if trained(row) == own), name)
+
+
+def training_of(name: str, seed: int) -> str:
+  """The job of the training that a row samples."""
+  return f"diffusion/{BEYOND}/{owner_of(name)}/seed{seed}"
+
+
+def samples_of(name: str, seed: int, step: int) -> str:
+  """The job of the figures of a row's samples after a step."""
+  return f"figures/{BEYOND}/{name}/seed{seed}/{step}"
+
+
+def seconds_of(workdir: Path) -> dict[int, float]:
+  """The time that a training had taken at the steps of its log, without compiling and saving."""
+  total, before, found = 0.0, 0, {}
+  for line in read_metrics(workdir):
+    if speed := line.get("steps_per_second"):
+      total += (line["step"] - before) / speed
+      before = line["step"]
+      found[before] = total
+  return found

@@ -1,0 +1,167 @@
+"""The table of `launch.lab.beyond`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+import lightningdit_jax.training
+from configs.lab import beyond, dilemma
+from launch.engine import flops
+from launch.engine.writers import read_metrics
+from launch.evaluation.features import SECOND
+from launch.lab.beyond import checks, graph
+from launch.lab.jobs import Record
+from launch.lab.markdown import Region, table
+from lightningdit_jax import sampling
+
+REGION = Region(
+  "<!-- results: written by launch.lab.beyond -->",
+  "<!-- end of the results -->",
+  "Beyond the paper, at small size",
+)
+NOT_RUN = "-"
+
+
+def write(config: FrozenConfigDict, workdir: Path, page: Path, command: str) -> None:
+  """Writes the results so far; a dash stands for those that have not been run as configured.
+
+  `page` is a new page, or one whose results are replaced (InputError if it has no place for them).
+  """
+  REGION.check(page)
+  REGION.write(page, [*_Page(config, workdir).lines(), *_made(config, workdir, command)])
+
+
+class _Page:
+  def __init__(self, config: FrozenConfigDict, workdir: Path):
+    self.config, self.workdir = config, workdir
+    self.made = graph.Beyond(config, workdir)
+    self.jobs = graph.jobs_of(config, workdir)
+    self.done = graph.done_of(self.jobs, workdir)
+    self.combined = self.made.winners(self.jobs, self.done) if config.combined else ""
+    self.name = f"FD-{dilemma.judge(self.made.config.size).name}"
+    self.second = f"{SECOND}{self.made.key}2"
+
+  def lines(self) -> Iterator[str]:
+    config, name, model = self.config, self.name, beyond.diffusion(self.config.size)
+    yield (
+      f"{name} of {config.num_samples:,} samples after so many steps of {model.batch_size} "
+      f"pictures, lower is better; ± is the spread over {len(config.seeds)} seeds of the "
+      f"diffusion model, a LightningDiT of width {model.model.hidden_size} and depth "
+      f"{model.model.depth} on the latents {config.tokenizer}. The rate is constant, so every "
+      "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
+      f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Class accuracy "
+      f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
+      f"products. Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
+    )
+    yield ""
+    rows = [*config.rows, *([self.combined] if self.combined else [])]
+    head = ["option", *(f"{step:,}" for step in config.steps), "equal time", "class accuracy (%)"]
+    head += [f"{name}2", "seconds a step", "training (GFLOP a picture)"]
+    yield from table([*head, "sampling (GFLOP a picture)"], map(self._row, rows))
+    yield ""
+    for job, text in (
+      (graph.GAUSSIANS, "One Gaussian for each class, fitted to the latents and not trained"),
+      ("real", "Real pictures that no training used"),
+    ):
+      figures = self._read(job)
+      if self.made.key in figures:
+        accuracy = figures.get("class_accuracy")
+        told = f", class accuracy {100 * accuracy:.1f} %" if accuracy is not None else ""
+        yield f"- {text}: {figures[self.made.key]:.3f}{told}."
+    yield ""
+    if self.combined:
+      won = self.combined.replace("+", ", ")
+      yield f"Better than the baseline by more than its seeds differ: {won}."
+      yield ""
+
+  def _row(self, name: str) -> list[str]:
+    key, steps, seeds = self.made.key, self.config.steps, self.config.seeds
+    row = [name.replace("+", " + "), *(self._figure(name, step, key) for step in steps)]
+    trained = [graph.training_of(name, seed) for seed in seeds]
+    seconds = [graph.seconds_of(self.workdir / x) for x in trained if x in self.done]
+    equal = NOT_RUN
+    if len(seconds) == len(seeds) and self._baseline_is_done():
+      chosen = [self.made.equal_step(name, seed) for seed in seeds]
+      found = [
+        self._read(graph.samples_of(name, *each)) for each in zip(seeds, chosen, strict=True)
+      ]
+      if all(found):
+        told = "/".join(f"{step:,}" for step in dict.fromkeys(chosen))
+        equal = f"{_spread([x[key] for x in found], 3)} ({told})"
+    accuracy = [100 * x for x in self._values(name, steps[-1], "class_accuracy")]
+    row += [equal, _spread(accuracy, 1), self._figure(name, steps[-1], self.second)]
+    per_step = [max(x.values()) / max(x) for x in seconds]
+    costs = [x for job in trained if job in self.done for x in _training_cost(self.workdir / job)]
+    sampled = sampling_cost(checks.diffusion_of(self.config, name), graph.row_of(name).guide)
+    return [*row, _spread(per_step, 2), _mean(costs, 2), f"{sampled / 1e9:.2f}"]
+
+  def _baseline_is_done(self) -> bool:
+    return {graph.training_of(beyond.BASELINE, x) for x in self.config.seeds} <= self.done
+
+  def _figure(self, name: str, step: int, key: str) -> str:
+    return _spread(self._values(name, step, key), 3)
+
+  def _values(self, name: str, step: int, key: str) -> list[float]:
+    found = [self._read(graph.samples_of(name, seed, step)) for seed in self.config.seeds]
+    return [each[key] for each in found if key in each]
+
+  def _read(self, job: str) -> dict[str, Any]:
+    path = self.workdir / f"{job}.json"
+    return json.loads(path.read_text())["figures"] if job in self.done else {}
+
+
+def sampling_cost(config: FrozenConfigDict, guide: bool) -> float:
+  """FLOPs of the matrix products of one sample by `config.sample`; with `guide` of autoguidance."""
+  init = functools.partial(lightningdit_jax.training.init_state, config)
+  params = jax.eval_shape(init, jax.random.key(0)).params
+
+  def draw(params: Any, index_B: jax.Array) -> jax.Array:
+    other = (config, params) if guide else None
+    return sampling.sample_latents(
+      config, params, index_B, index_B, seed=0, sample=config.sample, guide=other
+    )
+
+  traced = jax.make_jaxpr(draw)(params, jax.ShapeDtypeStruct((1,), jnp.int32))
+  return flops.count(traced)
+
+
+def _training_cost(workdir: Path) -> list[float]:
+  """GFLOP of a picture in training, by the last line of its log."""
+  lines = [x for x in read_metrics(workdir) if "model_tflops_per_second" in x]
+  return [1e3 * x["model_tflops_per_second"] / x["images_per_second"] for x in lines[-1:]]
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+  return f"{np.mean(values):.{digits}f}" if values else NOT_RUN
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+  spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+  return _mean(values, digits) + spread
+
+
+def _made(config: FrozenConfigDict, workdir: Path, command: str) -> list[str]:
+  jobs = graph.jobs_of(config, workdir)
+  record = Record(workdir, jobs)
+  hours = sum(record.seconds(job.name) for job in jobs) / 3600
+  places = zip(*(record.where(job.name) for job in jobs), strict=True)
+  commits, machines = (", ".join(sorted({*each} - {""})) for each in places)
+  return [
+    "How this was made:",
+    "",
+    "```",
+    command,
+    "```",
+    "",
+    f"Commits {commits}; {machines}; {hours:.1f} hours of one worker, judges and latents included.",
+    "",
+  ]

@@ -1,0 +1,143 @@
+"""The table of options beyond the paper: its rows, jobs and page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs.lab import beyond
+from configs.lab.beyond import Row
+from launch.lab.beyond import checks, graph, page
+from launch.lab.jobs import Record, digests
+from vavae_jax.common.errors import InputError
+
+
+def experiment(size="tiny", /, **changes):
+  config = beyond.get_config(size)
+  config.update(changes)
+  return FrozenConfigDict(config)
+
+
+@pytest.mark.parametrize("size", beyond.SIZES)
+def test_every_row_is_a_configuration_and_jobs_follow_what_they_need(size, tmp_path):
+  config = experiment(size, source="embedded:emoji", test_source="")
+  checks.check(config)
+  jobs = graph.jobs_of(config, tmp_path)
+  digests(jobs, tmp_path)
+  names = [job.name for job in jobs]
+  assert len({*names}) == len(names)
+  assert "diffusion/beyond/guidance/seed0" not in names  # the baseline's
+  model = beyond.diffusion(size)
+  assert all(model.keep_every_steps % model.log_every_steps == 0 for _ in "1")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"rows": ("muon",)}, "give baseline and then some of"),
+    ({"rows": ("baseline", "moun")}, "give baseline and then some of"),
+    ({"rows": ("baseline", "muon", "muon")}, "each once"),
+    ({"steps": (4, 2)}, "multiples of 1, ascending"),
+    ({"size": "huge"}, "choose one of cifar"),
+    ({"tokenizer": "plain/f8d16"}, "not VARIANT/fPdZ/klW"),
+    ({"source": "folder:/nowhere"}, "nowhere"),
+  ],
+)
+def test_what_cannot_be_run_is_refused_at_once(changes, message):
+  with pytest.raises(InputError, match=message):
+    checks.check(experiment(**changes))
+
+
+def test_a_change_that_is_not_possible_is_named(monkeypatch):
+  monkeypatch.setitem(beyond.ROWS, "odd", Row({"optimizer.moun": True}))
+  with pytest.raises(InputError, match=r"config\.optimizer\.moun"):
+    checks.check(experiment(rows=("baseline", "odd")))
+
+
+def test_a_combined_row_has_the_changes_of_all():
+  row = graph.row_of("muon+tread+autoguidance")
+  changes = {**beyond.ROWS["muon"].training, **beyond.ROWS["tread"].training}
+  assert (row.training, row.guide, row.longer) == (changes, True, 1.5)
+  assert row.sampling == beyond.ROWS["autoguidance"].sampling
+
+
+def test_guidance_costs_what_it_computes():
+  """Twice as much where the other prediction is taken; a third of the tokens' products less."""
+  config = experiment(rows=("baseline", "guidance"))
+  plain = page.sampling_cost(checks.diffusion_of(config, "baseline"), False)
+  always = FrozenConfigDict(
+    checks.diffusion_of(config, "baseline").to_dict()
+    | {
+      "sample": beyond.diffusion("tiny").sample.to_dict()
+      | {"cfg_scale": 2.0, "cfg_interval_start": 0.0}
+    }
+  )
+  assert page.sampling_cost(always, False) == pytest.approx(2 * plain, rel=1e-3)
+  assert page.sampling_cost(always, True) == pytest.approx(2 * plain, rel=1e-3)
+
+
+SEEDS = {"seeds": (0, 1), "rows": ("baseline", "muon", "tread", "autoguidance"), "steps": (1, 4)}
+SPEEDS = {"baseline": 2.0, "muon": 1.0, "tread": 2.8}  # steps a second
+LAST = {"baseline": (10.0, 10.2), "muon": (9.0, 9.1), "tread": (9.5, 9.6), "autoguidance": (10, 10)}
+
+
+def test_the_table_is_at_equal_steps_and_at_equal_time_and_winners_are_combined(tmp_path):
+  config, run = experiment(test_source="", **SEEDS), tmp_path / "run"
+
+  def complete():
+    """Gives all jobs a result that have none."""
+    for job in (jobs := graph.jobs_of(config, run)):
+      record = Record(run, jobs)
+      if record.is_done(job):
+        continue
+      job.output.parent.mkdir(parents=True, exist_ok=True)
+      parts = job.name.split("/")
+      if job.kind == "diffusion":
+        job.output.mkdir()
+        speed = min(SPEEDS.get(name, 9.0) for name in parts[2].split("+"))
+        lines = [
+          {
+            "step": step,
+            "steps_per_second": speed,
+            "images_per_second": 8 * speed,
+            "model_tflops_per_second": 0.016 * speed,
+          }
+          for step in range(1, 7)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (job.output / "metrics.jsonl").write_text(text)
+      elif job.kind == "figures":
+        seed, step = int(parts[3][4:]), int(parts[4])
+        last = LAST.get(parts[2], (8.0, 8.1))[seed]
+        figures = {"fd_emoji": last + 10 * (4 - step), "class_accuracy": 0.5}
+        job.output.write_text(json.dumps({"figures": figures}))
+      else:
+        job.output.write_text(json.dumps({"figures": {"fd_emoji": 20.0, "class_accuracy": 0.25}}))
+      record.add(job, 60.0, done=True)
+    return {job.name for job in jobs}
+
+  first = complete()
+  assert "figures/beyond/muon/seed0/2" not in first  # how fast it is was not known
+  second = complete()
+  assert "figures/beyond/muon/seed0/2" in second  # half as fast as the baseline
+  assert "figures/beyond/tread/seed1/6" in second  # trained for longer
+  third = complete()
+  assert "diffusion/beyond/muon+tread/seed1" in third
+  complete()
+  assert complete() == {job.name for job in graph.jobs_of(config, run)}
+  page.write(config, run, tmp_path / "beyond.md", "the command")
+  text = (tmp_path / "beyond.md").read_text()
+  rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line[0:1] == "|"}
+  assert rows["| baseline"][1:5] == [
+    "40.100 ± 0.141",
+    "10.100 ± 0.141",
+    "10.100 ± 0.141 (4)",
+    "50.0 ± 0.0",
+  ]
+  assert rows["| muon"][2:4] == ["9.050 ± 0.071", "29.050 ± 0.071 (2)"]
+  assert rows["| tread"][3] == "-10.450 ± 0.071 (6)"
+  assert rows["| muon + tread"][2] == "8.050 ± 0.071"
+  assert rows["| muon"][6:8] == ["1.00 ± 0.00", "2.00"]
+  assert "not trained: 20.000, class accuracy 25.0 %." in text
