@@ -53,6 +53,7 @@ ROWS: dict[str, Row] = {
     sampling={"cfg_scale": 1.5, "cfg_interval_start": 0.0, "routed": 0.3, "guide_routed": 0.7},
     longer=1.5,
   ),
+  "eqvae": Row(tokenizer={"equivariance.share": 0.5}),
 }
 
 

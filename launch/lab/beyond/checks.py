@@ -61,7 +61,10 @@ def tokenizer_of(config: FrozenConfigDict, name: str) -> FrozenConfigDict:
     ) from error
   found.data.source = config.source
   _update(found, dict(row_of(name).tokenizer), name)
-  return tasks.frozen(found)
+  resolved = tasks.frozen(found)
+  if row_of(name).tokenizer:
+    tasks.of(found).check(resolved)
+  return resolved
 
 
 def _update(config: ConfigDict, changes: dict[str, object], name: str) -> None:
