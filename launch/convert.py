@@ -138,6 +138,8 @@ def _config_of(source: str, found: recognition.Weights) -> ConfigDict:
   """The published configuration."""
   task = _TASKS[found.kind]
   module = released.config_of(source)
+  if not module and found.arguments.get("early_head"):
+    module = "configs.lightningdit_xl_internal_guidance"
   console.say(f"configuration: {module or f'configs.base.{task}'}, with the file's architecture")
   return importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
 

@@ -25,6 +25,10 @@ SAMPLE: dict[str, Key] = {
     "Guidance acts on the first channels only; the published scale of 10 is right only for 3. 0: "
     "all channels, where about 4 serves.",
   ),
+  "internal_scale": Key(
+    1.0, "[0, 1e4]", "Internal Guidance, of a model with an early head; 1: none."
+  ),
+  "internal_until": Key(1.0, "[0, 1]", "No Internal Guidance where t is larger."),
   "routed": Key(
     0.0, "[0, 1)", "Share of the tokens led around config.route's blocks; docs/beyond.md."
   ),
@@ -61,6 +65,7 @@ TRANSPORT: dict[str, Key] = {
   "partial_train": Key((), "[0, 1]", "A range (low, high) of times,", kind=float),
   "partial_ratio": Key(1.0, "[0, 1]", "to which this share of them is confined."),
   "use_cosine_loss": Key(True, text="Direction of the velocity beside its mean squared error."),
+  "early_weight": Key(0.5, "[0, 1e9]", "Of the mean squared error of model.early_head, if any."),
 }
 
 
@@ -113,6 +118,16 @@ def check_sampling(
       f"config.sample.cfg_channels is {sample.cfg_channels}; the latents have {model.in_channels} "
       "channels, 0 means all of them."
     )
+  if sample.internal_scale != 1 and not model.early_head:
+    raise InputError(
+      f"config.sample.internal_scale is {sample.internal_scale}, but the model has no early head "
+      "that could guide it; set the scale to 1, or train with config.model.early_head above 0."
+    )
+  if sample.internal_scale != 1 and (sample.routed or sample.guide_routed):
+    raise InputError(
+      "config.sample.internal_scale is for samples with all tokens; set it to 1, or routed and "
+      "guide_routed to 0."
+    )
   if sample.routed or sample.guide_routed:
     routing.stretch(config.route, model.depth)
     if sample.mode == "ODE" and sample.method not in solvers.TABLEAUX:
@@ -153,6 +168,11 @@ def check_model(config: FrozenConfigDict) -> None:
   check_sampling(config.sample, config)
   if config.route.share:
     routing.stretch(config.route, model.depth)
+    if model.early_head:
+      raise InputError(
+        "config.model.early_head reads all tokens, and config.route leads some around it; set "
+        "early_head or route.share to 0."
+      )
   if config.batch_size % (config.accumulate_steps * jax.device_count()):
     raise InputError(
       f"config.accumulate_steps is {config.accumulate_steps}; times the {jax.device_count()} "

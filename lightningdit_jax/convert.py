@@ -28,7 +28,11 @@ RENAMED = {
   "t_embedder.fc2.": "t_embedder.mlp.2.",
   "y_embedder.": "y_embedder.embedding_table.",
   "adaLN_modulation.": "adaLN_modulation.1.",
+  "early_layer.": "final_layer_xr.",  # of CVL-UESTC/Internal-Guidance
 }
+# A tensor that a model with an early head has, and the blocks before that in released files.
+EARLY_MARK = "final_layer_xr.linear.weight"
+RELEASED_EARLY_HEAD = 8
 
 
 def from_torch(state_dict: Mapping[str, Any], **kwargs: Any) -> LightningDiT:
@@ -79,18 +83,36 @@ def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       "The number of heads is unknown: the file has neither feat_rope.freqs_cos nor q_norm, and no "
       f"published size is {hidden_size} wide."
     )
+  depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+  if EARLY_MARK in shapes and depth <= RELEASED_EARLY_HEAD:
+    raise InputError(
+      f"The file has an early head, {EARLY_MARK}, and {depth} blocks, but does not say how many of "
+      "them are before it; give it to a training as config.init_from, with config.model.early_head."
+    )
   return options | {
     "input_size": cells * patch_size,
     "patch_size": patch_size,
     "in_channels": in_channels,
     "hidden_size": hidden_size,
-    "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+    "depth": depth,
+    "early_head": RELEASED_EARLY_HEAD * (EARLY_MARK in shapes),
     "num_heads": num_heads,
     "mlp_ratio": _mlp_ratio(inner, hidden_size, options["use_swiglu"]),
     "num_classes": rows - 1,
     "learn_sigma": outputs == 2 * in_channels * patch_size**2,
     "wo_shift": modulation == 4 * hidden_size,
+    "position_scale": _position_scale(state_dict, cells, hidden_size),
   }
+
+
+def _position_scale(state_dict: Mapping[str, Any], cells: int, hidden_size: int) -> float:
+  """The share that a file's positions are of the fixed ones; 1 where rounding may explain it."""
+  fixed = position_embedding(cells, cells, hidden_size)
+  given = np.asarray(state_dict.get("pos_embed", fixed), np.float32)
+  if given.size != fixed.size:
+    return 1.0
+  scale = float(np.vdot(given, fixed) / np.vdot(fixed, fixed))
+  return scale if 0 <= scale < 0.995 else 1.0
 
 
 def _mlp_ratio(inner: int, hidden_size: int, use_swiglu: bool) -> float:
@@ -109,7 +131,8 @@ def _positions(model: LightningDiT) -> StateDict:
   """The positions of the nominal grid, under PyTorch's names."""
   o = model.options
   size = o.input_size // o.patch_size
-  positions = {"pos_embed": position_embedding(size, size, o.hidden_size)[None]}
+  fixed = position_embedding(size, size, o.hidden_size) * o.position_scale
+  positions = {"pos_embed": fixed[None]}
   if o.use_rope:
     cos_NE, sin_NE = rope_tables(size, size, o.hidden_size // o.num_heads)
     positions |= {"feat_rope.freqs_cos": cos_NE, "feat_rope.freqs_sin": sin_NE}

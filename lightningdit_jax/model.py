@@ -17,6 +17,7 @@ Source: Yao et al., arXiv 2501.01423, section 4; hustvl/LightningDiT models/ligh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -27,8 +28,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import attention, routing
-from lightningdit_jax.dense import ATTENDED, REMAT_POLICIES, Layers
+from lightningdit_jax import attention, internal_guidance, routing
+from lightningdit_jax.dense import ATTENDED, REMAT_POLICIES, XAVIER, Layers
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from vavae_jax.common import functional, keys
 from vavae_jax.common.errors import InputError
@@ -93,6 +94,16 @@ class Options:
   learn_sigma: bool = field(
     False, "", "The head also predicts a variance, unused as in the reference."
   )
+  early_head: int = field(
+    0,
+    "[0, 1023]",
+    "Blocks before a second final layer, which Internal Guidance trains and samples with; 0: none.",
+  )
+  position_scale: float = field(
+    1.0,
+    "[0, 1]",
+    "Of the fixed position embedding, which the optimizer of Internal Guidance's authors decays.",
+  )
   use_qknorm: bool = field(
     False,
     "",
@@ -156,6 +167,8 @@ class Options:
         f"the head size hidden_size/num_heads={width // heads} must be a multiple of 4 "
         "for RoPE, or use_rope be False"
       )
+    if self.early_head >= self.depth:
+      problems.append(f"early_head={self.early_head} must be below depth={self.depth}")
     if problems:
       raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
 
@@ -294,10 +307,12 @@ class Block(nnx.Module):
 class FinalLayer(nnx.Module):
   """Tokens -> patches of the velocity; it keeps its shift even where the blocks have none."""
 
-  def __init__(self, hidden_size: int, out_features: int, layers: Layers):
+  def __init__(
+    self, hidden_size: int, out_features: int, layers: Layers, init: nnx.Initializer = ZEROS
+  ):
     self.norm_final = layers.norm(hidden_size)
-    self.linear = layers.linear(hidden_size, out_features, ZEROS)
-    self.adaLN_modulation = layers.linear(hidden_size, 2 * hidden_size, ZEROS)
+    self.linear = layers.linear(hidden_size, out_features, init)
+    self.adaLN_modulation = layers.linear(hidden_size, 2 * hidden_size, init)
 
   def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
     modulation = self.adaLN_modulation(nnx.silu(c_BD)).astype(jnp.float32)
@@ -344,8 +359,10 @@ class LightningDiT(nnx.Module):
       return Block(o, dataclasses.replace(layers, rngs=rngs))
 
     self.blocks = stacked_blocks(rngs)
-    out_channels = o.in_channels * (2 if o.learn_sigma else 1)
-    self.final_layer = FinalLayer(width, o.patch_size**2 * out_channels, layers)
+    outputs = o.patch_size**2 * o.in_channels * (2 if o.learn_sigma else 1)
+    self.final_layer = FinalLayer(width, outputs, layers)
+    # Its weights begin unlike those of the last one, as in its authors' code.
+    self.early_layer = FinalLayer(width, outputs, layers, XAVIER) if o.early_head else None
 
   def __call__(
     self,
@@ -360,6 +377,20 @@ class LightningDiT(nnx.Module):
     noise and t=1 data; labels are integers in 0 .. num_classes. Any other label gives NaN. A route
     leads tokens around blocks.
     """
+    return self._heads(x_BhwZ, t_B, label_B, route=route)[-1]
+
+  def both(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> list[jax.Array]:
+    """What the early head reads on the way, then what a call gives."""
+    return self._heads(x_BhwZ, t_B, label_B, self.early_layer)
+
+  def _heads(
+    self,
+    x_BhwZ: jax.Array,
+    t_B: jax.Array,
+    label_B: jax.Array,
+    early_layer: FinalLayer | None = None,
+    route: routing.Route | None = None,
+  ) -> list[jax.Array]:
     o = self.options
     self._check_inputs(x_BhwZ, t_B, label_B)
     p, unrounded = o.patch_size, o.reduce_dtype == "float32"
@@ -367,7 +398,7 @@ class LightningDiT(nnx.Module):
     rope = rope_tables(h, w, o.hidden_size // o.num_heads) if o.use_rope else None
 
     x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
-    x_BND = pin_batch(x_BND + position_embedding(h, w, o.hidden_size))
+    x_BND = pin_batch(x_BND + position_embedding(h, w, o.hidden_size) * o.position_scale)
     c_BD = gathered(self.t_embedder, self.dtype, unrounded)(t_B)
     # A label below 0 would wrap around to a class; past the table it gives NaN, as one too large.
     label_B = jnp.where(label_B < 0, np.iinfo(np.int32).max, label_B)
@@ -375,24 +406,35 @@ class LightningDiT(nnx.Module):
 
     graph, weights = nnx.split(self.blocks)
 
-    def scan(x_BND: jax.Array, rope: Rope | None, weights: Any) -> jax.Array:
-      def run_block(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
+    # A scan keeps the recomputation from being merged away, so the barriers against that can go;
+    # unrolled they stay where memory matters, and where it does not a merge is a gain.
+    keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
+
+    def block(rope: Rope | None) -> Any:
+      def run(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, gather(weights_of_block, self.dtype, unrounded))
         return pin_batch(block(x_BND, c_BD, rope)), None
 
-      # A scan keeps the recomputation from being merged away, so the barriers against that can go;
-      # unrolled they stay where memory matters, and where it does not a merge is a gain.
-      keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
-      run_block = jax.checkpoint(run_block, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
-      return jax.lax.scan(run_block, x_BND, weights, unroll=o.scan_unroll)[0]
+      return jax.checkpoint(run, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
 
-    x_BND = (
-      routing.through(scan, x_BND, rope, weights, route) if route else scan(x_BND, rope, weights)
-    )
+    def scan(x_BND: jax.Array, rope: Rope | None, weights: Any) -> jax.Array:
+      return jax.lax.scan(block(rope), x_BND, weights, unroll=o.scan_unroll)[0]
 
-    patches = gathered(self.final_layer, self.dtype, unrounded)(x_BND, c_BD).astype(jnp.float32)
-    out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
-    return out[..., : o.in_channels]
+    def read(head: FinalLayer, x_BND: jax.Array) -> jax.Array:
+      patches = gathered(head, self.dtype, unrounded)(x_BND, c_BD).astype(jnp.float32)
+      out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
+      return out[..., : o.in_channels]
+
+    if early_layer is not None:
+      look = functools.partial(read, early_layer)
+      how = (o.early_head, o.scan_unroll, keeps_apart)
+      x_BND, early = internal_guidance.scan(block(rope), look, x_BND, weights, *how)
+      return [early, read(self.final_layer, x_BND)]
+    if route is not None:
+      x_BND = routing.through(scan, x_BND, rope, weights, route)
+    else:
+      x_BND = scan(x_BND, rope, weights)
+    return [read(self.final_layer, x_BND)]
 
   def _check_inputs(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> None:
     if x_BhwZ.ndim != 4 or x_BhwZ.shape[-1] != self.options.in_channels:

@@ -24,7 +24,15 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 from rich.progress import Progress
 
-from lightningdit_jax import checks, routing, sampling, solvers, training, transport
+from lightningdit_jax import (
+  checks,
+  internal_guidance,
+  routing,
+  sampling,
+  solvers,
+  training,
+  transport,
+)
 from lightningdit_jax.model import Options, build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
@@ -284,14 +292,16 @@ class Pipeline:
     shares = (chosen.routed, chosen.guide_routed)
     static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
     is_guided = chosen.cfg_scale != 1 and chosen.cfg_interval_start < 1
-    guidance = (np.float32(chosen.cfg_scale), np.float32(chosen.cfg_interval_start))
+    names = ["cfg_scale", "cfg_interval_start"] if is_guided else []
+    names += ["internal_scale", "internal_until"] if chosen.internal_scale != 1 else []
+    guidance = {name: np.float32(chosen[name]) for name in names}
     x = batch.get("noise")
     if x is None:
       x = _noise(self._shape, np.uint32(seed), batch["index"])
     yield x
     for ends in itertools.pairwise(self._grid(chosen)):
       before, each = x, (batch["label"], batch["index"], np.uint32(seed))
-      x = _advance(*static, is_guided, self._placed, x, np.array(ends), *each, *guidance)
+      x = _advance(*static, self._placed, x, np.array(ends), *each, guidance)
       before.block_until_ready()  # so that the host is never more than a step ahead
       yield x
 
@@ -337,32 +347,31 @@ def _noise(shape: tuple[int, ...], seed: jax.Array, index_B: jax.Array) -> jax.A
   return sampling.noise_of(seed, index_B, shape)
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
+@functools.partial(jax.jit, static_argnums=range(5))
 def _advance(
   config: FrozenConfigDict,
   dtype: str,
   method: str,
   channels: int,
   shares: tuple[float, float],
-  is_guided: bool,
   params: Any,
   x_BhwZ: jax.Array,
   ends: jax.Array,
   label_B: jax.Array,
   index_B: jax.Array,
   seed: jax.Array,
-  scale: jax.Array,
-  start: jax.Array,
+  guidance: dict[str, jax.Array],
 ) -> jax.Array:
-  """One step of a solver, from the time ends[0] to ends[1]."""
+  """One step of a solver, from the time ends[0] to ends[1], with the guidance that is on."""
   model = nnx.merge(functional.graph_of(build_model(config, dtype)), params)
   towards, away = routing.for_sampling((config, model), None, shares, seed, index_B)
+  internal = guidance.get("internal_scale", 1.0), guidance.get("internal_until", 1.0)
   predict = sampling.guided(
-    towards,
+    internal_guidance.extrapolated(towards, *internal),
     label_B,
     config.model.num_classes,
-    cfg_scale=scale if is_guided else 1.0,
-    cfg_interval_start=start,
+    cfg_scale=guidance.get("cfg_scale", 1.0),
+    cfg_interval_start=guidance.get("cfg_interval_start", 0.0),
     cfg_channels=channels,
     guide=away,
   )

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import routing, transport
+from lightningdit_jax import internal_guidance, routing, transport
 from lightningdit_jax.model import LightningDiT, build_model
 from lightningdit_jax.solvers import check_solver, integrate, sample_sde
 from vavae_jax.common import functional
@@ -203,7 +203,7 @@ def sample_latents(
   shares = (sample.routed, sample.guide_routed)
   model, away = routing.for_sampling(main, other, shares, seed, index_B)
   predict = guided(
-    model,
+    internal_guidance.extrapolated(model, sample.internal_scale, sample.internal_until),
     label_B,
     config.model.num_classes,
     cfg_scale=sample.cfg_scale,

@@ -5,6 +5,7 @@ Reference: `train.py`. Parameters, EMA, optimizer and losses are float32, matmul
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -111,6 +112,8 @@ def update(
     loss = metrics["mse"]
     if config.transport.use_cosine_loss:
       loss += metrics["cosine"]
+    if config.model.early_head:
+      loss += config.transport.early_weight * metrics["early_mse"]
     return loss, {"loss": loss, **metrics}
 
   batch = (latent_BhwZ, noise_BhwZ, t_B, label_B, kept_BN)
@@ -128,19 +131,26 @@ def losses(
   label_B: jax.Array,
   kept_BN: jax.Array | None = None,
 ) -> Metrics:
-  """Per-sample losses [B], by `transport.losses`; `routing` leads all but `kept_BN` around."""
+  """Per-sample losses [B], by `transport.losses`; `routing` leads all but `kept_BN` around.
+
+  "early_mse" is of the early head, if there is one.
+  """
   model = nnx.merge(functional.graph_of(build_model(config)), params)
   settings = config.transport
   x_BhwZ = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, settings.path_type)
-  return transport.losses(
-    model(x_BhwZ, t_B, label_B, routing.of(config, kept_BN)),
-    latent_BhwZ,
-    noise_BhwZ,
-    t_B,
+  of = functools.partial(
+    transport.losses,
+    latent_BhwZ=latent_BhwZ,
+    noise_BhwZ=noise_BhwZ,
+    t_B=t_B,
     path=settings.path_type,
     prediction=settings.prediction,
     loss_weight=settings.loss_weight,
   )
+  if not config.model.early_head:
+    return of(model(x_BhwZ, t_B, label_B, routing.of(config, kept_BN)))
+  early, last = model.both(x_BhwZ, t_B, label_B)
+  return of(last) | {"early_mse": of(early)["mse"]}
 
 
 def data_source(config: FrozenConfigDict) -> str:
@@ -173,6 +183,8 @@ def figures(config: FrozenConfigDict) -> list[str]:
   """The names of all numbers that `evaluators` give."""
   if not config.latents.valid_path:
     return []
-  directed = transport.PREDICTIONS[config.transport.prediction].has_direction
+  names = ["mse", *(["early_mse"] if config.model.early_head else [])]
+  if transport.PREDICTIONS[config.transport.prediction].has_direction:
+    names.append("cosine")
   places = ["", *(f"_t{t:.2f}" for t in validation.times(config))]
-  return [f"validation/{x}{at}" for x in ("mse", "cosine")[: 1 + directed] for at in places]
+  return [f"validation/{x}{at}" for x in names for at in places]

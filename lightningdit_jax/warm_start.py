@@ -1,7 +1,7 @@
 """Initial weights from another LightningDiT, whose channels, classes or grid may differ.
 
 Reference: `load_weights_with_shape_check` of `train.py`, which skips all that does not fit; here
-only the layers that depend on channels or classes may differ.
+only the layers that depend on channels or classes may differ, and an early head come or go.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.weights.torch_weights import without_wrappers
 
 EMBEDDER = ("x_embedder", "kernel")
-HEAD = "final_layer"
-# Layers that start afresh where their shapes differ: labels by the classes, the head by the
+EARLY = "early_layer"
+HEADS = ("final_layer", EARLY)
+# Layers that start afresh where their shapes differ: labels by the classes, heads by the
 # channels. A head that differs alone means another `learn_sigma`, which is refused.
 MAY_START_AFRESH = (
   ("y_embedder", "embedding"),
-  (HEAD, "linear", "kernel"),
-  (HEAD, "linear", "bias"),
+  *((head, "linear", kind) for head in HEADS for kind in ("kernel", "bias")),
 )
 
 
@@ -42,15 +42,20 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
   new, old = flatten_dict(fresh), flatten_dict(given)
   same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
   notes, problems, taken = [], [], {}
+  if (EARLY in fresh) != (EARLY in given):
+    notes.append(f"the early head {'starts afresh' if EARLY in fresh else 'is left out'}")
+    old = {path: leaf for path, leaf in old.items() if path[0] != EARLY}
   for path, leaf in new.items():
     name, shape = "/".join(path), np.shape(old.get(path))
     if path in old and shape == leaf.shape:
       taken[path] = jnp.asarray(old[path])
+    elif path[0] == EARLY and EARLY not in given:
+      taken[path] = leaf
     elif path == EMBEDDER and shape[:2] == leaf.shape[:2] and shape[3:] == leaf.shape[3:]:
       common = min(shape[2], leaf.shape[2])
       taken[path] = jnp.zeros_like(leaf).at[:, :, :common].set(old[path][:, :, :common])
       notes.append(f"{name} keeps {common} of {leaf.shape[2]} channels, the others are zero")
-    elif path in old and path in MAY_START_AFRESH and not (same_channels and path[0] == HEAD):
+    elif path in old and path in MAY_START_AFRESH and not (same_channels and path[0] in HEADS):
       taken[path] = leaf
       notes.append(f"{name} starts afresh: {shape} there, {leaf.shape} here")
     else:
@@ -83,6 +88,8 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
       f"begin with {', '.join(sorted(state_dict)[:3])}."
     ) from error
   kwargs |= {"in_channels": channels, "patch_size": patch}
+  # Which block it is behind concerns no weight.
+  kwargs["early_head"] = (kwargs.get("early_head") or 1) * (convert.EARLY_MARK in state_dict)
   kwargs["num_classes"] = rows - (kwargs["class_dropout_prob"] > 0)
   if "pos_embed" in state_dict:
     kwargs["input_size"] = int(np.shape(state_dict["pos_embed"])[1] ** 0.5) * patch

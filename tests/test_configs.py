@@ -18,6 +18,7 @@ from configs import (
   lightningdit,
   lightningdit_sdvae,
   lightningdit_xl_800ep,
+  lightningdit_xl_internal_guidance,
   quickstart,
   vavae_f16d32,
 )
@@ -145,6 +146,7 @@ def test_the_ablation_goes_from_dit_to_the_published_recipe():
     (lightningdit.get_config("table2,B/1"), 10_000, ("dopri5", 0.0, 1.0, 0.0)),
     (base.diffusion(), 50_000, ("euler", 0.3, 10.0, 0.1)),
     (lightningdit_xl_800ep.get_config(), 50_000, ("euler", 0.3, 6.7, 0.125)),
+    (lightningdit_xl_internal_guidance.get_config(), 50_000, ("heun2", 0.3, 1.45, 0.19)),
   ],
 )
 def test_a_recipe_carries_the_protocol_of_its_number(config, count, sampler):
@@ -168,6 +170,13 @@ def test_the_800_epoch_recipe_ends_logit_normal_times_at_step_600_000():
   config = lightningdit_xl_800ep.get_config()
   phases = [training.phase(config, step) for step in (1, 600_000, 600_001, config.num_steps)]
   assert phases == ["logit-normal", "logit-normal", "uniform", "uniform"]
+
+
+def test_internal_guidance_can_be_trained_at_xl():
+  config = resolve(lightningdit_xl_internal_guidance.get_config(), base.KEYS["diffusion"])
+  loop.check(config)
+  checks.check_model(config)
+  assert config.num_steps * config.batch_size // 1_281_167 == 679  # 680 but for a part of one
 
 
 @pytest.mark.parametrize("argument", ["tokenizer", "diffusion", "tokenizer,tiny", "diffusion,tiny"])

@@ -73,8 +73,15 @@ LATER: dict[str, dict[str, dict[str, Any]]] = {
   },
   "classifier": _PICTURES,
   "diffusion": {
+    "model": {"early_head": 0, "position_scale": 1.0},
+    "transport": {"early_weight": 0.5},
     "optimizer": {"muon": False},
-    "sample": {"routed": 0.0, "guide_routed": 0.0},
+    "sample": {
+      "internal_scale": 1.0,
+      "internal_until": 1.0,
+      "routed": 0.0,
+      "guide_routed": 0.0,
+    },
     "route": {"share": 0.0, "until": 0, "first": 2, "last": -4},
   },
 }
