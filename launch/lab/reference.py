@@ -34,6 +34,15 @@ _TEACHERS = {
 }
 
 
+def model_arguments(model: FrozenConfigDict) -> dict[str, Any]:
+  """The arguments of the reference's LightningDiT for our `config.model`; with an early head those
+  of the class in CVL-UESTC/Internal-Guidance.
+  """
+  ours = {*ONLY_OURS, "early_head", "position_scale"}  # the file of weights has the positions
+  early = {"encoder_depth": model["early_head"]} if model["early_head"] else {}
+  return {name: value for name, value in model.items() if name not in ours} | early
+
+
 class Checkouts(NamedTuple):
   """Where the reference is, and what runs it."""
 
@@ -138,7 +147,7 @@ def job_of(
 
 
 def _diffusion_job(config: FrozenConfigDict, what: str) -> dict[str, Any]:
-  model = {name: value for name, value in config.model.items() if name not in ONLY_OURS}
+  model = model_arguments(config.model)
   model["use_checkpoint"] = config.model.use_checkpoint  # the reference recomputes all, too
   if what == "sample":
     if config.sample.mode != "ODE":

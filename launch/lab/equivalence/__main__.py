@@ -7,7 +7,8 @@ r"""Runs the PyTorch reference beside this project on the same weights and input
 torch, timm, einops, numpy and pillow (trajectories also need torchdiffeq, fid_inception
 torch-fidelity). Other imports of the reference (fairscale, pytorch_lightning, torchvision,
 requests) do not affect these numbers; empty modules replace those that do not load.
-Weights are random, or those of --checkpoint. --model is a preset of LightningDiT or of the
+Weights are random, or those of --checkpoint. --model is a preset of LightningDiT (with
+",internal_guidance" for a checkout's LightningDiT folder of CVL-UESTC/Internal-Guidance) or of the
 tokenizer (f16d32), a tokenizer's training step (f16d32_training, which also needs --taming), a
 teacher, lpips or fid_inception. Writes a table, OUTPUT.json and OUTPUT.html; the exit status is 1
 if a difference exceeds its limit.

@@ -19,10 +19,10 @@ from ml_collections import FrozenConfigDict
 import configs.base
 import lightningdit_jax.convert
 from launch.lab.equivalence import training as tokenizer_training
-from launch.lab.reference import Checkouts, training_job
+from launch.lab.reference import Checkouts, model_arguments, training_job
 from launch.weights.recognition import recognise
-from lightningdit_jax import sampling, training
-from lightningdit_jax.model import ONLY_OURS, PRESETS, Block, FinalLayer, TimestepEmbedder
+from lightningdit_jax import internal_guidance, sampling, training
+from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
 from vavae_jax import autoencoder, perceptual, teachers
 from vavae_jax import convert as vae
 from vavae_jax.common import optimizer
@@ -80,7 +80,7 @@ class Case:
 def recording(*classes: type) -> Iterator[Arrays]:
   """Yields a dict that receives the output of every call of these modules, as "layer/NNN".
 
-  Scans become loops, so that it sees each of their rounds.
+  Scans become loops, so that it sees each of their rounds, and branches take one way.
   """
   found: Arrays = {}
 
@@ -99,7 +99,12 @@ def recording(*classes: type) -> Iterator[Arrays]:
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(mock.patch.object(jax.lax, "scan", scan))
-    stack.enter_context(mock.patch.object(jax, "checkpoint", lambda f, **_: f))
+    stack.enter_context(
+      mock.patch.object(jax, "checkpoint", lambda f=None, **_: f or (lambda f: f))
+    )
+    stack.enter_context(
+      mock.patch.object(jax.lax, "cond", lambda is_so, a, b: a() if is_so else b())
+    )
     for watched in classes:
       stack.enter_context(mock.patch.object(watched, "__call__", kept(watched.__call__)))
     yield found
@@ -107,7 +112,9 @@ def recording(*classes: type) -> Iterator[Arrays]:
 
 def lightningdit_case(settings: Settings) -> Case:
   """A preset, or the architecture of a checkpoint."""
-  config = configs.base.diffusion(settings.model)
+  size, _, option = settings.model.partition(",")
+  config = configs.base.diffusion(size)
+  config.model.early_head = 8 if option else 0
   config.optimizer.update(ema_decays=())
   if settings.checkpoint:
     config.model.update(recognise(read_content(settings.checkpoint)).arguments)
@@ -119,12 +126,14 @@ def lightningdit_case(settings: Settings) -> Case:
   inputs["label"] = draw.integers(config.model.num_classes, size=settings.batch_size)
   job = {
     "model": "lightningdit",
-    "arguments": {k: v for k, v in config.model.items() if k not in ONLY_OURS},
+    "arguments": model_arguments(config.model),
     "watch": ["TimestepEmbedder", "LightningDiTBlock", "FinalLayer"],
     "learning_rate": config.optimizer.learning_rate,
     "steps": settings.steps,
     "trajectory": settings.trajectory,
   }
+  if option:
+    job["guidance"] = GUIDANCE
   run = functools.partial(_run_lightningdit, config.to_dict(), settings, inputs)
   return Case(job, inputs, run, "LightningDiT", ("float32", "bfloat16"))
 
@@ -138,17 +147,30 @@ def _run_lightningdit(
   kwargs = {k: v for k, v in frozen.model.items() if k != "attention"}
   model = lightningdit_jax.convert.from_torch(state_dict, **kwargs, dtype=jnp.dtype(dtype))
   graph, weights = nnx.split(model)
+  is_guided = bool(config["model"]["early_head"])
   with recording(TimestepEmbedder, Block, FinalLayer) as out:
-    model(latent, t, label)
+    model.both(latent, t, label) if is_guided else model(latent, t, label)
 
   @jax.jit
-  def forward(weights: Any, x: jax.Array, t: jax.Array) -> jax.Array:
-    return nnx.merge(graph, weights)(x, t, label)
+  def forward(weights: Any, x: jax.Array, t: jax.Array) -> list[jax.Array]:
+    model = nnx.merge(graph, weights)
+    return model.both(x, t, label) if is_guided else [model(x, t, label)]
 
-  out["output"] = _nchw(forward(weights, latent, t))
+  @jax.jit
+  def velocity(weights: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, weights)
+    if not is_guided:
+      return model(x, jnp.full(len(x), t), label)
+    away = internal_guidance.extrapolated(model, GUIDANCE["ig_scale"])
+    given: dict[str, Any] = {k: value for k, value in GUIDANCE.items() if k != "ig_scale"}
+    null = frozen.model.num_classes
+    return sampling.guided(away, label, null, cfg_channels=0, **given)(x, t)
+
+  names = ["output/early", "output"] if is_guided else ["output"]
+  out |= dict(zip(names, map(_nchw, forward(weights, latent, t)), strict=True))
   if settings.trajectory:
     end = sampling.sample_ode(
-      lambda x, t: forward(weights, x, jnp.full(len(x), t)), noise, num_steps=settings.trajectory
+      functools.partial(velocity, weights), noise, num_steps=settings.trajectory
     )
     out[f"trajectory/{settings.trajectory - 1}"] = _nchw(end)
   if settings.steps:
@@ -164,7 +186,9 @@ def _train(
   """Gradients of the first step, losses, parameters after the last."""
 
   def loss(params: Any) -> jax.Array:
-    return sum(map(jnp.mean, training.losses(config, params, *batch).values()), start=jnp.zeros(()))
+    means = {k: jnp.mean(x) for k, x in training.losses(config, params, *batch).items()}
+    early = config.transport.early_weight * means.pop("early_mse", jnp.zeros(()))
+    return sum(means.values(), start=early)
 
   def named(group: str, tree: Any) -> Arrays:
     tensors = lightningdit_jax.convert.to_torch(nnx.merge(graph, jax.device_get(tree)))
@@ -290,8 +314,11 @@ def lpips_case(settings: Settings) -> Case:
 # Two steps of both optimizers, with LPIPS, PatchGAN and DINOv2-L, of the reference's `vavae/`.
 TRAINED = {f"{name}_training": name for name in ("f16d16", "f16d32", "f16d64")}
 TEACHERS = tuple(name for name in teachers.NAMES if teachers.find(name)[1].timm)
+# Of the trajectory of a model with an early head, as its authors name and set it.
+GUIDANCE = {"ig_scale": 1.4, "cfg_scale": 1.45, "cfg_interval_start": 0.19}
 CASES: Mapping[str, Callable[[Settings], Case]] = {
   **dict.fromkeys(PRESETS, lightningdit_case),
+  **dict.fromkeys((f"{name},internal_guidance" for name in PRESETS), lightningdit_case),
   **dict.fromkeys(("f16d16", "f16d32", "f16d64", "mar_f16d16"), autoencoder_case),
   **dict.fromkeys(TRAINED, tokenizer_training_case),
   **dict.fromkeys(TEACHERS, teacher_case),
@@ -303,7 +330,7 @@ CASES: Mapping[str, Callable[[Settings], Case]] = {
 def make_case(settings: Settings) -> Case:
   """The case of `settings.model`."""
   size = settings.image_size
-  if settings.model not in PRESETS and (size < 16 or size % 16):
+  if settings.model.partition(",")[0] not in PRESETS and (size < 16 or size % 16):
     raise InputError(f"--image_size is {size}; give a multiple of 16.")
   return CASES[settings.model](settings)
 

@@ -22,10 +22,10 @@ from ml_collections import FrozenConfigDict
 
 from launch.engine.checkpoint import Checkpoints
 from launch.lab.equivalence import handover
-from launch.lab.reference import Checkouts
+from launch.lab.reference import Checkouts, model_arguments
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax import convert, training
-from lightningdit_jax.model import ONLY_OURS, build_model
+from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common import functional
@@ -198,7 +198,7 @@ def to_theirs(settings: Settings, output: Path, *, workdir: str, step: int) -> N
 
 
 def job_of(settings: Settings, threads: int) -> dict[str, Any]:
-  model = {k: v for k, v in settings.config.model.items() if k not in ONLY_OURS}
+  model = model_arguments(settings.config.model)
   checkout = str(settings.checkouts.lightningdit.absolute())
   return {"checkout": checkout, "threads": threads, "model": model}
 

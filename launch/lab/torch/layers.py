@@ -97,6 +97,9 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
   with torch.no_grad(), watched(model, job["watch"]) as found, precision(job):
     output = model(latent, t, label)
   yield from found.items()
+  if guidance := job.get("guidance"):  # of CVL-UESTC/Internal-Guidance, with its early head
+    output, early = output
+    yield "output/early", early
   yield "output", output
   from transport import Sampler, create_transport
 
@@ -124,7 +127,12 @@ def lightningdit(job: dict[str, Any], given: Arrays) -> Named:
     )
     load(model, job)
     with torch.no_grad(), precision(job):
-      end = sampler(noise, model, y=label)[-1]
+      if guidance:
+        y = torch.cat([label, torch.full_like(label, job["arguments"]["num_classes"])])
+        double, more = torch.cat([noise, noise]), {"cfg_interval": True, **guidance}
+        end = sampler(double, model.forward_with_cfg, y=y, **more)[-1].chunk(2)[0]
+      else:
+        end = sampler(noise, model, y=label)[-1]
     yield f"trajectory/{job['trajectory'] - 1}", end
 
 
