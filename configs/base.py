@@ -279,6 +279,7 @@ def _classifier() -> Keys:
       "depth": Key(1, "[0, 64]", "Residual blocks of each grid."),
       "patch_size": Key(2, "[1, 4096]", "Pixels along each side folded into channels first."),
       "norm_groups": Key(8, "[1, 8192]", "Of every GroupNorm."),
+      "standardised": Key(True, text="Each filter has the mean 0 and one deviation."),
     },
     "loss": {"label_smoothing": Key(0.1, "[0, 1)")},
     "optimizer": _optimizer(

@@ -6,6 +6,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,7 +19,7 @@ from launch.evaluation.features import load_network
 from launch.evaluation.pictures import open_pictures
 from vavae_jax import classification
 from vavae_jax.common.errors import InputError
-from vavae_jax.metrics.classifier import Classifier
+from vavae_jax.metrics.classifier import Classifier, Conv
 
 
 def configuration(pictures, **changes):
@@ -40,6 +41,16 @@ def test_features_are_of_one_picture_and_the_head_is_linear_in_them():
   among_others, _ = run(image.at[0].multiply(-1))
   np.testing.assert_allclose(among_others[1:], features[1:], rtol=1e-4, atol=1e-5)
   assert np.std(features, axis=0).max() > 1e-3
+
+
+def test_standardised_filters_do_not_know_their_kernels_mean_and_scale():
+  image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  conv, changed = (
+    Conv(3, 4, 2, standardised=True, dtype=jnp.float32, rngs=nnx.Rngs(0)) for _ in "ab"
+  )
+  changed.kernel[...] = 3 * conv.kernel[...] + jnp.arange(4)
+  np.testing.assert_allclose(changed(image), conv(image), atol=1e-4)
+  assert conv(image).shape == (2, 4, 4, 4)
 
 
 def test_it_learns_to_tell_classes_apart(pictures):

@@ -71,7 +71,7 @@ LATER: dict[str, dict[str, dict[str, Any]]] = {
     "teacher": {"centre": False},
     "equivariance": {"share": 0.0, "low_share": 0.0, "scales": [0.25, 0.5, 0.75]},
   },
-  "classifier": _PICTURES,
+  "classifier": {"data": {**_PICTURES["data"], "pad": 0}, "model": {"standardised": False}},
   "diffusion": {
     "model": {"early_head": 0, "position_scale": 1.0},
     "transport": {"early_weight": 0.5},

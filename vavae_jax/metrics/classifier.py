@@ -1,10 +1,15 @@
 """A small picture classifier: features for a Frechet distance where no published network fits.
 
 It judges tokenizers and diffusion models without having taught either of them. Wide residual blocks
-on three grids, GroupNorm instead of BatchNorm, so that it is a function of one picture.
+on three grids, GroupNorm instead of BatchNorm, so that it is a function of one picture. Filters are
+standardised (arXiv 1903.10520), which makes up for what that costs in learning.
 """
 
 from __future__ import annotations
+
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,32 @@ from flax import nnx
 from vavae_jax.common.errors import InputError
 
 GRIDS = 3
+
+
+class Conv(nnx.Conv):
+  """A 3x3 convolution without bias; with `standardised` weights each filter has the mean 0 and the
+  deviation that keeps the scale of a rectified input."""
+
+  def __init__(
+    self, channels: int, wanted: int, stride: int = 1, *, standardised: bool, **options: Any
+  ):
+    super().__init__(channels, wanted, (3, 3), stride, use_bias=False, **options)
+    self.stride, self.standardised = stride, standardised
+
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """[B,H,W,channels] -> [B, H/stride, W/stride, wanted]."""
+    kernel = self.kernel.get_value()
+    if self.standardised:
+      count = math.prod(kernel.shape[:-1])
+      mean, var = (f(kernel, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+      kernel = (kernel - mean) * jax.lax.rsqrt(count * var / 2 + 1e-6)
+    return jax.lax.conv_general_dilated(
+      x_BHWC.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class Classifier(nnx.Module):
@@ -31,6 +62,7 @@ class Classifier(nnx.Module):
     depth: int = 1,
     patch_size: int = 2,
     norm_groups: int = 8,
+    standardised: bool = True,
     dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -39,8 +71,7 @@ class Classifier(nnx.Module):
     self.patch_size = patch_size
     self.feature_size = width * 2 ** (GRIDS - 1)
 
-    def conv(channels: int, wanted: int, stride: int = 1) -> nnx.Conv:
-      return nnx.Conv(channels, wanted, (3, 3), stride, use_bias=False, dtype=dtype, rngs=rngs)
+    conv = functools.partial(Conv, standardised=standardised, dtype=dtype, rngs=rngs)
 
     def norm(channels: int) -> nnx.GroupNorm:
       return nnx.GroupNorm(channels, norm_groups, dtype=jnp.float32, rngs=rngs)
