@@ -104,14 +104,14 @@ def judge(size: str = "cifar", second: bool = False) -> ConfigDict:
   config.evaluate_every_steps = 1_000
   _pictures(config, size)
   config.data.update(flip=True, pad=4)
-  config.model.update(width=64, patch_size=1)
+  config.model.update(width=64)
   config.optimizer.update(weight_decay=0.1, warmup_steps=500)
   if size == "tiny":
     config.update(name="Emoji")
-    config.model.update(num_classes=9, width=8, norm_groups=4, patch_size=4)
+    config.model.update(num_classes=9, width=8, norm_groups=2, patch_size=4)
   if second:
     config.update(seed=1, name=f"{config.name}2")
-    config.model.update(depth=config.model.depth + 1, patch_size=2 * config.model.patch_size)
+    config.model.update(depth=2, width=config.model.width * 3 // 4)
   _tiny(config, size)
   config.optimizer.decay_steps = config.num_steps
   return config

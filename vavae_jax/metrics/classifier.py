@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.nn.initializers import lecun_normal
 
 from vavae_jax.common.errors import InputError
 
 GRIDS = 3
 
 
-class Conv(nnx.Conv):
+class Conv(nnx.Module):
   """A 3x3 convolution without bias; with `standardised` weights each filter has the mean 0 and the
   deviation that keeps the scale of a rectified input."""
 
   def __init__(
-    self, channels: int, wanted: int, stride: int = 1, *, standardised: bool, **options: Any
+    self,
+    channels: int,
+    wanted: int,
+    stride: int = 1,
+    *,
+    standardised: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
-    super().__init__(channels, wanted, (3, 3), stride, use_bias=False, **options)
-    self.stride, self.standardised = stride, standardised
+    self.kernel = nnx.Param(lecun_normal()(rngs.params(), (3, 3, channels, wanted)))
+    self.stride, self.standardised, self.dtype = stride, standardised, dtype
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     """[B,H,W,channels] -> [B, H/stride, W/stride, wanted]."""
