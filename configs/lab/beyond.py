@@ -4,7 +4,7 @@ r"""What the options of docs/beyond.md are worth at small size: a row for each, 
     --config.source=zip:cifar10_train.zip --config.test_source=zip:cifar10_test.zip
 
 trains and evaluates everything, or the rest of it, and writes the page; in the workdir of
-launch.lab.dilemma it takes the judges and latents that are there. About 8 hours of two cores, by
+launch.lab.dilemma it takes the judges and latents that are there. About 9 hours of two cores, by
 counting operations. The baseline alone:
 
   python -m launch.train --config=configs/lab/beyond.py:cifar,diffusion --workdir=DIR \

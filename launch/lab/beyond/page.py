@@ -60,7 +60,7 @@ class _Page:
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
       f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Class accuracy "
       f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
-      f"products. Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
+      f"products, guidance as if it were on at all times. Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
     )
     yield ""
     rows = [*config.rows, *([self.combined] if self.combined else [])]
