@@ -46,6 +46,7 @@ ROWS: dict[str, Row] = {
   BASELINE: Row(control=True),
   "guidance": Row(sampling={"cfg_scale": 1.5, "cfg_interval_start": 0.1}, control=True),
   "autoguidance": Row(sampling={"cfg_scale": 1.5, "cfg_interval_start": 0.1}, guide=True),
+  "internal_guidance": Row({"model.early_head": 2}, sampling={"internal_scale": 1.4}),
   "muon": Row({"optimizer.muon": True}),
   "tread": Row(_TREAD, longer=1.5),
   "tread_guided": Row(

@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 
 from configs.lab import beyond
 from configs.lab.beyond import Row
-from launch.lab.beyond import checks, graph, page
+from launch.lab.beyond import checks, graph, page, rows
 from launch.lab.jobs import Record, digests
 from vavae_jax.common.errors import InputError
 
@@ -30,7 +30,7 @@ def test_every_row_is_a_configuration_and_jobs_follow_what_they_need(size, tmp_p
   assert len({*names}) == len(names)
   assert "diffusion/beyond/guidance/seed0" not in names  # the baseline's
   model = beyond.diffusion(size)
-  assert all(model.keep_every_steps % model.log_every_steps == 0 for _ in "1")
+  assert model.keep_every_steps % model.log_every_steps == 0  # the seconds of each checkpoint
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,25 @@ def test_a_change_that_is_not_possible_is_named(monkeypatch):
 
 
 def test_a_combined_row_has_the_changes_of_all():
-  row = graph.row_of("muon+tread+autoguidance")
+  row = rows.row_of("muon+tread+autoguidance")
   changes = {**beyond.ROWS["muon"].training, **beyond.ROWS["tread"].training}
   assert (row.training, row.guide, row.longer) == (changes, True, 1.5)
   assert row.sampling == beyond.ROWS["autoguidance"].sampling
 
 
+def test_what_excludes_each_other_is_not_combined():
+  """An early head reads all tokens."""
+  names = ["muon", "tread", "internal_guidance", "autoguidance"]
+  assert rows.together(experiment(), names) == "muon+tread+autoguidance"
+  assert rows.together(experiment(), names[2:0:-1]) == "internal_guidance"
+
+
 def test_guidance_costs_what_it_computes():
-  """Twice as much where the other prediction is taken; a third of the tokens' products less."""
+  """Twice as much where another prediction is taken."""
   config = experiment(rows=("baseline", "guidance"))
-  plain = page.sampling_cost(checks.diffusion_of(config, "baseline"), False)
+  plain = page.sampling_cost(rows.diffusion_of(config, "baseline"), False)
   always = FrozenConfigDict(
-    checks.diffusion_of(config, "baseline").to_dict()
+    rows.diffusion_of(config, "baseline").to_dict()
     | {
       "sample": beyond.diffusion("tiny").sample.to_dict()
       | {"cfg_scale": 2.0, "cfg_interval_start": 0.0}
@@ -129,15 +136,17 @@ def test_the_table_is_at_equal_steps_and_at_equal_time_and_winners_are_combined(
   assert complete() == {job.name for job in graph.jobs_of(config, run)}
   page.write(config, run, tmp_path / "beyond.md", "the command")
   text = (tmp_path / "beyond.md").read_text()
-  rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line[0:1] == "|"}
-  assert rows["| baseline"][1:5] == [
+  table = {
+    line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line[0:1] == "|"
+  }
+  assert table["| baseline"][1:5] == [
     "40.100 ± 0.141",
     "10.100 ± 0.141",
     "10.100 ± 0.141 (4)",
     "50.0 ± 0.0",
   ]
-  assert rows["| muon"][2:4] == ["9.050 ± 0.071", "29.050 ± 0.071 (2)"]
-  assert rows["| tread"][3] == "-10.450 ± 0.071 (6)"
-  assert rows["| muon + tread"][2] == "8.050 ± 0.071"
-  assert rows["| muon"][6:8] == ["1.00 ± 0.00", "2.00"]
+  assert table["| muon"][2:4] == ["9.050 ± 0.071", "29.050 ± 0.071 (2)"]
+  assert table["| tread"][3] == "-10.450 ± 0.071 (6)"
+  assert table["| muon + tread"][2] == "8.050 ± 0.071"
+  assert table["| muon"][6:8] == ["1.00 ± 0.00", "2.00"]
   assert "not trained: 20.000, class accuracy 25.0 %." in text

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
-import lightningdit_jax.checks
-from configs.lab import beyond, dilemma
-from launch import tasks
-from launch.lab.beyond.graph import row_of
+from configs.lab import beyond
+from launch.lab.beyond.rows import diffusion_of, tokenizer_of
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import sources
 
@@ -37,38 +35,3 @@ def check(config: FrozenConfigDict) -> None:
     tokenizer_of(config, name)
   for spec in filter(None, (config.source, config.test_source)):
     sources.check_readable(sources.open_source(spec))
-
-
-def diffusion_of(config: FrozenConfigDict, name: str) -> FrozenConfigDict:
-  """The configuration of a row's diffusion models, with its sampling; InputError if it is wrong."""
-  row, found = row_of(name), beyond.diffusion(config.size)
-  changes = {**row.training, **{f"sample.{key}": x for key, x in row.sampling.items()}}
-  _update(found, changes, name)
-  resolved = tasks.frozen(found)
-  lightningdit_jax.checks.check_model(resolved)
-  return resolved
-
-
-def tokenizer_of(config: FrozenConfigDict, name: str) -> FrozenConfigDict:
-  """The configuration of a row's tokenizer; InputError if it is wrong."""
-  try:
-    found = dilemma.tokenizer(
-      "tiny" if config.size == "tiny" else "cifar", *config.tokenizer.split("/")
-    )
-  except (TypeError, ValueError, KeyError) as error:
-    raise InputError(
-      f"config.tokenizer is {config.tokenizer!r}, which is not VARIANT/fPdZ/klW: {error}"
-    ) from error
-  found.data.source = config.source
-  _update(found, dict(row_of(name).tokenizer), name)
-  resolved = tasks.frozen(found)
-  if row_of(name).tokenizer:
-    tasks.of(found).check(resolved)
-  return resolved
-
-
-def _update(config: ConfigDict, changes: dict[str, object], name: str) -> None:
-  try:
-    config.update_from_flattened_dict(changes)
-  except (KeyError, AttributeError, TypeError) as error:
-    raise InputError(f"The row {name} has a change that is not possible: {error}") from error

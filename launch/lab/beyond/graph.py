@@ -8,7 +8,6 @@ while jobs are done, and ends when it does not.
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from configs.lab import beyond, dilemma
 from configs.lab.beyond import BASELINE, Row
 from launch.engine.writers import read_metrics
+from launch.lab.beyond.rows import owner_of, row_of, together
 from launch.lab.dilemma import graph
 from launch.lab.jobs import Job, Record
 
 BEYOND = "beyond"  # in names, beside those of the dilemma
-_CHANGES = tuple(map(operator.attrgetter, ("training", "tokenizer", "sampling")))
 GAUSSIANS = f"gaussian/{BEYOND}"
 
 
@@ -99,8 +98,8 @@ class Beyond(graph.Graph):
     return min((x for x in own if x % every == 0), key=lambda step: abs(own[step] - total))
 
   def winners(self, jobs: Sequence[Job], done: set[str]) -> str:
-    """The options that are better than the baseline by more than its seeds differ, joined by +; ""
-    for fewer than two, or before all rows are done.
+    """The options that are better than the baseline by more than its seeds differ, the best first,
+    as far as they go together, joined by +; "" for fewer than two, or before all rows are done.
     """
     rows = {f"figures/{BEYOND}/{name}/" for name in self.rows}
     wanted = {job.name for job in jobs if job.name.rpartition("seed")[0] in rows}
@@ -110,7 +109,8 @@ class Beyond(graph.Graph):
     spread = np.std(last[BASELINE], ddof=1) if len(self.config.seeds) > 1 else 0.0
     limit = np.mean(last[BASELINE]) - spread
     won = [n for n in self.rows if not beyond.ROWS[n].control and np.mean(last[n]) < limit]
-    return "+".join(won) if len(won) > 1 else ""
+    found = together(self.config, sorted(won, key=lambda n: float(np.mean(last[n]))))
+    return found if "+" in found else ""
 
   def distances(self, name: str, step: int) -> list[float]:
     """Of a row's samples after a step, one for each seed."""
@@ -164,33 +164,6 @@ class Beyond(graph.Graph):
     yield Job(drawn, (*words,), file, resumes=True, needs=(training,), weight=5)
     given = (f"--samples={file}",)
     yield self._judged("generation", samples_of(name, seed, step), given, (drawn,))
-
-
-def row_of(name: str) -> Row:
-  """A row by its name, or the one that has all changes of some, joined by +."""
-  rows = [beyond.ROWS[each] for each in name.split("+")]
-
-  training, tokenizer, sampling = (
-    {key: x for row in rows for key, x in changes(row).items()} for changes in _CHANGES
-  )
-  return Row(
-    training,
-    tokenizer,
-    sampling,
-    guide=any(row.guide for row in rows),
-    longer=max(row.longer for row in rows),
-    control=any(row.control for row in rows),
-  )
-
-
-def owner_of(name: str) -> str:
-  """The row whose trainings a row samples: itself, or the first that trains likewise."""
-
-  def trained(row: Row) -> tuple[object, ...]:
-    return dict(row.training), dict(row.tokenizer), row.longer
-
-  own = trained(row_of(name))
-  return next((other for other, row in beyond.ROWS.items() if trained(row) == own), name)
 
 
 def training_of(name: str, seed: int) -> str:

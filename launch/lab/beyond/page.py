@@ -18,7 +18,7 @@ from configs.lab import beyond, dilemma
 from launch.engine import flops
 from launch.engine.writers import read_metrics
 from launch.evaluation.features import SECOND
-from launch.lab.beyond import checks, graph
+from launch.lab.beyond import graph, rows
 from launch.lab.jobs import Record
 from launch.lab.markdown import Region, table
 from lightningdit_jax import sampling
@@ -60,13 +60,14 @@ class _Page:
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
       f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Class accuracy "
       f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
-      f"products, guidance as if it were on at all times. Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
+      "products, guidance as if it were on at all times. "
+      f"Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
     )
     yield ""
-    rows = [*config.rows, *([self.combined] if self.combined else [])]
+    names = [*config.rows, *([self.combined] if self.combined else [])]
     head = ["option", *(f"{step:,}" for step in config.steps), "equal time", "class accuracy (%)"]
     head += [f"{name}2", "seconds a step", "training (GFLOP a picture)"]
-    yield from table([*head, "sampling (GFLOP a picture)"], map(self._row, rows))
+    yield from table([*head, "sampling (GFLOP a picture)"], map(self._row, names))
     yield ""
     for job, text in (
       (graph.GAUSSIANS, "One Gaussian for each class, fitted to the latents and not trained"),
@@ -80,7 +81,10 @@ class _Page:
     yield ""
     if self.combined:
       won = self.combined.replace("+", ", ")
-      yield f"Better than the baseline by more than its seeds differ: {won}."
+      yield (
+        "The last row combines the options that are better than the baseline by more than its "
+        f"seeds differ, the best first, as far as they go together: {won}."
+      )
       yield ""
 
   def _row(self, name: str) -> list[str]:
@@ -101,7 +105,7 @@ class _Page:
     row += [equal, _spread(accuracy, 1), self._figure(name, steps[-1], self.second)]
     per_step = [max(x.values()) / max(x) for x in seconds]
     costs = [x for job in trained if job in self.done for x in _training_cost(self.workdir / job)]
-    sampled = sampling_cost(checks.diffusion_of(self.config, name), graph.row_of(name).guide)
+    sampled = sampling_cost(rows.diffusion_of(self.config, name), rows.row_of(name).guide)
     return [*row, _spread(per_step, 2), _mean(costs, 2), f"{sampled / 1e9:.2f}"]
 
   def _baseline_is_done(self) -> bool:
