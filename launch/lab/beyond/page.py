@@ -52,9 +52,10 @@ class _Page:
 
   def lines(self) -> Iterator[str]:
     config, name, model = self.config, self.name, beyond.diffusion(self.config.size)
+    seeds = ", ".join(map(str, config.seeds))
     yield (
       f"{name} of {config.num_samples:,} samples after so many steps of {model.batch_size} "
-      f"pictures, lower is better; ± is the spread over {len(config.seeds)} seeds of the "
+      f"pictures, lower is better; ± is the spread over the seeds {seeds} of the "
       f"diffusion model, a LightningDiT of width {model.model.hidden_size} and depth "
       f"{model.model.depth} on the latents {config.tokenizer}. The rate is constant, so every "
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
