@@ -61,6 +61,7 @@ TRANSPORT: dict[str, Key] = {
   "sample_eps": _EPS,
   "use_lognorm": Key(True, text="Logit-normal times; False: uniform."),
   "shifted_mu": Key(0.0, "[-20, 20]", "Of the normal behind them; below 0 favours the noise."),
+  "lognorm_sigma": Key(1.0, "(0, 10]", "Its deviation; above 1 favours both ends."),
   "lognorm_until": Key(0, keys.MAYBE, "The last step with logit-normal times; 0: all."),
   "partial_train": Key((), "[0, 1]", "A range (low, high) of times,", kind=float),
   "partial_ratio": Key(1.0, "[0, 1]", "to which this share of them is confined."),

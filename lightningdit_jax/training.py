@@ -83,6 +83,7 @@ def train_step(
     len(latent),
     use_lognorm="logit-normal" in phase,
     shifted_mu=settings.shifted_mu,
+    lognorm_sigma=settings.lognorm_sigma,
     partial_train=settings.partial_train,
     partial_ratio=settings.partial_ratio,
     interval=transport.interval(

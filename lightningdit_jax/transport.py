@@ -172,6 +172,7 @@ def sample_time(
   *,
   use_lognorm: bool = True,
   shifted_mu: float = 0.0,
+  lognorm_sigma: float = 1.0,
   partial_train: tuple[float, float] | tuple[()] = (),
   partial_ratio: float = 1.0,
   interval: tuple[float, float] = (0.0, 1.0),
@@ -179,8 +180,9 @@ def sample_time(
   """Training times t_B, float32 in [0, 1].
 
   Args:
-    use_lognorm: logit-normal(shifted_mu, 1), which favours the middle of the path; False: uniform.
-    shifted_mu: above 0 favours the data, below 0 the noise.
+    use_lognorm: logit-normal, which favours the middle of the path; False: uniform.
+    shifted_mu: of the normal; above 0 favours the data, below 0 the noise.
+    lognorm_sigma: its deviation, above 0.
     partial_train: a range to which `partial_ratio` of the times are confined; () is none.
     partial_ratio: share of the times that are drawn from that range.
     interval: what [0, 1] is mapped to, where no range is given.
@@ -191,13 +193,14 @@ def sample_time(
   # The quantile function maps a uniform share of probability, so a range needs no rejection.
   share_B = jax.random.uniform(key_time, (batch_size,), minval=1e-7)
   t0, t1 = interval
-  t_B = (_quantile(share_B, shifted_mu) if use_lognorm else share_B) * (t1 - t0) + t0
+  normal = (shifted_mu, lognorm_sigma)
+  t_B = (_quantile(share_B, *normal) if use_lognorm else share_B) * (t1 - t0) + t0
   if not partial_train:
     return t_B
   low, high = partial_train
   if use_lognorm:
-    low_share, high_share = (_share(jnp.float32(end), shifted_mu) for end in (low, high))
-    confined_B = _quantile(low_share + share_B * (high_share - low_share), shifted_mu)
+    low_share, high_share = (_share(jnp.float32(end), *normal) for end in (low, high))
+    confined_B = _quantile(low_share + share_B * (high_share - low_share), *normal)
     confined_B = jnp.clip(confined_B, low, high)
   else:
     confined_B = low + share_B * (high - low)
@@ -205,12 +208,12 @@ def sample_time(
   return jnp.where(chosen_B, confined_B, t_B)
 
 
-def _quantile(share: Array, mu: float) -> Array:
-  return jax.nn.sigmoid(mu + jax.scipy.special.ndtri(share))
+def _quantile(share: Array, mu: float, sigma: float) -> Array:
+  return jax.nn.sigmoid(mu + sigma * jax.scipy.special.ndtri(share))
 
 
-def _share(t: Array, mu: float) -> Array:
-  return jax.scipy.special.ndtr(jax.scipy.special.logit(t) - mu)
+def _share(t: Array, mu: float, sigma: float) -> Array:
+  return jax.scipy.special.ndtr((jax.scipy.special.logit(t) - mu) / sigma)
 
 
 def interpolate(latent: Array, noise: Array, t: Array, path: str = "Linear") -> Array:

@@ -21,6 +21,7 @@ from configs import (
   lightningdit_xl_internal_guidance,
   quickstart,
   vavae_f16d32,
+  vtp,
 )
 from configs.lab import dilemma
 from launch import tasks
@@ -147,6 +148,7 @@ def test_the_ablation_goes_from_dit_to_the_published_recipe():
     (base.diffusion(), 50_000, ("euler", 0.3, 10.0, 0.1)),
     (lightningdit_xl_800ep.get_config(), 50_000, ("euler", 0.3, 6.7, 0.125)),
     (lightningdit_xl_internal_guidance.get_config(), 50_000, ("heun2", 0.3, 1.45, 0.19)),
+    (vtp.get_config("L"), 50_000, ("euler", 0.075, 1.0, 0.0)),
   ],
 )
 def test_a_recipe_carries_the_protocol_of_its_number(config, count, sampler):

@@ -145,11 +145,16 @@ NORMAL_QUARTERS = np.array([-0.6745, 0.0, 0.6745])
   [
     ({}, 1 / (1 + np.exp(-NORMAL_QUARTERS))),
     ({"shifted_mu": -0.8}, 1 / (1 + np.exp(0.8 - NORMAL_QUARTERS))),
+    (
+      {"shifted_mu": -0.5, "lognorm_sigma": 1.25},
+      1 / (1 + np.exp(0.5 - 1.25 * NORMAL_QUARTERS)),
+    ),
     ({"use_lognorm": False}, QUARTERS),
     ({"use_lognorm": False, "interval": (0.4, 0.6)}, 0.4 + 0.2 * QUARTERS),
     ({"use_lognorm": False, "partial_train": (0.5, 0.9)}, 0.5 + 0.4 * QUARTERS),
     # Between the median and the upper end of the logit-normal, by thirds of what is left.
     ({"partial_train": (0.5, 1.0)}, [0.579, 0.6625, 0.7596]),
+    ({"partial_train": (0.5, 1.0), "lognorm_sigma": 2.0}, [0.6543, 0.794, 0.9089]),
   ],
 )
 def test_quartiles_of_times(settings, expected):
