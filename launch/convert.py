@@ -11,10 +11,17 @@ r"""Converts weights: published files to what the commands here take, and ours t
   python -m launch.convert runs/my_xl my_xl.pt --ema=0.9999
 
 SOURCE is a file (.pt, .pth, .bin, .ckpt, .safetensors, .npz), hf:OWNER/NAME/FILE on the Hugging
-Face hub, one of the short names above (and lightningdit-xl-800ep), a workdir of a training, or a
-model folder or USER/NAME of one on the hub (--part=tokenizer or diffusion).
-The command recognises LightningDiT and tokenizer checkpoints of the reference, the SD-VAE of
-diffusers, MAR-VAE, latent statistics, the teachers, VGG16 with LPIPS' heads, and FID's Inception.
+Face hub, a short name of one, a workdir of a training, or a model folder or USER/NAME of one on the
+hub (--part=tokenizer or diffusion). Short names, in docs/models.md with what they are:
+
+  latents-stats, lightningdit-xl-64ep, lightningdit-xl-800ep
+  vavae-f16d32-dinov2, and -50ep: ldm-f16d16, ldm-f16d32, ldm-f16d64, vavae-f16d32-dinov2,
+    vavae-f16d32-mae, vavae-f16d64-dinov2, vavae-f16d64-mae
+  e2e-vavae, e2e-vavae-stats
+
+The command recognises LightningDiT and tokenizer checkpoints of the reference, AutoencoderKLs of
+diffusers, MAR-VAE, latent statistics (also in a config.json of diffusers), the teachers, VGG16 with
+LPIPS' heads, and FID's Inception.
 DEST is a folder (a workdir for launch.encode, sample and evaluate; the latents' folder for
 statistics), or a file whose ending chooses the format; LightningDiT and tokenizers then have the
 names that the reference loads with strict=True, all others keep theirs. A workdir is float32.
@@ -137,11 +144,14 @@ def convert(
 def _config_of(source: str, found: recognition.Weights) -> ConfigDict:
   """The published configuration."""
   task = _TASKS[found.kind]
-  module = released.config_of(source)
-  if not module and found.arguments.get("early_head"):
-    module = "configs.lightningdit_xl_internal_guidance"
-  console.say(f"configuration: {module or f'configs.base.{task}'}, with the file's architecture")
-  return importlib.import_module(module).get_config() if module else getattr(configs.base, task)()
+  recipe = released.config_of(source)
+  if not recipe and found.arguments.get("early_head"):
+    recipe = "configs.lightningdit_xl_internal_guidance"
+  console.say(f"configuration: {recipe or f'configs.base.{task}'}, with the file's architecture")
+  module, _, argument = recipe.partition(":")
+  if not module:
+    return getattr(configs.base, task)()
+  return importlib.import_module(module).get_config(*filter(None, [argument]))
 
 
 def _workdir_config(

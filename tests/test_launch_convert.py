@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
+import json
 import pickle
 import re
 import shutil
@@ -33,7 +35,7 @@ from vavae_jax import warm_start
 from vavae_jax.autoencoder import PRESETS, Autoencoder
 from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
-from vavae_jax.convert import autoencoder_names
+from vavae_jax.convert import autoencoder_arguments, autoencoder_names
 from vavae_jax.teachers import recognise
 from vavae_jax.weights import torch_weights
 from vavae_jax.weights.state_dicts import read_content, read_state_dict
@@ -230,6 +232,31 @@ def test_an_sd_vae_of_diffusers_is_read(tmp_path):
   assert_same(tensors, load_file(tmp_path / "back.safetensors"))
 
 
+def test_a_va_vae_of_diffusers_is_theirs(tmp_path):
+  _, tensors, expected = cases.load("diffusers_vae")
+  save_file(tensors, tmp_path / "vae.safetensors")
+  convert(str(tmp_path / "vae.safetensors"), tmp_path / "run")
+  trained = restore.load(tmp_path / "run", "tokenizer")
+  model = restore.autoencoder(trained.config, trained.params)
+  posterior = model.encode(jnp.asarray(cases.nhwc(procedural.uniform("image", (1, 3, 8, 8), -1))))
+  cases.assert_near(posterior.mean, cases.nhwc(expected["mean"]), 1e-5)
+  cases.assert_near(posterior.logvar, cases.nhwc(expected["logvar"]), 1e-5)
+  image = model.decode(jnp.asarray(cases.nhwc(procedural.normal("z", (1, 6, 4, 4)))))
+  cases.assert_near(image, cases.nhwc(expected["image"]), 2e-5)
+
+
+def test_e2e_vavae_as_diffusers_builds_it_has_the_architecture_of_va_vae():
+  shapes = json.loads((cases.FOLDER / "diffusers_vae.json").read_text())["full_shapes"]
+  tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+  arguments = autoencoder_arguments(tensors)
+  model = functional.abstract(lambda rngs: Autoencoder(**arguments, rngs=rngs))
+  known = functional.abstract(lambda rngs: Autoencoder(**PRESETS["f16d32"], rngs=rngs))
+  assert jax.tree.map(np.shape, nnx.state(model)) == jax.tree.map(np.shape, nnx.state(known))
+  assert set(torch_weights.names_of(model)) == autoencoder_names(tensors).keys()
+  sizes = jax.tree.leaves(jax.tree.map(lambda x: x.size, nnx.to_pure_dict(nnx.state(model))))
+  assert sum(x.size for x in tensors.values()) == sum(sizes)
+
+
 @pytest.mark.parametrize("prefix", ["", "vae.", "module.first_stage_model."])
 def test_a_training_begins_with_an_sd_vae_of_diffusers(prefix, tmp_path):
   tensors = weights.recognise(read_content(FORMATS / "vavae_lightning.ckpt"))
@@ -270,6 +297,21 @@ def test_statistics_by_the_names_of_others(names, tmp_path):
   for folder in (tmp_path, tmp_path / "store"):
     store = LatentStore(folder)
     np.testing.assert_array_equal([store.mean, store.std], [[1, 2], [4, 0.5]])
+
+
+def test_statistics_in_a_configuration_of_diffusers(tmp_path):
+  config = {"_class_name": "AutoencoderKL", "block_out_channels": [4, 8], "shift_factor": None}
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(config | {"latents_mean": [1, 2], "latents_std": [4, 0.5]}))
+  convert(str(path), tmp_path / "store")
+  store = LatentStore(tmp_path / "store")
+  np.testing.assert_array_equal([store.mean, store.std], [[1, 2], [4, 0.5]])
+  path.write_text(json.dumps(config | {"latents_mean": ["x"], "latents_std": [4]}))
+  with pytest.raises(InputError, match="latents_mean is no list of numbers"):
+    convert(str(path), tmp_path / "other")
+  path.write_text(json.dumps(config | {"latents_mean": None, "latents_std": None}))
+  with pytest.raises(InputError, match="No model is known by these tensors: no tensor"):
+    convert(str(path), tmp_path / "other")
 
 
 PREFIXES = (
@@ -503,6 +545,27 @@ def test_a_released_file_has_its_configuration_by_any_name():
   ):
     assert released.config_of(source) == "configs.lightningdit_xl_800ep"
   assert released.config_of("data/mine.pt") == ""
+  # Diffusers' name of every model's weights.
+  assert released.config_of("data/diffusion_pytorch_model.safetensors") == ""
+
+
+def test_a_published_variant_has_the_recipe_of_its_training(tmp_path):
+  write_torch_file(
+    tmp_path / "vavae-imagenet256-f16d64-mae-50ep.ckpt",
+    read_content(FORMATS / "vavae_lightning.ckpt")["state_dict"],
+  )
+  convert(str(tmp_path / "vavae-imagenet256-f16d64-mae-50ep.ckpt"), tmp_path / "run")
+  config = restore.load(tmp_path / "run", "tokenizer").config
+  assert (config.stages.epochs, config.model.embed_dim) == ((50.0,), 8)
+
+
+@pytest.mark.parametrize("name", released.RELEASED)
+def test_every_released_recipe_is_one(name):
+  module, _, argument = released.RELEASED[name].config.partition(":")
+  if module:
+    config = importlib.import_module(module).get_config(*filter(None, [argument]))
+    embed_dim = config.model.get("embed_dim", 0)
+    assert not embed_dim or f"f16d{embed_dim}" in name
 
 
 def test_a_folder_that_is_no_workdir_is_told(tmp_path):

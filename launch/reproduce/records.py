@@ -151,7 +151,6 @@ SD_VAE = Tokenizer(
   "configs/vavae_f16d32.py:sd_f8d4",
   File(f"{HUB}stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors"),
 )
-_VARIANTS = f"{HUB}hustvl/va-vae-imagenet256-experimental-variants/"
 _FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
 _TABLE_3: dict[str, tuple[int, bool, tuple[float, ...]]] = {  # epochs, guidance, figures
   "fid2.11": (64, True, (2.11, 4.16, 252.3, 0.81, 0.58)),
@@ -233,8 +232,8 @@ def _records() -> dict[str, Record]:
     )
   found["sdvae7.13"] = found["table1/rope"]
   for name, (argument, kind, rebuilt, generated) in _TABLE_2.items():
-    file = f"{_VARIANTS}{kind}-imagenet256-{name.removesuffix('-plain')}-50ep.ckpt" if kind else ""
-    tokenizer = Tokenizer(name, f"configs/vavae_f16d32.py:{argument},50ep", File(file))
+    file = _released(f"{kind}-{name.removesuffix('-plain')}-50ep") if kind else File()
+    tokenizer = Tokenizer(name, f"configs/vavae_f16d32.py:{argument},50ep", file)
     if rebuilt:
       found[f"table2/{name}/rfid"] = _rebuilt(rebuilt, tokenizer)
     for size, value in zip(("B", "L", "XL"), generated, strict=True):

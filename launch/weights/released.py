@@ -1,4 +1,6 @@
-"""Files on the Hugging Face hub, and short names of those that the paper's authors released."""
+"""Files on the Hugging Face hub, and short names of those that the paper's authors released, and of
+what others made of theirs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from vavae_jax.weights.state_dicts import SUFFIXES
 
 
 class Released(NamedTuple):
-  """A released file and the module of its training's configuration."""
+  """A released file and its training's configuration: module, and behind ":" an argument."""
 
   file: str
   config: str = ""
@@ -33,11 +35,31 @@ RELEASED = {
     "configs.lightningdit_xl_800ep",
   ),
   "latents-stats": Released("hustvl/vavae-imagenet256-f16d32-dinov2/latents_stats.pt"),
+  # Of the tokenizers of table 2, those that are published.
+  **{
+    f"{name}-50ep": Released(
+      f"hustvl/va-vae-imagenet256-experimental-variants/"
+      f"{name.replace('-f16', '-imagenet256-f16')}-50ep.ckpt",
+      f"configs.vavae_f16d32:{argument},50ep",
+    )
+    for name, argument in {
+      "ldm-f16d16": "d16,plain",
+      "ldm-f16d32": "d32,plain",
+      "ldm-f16d64": "d64,plain",
+      "vavae-f16d32-dinov2": "d32,dinov2",
+      "vavae-f16d32-mae": "d32,mae",
+      "vavae-f16d64-dinov2": "d64,dinov2",
+      "vavae-f16d64-mae": "d64,mae",
+    }.items()
+  },
+  # VA-VAE tuned with the diffusion model, by diffusers' names; its configuration has statistics.
+  "e2e-vavae": Released("REPA-E/e2e-vavae-hf/diffusion_pytorch_model.safetensors"),
+  "e2e-vavae-stats": Released("REPA-E/e2e-vavae-hf/config.json"),
 }
 
 
 def config_of(source: str) -> str:
-  """The module of the configuration of a released file, by short name or file name; "" if none."""
+  """`Released.config` of a released file, by short name or file name; "" if none."""
   for name, released in RELEASED.items():
     if source == name or Path(source).name == Path(released.file).name:
       return released.config

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vavae_jax.common.errors import InputError
+from vavae_jax.common.files import read_note
 from vavae_jax.weights.torch_files import read_torch_file
 from vavae_jax.weights.torch_pickles import OddTensor, StandIn
 from vavae_jax.weights.torch_weights import StateDict, without_wrappers
@@ -103,9 +104,12 @@ def read_state_dict(path: str | os.PathLike[str], marks: Collection[str] = ()) -
 def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads all that is in such a file: arrays, and of PyTorch's files whatever its dictionary holds.
 
+  Of a .json, the configuration of an AutoencoderKL of diffusers, statistics of latents are arrays.
   InputError if there is no such file, or it is of another kind or damaged.
   """
   path = Path(path)
+  if path.suffix == ".json" and path.is_file():
+    return _read_json(path)
   if path.suffix not in SUFFIXES:
     raise InputError(f"{path}: a file of weights ends in one of {', '.join(SUFFIXES)}.")
   if not path.is_file():
@@ -134,6 +138,17 @@ def _float8_in(path: Path) -> list[str]:
       return [name for name, about in entries if about.get("dtype", "").startswith("F8_")]
     except (ValueError, AttributeError, RecursionError):
       return []  # no header; the file is damaged
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  kinds: dict[str, Any] = dict.fromkeys(("latents_mean", "latents_std"), list | None)
+  content = read_note(path, **kinds)
+  try:
+    for name in kinds.keys() & content.keys():
+      content[name] = np.asarray(content[name], np.float32).reshape(1, -1, 1, 1)
+  except (ValueError, TypeError) as error:
+    raise InputError(f"{path}: {name} is no list of numbers.") from error
+  return content
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
