@@ -337,6 +337,21 @@ def test_lists_and_tuples_are_the_same_configuration(tmp_path):
   configuration.check_workdir(tmp_path, frozen)
 
 
+@pytest.mark.parametrize("task", base.KEYS)
+def test_a_training_from_before_some_keys_goes_on(task, tmp_path):
+  config, path = getattr(base, task)(), tmp_path / configuration.NAME
+  for section, keys in configuration.LATER[task].items():
+    config[section].update(keys)
+  frozen = configuration.resolve(config, base.KEYS[task])
+  configuration.claim_workdir(tmp_path, frozen)
+  noted = json.loads(path.read_text())
+  noted.pop("evaluate_probe", None)
+  for section, keys in configuration.LATER[task].items():
+    noted[section] = {k: x for k, x in noted[section].items() if k not in keys}
+  path.write_text(json.dumps({k: x for k, x in noted.items() if x != {}}))
+  assert configuration.check_workdir(tmp_path, frozen) == {}
+
+
 def test_only_named_keys_may_change_when_a_run_goes_on(tmp_path):
   schema = quickstart.diffusion()
   configuration.claim_workdir(tmp_path, tasks.frozen(schema))

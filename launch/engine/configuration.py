@@ -46,6 +46,7 @@ MAY_CHANGE = (
   "accumulate_steps",
   "teacher.cache",
   "evaluate_samples",
+  "evaluate_probe",
   "latents.valid_path",
   "latents.valid_samples",
   "sample.batch_size",
