@@ -145,8 +145,7 @@ def _tokenizer() -> Keys:
     "evaluate_probe": Key(
       0,
       "[0, 1e7]",
-      "Pictures for a probe of generation at each evaluation, usually 10,000; 0: none. It takes "
-      "minutes: docs/evaluation.md.",
+      "Pictures for a probe of generation at each evaluation, such as 10,000; 0: none.",
     ),
     "init_from": Key(
       "",

@@ -31,8 +31,6 @@ TASKS: dict[str, Any] = {
 
 # What launch.train adds where config.evaluate_samples draws some.
 SAMPLES_FIGURE = "samples/fd_efficientnet"
-# And config.evaluate_probe, beside others.
-PROBE_FIGURES = ("probe/fd_efficientnet", "probe/loss")
 
 
 def of(config: ConfigDict) -> Any:
@@ -64,7 +62,7 @@ def _check_best(config: FrozenConfigDict) -> None:
   if config.evaluate_every_steps:
     known = TASKS[config.task].figures(config)
     known += [SAMPLES_FIGURE] if config.get("evaluate_samples") else []
-    known += PROBE_FIGURES if config.get("evaluate_probe") else []
+    known += ["probe/fd_efficientnet", "probe/loss"] if config.get("evaluate_probe") else []
   if "/" in name and name not in known:
     raise InputError(
       f"config.keep_best is {config.keep_best!r}, which no evaluation of this training gives; "

@@ -47,8 +47,6 @@ def train(
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
     frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
-  if config.task == "tokenizer":
-    more = probes(frozen, workdir)
   if config.task == "tokenizer" and uses_teacher(frozen):
     if (scale := frozen.teacher.scale) > 1:
       console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")
@@ -62,7 +60,7 @@ def train(
     noted.model.attention = choose(frozen, workdir)
     frozen = FrozenConfigDict(noted)
     more = samples(frozen, store, workdir)
-  more |= exports(frozen, workdir)
+  more |= probes(frozen, workdir) | exports(frozen, workdir)
   return loop.run(
     tasks.of(config),
     frozen,
