@@ -149,3 +149,19 @@ def test_a_signal_after_the_last_place_where_it_could_stop_ends_the_work_too():
   with pytest.raises(Interrupted) as raised, stopping.Signals(60.0, "data"):
     signal.raise_signal(signal.SIGTERM)
   assert raised.value.together
+
+
+def test_a_training_within_an_evaluation_leaves_the_outer_one_s_steps_to_save():
+  def save():
+    raise AssertionError
+
+  with stopping.Signals(60.0, "data") as outer:
+    outer.done()
+    with outer.at_once(save):
+      with stopping.Signals(60.0, "data") as inner:
+        inner.done()
+        with inner.at_once(print):
+          assert watchdog.unsaved._save is save
+      assert watchdog.unsaved.there
+      assert watchdog.unsaved._save is save
+  assert not watchdog.unsaved.there

@@ -44,6 +44,7 @@ class Signals:
 
   def __enter__(self) -> Signals:
     self.received, self._at_once = 0, False  # the number of the signal; 0: none
+    self._outer_unsaved = watchdog.unsaved.there  # of a training in whose evaluation this one is
     self._begun: Place | None = None
     self._asked_since = 0.0
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, *console.endings())}
@@ -130,7 +131,7 @@ class Signals:
     watchdog.unsaved.there = True
 
   def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-    watchdog.unsaved.there = False
+    watchdog.unsaved.there = self._outer_unsaved
     if self._together:
       self._together.close()
     for number, handler in self._before.items():

@@ -30,12 +30,13 @@ class _Unsaved:
   @contextlib.contextmanager
   def saved_by(self, save: Save | None) -> Iterator[None]:
     """Inside, they can be saved by another thread, for the main one computes something else."""
-    self._save = save
+    # Of a training within an evaluation of another: that one's steps come first.
+    before, self._save = self._save, self._save or save
     try:
       yield
     finally:
       with self._lock:  # for ever where they are being saved: the process ends then
-        self._save = None
+        self._save = before
 
   def take(self) -> Save | None:
     """The save to make, which the main thread no longer makes; None where only that one can."""
