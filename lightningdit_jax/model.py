@@ -28,13 +28,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import attention, internal_guidance, routing
+from lightningdit_jax import attention, internal_guidance, platforms, routing
 from lightningdit_jax.dense import ATTENDED, REMAT_POLICIES, XAVIER, Layers
 from lightningdit_jax.positions import Rope, position_embedding, rope_tables, rotate
 from vavae_jax.common import functional, keys
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import field
-from vavae_jax.common.sharding import gather, pin_batch, platform
+from vavae_jax.common.sharding import gather, pin_batch
 
 SIZES = {
   "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
@@ -465,31 +465,10 @@ def preset(name: str) -> dict[str, int]:
 
 def build_model(config: FrozenConfigDict, dtype: str = "") -> functional.Build:
   """LightningDiT of a training's configuration, for `functional`; in another dtype, if given, to
-  sample.
-
-  TPUs round the factors of float32 products to bfloat16, unless jax_default_matmul_precision says
-  otherwise. To sample they are cast before: the same numbers but for queries and keys, which are
-  rounded also before their rotation, and half as much to move; and the attention's kernel runs.
+  sample. What depends on the platform is for `platforms.fitted` to say.
   """
 
   def build(rngs: nnx.Rngs) -> LightningDiT:
-    name, options = dtype or config.dtype, config.model.to_dict()
-    results = None
-    if dtype == "float32" and platform() == "tpu" and jax.default_matmul_precision.value is None:
-      name, results = "bfloat16", jnp.float32
-    kernel = {"gpu": "cudnn", "tpu": "pallas"}.get(platform())
-    if name != "bfloat16" or options["attention"] not in ("auto", kernel):
-      # What was trained with a fused kernel is also sampled in float32 and on other devices;
-      # `checks.check_model` refuses to train so.
-      options["attention"] = "xla"
-    elif kernel == "pallas":
-      options["attention"] = kernel
-    if platform() == "tpu" and not options["use_checkpoint"] and options["remat_policy"] == "auto":
-      options |= {"use_checkpoint": True, "remat_policy": "attended"}
-    if not options["scan_unroll"]:
-      # There a scan copies what the backward pass needs into arrays of all blocks: a third of what
-      # is read and written in a step. TPUs write it in place.
-      options["scan_unroll"] = options["depth"] if platform() == "gpu" else 1
-    return LightningDiT(**options, dtype=jnp.dtype(name), results=results, rngs=rngs)
+    return LightningDiT(**platforms.fitted(config, dtype), rngs=rngs)
 
   return build

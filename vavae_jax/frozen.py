@@ -16,7 +16,7 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax import losses, teachers
 from vavae_jax.autoencoder import downsampling
-from vavae_jax.common.sharding import platform
+from vavae_jax.common.sharding import platform, rounds_products
 from vavae_jax.perceptual import Lpips, load_lpips
 from vavae_jax.teachers import Teacher, load_teacher
 from vavae_jax.teachers.efficientnet import EfficientNetLite
@@ -121,11 +121,10 @@ def load(config: FrozenConfigDict) -> dict[str, Any]:
 
 
 def as_multiplied(weights: dict[str, Any], on_platform: str) -> dict[str, Any]:
-  """The weights, on TPUs the teacher's matrices in bfloat16: to that they are rounded there in any
-  case, unless jax is configured otherwise, and each step would do it anew for all of them.
+  """The weights, the teacher's matrices in bfloat16 where products round to that in any case: each
+  step would do it anew for all of them.
   """
-  chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-  if on_platform != "tpu" or chosen is not None:
+  if not rounds_products(on_platform):
     return weights
 
   def rounded(path: Any, x: jax.Array) -> jax.Array:

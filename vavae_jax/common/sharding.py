@@ -57,6 +57,13 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+def rounds_products(on_platform: str) -> bool:
+  """Whether the factors of float32 products are rounded to bfloat16: on TPUs, unless
+  jax_default_matmul_precision says otherwise.
+  """
+  return on_platform == "tpu" and jax.default_matmul_precision.value is None
+
+
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   if set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
     return jax.lax.with_sharding_constraint(x, spec)
