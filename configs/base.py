@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from lightningdit_jax.checks import PUBLISHED, SAMPLE, TRANSPORT
-from lightningdit_jax.model import Options, preset
+from lightningdit_jax.options import Options, preset
 from lightningdit_jax.routing import ROUTE
 from vavae_jax import frozen, losses, teachers
 from vavae_jax.common import keys
@@ -374,7 +374,7 @@ def diffusion(size: str = "LightningDiT-XL/1") -> ConfigDict:
   """LightningDiT on VA-VAE latents for 64 epochs as published; paper table 1 and 3.
 
   Args:
-    size: a key of `lightningdit_jax.model.PRESETS`.
+    size: a key of `lightningdit_jax.options.PRESETS`.
   """
   config = _defaults(KEYS["diffusion"])
   # "auto" measures both attentions where a training begins.

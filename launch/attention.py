@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from launch.engine import console, processes
 from launch.engine.checkpoint import read_config
 from lightningdit_jax.attention import attend, refusal
-from lightningdit_jax.model import ATTENTIONS
+from lightningdit_jax.options import ATTENTIONS
 
 ROUNDS = 5
 # The kernels round differently; a run uses the fused one only below this share of the time.

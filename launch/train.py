@@ -24,7 +24,7 @@ from launch.engine import configuration, console, elastic, loop
 from launch.engine.checkpoint import read_config
 from launch.engine.log import Told
 from launch.evaluation.training import exports, probes, samples
-from lightningdit_jax.model import ONLY_OURS, Options
+from lightningdit_jax.options import ONLY_OURS, Options
 from lightningdit_jax.store import space
 from vavae_jax.common.files import is_url, place
 from vavae_jax.data import changes

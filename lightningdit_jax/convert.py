@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lightningdit_jax.model import SIZES, TENSORS, LightningDiT
+from lightningdit_jax.model import LightningDiT
+from lightningdit_jax.options import SIZES, TENSORS
 from lightningdit_jax.positions import position_embedding, rope_tables
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError

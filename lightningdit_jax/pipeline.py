@@ -33,7 +33,8 @@ from lightningdit_jax import (
   training,
   transport,
 )
-from lightningdit_jax.model import Options, build_model
+from lightningdit_jax.model import build_model
+from lightningdit_jax.options import Options
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.fetching import open_store
 from lightningdit_jax.store.space import NOTE, Space, check_classes, find_tokenizer, label_of

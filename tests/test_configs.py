@@ -28,7 +28,7 @@ from launch import tasks
 from launch.engine import loop
 from launch.engine.configuration import File, flat, resolve
 from lightningdit_jax import checks, training
-from lightningdit_jax.model import PRESETS, Options
+from lightningdit_jax.options import PRESETS, Options
 from vavae_jax import autoencoder, stages
 from vavae_jax.autoencoder import PRESETS as PRESETS_OF_TOKENIZERS
 from vavae_jax.autoencoder import downsampling

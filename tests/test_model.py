@@ -12,7 +12,8 @@ from flax import nnx
 
 from lightningdit_jax import convert, positions
 from lightningdit_jax.dense import REMAT_POLICIES
-from lightningdit_jax.model import PRESETS, LightningDiT, preset
+from lightningdit_jax.model import LightningDiT
+from lightningdit_jax.options import PRESETS, preset
 from lightningdit_jax.positions import position_embedding, rope_tables, rotate
 from tests import cases
 from tests.reference import procedural

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 import configs.base
-from lightningdit_jax.model import ONLY_OURS
+from lightningdit_jax.options import ONLY_OURS
 from vavae_jax import teachers
 from vavae_jax.common.errors import InputError
 

@@ -25,7 +25,7 @@ from launch.reproduce.needs import Given, find_all
 from launch.reproduce.records import File, Pictures, Record
 from launch.weights import recognition
 from lightningdit_jax.checks import check_model
-from lightningdit_jax.model import ONLY_OURS
+from lightningdit_jax.options import ONLY_OURS
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax import folder
 from vavae_jax.common.addresses import local_file

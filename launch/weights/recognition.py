@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lightningdit_jax import convert as dit
-from lightningdit_jax.model import PRESETS
+from lightningdit_jax.options import PRESETS
 from lightningdit_jax.store import latents
 from vavae_jax import convert as vae
 from vavae_jax import teachers

@@ -44,7 +44,7 @@ from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, rows
 from launch.lab.benchmark.measuring import copy_rate, keep, matmul_rate
 from launch.lab.reference import Checkouts
-from lightningdit_jax.model import ATTENTIONS
+from lightningdit_jax.options import ATTENTIONS
 from vavae_jax.common import mesh
 from vavae_jax.common.errors import InputError
 

@@ -22,7 +22,8 @@ from launch.lab.equivalence import training as tokenizer_training
 from launch.lab.reference import Checkouts, model_arguments, training_job
 from launch.weights.recognition import recognise
 from lightningdit_jax import internal_guidance, sampling, training
-from lightningdit_jax.model import PRESETS, Block, FinalLayer, TimestepEmbedder
+from lightningdit_jax.model import Block, FinalLayer, TimestepEmbedder
+from lightningdit_jax.options import PRESETS
 from vavae_jax import autoencoder, perceptual, teachers
 from vavae_jax import convert as vae
 from vavae_jax.common import optimizer
