@@ -101,6 +101,10 @@ def test_the_shares_of_batches_are_those_asked_for():
       r"\(0.5, 0.3\); give some that make whole cells of the 16",
     ),
     ({"equivariance.scales": ()}, r"scales are \(\); give some"),
+    (
+      {"loss.perceptual_weight": 1.0, "data.image_size": 32},
+      "shrink pictures to 8 pixels a side, and LPIPS needs 16",
+    ),
     ({"teacher.name": "mae_vitl16"}, "low_share is 0.25, but the features of mae_vitl16"),
   ],
 )

@@ -20,6 +20,7 @@ from ml_collections import FrozenConfigDict
 
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import Key
+from vavae_jax.perceptual import SMALLEST
 
 # The keys of `config.equivariance`.
 EQUIVARIANCE: dict[str, Key] = {
@@ -61,6 +62,12 @@ def check(config: FrozenConfigDict, grid: int) -> None:
     raise InputError(
       f"config.equivariance.scales are {tuple(wanted.scales)}; give some that make whole cells of "
       f"the {grid} along a side of the latents."
+    )
+  side = round(config.data.image_size * min(wanted.scales))
+  if config.loss.perceptual_weight and config.perceptual.network == "lpips" and side < SMALLEST:
+    raise InputError(
+      f"config.equivariance.scales shrink pictures to {side} pixels a side, and LPIPS needs "
+      f"{SMALLEST}; give larger scales, or config.perceptual.network another one."
     )
   if wanted.low_share and config.teacher.name:
     raise InputError(

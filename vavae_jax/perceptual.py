@@ -40,7 +40,7 @@ _SLICES = (
 # ImageNet's statistics for images in [-1, 1], rounded as they were when the heads were trained.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
-_SMALLEST = 2 ** (len(_SLICES) - 1)
+SMALLEST = 2 ** (len(_SLICES) - 1)  # side of a picture
 _EPSILON = 1e-10
 
 # What the files hold that is not used: torchvision's or timm's classifier, a second name of lpips'
@@ -77,9 +77,9 @@ class Lpips(nnx.Module):
     They are [B,H,W,64], [B,H/2,W/2,128], [B,H/4,W/4,256], [B,H/8,W/8,512] and [B,H/16,W/16,512] of
     `dtype`, not negative; each halving rounds down. InputError below 16 x 16 pixels.
     """
-    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3 or min(image_BHWC.shape[1:3]) < _SMALLEST:
+    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] != 3 or min(image_BHWC.shape[1:3]) < SMALLEST:
       raise InputError(
-        f"LPIPS needs images [B,H,W,3] of at least {_SMALLEST} x {_SMALLEST} pixels, channels "
+        f"LPIPS needs images [B,H,W,3] of at least {SMALLEST} x {SMALLEST} pixels, channels "
         f"last, but got {image_BHWC.shape}."
       )
     scaled_BHWC = (image_BHWC.astype(jnp.float32) - _SHIFT) / _SCALE
