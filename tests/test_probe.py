@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -85,6 +86,13 @@ def test_a_probe_that_was_stopped_goes_on_and_stands_among_others(
   assert not output.progress.exists()
   with pytest.raises(InputError, match="has no probes"):
     probe.read_others([str(output.progress)])
+
+
+def test_the_small_model_has_a_picture_for_every_device(tokenizer, tmp_path, monkeypatch):
+  store = probe.encode(tokenizer, tmp_path / "store")
+  for devices, batch in ((1, 16), (6, 12), (32, 32)):
+    monkeypatch.setattr(jax, "device_count", lambda count=devices: count)
+    assert probe.model_of(store, store).batch_size == batch
 
 
 def test_a_training_probes_its_average(tokenizer, whole, tmp_path, monkeypatch):

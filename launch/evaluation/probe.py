@@ -155,7 +155,7 @@ def model_of(store: LatentStore, held_out: LatentStore) -> FrozenConfigDict:
   patch = next(p for p in range(1, height + 1) if height % p == 0 and (height // p) ** 2 <= TOKENS)
   config = configs.base.diffusion()
   devices = jax.device_count()
-  config.update(num_steps=STEPS, batch_size=min(BATCH, len(store)) // devices * devices)
+  config.update(num_steps=STEPS, batch_size=max(min(BATCH, len(store)) // devices, 1) * devices)
   config.update(save_every_steps=max(STEPS // 4, 1), evaluate_every_steps=STEPS, log_to=())
   config.dtype = "float32"
   config.latents.update(path=str(store.path), sha256=store.sha256, valid_path=str(held_out.path))
