@@ -121,6 +121,8 @@ def _drawer(guide: str = "") -> Callable[[dict[str, Any]], PictureSet]:
       tokenizers.append(found.on(mesh.local_mesh()))
     program = settings, away.sha256 if away else ""
     if program not in programs:
+      if away:
+        programs.clear()  # each has its guide's parameters on the devices
       programs[program] = sampler_of(diffusion, tokenizers[0], settings, FLAGS.seed, away)
     how = {"count": FLAGS.num_samples, "labels": FLAGS.labels, "seed": FLAGS.seed}
     return Sampled(diffusion, tokenizers[0], settings, **how, sampler=programs[program], guide=away)

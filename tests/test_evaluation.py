@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import re
+import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 from safetensors.numpy import save_file
 
+import launch.evaluate
 from launch.evaluation import (
   figures,
   frontier,
@@ -638,6 +641,36 @@ def test_a_sweep_goes_on_and_finds_the_best_point(network, tmp_path):
   kept = {path: path.stat().st_mtime_ns for path in output.points.iterdir()}
   assert len(run({"cfg_scale": [1.0, 2.0, 3.0], "num_steps": [1, 0]}, draw)) == 6
   assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_a_sweep_over_guides_has_one_of_them_on_the_devices(monkeypatch):
+  def load(workdir, task, step, ema):
+    config = SimpleNamespace(sample=None)
+    return SimpleNamespace(config=config, sha256=str((workdir, step)), on=lambda devices: None)
+
+  def sampler_of(diffusion, tokenizer, settings, seed, guide):
+    del diffusion, tokenizer, settings, seed
+    made.add(sampler := functools.partial(list, guide))
+    return sampler
+
+  made = weakref.WeakSet()
+  flags = {"workdir": "a", "step": None, "ema": None, "seed": 0, "num_samples": 4, "labels": "all"}
+  for module, name, value in (
+    (launch.evaluate, "FLAGS", SimpleNamespace(**flags, tokenizer="")),
+    (launch.evaluate.folder, "find", lambda source: source),
+    (launch.evaluate.restore, "load", load),
+    (launch.evaluate.restore, "tokenizer_of", lambda diffusion, _: diffusion),
+    (launch.evaluate, "given_settings", lambda diffusion, **changes: FrozenConfigDict(changes)),
+    (launch.evaluate.checks, "check_sampling", lambda *_, **__: None),
+    (launch.evaluate, "sampler_of", sampler_of),
+    (launch.evaluate, "Sampled", lambda *_, sampler, **__: sampler),
+  ):
+    monkeypatch.setattr(module, name, value)
+  for guide, wanted in (("b", 1), ("", 3)):
+    draw = launch.evaluate._drawer(guide)
+    for scale in (1.0, 2.0, 3.0):
+      assert draw({"cfg_scale": scale}) is draw({"cfg_scale": scale, "step": 7})
+    assert len(made) == wanted
 
 
 def evaluation(path, kind: str, figures: dict, **more):
