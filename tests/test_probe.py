@@ -73,7 +73,7 @@ def test_a_probe_that_was_stopped_goes_on_and_stands_among_others(
   output = Output(tmp_path / "again", probe.KIND)
   with pytest.raises(KeyboardInterrupt):
     probe.evaluate(tokenizer, output, judge)
-  assert (output.progress / "model" / "metrics.jsonl").exists()
+  assert [*output.progress.glob("model-*/metrics.jsonl")]
   monkeypatch.setattr(probe, "_sampled", sampled)
   monkeypatch.setattr(probe.lightningdit_jax.training, "train_step", stopped)  # it is trained
   others = probe.read_others([str(whole)])

@@ -9,6 +9,8 @@ beside one Gaussian for each class. launch.lab.dilemma measures which of them pr
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,7 +103,7 @@ def measure(
   how: dict[str, Any] = {"source": source, "max_corrupt": data.max_corrupt}
   stores = {n: encode(tokenizer, folder / n, places=x, **how) for n, x in places.items()}
   store = stores["fitted"]
-  trained = _train(stores, folder / "model")
+  trained = _train(stores, folder)
   # A class has a Gaussian if it has two pictures.
   counts = np.bincount(store.labels)
   classes = np.flatnonzero(counts > min(1, counts.max() - 1))
@@ -123,7 +125,7 @@ def measure(
   if cells is None:
     return {}
   values |= figures.compute("latents", cells[0])
-  values["loss"] = curve(read_metrics(folder / "model"), "validation/mse")[-1][1]
+  values["loss"] = curve(read_metrics(trained.workdir), "validation/mse")[-1][1]
   chosen = {n: chosen_pictures(tokenizer, source, places=x) for n, x in places.items()}
   values |= _of_pixels(stores, source or data.source, chosen, data.image_size)
   sheet = generation.sheet_of(*generation.first_of(drawn[""], *drawn[""].classes))
@@ -168,8 +170,11 @@ def model_of(store: LatentStore, held_out: LatentStore) -> FrozenConfigDict:
   return FrozenConfigDict(config)
 
 
-def _train(stores: dict[str, LatentStore], workdir: Path) -> restore.Trained:
+def _train(stores: dict[str, LatentStore], folder: Path) -> restore.Trained:
   config = model_of(stores["fitted"], stores["held_out"])
+  # One that another version of this code began, with other keys, is left where it is.
+  told = json.dumps(config.to_dict(), sort_keys=True)
+  workdir = folder / f"model-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
   notes = {NOTE: Space.of(stores["fitted"]).note()}
   loop.run(lightningdit_jax.training, config, workdir, name="probe", notes=notes)
   return restore.load(workdir, "diffusion")
