@@ -197,7 +197,7 @@ def _draw_curves(found: Results, path: Path, dpi: int) -> Path | None:
       axis = panels[name]
       axis.plot(at, values.mean(0), color=COLOURS[side], label=NAMES[side], lw=1)
       axis.fill_between(at, values.min(0), values.max(0), color=COLOURS[side], alpha=0.25, lw=0)
-      axis.set(title=name, xlabel="step")
+      axis.set(title=name, xlabel="step", yscale="log" if name.endswith("weight") else "linear")
       axis.grid(alpha=0.3)
   panels["total_loss"].legend(fontsize=8)
   for axis in axes.flat[len(panels) :]:
