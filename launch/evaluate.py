@@ -115,7 +115,7 @@ def _drawer(guide: str = "") -> Callable[[dict[str, Any]], PictureSet]:
     step, ema = which.pop("guide_step", None), which.pop("guide_ema", None)
     away = model(step, ema, guide) if guide else None
     settings = given_settings(diffusion, **which)
-    checks.check_sampling(settings, diffusion.config, has_guide=away is not None)
+    checks.check_sampling(settings, diffusion.config, away and away.config)
     if not tokenizers:
       found = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
       tokenizers.append(found.on(mesh.local_mesh()))
@@ -266,15 +266,15 @@ def _sweep() -> None:
   output, network, draw = Output(place(FLAGS.output), "sweep"), _network(), _drawer(FLAGS.guide)
   other = _second_network()
   diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step)
-  if FLAGS.guide:
-    guide = restore.load(folder.find(FLAGS.guide), "diffusion")
+  guide = restore.load(folder.find(FLAGS.guide), "diffusion") if FLAGS.guide else None
+  if guide:
     launch.sample.check_guide(diffusion, guide)
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
     _check_kept(FLAGS.workdir, diffusion, point.pop("step", None), point.pop("ema", None))
-    if FLAGS.guide:
+    if guide:
       _check_kept(FLAGS.guide, guide, point.pop("guide_step", None), point.pop("guide_ema", None))
     settings = given_settings(diffusion, **point)
-    checks.check_sampling(settings, diffusion.config, has_guide=bool(FLAGS.guide))
+    checks.check_sampling(settings, diffusion.config, guide and guide.config)
   first = draw({name: values[0] for name, values in grid.items()})
   options = Options(FLAGS.precision_recall)
   generation.check(first, options)

@@ -135,7 +135,7 @@ def sample_set(
     InputError: settings do not fit, or `output` was begun with other ones.
   """
   settings = settings or diffusion.config.sample
-  checks.check_sampling(settings, diffusion.config, has_guide=guide is not None)
+  checks.check_sampling(settings, diffusion.config, guide and guide.config)
   if guide:
     check_guide(diffusion, guide)
   space = restore.space_of(diffusion)

@@ -105,11 +105,11 @@ def check_transport(config: FrozenConfigDict) -> None:
 
 
 def check_sampling(
-  sample: FrozenConfigDict, config: FrozenConfigDict, *, has_guide: bool = False
+  sample: FrozenConfigDict, config: FrozenConfigDict, guide: FrozenConfigDict | None = None
 ) -> None:
   """Raises InputError for sampling settings that cannot work with the model of a training.
 
-  With `has_guide` another model guides it, so that it needs no null label.
+  Where another training's model is its `guide`, it needs no null label.
   """
   keys.check(SAMPLE, sample, "config.sample.")
   solvers.check_solver(**{name: sample[name] for name in solvers.SETTINGS})
@@ -130,14 +130,17 @@ def check_sampling(
       "guide_routed to 0."
     )
   if sample.routed or sample.guide_routed:
-    routing.stretch(config.route, model.depth)
+    if sample.routed or not guide:
+      routing.stretch(config.route, model.depth)
+    if sample.guide_routed and guide:
+      routing.stretch(guide.route, guide.model.depth, "The guide's ")
     if sample.mode == "ODE" and sample.method not in solvers.TABLEAUX:
       raise InputError(
         f"config.sample.method is {sample.method!r}, which takes tokens drawn anew at every "
         "time for errors of its steps; with routed or guide_routed give a method on a grid: "
         f"{', '.join(solvers.TABLEAUX)}."
       )
-  if has_guide or sample.guide_routed:
+  if guide or sample.guide_routed:
     return
   if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
     raise InputError(

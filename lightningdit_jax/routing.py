@@ -46,13 +46,14 @@ class Route(NamedTuple):
   kept_BN: jax.Array  # int32, places of the tokens that go through, N less than all
 
 
-def stretch(route: FrozenConfigDict, depth: int) -> tuple[int, int]:
+def stretch(route: FrozenConfigDict, depth: int, whose: str = "") -> tuple[int, int]:
   """The blocks of `config.route`, (first, behind the last); InputError where there are none."""
   stop = route.last + 1 + (depth if route.last < 0 else 0)
   if not route.first < stop <= depth:
     raise InputError(
-      f"config.route.first={route.first} and last={route.last} are no stretch of the {depth} "
-      "blocks; give the first and the last of some, counted from 0, or last from the end, below 0."
+      f"{whose}config.route.first={route.first} and last={route.last} are no stretch of the "
+      f"{depth} blocks; give the first and the last of some, counted from 0, or last from the end, "
+      "below 0."
     )
   return route.first, stop
 

@@ -246,6 +246,12 @@ def test_settings_that_cannot_work_are_refused_by_name(changes, message):
     checks.check_model(tiny(**changes))
 
 
+def test_a_guide_that_cannot_be_routed_is_named():
+  config = tiny(**{"route.first": 0, "route.last": 0, "sample.guide_routed": 0.5})
+  with pytest.raises(InputError, match=r"The guide's config\.route\.first=2 and last=-4"):
+    checks.check_sampling(config.sample, config, guide=tiny())
+
+
 @pytest.mark.parametrize(
   ("platform", "unroll", "named", "attention", "kept"),
   [

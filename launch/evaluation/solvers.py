@@ -50,7 +50,7 @@ def evaluate(
   """
   all_settings = [FrozenConfigDict(ConfigDict(settings.to_dict() | p)) for p in points_of(grid)]
   for each in (settings, *all_settings):  # before the first takes its time
-    checks.check_sampling(each, diffusion.config, has_guide=False)
+    checks.check_sampling(each, diffusion.config)
   classes, names = diffusion.config.model.num_classes, restore.space_of(diffusion).class_names
   label_N = labels_for(labels, count, classes, seed, names)
   console.say(f"reference settings: {_described(settings)}")
