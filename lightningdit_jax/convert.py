@@ -113,7 +113,7 @@ def _position_scale(state_dict: Mapping[str, Any], cells: int, hidden_size: int)
   if given.size != fixed.size:
     return 1.0
   scale = float(np.vdot(given, fixed) / np.vdot(fixed, fixed))
-  return scale if 0 <= scale < 0.995 else 1.0
+  return scale if 0 <= scale < 0.9995 else 1.0
 
 
 def _mlp_ratio(inner: int, hidden_size: int, use_swiglu: bool) -> float:

@@ -167,15 +167,16 @@ def test_weights_go_to_the_authors_names_and_back():
     convert.from_torch(there, **TINY)
 
 
-def test_a_file_does_not_say_which_block_but_how_small_its_positions_are():
+@pytest.mark.parametrize("share", [0.01, 0.997])
+def test_a_file_does_not_say_which_block_but_how_small_its_positions_are(share):
   """The authors' optimizer decays them by a millionth or two a step."""
-  tensors = convert.to_torch(awake(depth=10, early_head=8, position_scale=0.01))
+  tensors = convert.to_torch(awake(depth=10, early_head=8, position_scale=share))
   found = convert.arguments_of(tensors)
   assert found["early_head"] == 8
-  assert found["position_scale"] == pytest.approx(0.01, rel=1e-5)
+  assert found["position_scale"] == pytest.approx(share, rel=1e-5)
   model = convert.from_torch(tensors, **found)
-  cases.assert_near(model(*inputs()), awake(depth=10, position_scale=0.01)(*inputs()), 1e-6)
-  assert np.abs(model(*inputs()) - awake(depth=10)(*inputs())).max() > 0.01
+  cases.assert_near(model(*inputs()), awake(depth=10, position_scale=share)(*inputs()), 1e-6)
+  assert np.abs(model(*inputs()) - awake(depth=10)(*inputs())).max() > (1 - share) / 100
   few = convert.to_torch(awake(early_head=2))
   with pytest.raises(InputError, match=r"early head.* 3 blocks.*init_from"):
     convert.arguments_of(few)
