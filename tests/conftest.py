@@ -191,10 +191,11 @@ def command(environment: dict[str, str]) -> Command:
   """
 
   def run(*words: str, XLA_FLAGS: str = "", **variables: str) -> subprocess.CompletedProcess:
+    flags = f"{environment.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()  # XLA takes " " for a file
     return subprocess.run(
       [sys.executable, "-m", *map(str, words)],
       cwd=ROOT,
-      env=environment | variables | {"XLA_FLAGS": f"{environment['XLA_FLAGS']} {XLA_FLAGS}"},
+      env=environment | variables | {"XLA_FLAGS": flags},
       capture_output=True,
       text=True,
       timeout=600,
