@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launch.engine import console
@@ -106,10 +106,11 @@ class Record:
     """The time that a job has taken so far."""
     return float(self._entries.get(name, {}).get("seconds", 0.0))
 
-  def where(self, name: str) -> tuple[str, str]:
-    """The commit and the machine of a job's last run."""
-    entry = self._entries.get(name, {})
-    return entry.get("commit", ""), entry.get("machine", "")
+  def made(self, jobs: Sequence[Job]) -> tuple[str, str]:
+    """The commits and the machines of the jobs' last runs, each once, for people."""
+    entries = [self._entries.get(job.name, {}) for job in jobs]
+    commits, machines = ({x.get(key, "") for x in entries} for key in ("commit", "machine"))
+    return ", ".join(sorted(commits - {""})), ", ".join(sorted(machines - {""}))
 
   def add(self, job: Job, seconds: float, *, done: bool) -> None:
     """Records that a job ran for some more seconds, and whether it is done."""
@@ -135,6 +136,18 @@ def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = 
   """
   with _alone(folder) as lock:
     _run(jobs, folder, workers, cores, lock)
+
+
+@contextlib.contextmanager
+def reported(write: Callable[[], None]) -> Iterator[None]:
+  """Writes a page once the jobs have ended, or of those that had when something stopped them."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
+      write()
+    raise
+  write()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ the results so far.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from configs.lab import beyond
 from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.beyond import checks, graph, page
-from launch.lab.jobs import processors, run
+from launch.lab.jobs import processors, reported, run
 
 CONFIG = f"{beyond.__file__}:cifar"
 
@@ -37,19 +36,14 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, file, command)
-  if not FLAGS.page_only:
-    workers, cores = processors(FLAGS.jobs)
-    console.say(f"{workers} jobs at a time; logs in {workdir / 'logs'}")
-    jobs, done = graph.jobs_of(config, workdir), 0
-    try:
+  with reported(write_page):
+    if not FLAGS.page_only:
+      workers, cores = processors(FLAGS.jobs)
+      console.say(f"{workers} jobs at a time; logs in {workdir / 'logs'}")
+      jobs, done = graph.jobs_of(config, workdir), 0
       while len(jobs) > done:  # more follow from the results
         run(jobs, workdir, workers, cores)
         jobs, done = graph.jobs_of(config, workdir), len(jobs)
-    except BaseException:
-      with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
-        write_page()
-      raise
-  write_page()
   console.table("Beyond", ("what", "where"), [("page", str(file)), ("workdir", str(workdir))])
 
 

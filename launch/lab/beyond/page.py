@@ -158,8 +158,7 @@ def _made(config: FrozenConfigDict, workdir: Path, command: str) -> list[str]:
   jobs = graph.jobs_of(config, workdir)
   record = Record(workdir, jobs)
   hours = sum(record.seconds(job.name) for job in jobs) / 3600
-  places = zip(*(record.where(job.name) for job in jobs), strict=True)
-  commits, machines = (", ".join(sorted({*each} - {""})) for each in places)
+  commits, machines = record.made(jobs)
   return [
     "How this was made:",
     "",

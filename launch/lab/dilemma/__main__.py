@@ -15,7 +15,6 @@ Writes jobs.json, logs/, a folder for each kind of job, and dilemma.md with its 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from configs.lab import dilemma
 from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.dilemma import checks, graph, page
-from launch.lab.jobs import processors, run
+from launch.lab.jobs import processors, reported, run
 
 CONFIG = f"{dilemma.__file__}:cifar"
 
@@ -41,17 +40,12 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
-  if not FLAGS.page_only:
-    checks.check_parts(config)
-    workers, cores = processors(FLAGS.jobs)
-    console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
-    try:
+  with reported(write_page):
+    if not FLAGS.page_only:
+      checks.check_parts(config)
+      workers, cores = processors(FLAGS.jobs)
+      console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
       run(jobs, workdir, workers, cores)
-    except BaseException:
-      with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
-        write_page()
-      raise
-  write_page()
   console.table("Dilemma", ("what", "where"), [("page", str(file)), ("workdir", str(workdir))])
 
 

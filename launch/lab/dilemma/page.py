@@ -178,10 +178,7 @@ def _made(found: Results, command: str) -> list[str]:
     if seconds := record.seconds(job.name):
       kinds.setdefault(job.kind, []).append(seconds)
   total = sum(sum(seconds) for seconds in kinds.values())
-  commits, machines = (
-    ", ".join(sorted({*each} - {""}))
-    for each in zip(*(record.where(job.name) for job in found.jobs), strict=True)
-  )
+  commits, machines = record.made(found.jobs)
   runs = [found.read(job.name).get("run", {}) for job in found.jobs if job.output.suffix == ".json"]
   jaxes = ", ".join(sorted({run["jax"] for run in runs if "jax" in run}))
   devices = sorted({x for run in runs if "cpu" not in (x := run.get("device", "cpu"))})

@@ -19,7 +19,6 @@ same command continues; --page_only writes the page of the results so far.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -37,7 +36,7 @@ from launch.engine.subcommands import Subcommand
 from launch.lab import reference
 from launch.lab.equivalence import judging, pieces, side_page, tokenizer_page, tokenizer_pieces
 from launch.lab.equivalence.pieces import RECORD, Settings
-from launch.lab.jobs import Job, run
+from launch.lab.jobs import Job, reported, run
 from vavae_jax.common.errors import InputError
 
 CONFIG = f"{training.__file__}:cifar"
@@ -266,16 +265,11 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only", "jobs"))
   write_page = functools.partial(page.write, settings, jobs, file, command)
-  if not FLAGS.page_only:
-    settings.checkouts.check_python("scipy", "safetensors")
-    console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")
-    try:
+  with reported(write_page):
+    if not FLAGS.page_only:
+      settings.checkouts.check_python("scipy", "safetensors")
+      console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")
       run(jobs, settings.root, FLAGS.jobs)
-    except BaseException:
-      with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
-        write_page()
-      raise
-  write_page()
   rows = [("page", str(file)), ("workdir", str(settings.root))]
   console.table("Trainings side by side", ("what", "where"), rows)
 

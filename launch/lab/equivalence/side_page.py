@@ -105,9 +105,7 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   shown = {name: x for name, x in figures(found).items() if len(x) == len(SIDES)}
   if not shown:
     return []
-  rows, inside = compared(shown)
-  several = len(found.seeds("theirs")) > 1
-  summary = f": {inside} of {len(shown)} do" if several else ", which one seed does not tell"
+  rows, summary = compared(shown)
   floor = ""
   if found.has("real"):
     real = found.note("real")
@@ -133,16 +131,16 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   ]
 
 
-def compared(figures: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[list[str]], int]:
-  """Rows under `FIGURES` of the values of each side's seeds, and how many say "yes" at the end."""
-  rows, inside = [], 0
+def compared(figures: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[list[str]], str]:
+  """Rows under `FIGURES` of the values of each side's seeds, and what their last column tells."""
+  rows, inside, several = [], 0, False
   for name, sides in figures.items():
     theirs, ours = sides["theirs"], sides["ours"]
     within = bool(theirs.min() <= ours.mean() <= theirs.max())
-    inside += within
+    inside, several = inside + within, several or len(theirs) > 1
     verdict = "-" if len(theirs) < 2 else "yes" if within else "no"
     rows.append([name, _spread(theirs), _spread(ours), _errors(theirs, ours), verdict])
-  return rows, inside
+  return rows, f": {inside} of {len(rows)} do" if several else ", which one seed does not tell"
 
 
 def _spread(values: np.ndarray) -> str:
@@ -311,10 +309,7 @@ def made(found: Results, command: str, lines: Sequence[str]) -> list[str]:
   for job in found.jobs:
     if seconds := found.record.seconds(job.name):
       kinds[job.kind] = kinds.get(job.kind, 0.0) + seconds
-  commits, machines = (
-    ", ".join(sorted({*each} - {""}))
-    for each in zip(*(found.record.where(job.name) for job in found.jobs), strict=True)
-  )
+  commits, machines = found.record.made(found.jobs)
   minutes = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.items())
   return [
     "## How this was made",

@@ -150,9 +150,7 @@ def _side_by_side(found: Results, drawn: Path | None) -> list[str]:
   shown = {name: x for name, x in figures(found).items() if len(x) == len(SIDES)}
   if not shown:
     return []
-  rows, inside = compared(shown)
-  several = len(found.seeds("theirs")) > 1
-  summary = f": {inside} of {len(shown)} do" if several else ", which one seed does not tell"
+  rows, summary = compared(shown)
   return [
     "## Tokenizers' trainings of their own",
     "",
