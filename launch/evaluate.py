@@ -24,9 +24,9 @@ from launch import restore
 from launch.engine import console, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
-from launch.evaluation import generation, probe, reconstruction, solvers, space, sweep
-from launch.evaluation.cells import LEAST, open_cells
-from launch.evaluation.features import CLASSIFIER, PROTOCOLS, Network, load_network
+from launch.evaluation import flag_groups, generation, probe, reconstruction, solvers, space, sweep
+from launch.evaluation.cells import open_cells
+from launch.evaluation.features import CLASSIFIER, Network, load_network
 from launch.evaluation.figures import Options, Second
 from launch.evaluation.frontier import frontier
 from launch.evaluation.gaussians import Gaussians
@@ -41,15 +41,13 @@ from launch.evaluation.pictures import (
 )
 from launch.evaluation.reference import Reference, open_reference, store
 from launch.sample import Sampler, given_settings
-from lightningdit_jax import checks, transport
+from lightningdit_jax import checks
 from vavae_jax import folder
 from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import check_outputs, place
-from vavae_jax.common.keys import LAST_SEED
-from vavae_jax.data import images
 from vavae_jax.perceptual import Lpips, load_lpips
 
 FLAGS = flags.FLAGS
@@ -344,99 +342,18 @@ def _statistics() -> None:
   )
 
 
-def _reference_flags() -> None:
-  flags.DEFINE_enum("protocol", "adm", PROTOCOLS, "Feature network and how pictures come to it.")
-  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-  text = "Real pictures, or an npz of their mu and sigma."
-  flags.DEFINE_string("reference", None, text, required=True)
-  text = "ADM's crop of folders and sources; 0: the size of the samples."
-  flags.DEFINE_integer("image_size", 0, text)
-  flags.DEFINE_string(
-    "tokenizer", "", f"The tokenizer, if the latents do not name it: {folder.TAKEN}"
-  )
-
-
-def _drawn_flags() -> None:
-  launch.sample.define_flags(50_000, least=2)
-  flags.DEFINE_boolean("precision_recall", True, "Keeps all features in memory.")
-  text = "Workdir of a second classifier, which judges the same samples."
-  flags.DEFINE_string("second_weights", "", text)
-  text = "Real pictures, or their statistics by the second classifier; --reference if none."
-  flags.DEFINE_string("second_reference", "", text)
-
-
-def _grid_flags() -> None:
-  flags.DEFINE_string("workdir", None, f"The diffusion model: {folder.TAKEN}", required=True)
-  flags.DEFINE_multi_string("grid", [], "SETTING=VALUE,VALUE; once for each setting.")
-
-
-def _generation_flags() -> None:
-  flags.DEFINE_string("samples", "", "An npz, a folder, a latent store or an image source.")
-  flags.DEFINE_string("workdir", "", f"A diffusion model that draws the samples: {folder.TAKEN}")
-  text = "A latent store; samples are of one Gaussian for each class, fitted to its latents."
-  flags.DEFINE_string("gaussians", "", text)
-  flags.DEFINE_integer(
-    "bootstrap", 0, "Resamples for a confidence interval; 0: none, 20 will do.", lower_bound=0
-  )
-  flags.DEFINE_boolean("fid_infinity", False, "Extrapolate to infinitely many samples.")
-
-
-def _reconstruction_flags() -> None:
-  none = ("none", *PROTOCOLS)
-  flags.DEFINE_enum("protocol", "adm", none, "Feature network of the rFID; none: no rFID.")
-  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-  flags.DEFINE_string("workdir", None, f"The tokenizer: {folder.TAKEN}", required=True)
-  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
-  flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
-  flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
-  flags.DEFINE_integer("image_size", 0, "Side of the pictures; 0: as in training.")
-  flags.DEFINE_integer("limit", 0, "Number of pictures, by a seeded choice; 0: all.", lower_bound=0)
-  flags.DEFINE_enum("posterior", "sample", reconstruction.POSTERIORS, "sample: the reference's.")
-  flags.DEFINE_integer(
-    "seed", 0, "Seed of the posterior's noise.", lower_bound=0, upper_bound=LAST_SEED
-  )
-  flags.DEFINE_string("lpips_vgg", "", "LPIPS' VGG16; by default the training's file.")
-  flags.DEFINE_string("lpips_heads", "", "LPIPS' heads, if they are in another file.")
-
-
-def _probe_flags() -> None:
-  flags.DEFINE_enum("protocol", "none", ("none", *PROTOCOLS), "Who judges samples; none: nobody.")
-  flags.DEFINE_string("weights", "", "Weights of the protocol's network.")
-  flags.DEFINE_string("reference", "", "Real pictures, or an npz of their mu and sigma.")
-  flags.DEFINE_string("workdir", None, f"The tokenizer: {folder.TAKEN}", required=True)
-  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
-  flags.DEFINE_string("source", "", "Pictures; those of the tokenizer's training if none.")
-  flags.DEFINE_integer("num_pictures", probe.COUNT, "How many of them.", lower_bound=probe.LEAST)
-  text = "JSON of another probe, or a folder of such, for the table; more than once."
-  flags.DEFINE_multi_string("among", [], text)
-
-
-def _latents_flags() -> None:
-  flags.DEFINE_string("latents", None, "A latent store, or a file of cells.", required=True)
-  flags.DEFINE_integer("runs", 10, "Runs of t-SNE, over which figures are averaged.", lower_bound=1)
-  flags.DEFINE_integer("cells", 10_000, "Latent cells in each run.", lower_bound=LEAST)
-  flags.DEFINE_integer("seed", 0, "Seed of the first run.", lower_bound=0, upper_bound=LAST_SEED)
-  flags.DEFINE_enum("path", "Linear", tuple(transport.PATHS), "Path for signal to noise.")
-
-
-def _frontier_flags() -> None:
-  flags.DEFINE_multi_string("point", [], "NAME:RECONSTRUCTION.json:GENERATION.json of a tokenizer.")
-  flags.DEFINE_string("x", "psnr", "Figure of reconstruction for the frontier.")
-  flags.DEFINE_string("y", "fid", "Figure of generation for the frontier.")
-
-
 _few_samples = functools.partial(launch.sample.define_flags, solvers.DEFAULT_SAMPLES, least=2)
-_drawn = (_reference_flags, _drawn_flags)
+_drawn = (flag_groups.reference, flag_groups.drawn)
 # Evaluation -> its function and, beside --output, its groups of flags.
 COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] = {
-  "generation": (_generation, (*_drawn, _generation_flags)),
-  "reconstruction": (_reconstruction, (_reconstruction_flags,)),
-  "latents": (_latents, (_latents_flags,)),
-  "probe": (_probe, (_probe_flags,)),
-  "sweep": (_sweep, (*_drawn, _grid_flags, launch.sample.define_guide)),
-  "solvers": (_solvers, (_few_samples, _grid_flags)),
-  "frontier": (_frontier, (_frontier_flags,)),
-  "statistics": (_statistics, (_reference_flags,)),
+  "generation": (_generation, (*_drawn, flag_groups.generation)),
+  "reconstruction": (_reconstruction, (flag_groups.reconstruction,)),
+  "latents": (_latents, (flag_groups.latents,)),
+  "probe": (_probe, (flag_groups.probe,)),
+  "sweep": (_sweep, (*_drawn, flag_groups.grid, launch.sample.define_guide)),
+  "solvers": (_solvers, (_few_samples, flag_groups.grid)),
+  "frontier": (_frontier, (flag_groups.frontier,)),
+  "statistics": (_statistics, (flag_groups.reference,)),
 }
 
 
