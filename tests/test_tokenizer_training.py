@@ -247,6 +247,21 @@ def test_stages_that_make_no_sense_are_refused(changes, message):
     stages.with_steps(configuration(**(THREE | changes)), num_images=42)
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"discriminator.n_layers": 4}, r"needs 48 pixels a side: config\.data\.image_size=32\. Give"),
+    (
+      {"discriminator.n_layers": 3, "equivariance.share": 0.5, "equivariance.scales": (0.5,)},
+      r"image_size=32, shrunk by config\.equivariance\.scales to 16",
+    ),
+  ],
+)
+def test_a_discriminator_that_would_see_nothing_is_refused(changes, message):
+  with pytest.raises(InputError, match=message):
+    training.check(configuration(**{"data.image_size": 32} | changes))
+
+
 def test_initial_weights_are_taken_over_and_another_teachers_projection_is_not():
   fresh = {"autoencoder": {"a": np.zeros(2)}, "projection": {"kernel": np.zeros((2, 3))}}
   given = {"autoencoder": {"a": np.ones(2)}, "projection": {"kernel": np.ones((2, 4))}}

@@ -93,6 +93,7 @@ class PatchDiscriminator(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.n_layers = n_layers
+    self.smallest = 3 * 2**n_layers  # side of a picture that leaves a patch to judge
     widths = [in_channels] + [ndf * min(2**i, 8) for i in range(n_layers + 1)]
 
     def conv(width: int, channels: int, stride: int, use_bias: bool) -> nnx.Conv:
@@ -123,11 +124,10 @@ class PatchDiscriminator(nnx.Module):
     With `train` BatchNorm normalises by this batch's statistics and folds them into the running
     ones, otherwise by the running ones. InputError if an image leaves no patch to judge.
     """
-    smallest = 3 * 2**self.n_layers
-    if min(image_BHWC.shape[1:3]) < smallest:
+    if min(image_BHWC.shape[1:3]) < self.smallest:
       raise InputError(
         f"Images {image_BHWC.shape} are too small for a discriminator with n_layers="
-        f"{self.n_layers}, which needs {smallest} x {smallest} pixels; use fewer layers."
+        f"{self.n_layers}, which needs {self.smallest} x {self.smallest} pixels; use fewer layers."
       )
     x = pin_batch(image_BHWC)
     for layer in self.layers:

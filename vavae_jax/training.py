@@ -53,8 +53,13 @@ def check(config: FrozenConfigDict) -> None:
   equivariance.check(config, size // factor)
   if config.loss.disc_weight > 0 or config.loss.disc_idle:
     least = round(size * equivariance.least(config))
-    picture = jax.ShapeDtypeStruct((config.batch_size, least, least, 3), jnp.float32)
-    nnx.eval_shape(lambda network, x: network(x, train=True), judge, picture)
+    if least < judge.smallest:
+      raise InputError(
+        f"Pictures are too small for the discriminator; it needs {judge.smallest} pixels a side: "
+        f"config.data.image_size={size}"
+        f"{f', shrunk by config.equivariance.scales to {least}' if least < size else ''}. Give "
+        "larger ones, or fewer config.discriminator.n_layers."
+      )
   frozen.check(config)
   selection.check_pictures(config)
 

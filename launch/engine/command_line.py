@@ -88,7 +88,7 @@ def parse_flags(argv: list[str], subcommand: str = "") -> list[str]:
     sys.exit(0)
   page = f"{own_command()} {subcommand}".strip() + " --help"
   page = "docs/configuration.md" if "--config." in str(message) else page
-  refuse(f"{message}; see {page}")
+  refuse(f"{str(message).removesuffix('.')}; see {page}")
 
 
 def refuse(message: str) -> NoReturn:
