@@ -376,7 +376,8 @@ def _say_next(evaluation: str) -> None:
     recipe, to = "--config=configs/lightningdit.py:B/1", f"--workdir={FLAGS.latents}_diffusion"
     console.say_next("train", recipe, to, f"--config.latents.path={FLAGS.latents}")
   else:
-    console.say_next("encode", "--workdir=TOKENIZER", "--output=LATENTS")
+    tokenizer = FLAGS.workdir if evaluation == "probe" else "TOKENIZER"
+    console.say_next("encode", f"--workdir={tokenizer}", "--output=LATENTS")
 
 
 def _subcommand(

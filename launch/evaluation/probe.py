@@ -314,8 +314,9 @@ def evaluate(
     sections=[Section("Samples", "Of the small model.", [picture_rows({"": sheet[None]}, 1)])],
     points=[
       {"figure": name, "here": values[name], "place from below": f"{places[name]} of {1 + len(x)}"}
-      | {how: float(of(x)) if x else "-" for how, of in _OTHERS.items()}
+      | {how: float(of(x)) for how, of in _OTHERS.items()}
       for name, x in among.items()
+      if x
     ],
     picture=sheet,
   )
