@@ -166,6 +166,7 @@ def diffusion(size: str, shape: str, width: str) -> ConfigDict:
   config.update(save_every_steps=500, keep_every_steps=500, keep_checkpoints=1)  # for the curves
   config.evaluate_every_steps = 0
   config.dtype = "float32"  # bfloat16 is slower than float32 on most processors
+  config.loader.threads = 1
   config.latents.path = "runs/dilemma/latents"
   config.model.update(
     input_size=IMAGE_SIZE // pixels,
@@ -194,6 +195,7 @@ def _pictures(config: ConfigDict, size: str) -> None:
   source = {"cifar": "tfds:cifar10/train", "tiny": "embedded:emoji"}[size]
   config.data.update(source=source, image_size=IMAGE_SIZE, held_out=0.1, split="position")
   config.log_to = ()
+  config.loader.threads = 1  # for pictures this small four wait for each other, at twice the cost
 
 
 def _tiny(config: ConfigDict, size: str) -> None:
