@@ -167,6 +167,7 @@ def diffusion(size: str, shape: str, width: str) -> ConfigDict:
   config.evaluate_every_steps = 0
   config.dtype = "float32"  # bfloat16 is slower than float32 on most processors
   config.loader.threads = 1
+  config.log_to = ()
   config.latents.path = "runs/dilemma/latents"
   config.model.update(
     input_size=IMAGE_SIZE // pixels,
