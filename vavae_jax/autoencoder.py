@@ -24,6 +24,7 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from vavae_jax.common import keys
+from vavae_jax.common.convolution import convolve
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import field
 from vavae_jax.common.sharding import pin_batch, platform
@@ -96,6 +97,7 @@ class Layers:
       return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     kwargs |= {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "rngs": self.rngs}
+    kwargs["conv_general_dilated"] = convolve
     return nnx.Conv(in_channels, out_channels, (size, size), **kwargs)
 
   def norm(self, channels: int) -> nnx.GroupNorm:

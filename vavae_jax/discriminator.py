@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from vavae_jax.common.convolution import convolve
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
 
@@ -105,6 +106,7 @@ class PatchDiscriminator(nnx.Module):
         strides=stride,
         padding=1,
         use_bias=use_bias,
+        conv_general_dilated=convolve,
         kernel_init=nnx.initializers.normal(0.02),
         bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
         dtype=dtype,

@@ -23,6 +23,7 @@ from flax import nnx
 
 from vavae_jax.common import functional
 from vavae_jax.common.addresses import local_file
+from vavae_jax.common.convolution import convolve
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
 from vavae_jax.weights import torch_weights
@@ -110,6 +111,7 @@ class _Slice(nnx.Module):
   ):
     # This initializer keeps the scale through 13 activations.
     options: Any = {"kernel_init": nnx.initializers.he_normal(), "dtype": dtype, "rngs": rngs}
+    options["conv_general_dilated"] = convolve
     pairs = pairwise([width] + [channels] * num_convs)
     self.convs = nnx.List([nnx.Conv(*pair, (3, 3), **options) for pair in pairs])
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import lecun_normal
 
+from vavae_jax.common.convolution import convolve
 from vavae_jax.common.errors import InputError
 
 GRIDS = 3
@@ -45,7 +46,7 @@ class Conv(nnx.Module):
       count = math.prod(kernel.shape[:-1])
       mean, var = (f(kernel, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
       kernel = (kernel - mean) * jax.lax.rsqrt(count * var / 2 + 1e-6)
-    return jax.lax.conv_general_dilated(
+    return convolve(
       x_BHWC.astype(self.dtype),
       kernel.astype(self.dtype),
       (self.stride, self.stride),

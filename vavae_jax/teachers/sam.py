@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from vavae_jax.common.convolution import convolve
 from vavae_jax.teachers import names
 from vavae_jax.teachers.family import Family, Variant, published
 from vavae_jax.teachers.layers import (
@@ -202,6 +203,7 @@ class _Neck(nnx.Module):
     options: Any = {"use_bias": False, "dtype": layers.dtype, "rngs": layers.rngs}
     self.conv1 = nnx.Conv(hidden_size, feature_size, (1, 1), **options)
     self.norm1 = layers.norm(feature_size)
+    options["conv_general_dilated"] = convolve
     self.conv2 = nnx.Conv(feature_size, feature_size, (3, 3), **options)
     self.norm2 = layers.norm(feature_size)
 
