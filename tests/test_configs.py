@@ -14,6 +14,7 @@ import pytest
 
 from configs import (
   ablation,
+  autoguidance,
   base,
   lightningdit,
   lightningdit_sdvae,
@@ -172,6 +173,11 @@ def test_the_800_epoch_recipe_ends_logit_normal_times_at_step_600_000():
   config = lightningdit_xl_800ep.get_config()
   phases = [training.phase(config, step) for step in (1, 600_000, 600_001, config.num_steps)]
   assert phases == ["logit-normal", "logit-normal", "uniform", "uniform"]
+
+
+def test_autoguidances_guide_has_the_published_epochs_of_its_resolution():
+  assert autoguidance.get_config("guide").num_steps == 17_516  # 14 epochs
+  assert autoguidance.get_config("guide,512").num_steps == 25_023  # 20
 
 
 def test_internal_guidance_can_be_trained_at_xl():
