@@ -115,10 +115,7 @@ def encode(
   encoded = Encoded(output, len(indices), shard_size, batch_size)
 
   def begin() -> int:
-    missing = encoded.missing()
-    # Each process may have a shard that it joins, and one is being made.
-    in_parts = min(missing, (jax.process_count() + 1) * shard_size) - encoded.in_parts()
-    size = (missing + in_parts) * _bytes_of_one(tokenizer.config, dtype, moments)
+    size = encoded.room() * _bytes_of_one(tokenizer.config, dtype, moments)
     check_free(output, size, "for the latents and their parts; give another --output")
     encoded.begin()
     return encoded.lost()

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.encode import encode
+from launch.engine import processes
 from launch.evaluation import check_latents
 from launch.evaluation.encoded_files import PARTS, Encoded
 from lightningdit_jax.store import latents, shards
@@ -146,6 +147,35 @@ def test_parts_of_any_size_are_joined_to_the_same_shards(sizes, tmp_path):
   np.testing.assert_array_equal(found, whole[kept].transpose(0, 3, 1, 2))
 
 
+def test_a_slow_process_lets_no_more_pile_up_than_there_is_room_for(tmp_path, monkeypatch):
+  """Parts that reach into a shard of the other process wait until this one joins it, at the end."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "first_does", lambda act: act())
+  monkeypatch.setattr(processes, "wait_for_all", lambda: None)
+  write_shard, used = shards.write_shard, []
+
+  def write(*arguments):
+    write_shard(*arguments)
+    in_parts = sum(int(path.stem[10:]) for path in (tmp_path / PARTS).iterdir())
+    used.append(48 - fast.missing() + in_parts)
+
+  monkeypatch.setattr(shards, "write_shard", write)
+  both = []
+  for index in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    both.append(Encoded(tmp_path, 48, 4, 6))
+    both[-1].begin()
+  fast, slow = both
+  room, parts = fast.room(), [range(start, start + 6) for start in range(0, 48, 6)]
+  for encoded, mine in ((fast, parts[::2]), (slow, parts[1::2])):
+    for part in mine:
+      rows = np.zeros((6, 1, 1, 1), np.float32)
+      encoded.add(part, dict.fromkeys(shards.SAMPLES, rows), np.zeros(6, int), {})
+  slow.join()
+  fast.join()
+  assert 48 < max(used) <= room
+
+
 @pytest.mark.parametrize("stray", ["lost", "foreign"])
 def test_a_store_is_finished_of_its_own_shards_alone(store, stray, tmp_path):
   output = Path(shutil.copytree(store.path, tmp_path / "latents"))
@@ -184,12 +214,13 @@ def test_a_stopped_run_encodes_only_what_is_missing(
     latents.LatentStore(tmp_path)
   assert written == SHARDS[:2]
   there = sum(int(path.stem.partition("_")[2]) for path in (tmp_path / PARTS).iterdir())
-  assert there > 20
+  assert there == 25
   written.stop_at = ""
   encode(tokenizer, tmp_path, batch_size=8, shard_size=20)
   assert written == SHARDS
   assert contents(tmp_path) == contents(store.path)
-  assert needed[1] * (65 + 40) == needed[0] * (25 + 25 - there)
+  # At first: all, what is joined, and what reaches into two shards; then 25 in shards alone.
+  assert needed[1] * (65 + 20 + 2 * 8) == needed[0] * 25
 
 
 @pytest.mark.parametrize(

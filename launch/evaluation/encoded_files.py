@@ -2,7 +2,8 @@
 
 A part is a batch of one process (launch/engine/parts.py), its file one of the folder PARTS of the
 store. As soon as all pictures of a shard are there, the process whose shard it is joins them and
-deletes their parts: so the parts take little room, and no process holds more than one shard.
+deletes their parts: so parts and shards take little more room than the store, also where the parts
+of some processes wait for those of a slow one, and no process holds more than one shard.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Encoded:
   def _items(self, number: int) -> range:
     return range(self._total)[number * self._shard_size : (number + 1) * self._shard_size]
 
+  def _shards_of(self, part: range) -> range:
+    """The numbers of the shards into which a part reaches."""
+    return range(part.start // self._shard_size, (part.stop - 1) // self._shard_size + 1)
+
   def _there(self) -> list[int]:
     """The shards that are there."""
     names = {file.name for file in self._output.iterdir()} if self._output.is_dir() else set()
@@ -61,9 +66,17 @@ class Encoded:
     """The number of pictures that are in no shard."""
     return self._total - sum(map(len, self._joined()))
 
-  def in_parts(self) -> int:
-    """The number of pictures in parts, of which some may be there twice."""
-    return sum(map(len, self._parts.there()))
+  def room(self) -> int:
+    """For how many pictures there must be room, beside what is there, at the worst moment.
+
+    Each is in a part or in a shard. In both are those of the shards that are being joined, one a
+    process, and of parts that reach into several shards: they stay until all of these are there,
+    while other processes may be slow to join theirs.
+    """
+    missing = self._parts.missing(self._joined())
+    both = [part for part in (*missing, *self._parts.there()) if len(self._shards_of(part)) > 1]
+    twice = jax.process_count() * self._shard_size + sum(map(len, both))
+    return sum(map(len, missing)) + min(self.missing(), twice)
 
   def lost(self) -> int:
     """How many pictures the shards that are there note as unreadable."""
@@ -121,12 +134,10 @@ class Encoded:
 
   def _remove_parts(self, number: int) -> None:
     """Removes those of a shard, but of parts that reach into others only where these are there."""
-    items, there = self._items(number), {*self._there()}
+    there = {*self._there()}
     for part in self._parts.there():
-      if part.start < items.stop and part.stop > items.start:
-        first, last = (at // self._shard_size for at in (part.start, part.stop - 1))
-        if there.issuperset(range(first, last + 1)):
-          self._parts.path(part).unlink(missing_ok=True)
+      if number in (reached := self._shards_of(part)) and there.issuperset(reached):
+        self._parts.path(part).unlink(missing_ok=True)
 
   def _write(self, number: int) -> None:
     """Writes a shard from its parts."""
