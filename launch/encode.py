@@ -250,7 +250,10 @@ def _load(
 def _one_late(
   batches: Iterator[_Batch], run: Callable[[_Batch], dict[str, jax.Array]]
 ) -> Iterator[tuple[_Batch, dict[str, jax.Array]]]:
-  """Each batch when the next one is under way on the devices."""
+  """Each batch when the next one is under way on the devices: a kill loses both.
+
+  With one alone, the devices would wait while it is written.
+  """
   waiting: list[tuple[_Batch, dict[str, jax.Array]]] = []
   for batch in batches:
     waiting.append((batch, run(batch)))

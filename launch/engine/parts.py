@@ -2,8 +2,8 @@
 
 Item i comes out alike whoever makes it. A part is one file of a folder that all processes see, on a
 disk or in a bucket, and is named by its first item and their number. So the names alone say what is
-missing, after any end and for any number of processes; what each was making when it was killed is
-all that is lost.
+missing, after any end and for any number of processes; what each was making or writing when it was
+killed is all that is lost.
 """
 
 from __future__ import annotations
