@@ -128,6 +128,26 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(
     np.testing.assert_array_equal(found.to_tensors()[name], tensor, err_msg=name)
 
 
+def test_a_block_is_drawn_when_the_one_before_is_kept(network, tmp_path):
+  """Else a kill would lose two, each of which takes minutes."""
+
+  class Drawn(pictures.Sampled):
+    size, about, kept = 8, {}, []
+
+    def __init__(self):
+      """Needs no model."""
+
+    def __len__(self):
+      return len(PICTURES)
+
+    def read(self, start, stop):
+      self.kept.append(len([*(tmp_path / "samples").glob("0*")]))
+      return PICTURES[start:stop]
+
+  statistics_of(Drawn(), network, "samples", progress=tmp_path)
+  assert Drawn.kept == [0, 1, 2]
+
+
 @pytest.mark.parametrize("change", ["other pictures", "damage"])
 def test_what_was_found_of_others_or_is_damaged_is_computed_anew(
   network, tmp_path, monkeypatch, change

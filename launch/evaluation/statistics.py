@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from launch.engine import console, processes
 from launch.engine.parts import Parts, items_in, shared_out
-from launch.evaluation.pictures import PictureSet
+from launch.evaluation.pictures import PictureSet, Sampled
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
@@ -147,20 +147,32 @@ def compute(
   batches = Batches(run, at_once, devices, console.say_here)
   here = jax.device_put(params, mesh.replicated(devices))
   groups, done = blocks.mine(devices.size), 0
-  with (
-    console.Bar(name, items_in(groups)) as bar,
-    ThreadPoolExecutor(1) as reader,
-  ):
-    ahead = [reader.submit(_read, pictures, groups[0])] if groups else []
-    for number, group in enumerate(groups, 1):
-      image, index = ahead.pop().result()
-      if number < len(groups):
-        ahead.append(reader.submit(_read, pictures, groups[number]))
+  with console.Bar(name, items_in(groups)) as bar:
+    for group, (image, index) in zip(groups, _each_read(pictures, groups), strict=True):
       found = list(batches({"image": image, "index": index}, here))
       for part, tensors in zip(group, _tensors_of(found, group), strict=True):
         blocks.add(part, tensors)
       bar.update(done := done + len(index))
   return blocks.joined()
+
+
+def _each_read(
+  pictures: PictureSet, groups: list[list[range]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """What `_read` gives of each group, in a thread while features of the one before are computed.
+
+  Samples are drawn when those before are kept: by the same devices, and a kill costs one group.
+  """
+  if isinstance(pictures, Sampled):
+    yield from (_read(pictures, group) for group in groups)
+    return
+  with ThreadPoolExecutor(1) as reader:
+    ahead: list[Future[tuple[np.ndarray, np.ndarray]]] = []
+    for group in groups:
+      ahead.append(reader.submit(_read, pictures, group))
+      if len(ahead) > 1:
+        yield ahead.pop(0).result()
+    yield from (read.result() for read in ahead)
 
 
 def _read(pictures: PictureSet, group: list[range]) -> tuple[np.ndarray, np.ndarray]:
