@@ -23,11 +23,13 @@ class FakeGcs:
 
   Attributes:
     objects: name -> (content, generation).
+    asked: the method of each request, such as GET.
     variables: environment of its clients.
   """
 
   def __init__(self) -> None:
     self.objects: dict[str, tuple[bytes, int]] = {}
+    self.asked: list[str] = []
     self.uploads: dict[str, tuple[str, bytes]] = {}
     self.lock = threading.Lock()
     self._generation = 1000
@@ -78,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
 
   def log_message(self, *_: Any) -> None:
     """Says nothing."""
+
+  def log_request(self, *_: Any) -> None:
+    """Notes what was asked."""
+    self.gcs.asked.append(self.command)
 
   def _answer(self, code: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -119,6 +119,16 @@ def workdir(gcs, monkeypatch):
   return place("gs://bucket/run")
 
 
+def test_a_file_is_removed_by_one_request(gcs, workdir):
+  gcs.write("run/x", b"")
+  (workdir / "x").unlink(missing_ok=True)
+  assert not gcs.objects
+  (workdir / "x").unlink(missing_ok=True)
+  assert gcs.asked == ["DELETE", "DELETE"]
+  with pytest.raises(FileNotFoundError):
+    (workdir / "x").unlink()
+
+
 def test_samples_of_a_stopped_evaluation_are_in_the_bucket(gcs, workdir):
   parts = Parts(workdir / "samples.parts", 5, 2, ".x.safetensors")
   gcs.write("run/samples.parts_of_a_neighbour", b"")

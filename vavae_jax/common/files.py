@@ -95,11 +95,15 @@ class Place(gpath.PosixGPath):
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
   def unlink(self, missing_ok: bool = False) -> None:
-    """Deletes the file."""
+    """Deletes the file; in a bucket by one request."""
     if not is_url(self):
       super().unlink(missing_ok)
-    elif self.exists() or not missing_ok:
+      return
+    try:
       self._backend.fs(self).rm_file(str(self))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
 
   def rename(self, target: Path | str) -> Place:
     """Gives the folder another name."""
