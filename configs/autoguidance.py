@@ -9,8 +9,8 @@
 The model is that of 64 epochs, sampled at scale 1.42, on all channels and at all times; the guide,
 S/1, is trained on the same latents for 14 epochs, at a twentieth of the model's cost a step. The
 guide's epochs and the scale are of RAE's pair (arXiv 2510.11690; bytetriper/RAE at a4d18c4,
-configs/stage2/sampling): XL and S too, but with a wide head each, on its own latents, and the XL
-trained longer. With ",512" behind the word, latents are of 512 px, the guide has 20
+configs/stage2/sampling): XL and S too, but with a wide head each (docs/rae.md), on its own latents,
+and the XL trained longer. With ",512" behind the word, latents are of 512 px, the guide has 20
 epochs and the scale is 1.5. Karras et al. (arXiv 2406.02507) guide a model by one of two thirds of
 its width after a sixteenth of its steps, at scale 2.1, both with averages of their own.
 
