@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from launch import restore
 from launch.engine import console, processes
@@ -229,9 +229,8 @@ def define_guide() -> None:
 
 def given_settings(diffusion: restore.Trained, **changes: Any) -> FrozenConfigDict:
   """The model's own `config.sample` with the flags that were given and these changes."""
-  settings = diffusion.config.sample.to_dict()
-  settings |= {k: flags.FLAGS[k].value for k in settings if flags.FLAGS[k].value is not None}
-  return FrozenConfigDict(ConfigDict(settings | changes))
+  given = {k: flags.FLAGS[k].value for k in checks.SAMPLE if flags.FLAGS[k].value is not None}
+  return checks.changed(diffusion.config.sample, **given | changes)
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-from ml_collections import FrozenConfigDict
+from typing import Any
 
-from lightningdit_jax import attention, routing, solvers, transport
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from lightningdit_jax import attention, routing, sampling, solvers, transport
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import LatentStore
 from lightningdit_jax.store.space import Space, check_classes
@@ -104,6 +106,16 @@ def check_transport(config: FrozenConfigDict) -> None:
     )
 
 
+def changed(sample: FrozenConfigDict, **changes: Any) -> FrozenConfigDict:
+  """`config.sample` with changes, for `check_sampling`.
+
+  Guidance that they switch off takes the model's own guide_routed along.
+  """
+  ends = [changes.get(name) for name in ("cfg_scale", "cfg_interval_start")]
+  off = {"guide_routed": 0.0} if any(isinstance(x, int | float) and x == 1 for x in ends) else {}
+  return FrozenConfigDict(ConfigDict(sample.to_dict() | off | changes))
+
+
 def check_sampling(
   sample: FrozenConfigDict, config: FrozenConfigDict, guide: FrozenConfigDict | None = None
 ) -> None:
@@ -129,6 +141,12 @@ def check_sampling(
       "config.sample.internal_scale is for samples with all tokens; set it to 1, or routed and "
       "guide_routed to 0."
     )
+  if sample.guide_routed and not sampling.is_guided(sample):
+    raise InputError(
+      f"config.sample.guide_routed is {sample.guide_routed}, but config.sample.cfg_scale is "
+      f"{sample.cfg_scale} and config.sample.cfg_interval_start {sample.cfg_interval_start}, which "
+      "is no guidance; set guide_routed to 0, or give a scale other than 1 and a start before 1."
+    )
   if sample.routed or sample.guide_routed:
     if sample.routed or not guide:
       routing.stretch(config.route, model.depth)
@@ -142,7 +160,7 @@ def check_sampling(
       )
   if guide or sample.guide_routed:
     return
-  if not model.class_dropout_prob and sample.cfg_scale != 1 and sample.cfg_interval_start < 1:
+  if not model.class_dropout_prob and sampling.is_guided(sample):
     raise InputError(
       f"config.sample.cfg_scale is {sample.cfg_scale}, but a model trained with "
       "config.model.class_dropout_prob=0 has no unconditional velocity; set the scale to 1."

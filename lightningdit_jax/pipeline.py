@@ -292,8 +292,7 @@ class Pipeline:
       return
     shares = (chosen.routed, chosen.guide_routed)
     static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
-    is_guided = chosen.cfg_scale != 1 and chosen.cfg_interval_start < 1
-    names = ["cfg_scale", "cfg_interval_start"] if is_guided else []
+    names = ["cfg_scale", "cfg_interval_start"] if sampling.is_guided(chosen) else []
     names += ["internal_scale", "internal_until"] if chosen.internal_scale != 1 else []
     guidance = {name: np.float32(chosen[name]) for name in names}
     x = batch.get("noise")
@@ -325,7 +324,7 @@ class Pipeline:
       known = ", ".join(sorted({*_OURS, *checks.SAMPLE} - {*_OURS.values()}))
       raise InputError(f"{unknown[0]} is no setting of sampling; they are {known}.")
     plain = {k: _plain(v) for k, v in named.items() if v is not None}
-    chosen = FrozenConfigDict(ConfigDict(self.config.sample.to_dict() | plain))
+    chosen = checks.changed(self.config.sample, **plain)
     given = {_OURS[name]: name for name in changes if name in _OURS}
     names = {f"config.sample.{name}": own for name, own in given.items()}
     with naming(names | {"config.sample.": ""}):

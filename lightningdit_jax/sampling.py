@@ -82,6 +82,11 @@ def sample_ode(
   return integrate(velocity, start, grid, method, atol, rtol)
 
 
+def is_guided(sample: FrozenConfigDict) -> bool:
+  """Whether `guided` guides at all with settings as `config.sample`."""
+  return sample.cfg_scale != 1 and sample.cfg_interval_start < 1
+
+
 def guided(
   model: Model,
   label: jax.Array,

@@ -237,6 +237,8 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
       {"sample.guide_routed": 0.5, "route.first": 0, "route.last": 0, "sample.method": "dopri5"},
       "method is 'dopri5', which takes tokens drawn anew",
     ),
+    ({"sample.guide_routed": 0.5, "sample.cfg_scale": 1.0}, r"routed is 0\.5.*cfg_scale is 1"),
+    ({"sample.guide_routed": 0.5, "sample.cfg_interval_start": 1.0}, r"cfg_interval_start 1\.0"),
     ({"model.attention": "cudnn"}, "attention is 'cudnn', which needs an NVIDIA GPU"),
     ({"model.attention": "pallas"}, "attention is 'pallas', which needs a TPU"),
   ],
@@ -244,6 +246,13 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
 def test_settings_that_cannot_work_are_refused_by_name(changes, message):
   with pytest.raises(InputError, match=message):
     checks.check_model(tiny(**changes))
+
+
+def test_guidance_that_is_switched_off_takes_the_models_own_along():
+  own = tiny(**{"sample.guide_routed": 0.5}).sample
+  assert checks.changed(own, num_steps=3).guide_routed == 0.5
+  assert checks.changed(own, cfg_scale=1.0).guide_routed == 0
+  assert checks.changed(own, cfg_scale=1.0, guide_routed=0.3).guide_routed == 0.3
 
 
 def test_a_guide_that_cannot_be_routed_is_named():

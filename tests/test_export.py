@@ -116,6 +116,7 @@ def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
     ([0.5], {}, "There is no class 0.5; give a name, or a number below 9"),
     (None, {}, "There is no class None"),
     ([0], {"guidance": 2.0, "cfg_scale": 5.0}, "guidance is cfg_scale by another name"),
+    ([0], {"guidance": 1, "guide_routed": 0.5}, "guide_routed is 0.5, but guidance is 1 and"),
   ],
 )
 def test_what_cannot_be_sampled_is_named(pipe, classes, words, message):
