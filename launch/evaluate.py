@@ -40,7 +40,7 @@ from launch.evaluation.pictures import (
   sampler_of,
 )
 from launch.evaluation.reference import Reference, open_reference, store
-from launch.sample import Sampler, given_settings
+from launch.sample import Sampler, given_settings, program_of
 from lightningdit_jax import checks
 from vavae_jax import folder
 from vavae_jax.common import mesh
@@ -103,7 +103,7 @@ def _drawer(guide: str = "") -> Callable[[dict[str, Any]], PictureSet]:
   def model(step: int | None, ema: float | None, source: str = "") -> restore.Trained:
     return restore.load(folder.find(source or FLAGS.workdir), "diffusion", step, ema)
 
-  # What all checkpoints share: the tokenizer, and a program for each choice of settings.
+  # What all checkpoints share: the tokenizer, and a program for all numbers of guidance.
   tokenizers: list[restore.Trained] = []
   programs: dict[tuple[FrozenConfigDict, str], Sampler] = {}
 
@@ -117,7 +117,7 @@ def _drawer(guide: str = "") -> Callable[[dict[str, Any]], PictureSet]:
     if not tokenizers:
       found = restore.tokenizer_of(diffusion, FLAGS.tokenizer)
       tokenizers.append(found.on(mesh.local_mesh()))
-    program = settings, away.sha256 if away else ""
+    program = program_of(settings), away.sha256 if away else ""
     if program not in programs:
       if away:
         programs.clear()  # each has its guide's parameters on the devices

@@ -58,6 +58,18 @@ SHARED_WITH_GUIDE = (
 )
 
 
+def program_of(settings: FrozenConfigDict) -> FrozenConfigDict:
+  """What of settings a sampler is compiled for: one serves all settings that are the same here."""
+  off = {} if sampling.is_guided(settings) else {"cfg_scale": 1.0, "cfg_interval_start": 1.0}
+  return FrozenConfigDict(settings.to_dict() | off | dict.fromkeys(_numbers_of(settings)))
+
+
+def _numbers_of(settings: FrozenConfigDict) -> dict[str, np.float32]:
+  """What a sampler's program takes as arguments; not a start at 0, which known saves a branch."""
+  numbers = sampling.numbers_of(settings)
+  return {k: x for k, x in numbers.items() if x or k != "cfg_interval_start"}
+
+
 def make_sampler(
   config: FrozenConfigDict,
   space: Space,
@@ -73,16 +85,17 @@ def make_sampler(
   second model to be guided away from.
 
   Returns:
-    (params of the diffusion model, index [B], label [B]) -> uint8 [B, H, W, 3], for any B; each
-    device runs batches of `settings.batch_size`, the last one filled up. On a mesh of several
-    processes each gets the pictures of its devices. NotFinite instead of pictures that are black
-    because of numbers that are not finite.
+    (params of the diffusion model, index [B], label [B], perhaps other settings of the same
+    `program_of`) -> uint8 [B, H, W, 3], for any B; each device runs batches of
+    `settings.batch_size`, the last one filled up. On a mesh of several processes each gets the
+    pictures of its devices. NotFinite instead of pictures that are black because of numbers that
+    are not finite.
   """
   mean, std = latents.statistics(space, latent_norm=config.latents.latent_norm)
 
   @jax.jit
   def run(
-    params: Any, away: Any, decoder: Any, batch: dict[str, jax.Array]
+    params: Any, away: Any, decoder: Any, numbers: dict[str, jax.Array], batch: dict[str, jax.Array]
   ) -> tuple[jax.Array, jax.Array]:
     normalised = sampling.sample_latents(
       config,
@@ -92,6 +105,7 @@ def make_sampler(
       seed=seed,
       sample=settings,
       guide=(guide.config, away) if guide else None,
+      numbers=numbers,
     )
     z_BhwZ = latents.denormalise(normalised, mean, std, config.latents.latent_multiplier)
     image_BHWC = restore.autoencoder(tokenizer.config, decoder).decode(z_BhwZ)
@@ -100,9 +114,11 @@ def make_sampler(
   batches = Batches(run, settings.batch_size, devices, console.say_here)
   away = guide.params if guide else None
 
-  def sample(params: Any, index_B: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+  def sample(
+    params: Any, index_B: np.ndarray, label_B: np.ndarray, now: FrozenConfigDict = settings
+  ) -> np.ndarray:
     batch = {"index": index_B.astype(np.int32), "label": label_B.astype(np.int32)}
-    found = batches(batch, params, away, tokenizer.params)
+    found = batches(batch, params, away, tokenizer.params, _numbers_of(now))
     pictures, finite = (np.concatenate(parts) for parts in zip(*found, strict=True))
     if not finite.all():
       raise NotFinite(

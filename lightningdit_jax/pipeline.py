@@ -292,9 +292,7 @@ class Pipeline:
       return
     shares = (chosen.routed, chosen.guide_routed)
     static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
-    names = ["cfg_scale", "cfg_interval_start"] if sampling.is_guided(chosen) else []
-    names += ["internal_scale", "internal_until"] if chosen.internal_scale != 1 else []
-    guidance = {name: np.float32(chosen[name]) for name in names}
+    guidance = sampling.numbers_of(chosen)
     x = batch.get("noise")
     if x is None:
       x = _noise(self._shape, np.uint32(seed), batch["index"])

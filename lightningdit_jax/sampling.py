@@ -9,7 +9,7 @@ noise is drawn by index, and the adaptive solver chooses its steps for each samp
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -85,6 +85,13 @@ def sample_ode(
 def is_guided(sample: FrozenConfigDict) -> bool:
   """Whether `guided` guides at all with settings as `config.sample`."""
   return sample.cfg_scale != 1 and sample.cfg_interval_start < 1
+
+
+def numbers_of(sample: FrozenConfigDict) -> dict[str, np.float32]:
+  """The numbers of the guidance that is on: a program that takes them serves with all of them."""
+  names = ["cfg_scale", "cfg_interval_start"] if is_guided(sample) else []
+  names += ["internal_scale", "internal_until"] if sample.internal_scale != 1 else []
+  return {name: np.float32(sample[name]) for name in names}
 
 
 def guided(
@@ -182,13 +189,16 @@ def sample_latents(
   seed: int | jax.Array,
   sample: FrozenConfigDict,
   guide: tuple[FrozenConfigDict, Any] | None = None,
+  numbers: Mapping[str, jax.Array] | None = None,
 ) -> jax.Array:
   """Normalised latents [B, h, w, Z] of samples by their int32 index in the set; pure and jittable.
 
   `config` is the training's, `params` usually an EMA, `sample` settings as `config.sample`; `guide`
-  has configuration and parameters of a weaker model, for autoguidance: see `guided`.
+  has configuration and parameters of a weaker model, for autoguidance: see `guided`. `numbers` are
+  in place of those of `numbers_of(sample)`.
   """
   chex.assert_equal_shape([index_B, label_B])
+  of = {**sample, **(numbers or {})}
 
   def network(config: FrozenConfigDict, params: Any) -> LightningDiT:
     graph = functional.graph_of(build_model(config, sample.dtype))
@@ -208,11 +218,11 @@ def sample_latents(
   shares = (sample.routed, sample.guide_routed)
   model, away = routing.for_sampling(main, other, shares, seed, index_B)
   predict = guided(
-    internal_guidance.extrapolated(model, sample.internal_scale, sample.internal_until),
+    internal_guidance.extrapolated(model, of["internal_scale"], of["internal_until"]),
     label_B,
     config.model.num_classes,
-    cfg_scale=sample.cfg_scale,
-    cfg_interval_start=sample.cfg_interval_start,
+    cfg_scale=of["cfg_scale"],
+    cfg_interval_start=of["cfg_interval_start"],
     cfg_channels=sample.cfg_channels,
     guide=away,
   )

@@ -68,6 +68,24 @@ def test_samples_that_are_not_finite_are_refused_and_no_black_pictures(diffusion
     run.func(far, np.arange(3), np.arange(3))
 
 
+def test_another_guidance_compiles_nothing(diffusion, tokenizer, caplog):
+  """Unless it is none, which takes half of the work."""
+  given = functools.partial(settings, diffusion, batch_size=3, num_steps=3)
+  first, other, everywhere, none = (
+    given(cfg_scale=scale, cfg_interval_start=start)
+    for scale, start in ((2.0, 0.1), (5.0, 0.6), (2.0, 0.0), (1.0, 0.1))
+  )
+  index = np.arange(3)
+  run = sampler(diffusion, tokenizer, first, 0)
+  run(index, index)
+  with jax.log_compiles():
+    drawn = run(index, index, other)
+  assert "Compiling" not in caplog.text
+  np.testing.assert_array_equal(sampler(diffusion, tokenizer, other, 0)(index, index), drawn)
+  assert sample.program_of(first) == sample.program_of(other)
+  assert len({*map(sample.program_of, (first, everywhere, none))}) == 3
+
+
 def test_a_sample_does_not_depend_on_its_batch(diffusion, tokenizer):
   index, label = np.arange(11), np.arange(11) % 9
   by_4, by_9 = (

@@ -169,7 +169,8 @@ def sampler_of(
 class Sampled:
   """Samples of a trained model, drawn when they are read; `settings` are as `config.sample`.
 
-  `sampler` is `sampler_of` the same settings, seed and guide, if that is there already.
+  `sampler` is `sampler_of` settings of the same `program_of`, the same seed and guide, if that is
+  there already.
   """
 
   def __init__(
@@ -190,7 +191,7 @@ class Sampled:
     self.classes = self._labels, list(space.class_names)
     devices = mesh.local_mesh()
     sampler = sampler or sampler_of(diffusion, tokenizer.on(devices), settings, seed, guide)
-    self._run = functools.partial(sampler, diffusion.on(devices).params)
+    self._run = functools.partial(sampler, diffusion.on(devices).params, now=settings)
     self.about = {
       "kind": "sampled",
       "diffusion": diffusion.sha256,
