@@ -67,6 +67,15 @@ def test_far_means_cost_less_than_bfloat16(mean):
   cases.assert_near(own, flax(4, False)(x, *weights), 2**-9)
 
 
+def test_means_beyond_float32_do_not_blow_up():
+  """At a mean of 1e5 deviations; results were ten times too large where the variance came out 0."""
+  x, *_ = arguments(4, 3)
+  x = 1e3 + 1e-2 * x
+  weights = (jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1]))
+  own, wanted = group_norm(x, *weights, 4, EPSILON, False), flax(4, False)(x, *weights)
+  assert jnp.abs(own).max() < jnp.abs(wanted).max()
+
+
 def test_constant_input_becomes_the_bias():
   x, scale, bias, _ = arguments(4, 3)
   own = group_norm(jnp.zeros_like(x), scale, bias, 4, EPSILON, False)

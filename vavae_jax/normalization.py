@@ -3,9 +3,13 @@
 XLA fuses the sums here into the convolutions that make the input and its gradient, and the rest
 into those that take the results. So they are one pass, E[x^2] - E[x]^2, which errs by about
 2^-22 (1 + mean^2 / variance) of the variance: less than products of bfloat16, TPUs' default, up to
-a mean of 90 deviations. Sums are of channels, and then of groups, since an array [..., groups,
-channels of a group] has its channels spread over lanes. The backward pass keeps the input and the
-statistics and computes what lies between again.
+a mean of 90 deviations. Beyond 2,000 nothing of the variance is left: it counts as 2^-22 mean^2, so
+that results become small, where a number near 0 by chance would make them huge. Centring on one of
+the input's values would be exact, but that has to be there before the sums, in one pass more.
+
+Sums are of channels, and then of groups, since an array [..., groups, channels of a group] has its
+channels spread over lanes. The backward pass keeps the input and the statistics and computes what
+lies between again.
 
 Source: Wu & He, arXiv 1803.08494.
 """
@@ -21,6 +25,7 @@ from flax import nnx
 
 from vavae_jax.common.sharding import platform
 
+_ROUNDING = 2**-22  # of E[x^2], as far as it shows in the variance
 Statistics = tuple[jax.Array, jax.Array]  # mean and 1 / deviation, [B, 1, 1, D]
 
 
@@ -98,12 +103,13 @@ def _normal(x_BhwD: jax.Array, statistics: Statistics) -> jax.Array:
 
 
 def _statistics(x_BhwD: jax.Array, groups: int, epsilon: float) -> Statistics:
-  """Of each channel those of its group; the variance is E[x^2] - E[x]^2."""
+  """Of each channel those of its group; the variance is E[x^2] - E[x]^2, or what rounds off it."""
   x_BhwD = x_BhwD.astype(jnp.float32)
   count = x_BhwD[0].size / groups
   sums = (jnp.sum(a, (1, 2), keepdims=True) for a in (x_BhwD, jnp.square(x_BhwD)))
   mean_B11D, square_B11D = (_of_groups(a, groups) / count for a in sums)
-  variance_B11D = jnp.maximum(square_B11D - jnp.square(mean_B11D), 0.0)
+  far_B11D = jnp.square(mean_B11D)
+  variance_B11D = jnp.maximum(square_B11D - far_B11D, _ROUNDING * far_B11D)
   return mean_B11D, jax.lax.rsqrt(variance_B11D + epsilon)
 
 
