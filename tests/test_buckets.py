@@ -16,6 +16,8 @@ from launch import restore
 from launch.encode import encode
 from launch.engine.parts import Parts
 from launch.evaluation import drawn, training
+from launch.evaluation.frontier import frontier
+from launch.evaluation.output import Output
 from launch.evaluation.sample_files import read_samples
 from lightningdit_jax.store import fetching, latents
 from tests.conftest import CLOCK, ROOT, start_job
@@ -147,6 +149,19 @@ def test_samples_of_a_stopped_evaluation_are_in_the_bucket(gcs, workdir):
   assert [part.start for part in parts.there()] == [0, 2, 4]
   drawn.remove(parts.folder)
   assert list(gcs.objects) == ["run/samples.parts_of_a_neighbour"]
+
+
+def test_evaluations_in_a_bucket_are_joined_there(gcs, workdir):
+  reconstruction = {"evaluation": "reconstruction", "figures": {"psnr": 25.0}}
+  judged = {"network": {}, "samples": {"pictures": 9}, "reference": {}}
+  generation = {"evaluation": "generation", "figures": {"fid": 9.0}} | judged
+  gcs.write("run/a.json", json.dumps(reconstruction).encode())
+  gcs.write("run/b.json", json.dumps(generation).encode())
+  words = ["plain/d16:gs://bucket/run/a.json:gs://bucket/run/b.json"]
+  frontier(words, Output(workdir / "both", "frontier"), "psnr", "fid")
+  (point,) = json.loads(gcs.objects["run/both.json"][0])["points"]
+  assert point == {"name": "plain/d16", "reconstruction: psnr": 25.0, "generation: fid": 9.0}
+  assert {"run/both.png", "run/both.html"} < {*gcs.objects}
 
 
 def test_latents_are_made_in_a_bucket_and_read_there(gcs, workdir, tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
   points: list[Point] = []
   protocols: dict[str, str] = {}
   for word in words:
-    name, *paths = word.split(":")
+    name, *paths = re.split(":(?!//)", word)  # a URL's colon separates nothing
     if len(paths) != 2:
       raise InputError(f"--point={word} is not NAME:RECONSTRUCTION.json:GENERATION.json.")
     point: Point = {"name": name}
