@@ -69,6 +69,14 @@ TRANSPORT: dict[str, Key] = {
   "partial_ratio": Key(1.0, "[0, 1]", "to which this share of them is confined."),
   "use_cosine_loss": Key(True, text="Direction of the velocity beside its mean squared error."),
   "early_weight": Key(0.5, "[0, 1e9]", "Of the mean squared error of model.early_head, if any."),
+  "map_mu": Key(
+    -0.4, "[-20, 20]", "Of the normal behind one end of the steps that model.dmf_depth trains,"
+  ),
+  "map_end_mu": Key(1.2, "[-20, 20]", "and behind the other; the earlier time is the beginning."),
+  "map_guidance": Key(
+    0.6, "[0, 1e4]", "How far their targets are led away from the prediction without label; 0: not."
+  ),
+  "map_guidance_start": Key(0.3, "[0, 1]", "Not where t is smaller."),
 }
 
 
@@ -147,6 +155,13 @@ def check_sampling(
       f"{sample.cfg_scale} and config.sample.cfg_interval_start {sample.cfg_interval_start}, which "
       "is no guidance; set guide_routed to 0, or give a scale other than 1 and a start before 1."
     )
+  are_maps = all(one.model.dmf_depth for one in (config, guide) if one)
+  if sample.method == solvers.MAP and (sample.routed or sample.guide_routed or not are_maps):
+    raise InputError(
+      f"config.sample.method is {sample.method!r}, for flow maps and all their tokens: it needs "
+      "config.model.dmf_depth above 0 where the model was trained, and a guide, and routed and "
+      'guide_routed of 0; or give another method, such as "euler".'
+    )
   if sample.routed or sample.guide_routed:
     if sample.routed or not guide:
       routing.stretch(config.route, model.depth)
@@ -188,6 +203,19 @@ def check_model(config: FrozenConfigDict) -> None:
   learning_rate(config.optimizer)
   check_transport(config.transport)
   check_sampling(config.sample, config)
+  path = config.transport
+  if model.dmf_depth and (
+    config.route.share
+    or path.use_cosine_loss
+    or (path.path_type, path.prediction) != ("Linear", "velocity")
+    or (path.map_guidance and not model.class_dropout_prob)
+  ):
+    raise InputError(
+      "config.model.dmf_depth trains the velocity of the path Linear, by a loss of its own, on all "
+      "tokens, guided by the null label: set config.transport.path_type to 'Linear', prediction to "
+      "'velocity', use_cosine_loss to False, config.route.share to 0, and "
+      "config.model.class_dropout_prob above 0 or config.transport.map_guidance to 0."
+    )
   if config.route.share:
     routing.stretch(config.route, model.depth)
     if model.early_head:

@@ -30,9 +30,10 @@ RENAMED = {
   "y_embedder.": "y_embedder.embedding_table.",
   "adaLN_modulation.": "adaLN_modulation.1.",
   "early_layer.": "final_layer_xr.",  # of CVL-UESTC/Internal-Guidance
+  "logvar.": "logvar_linear.",  # of kyungmnlee/dmf
 }
-# A tensor that a model with an early head has, and the blocks before that in released files.
-EARLY_MARK = "final_layer_xr.linear.weight"
+# Tensors that models with an option have; at which block it is no file says.
+AT_A_BLOCK = {"early_head": "final_layer_xr.linear.weight", "dmf_depth": "logvar_linear.weight"}
 RELEASED_EARLY_HEAD = 8
 
 
@@ -85,10 +86,12 @@ def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       f"published size is {hidden_size} wide."
     )
   depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-  if EARLY_MARK in shapes and depth <= RELEASED_EARLY_HEAD:
+  there = [option for option, mark in AT_A_BLOCK.items() if mark in shapes]
+  if there and (there != ["early_head"] or depth <= RELEASED_EARLY_HEAD):
     raise InputError(
-      f"The file has an early head, {EARLY_MARK}, and {depth} blocks, but does not say how many of "
-      "them are before it; give it to a training as config.init_from, with config.model.early_head."
+      f"The file has {depth} blocks and {AT_A_BLOCK[there[-1]]}, of a model with {there[-1]}, but "
+      "does not say at which block; give it to a training as config.init_from, with "
+      f"config.model.{there[-1]}."
     )
   return options | {
     "input_size": cells * patch_size,
@@ -96,7 +99,7 @@ def arguments_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     "in_channels": in_channels,
     "hidden_size": hidden_size,
     "depth": depth,
-    "early_head": RELEASED_EARLY_HEAD * (EARLY_MARK in shapes),
+    "early_head": RELEASED_EARLY_HEAD * ("early_head" in there),
     "num_heads": num_heads,
     "mlp_ratio": _mlp_ratio(inner, hidden_size, options["use_swiglu"]),
     "num_classes": rows - 1,

@@ -53,6 +53,13 @@ def gathered(module: M, dtype: jax.typing.DTypeLike, unrounded: bool = False) ->
   return nnx.merge(graph, gather(weights, dtype, unrounded))
 
 
+def waves(t_B: jax.Array, count: int) -> jax.Array:
+  """Cosines and sines [B, 2 count] of a time."""
+  frequencies = 10000.0 ** -(np.arange(count) / count)
+  angle = t_B.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
 class TimestepEmbedder(nnx.Module):
   """Time -> width: cosines and sines of the time, then an MLP."""
 
@@ -63,10 +70,7 @@ class TimestepEmbedder(nnx.Module):
     self.fc2 = layers.linear(hidden_size, hidden_size, SMALL)
 
   def __call__(self, t_B: jax.Array) -> jax.Array:
-    frequencies = 10000.0 ** -(np.arange(self.NUM_FREQUENCIES) / self.NUM_FREQUENCIES)
-    angle = t_B.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
-    features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    return self.fc2(nnx.silu(self.fc1(features)))
+    return self.fc2(nnx.silu(self.fc1(waves(t_B, self.NUM_FREQUENCIES))))
 
 
 class Attention(nnx.Module):
@@ -178,6 +182,8 @@ class LightningDiT(nnx.Module):
   float32.
   """
 
+  NUM_FREQUENCIES = 64  # of each time, for `log_variance`
+
   def __init__(
     self,
     *,
@@ -213,6 +219,8 @@ class LightningDiT(nnx.Module):
     self.final_layer = FinalLayer(width, outputs, layers)
     # Its weights begin unlike those of the last one, as in its authors' code.
     self.early_layer = FinalLayer(width, outputs, layers, XAVIER) if o.early_head else None
+    exact = dataclasses.replace(layers, dtype=jnp.float32, results=None)
+    self.logvar = exact.linear(4 * self.NUM_FREQUENCIES, 1, ZEROS) if o.dmf_depth else None
 
   def __call__(
     self,
@@ -220,18 +228,26 @@ class LightningDiT(nnx.Module):
     t_B: jax.Array,
     label_B: jax.Array,
     route: routing.Route | None = None,
+    end_B: jax.Array | None = None,
   ) -> jax.Array:
     """The velocity, float32, at a point of the path from noise to data.
 
     Latents [B,h,w,in_channels] are normalised, h and w multiples of patch_size; t is in [0, 1], t=0
     noise and t=1 data; labels are integers in 0 .. num_classes. Any other label gives NaN. A route
-    leads tokens around blocks.
+    leads tokens around blocks. Of a model with `dmf_depth`, the mean velocity between t and the
+    later time `end_B`, if given.
     """
-    return self._heads(x_BhwZ, t_B, label_B, route=route)[-1]
+    return self._heads(x_BhwZ, t_B, label_B, route=route, end_B=end_B)[-1]
 
   def both(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> list[jax.Array]:
     """What the early head reads on the way, then what a call gives."""
     return self._heads(x_BhwZ, t_B, label_B, self.early_layer)
+
+  def log_variance(self, t_B: jax.Array, end_B: jax.Array) -> jax.Array:
+    """Of the loss of a model with `dmf_depth`: the logarithm of its errors' scale, float32 [B]."""
+    assert self.logvar is not None
+    both = [waves(time_B, self.NUM_FREQUENCIES) for time_B in (t_B, end_B)]
+    return gathered(self.logvar, jnp.float32)(jnp.concatenate(both, axis=-1))[:, 0]
 
   def _heads(
     self,
@@ -240,19 +256,23 @@ class LightningDiT(nnx.Module):
     label_B: jax.Array,
     early_layer: FinalLayer | None = None,
     route: routing.Route | None = None,
+    end_B: jax.Array | None = None,
   ) -> list[jax.Array]:
     o = self.options
-    self._check_inputs(x_BhwZ, t_B, label_B)
+    self._check_inputs(x_BhwZ, t_B, label_B, end_B)
     p, unrounded = o.patch_size, o.reduce_dtype == "float32"
     h, w = x_BhwZ.shape[1] // p, x_BhwZ.shape[2] // p
     rope = rope_tables(h, w, o.hidden_size // o.num_heads) if o.use_rope else None
 
     x_BND = rearrange(gathered(self.x_embedder, self.dtype)(x_BhwZ), "B h w D -> B (h w) D")
     x_BND = pin_batch(x_BND + position_embedding(h, w, o.hidden_size) * o.position_scale)
-    c_BD = gathered(self.t_embedder, self.dtype, unrounded)(t_B)
     # A label below 0 would wrap around to a class; past the table it gives NaN, as one too large.
     label_B = jnp.where(label_B < 0, np.iinfo(np.int32).max, label_B)
-    c_BD = pin_batch(c_BD + gathered(self.y_embedder, jnp.float32)(label_B))
+    label_BD = gathered(self.y_embedder, jnp.float32)(label_B)
+    embed = gathered(self.t_embedder, self.dtype, unrounded)
+    c_BD = end_BD = pin_batch(embed(t_B) + label_BD)
+    if end_B is not None:
+      end_BD = pin_batch(embed(end_B) + label_BD)
 
     graph, weights = nnx.split(self.blocks)
 
@@ -261,17 +281,21 @@ class LightningDiT(nnx.Module):
     keeps_apart = o.kept != "costly" and o.scan_unroll >= o.depth
 
     def block(rope: Rope | None) -> Any:
-      def run(x_BND: jax.Array, weights_of_block: Any) -> tuple[jax.Array, None]:
+      def run(
+        x_BND: jax.Array, weights_of_block: Any, is_late: jax.Array | None = None
+      ) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, gather(weights_of_block, self.dtype, unrounded))
-        return pin_batch(block(x_BND, c_BD, rope)), None
+        at_BD = c_BD if is_late is None else jnp.where(is_late, end_BD, c_BD)
+        return pin_batch(block(x_BND, at_BD, rope)), None
 
       return jax.checkpoint(run, prevent_cse=keeps_apart, policy=REMAT_POLICIES[o.kept])
 
-    def scan(x_BND: jax.Array, rope: Rope | None, weights: Any) -> jax.Array:
-      return jax.lax.scan(block(rope), x_BND, weights, unroll=o.scan_unroll)[0]
+    def scan(x_BND: jax.Array, rope: Rope | None, *of_blocks: Any) -> jax.Array:
+      run = block(rope)
+      return jax.lax.scan(lambda x, each: run(x, *each), x_BND, of_blocks, unroll=o.scan_unroll)[0]
 
     def read(head: FinalLayer, x_BND: jax.Array) -> jax.Array:
-      patches = gathered(head, self.dtype, unrounded)(x_BND, c_BD).astype(jnp.float32)
+      patches = gathered(head, self.dtype, unrounded)(x_BND, end_BD).astype(jnp.float32)
       out = rearrange(patches, "B (h w) (p q Z) -> B (h p) (w q) Z", h=h, w=w, p=p, q=p)
       return out[..., : o.in_channels]
 
@@ -282,11 +306,16 @@ class LightningDiT(nnx.Module):
       return [early, read(self.final_layer, x_BND)]
     if route is not None:
       x_BND = routing.through(scan, x_BND, rope, weights, route)
+    elif end_B is not None:
+      # One scan: two would copy their parts of the weights.
+      x_BND = scan(x_BND, rope, weights, jnp.arange(o.depth) >= o.dmf_depth)
     else:
       x_BND = scan(x_BND, rope, weights)
     return [read(self.final_layer, x_BND)]
 
-  def _check_inputs(self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array) -> None:
+  def _check_inputs(
+    self, x_BhwZ: jax.Array, t_B: jax.Array, label_B: jax.Array, end_B: jax.Array | None
+  ) -> None:
     if x_BhwZ.ndim != 4 or x_BhwZ.shape[-1] != self.options.in_channels:
       raise InputError(
         f"LightningDiT needs latents [B,h,w,{self.options.in_channels}], channels last, but got "
@@ -303,6 +332,11 @@ class LightningDiT(nnx.Module):
       raise InputError(
         f"{batch} latents need t and label of shape ({batch},), but got {t_B.shape} and "
         f"{label_B.shape}; broadcast a scalar t with jnp.full."
+      )
+    if end_B is not None and (end_B.shape != (batch,) or not self.options.dmf_depth):
+      raise InputError(
+        f"end_B is of shape {end_B.shape}; it is ({batch},) here, and for a model with dmf_depth "
+        "above 0 alone."
       )
 
 

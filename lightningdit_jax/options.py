@@ -68,6 +68,12 @@ class Options:
     "[0, 1023]",
     "Blocks before a second final layer, which Internal Guidance trains and samples with; 0: none.",
   )
+  dmf_depth: int = field(
+    0,
+    "[0, 1023]",
+    "Blocks that see the time at which a step begins, where the others see that at which it ends: "
+    "a flow map, for few steps (Decoupled MeanFlow). 0: a flow, with one time.",
+  )
   position_scale: float = field(
     1.0,
     "[0, 1]",
@@ -138,6 +144,10 @@ class Options:
       )
     if self.early_head >= self.depth:
       problems.append(f"early_head={self.early_head} must be below depth={self.depth}")
+    if self.dmf_depth >= self.depth:
+      problems.append(f"dmf_depth={self.dmf_depth} must be below depth={self.depth}")
+    if self.dmf_depth and self.early_head:
+      problems.append("a flow map has no early head: early_head or dmf_depth must be 0")
     if problems:
       raise InputError("LightningDiT cannot be built: " + "; ".join(problems) + ".")
 

@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from lightningdit_jax import (
   checks,
+  flow_map,
   internal_guidance,
   routing,
   sampling,
@@ -364,18 +365,18 @@ def _advance(
   model = nnx.merge(functional.graph_of(build_model(config, dtype)), params)
   towards, away = routing.for_sampling((config, model), None, shares, seed, index_B)
   internal = guidance.get("internal_scale", 1.0), guidance.get("internal_until", 1.0)
-  predict = sampling.guided(
-    internal_guidance.extrapolated(towards, *internal),
-    label_B,
-    config.model.num_classes,
-    cfg_scale=guidance.get("cfg_scale", 1.0),
-    cfg_interval_start=guidance.get("cfg_interval_start", 0.0),
-    cfg_channels=channels,
-    guide=away,
-  )
   path, prediction = config.transport.path_type, config.transport.prediction
 
-  def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+  def velocity(x: jax.Array, t: jax.Array, end: jax.Array | None = None) -> jax.Array:
+    predict = sampling.guided(
+      internal_guidance.extrapolated(flow_map.towards(towards, end), *internal),
+      label_B,
+      config.model.num_classes,
+      cfg_scale=guidance.get("cfg_scale", 1.0),
+      cfg_interval_start=guidance.get("cfg_interval_start", 0.0),
+      cfg_channels=channels,
+      guide=away,
+    )
     return transport.to_velocity(predict(x, t), x, t, path, prediction)
 
   return solvers.integrate(velocity, x_BhwZ, ends, method, 0.0, 0.0)

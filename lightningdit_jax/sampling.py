@@ -19,13 +19,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import internal_guidance, routing, transport
+from lightningdit_jax import flow_map, internal_guidance, routing, transport
 from lightningdit_jax.model import LightningDiT, build_model
 from lightningdit_jax.solvers import check_solver, integrate, sample_sde
 from vavae_jax.common import functional
 
 Model = LightningDiT | Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Velocity = Callable[[Any, jax.Array], Any]
+Velocity = Callable[..., Any]  # of (x, t)
 # Keys of `config.sample` that `sample_ode` and `sample_sde` take.
 _GRID = ("num_steps", "method")
 ODE_SETTINGS = (*_GRID, "timestep_shift", "atol", "rtol")
@@ -62,7 +62,8 @@ def sample_ode(
   """Integrates dx/dt = velocity(x, t) from noise at t=0 to data at t=1, or back.
 
   Args:
-    velocity: function of x and t in [0, 1], a scalar; of t [B] if the method is "dopri5".
+    velocity: function of x and t in [0, 1], a scalar; of t [B] if the method is "dopri5"; if it is
+      "map", the mean velocity as a function of x, t and the time at which the step ends.
     noise: standard normal, the batch in the leading axis; the data if `reverse`. Or a pytree.
     num_steps: grid points; 250 means 249 steps. An adaptive method uses the ends of the grid only.
     method: one of `solvers.METHODS`.
@@ -217,21 +218,25 @@ def sample_latents(
   main, other = (config, network(config, params)), guide and (guide[0], network(*guide))
   shares = (sample.routed, sample.guide_routed)
   model, away = routing.for_sampling(main, other, shares, seed, index_B)
-  predict = guided(
-    internal_guidance.extrapolated(model, of["internal_scale"], of["internal_until"]),
-    label_B,
-    config.model.num_classes,
-    cfg_scale=of["cfg_scale"],
-    cfg_interval_start=of["cfg_interval_start"],
-    cfg_channels=sample.cfg_channels,
-    guide=away,
-  )
+
+  def predict(x: jax.Array, t: jax.Array, end: jax.Array | None = None) -> jax.Array:
+    towards = flow_map.towards(model, end)
+    return guided(
+      internal_guidance.extrapolated(towards, of["internal_scale"], of["internal_until"]),
+      label_B,
+      config.model.num_classes,
+      cfg_scale=of["cfg_scale"],
+      cfg_interval_start=of["cfg_interval_start"],
+      cfg_channels=sample.cfg_channels,
+      guide=flow_map.towards(away, end),
+    )(x, t)
+
   if sample.mode == "SDE":
     settings: dict[str, Any] = {"path": path, "prediction": prediction, "eps": eps}
     settings |= {name: sample[name] for name in SDE_SETTINGS}
     return sample_sde(predict, draw(0), lambda step: draw(step + 1), **settings)
   return sample_ode(
-    lambda x, t: transport.to_velocity(predict(x, t), x, t, path, prediction),
+    lambda x, *times: transport.to_velocity(predict(x, *times), x, times[0], path, prediction),
     draw(0),
     interval=transport.interval(path, prediction, eps),
     **{name: sample[name] for name in ODE_SETTINGS},

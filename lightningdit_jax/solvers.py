@@ -21,8 +21,10 @@ from vavae_jax.common.keys import Key
 # Explicit Runge-Kutta methods: each stage's weights of the earlier stages, the step's weights of
 # all. rk4 is the 3/8 rule, as in torchdiffeq, which calls Heun's method heun2.
 _HEUN = (((1.0,),), (0.5, 0.5))
+MAP = "map"  # Euler's steps with the mean velocity of each, which a flow map knows
 TABLEAUX: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
   "euler": ((), (1.0,)),
+  MAP: ((), (1.0,)),
   "heun": _HEUN,
   "heun2": _HEUN,
   "midpoint": (((0.5,),), (0.0, 1.0)),
@@ -39,7 +41,7 @@ SDE_METHODS = ("euler", "heun")
 SETTINGS: dict[str, Key] = {
   "mode": Key("ODE", ("ODE", "SDE"), "Of the equation that is solved from noise to data."),
   "num_steps": Key(250, "[2, 1e6]", "Grid points of the solver: 250 are 249 Euler steps."),
-  "method": Key("euler", METHODS, 'The SDE takes "euler" and "heun".'),
+  "method": Key("euler", METHODS, 'The SDE takes "euler" and "heun"; "map" is for flow maps.'),
   "timestep_shift": Key(0.3, "[0, 1e6]", "Below 1 the ODE's grid is denser near noise; 0: none."),
   "atol": Key(1e-6, "(0, 1]", "Absolute tolerance of dopri5."),
   "rtol": Key(1e-3, "(0, 1]", "Relative tolerance of dopri5."),
@@ -62,7 +64,7 @@ def check_solver(**settings: Any) -> None:
 
 
 def integrate(
-  field: Callable[[Any, jax.Array], Any],
+  field: Callable[..., Any],
   start: Any,
   grid: jax.Array,
   method: str,
@@ -73,7 +75,7 @@ def integrate(
 
   The state is a pytree of float32 arrays [B, ...], t a scalar; the grid rises or falls. "dopri5"
   uses the ends of the grid only and calls the field with t [B]; its tolerances are for the root
-  mean square over a sample.
+  mean square over a sample. "map" calls field(state, t, end of the step), on a rising grid.
   """
   if method == "dopri5":
     return _dopri5(field, start, grid[0], grid[-1], atol, rtol)
@@ -89,7 +91,7 @@ def integrate(
 
   def step(state: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
     t, size = ends[0], ends[1] - ends[0]
-    slopes = [field(state, t)]
+    slopes = [field(state, t, ends[1]) if method == MAP else field(state, t)]
     for shares in stages:
       slopes.append(field(moved(state, size, shares, slopes), t + sum(shares) * size))
     return moved(state, size, weights, slopes), None

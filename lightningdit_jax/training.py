@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from lightningdit_jax import routing, transport, validation
+from lightningdit_jax import flow_map, routing, transport, validation
 from lightningdit_jax.checks import check_model, check_store
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store import latents
@@ -94,7 +94,8 @@ def train_step(
   dropped_B = jax.random.bernoulli(key_drop, config.model.class_dropout_prob, label.shape)
   label = jnp.where(dropped_B, config.model.num_classes, label)
   kept_BN = routing.drawn(config, key, len(latent)) if "routed" in phase else None
-  return update(config, state, latent, noise, t_B, label, kept_BN)
+  steps = flow_map.drawn(config, key, latent.shape) if config.model.dmf_depth else None
+  return update(config, state, latent, noise, t_B, label, kept_BN, steps)
 
 
 def update(
@@ -105,19 +106,21 @@ def update(
   t_B: jax.Array,
   label_B: jax.Array,
   kept_BN: jax.Array | None = None,
+  steps: flow_map.Steps | None = None,
 ) -> tuple[State, Metrics]:
   """`train_step` once everything random is drawn: the same in any number of parts."""
 
-  def loss_fn(params: Any, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-    metrics = {name: jnp.mean(loss) for name, loss in losses(config, params, *part).items()}
-    loss = metrics["mse"]
+  def loss_fn(params: Any, part: tuple[Any, ...]) -> tuple[jax.Array, Metrics]:
+    found = losses(config, params, *part[:-1], steps=part[-1])
+    metrics = {name: jnp.mean(loss) for name, loss in found.items()}
+    loss = metrics["mse" if steps is None else "cauchy"]
     if config.transport.use_cosine_loss:
       loss += metrics["cosine"]
     if config.model.early_head:
       loss += config.transport.early_weight * metrics["early_mse"]
     return loss, {"loss": loss, **metrics}
 
-  batch = (latent_BhwZ, noise_BhwZ, t_B, label_B, kept_BN)
+  batch = (latent_BhwZ, noise_BhwZ, t_B, label_B, kept_BN, steps)
   grads, metrics = mean_gradients(loss_fn, state.params, batch, config.accumulate_steps)
   new = optimizer.step(config.optimizer, state, grads)
   return new, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -131,11 +134,16 @@ def losses(
   t_B: jax.Array,
   label_B: jax.Array,
   kept_BN: jax.Array | None = None,
+  *,
+  steps: flow_map.Steps | None = None,
 ) -> Metrics:
   """Per-sample losses [B], by `transport.losses`; `routing` leads all but `kept_BN` around.
 
-  "early_mse" is of the early head, if there is one.
+  "early_mse" is of the early head, if there is one. With `steps`, by `flow_map.losses`.
   """
+  if steps is not None:
+    points = (latent_BhwZ, noise_BhwZ, t_B, label_B)
+    return flow_map.losses(config, flow_map.networks(config, params), *points, steps)
   model = nnx.merge(functional.graph_of(build_model(config)), params)
   settings = config.transport
   x_BhwZ = transport.interpolate(latent_BhwZ, noise_BhwZ, t_B, settings.path_type)

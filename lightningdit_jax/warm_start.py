@@ -1,7 +1,7 @@
 """Initial weights from another LightningDiT, whose channels, classes or grid may differ.
 
 Reference: `load_weights_with_shape_check` of `train.py`, which skips all that does not fit; here
-only the layers that depend on channels or classes may differ, and an early head come or go.
+only the layers that depend on channels or classes may differ, and what an option adds come or go.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vavae_jax.weights.torch_weights import without_wrappers
 
 EMBEDDER = ("x_embedder", "kernel")
 EARLY = "early_layer"
+# What models with an option have beside the others' layers.
+OPTIONAL = {EARLY: "early head", "logvar": "flow map's logvar"}
 HEADS = ("final_layer", EARLY)
 # Layers that start afresh where their shapes differ: labels by the classes, heads by the
 # channels. A head that differs alone means another `learn_sigma`, which is refused.
@@ -42,14 +44,15 @@ def adapt(fresh: Any, given: Any) -> tuple[Any, list[str]]:
   new, old = flatten_dict(fresh), flatten_dict(given)
   same_channels = np.shape(old.get(EMBEDDER)) == np.shape(new[EMBEDDER])
   notes, problems, taken = [], [], {}
-  if (EARLY in fresh) != (EARLY in given):
-    notes.append(f"the early head {'starts afresh' if EARLY in fresh else 'is left out'}")
-    old = {path: leaf for path, leaf in old.items() if path[0] != EARLY}
+  differs = [layer for layer in OPTIONAL if (layer in fresh) != (layer in given)]
+  for layer in differs:
+    notes.append(f"the {OPTIONAL[layer]} {'starts afresh' if layer in fresh else 'is left out'}")
+    old = {path: leaf for path, leaf in old.items() if path[0] != layer}
   for path, leaf in new.items():
     name, shape = "/".join(path), np.shape(old.get(path))
     if path in old and shape == leaf.shape:
       taken[path] = jnp.asarray(old[path])
-    elif path[0] == EARLY and EARLY not in given:
+    elif path[0] in differs:
       taken[path] = leaf
     elif path == EMBEDDER and shape[:2] == leaf.shape[:2] and shape[3:] == leaf.shape[3:]:
       common = min(shape[2], leaf.shape[2])
@@ -88,8 +91,9 @@ def from_state_dict(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> 
       f"begin with {', '.join(sorted(state_dict)[:3])}."
     ) from error
   kwargs |= {"in_channels": channels, "patch_size": patch}
-  # Which block it is behind concerns no weight.
-  kwargs["early_head"] = (kwargs.get("early_head") or 1) * (convert.EARLY_MARK in state_dict)
+  # At which block concerns no weight.
+  for option, mark in convert.AT_A_BLOCK.items():
+    kwargs[option] = (kwargs.get(option) or 1) * (mark in state_dict)
   kwargs["num_classes"] = rows - (kwargs["class_dropout_prob"] > 0)
   if "pos_embed" in state_dict:
     kwargs["input_size"] = int(np.shape(state_dict["pos_embed"])[1] ** 0.5) * patch

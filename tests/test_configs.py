@@ -19,6 +19,7 @@ from configs import (
   lightningdit,
   lightningdit_sdvae,
   lightningdit_xl_800ep,
+  lightningdit_xl_dmf,
   lightningdit_xl_internal_guidance,
   quickstart,
   vavae_f16d32,
@@ -149,6 +150,7 @@ def test_the_ablation_goes_from_dit_to_the_published_recipe():
     (base.diffusion(), 50_000, ("euler", 0.3, 10.0, 0.1)),
     (lightningdit_xl_800ep.get_config(), 50_000, ("euler", 0.3, 6.7, 0.125)),
     (lightningdit_xl_internal_guidance.get_config(), 50_000, ("heun2", 0.3, 1.45, 0.19)),
+    (lightningdit_xl_dmf.get_config(), 50_000, ("map", 0.0, 1.0, 0.0)),
     (vtp.get_config("L"), 50_000, ("euler", 0.075, 1.0, 0.0)),
   ],
 )
@@ -180,11 +182,15 @@ def test_autoguidances_guide_has_the_published_epochs_of_its_resolution():
   assert autoguidance.get_config("guide,512").num_steps == 25_023  # 20
 
 
-def test_internal_guidance_can_be_trained_at_xl():
-  config = resolve(lightningdit_xl_internal_guidance.get_config(), base.KEYS["diffusion"])
+@pytest.mark.parametrize(
+  ("recipe", "epochs"),
+  [(lightningdit_xl_internal_guidance, 679), (lightningdit_xl_dmf, 79)],  # but for parts of one
+)
+def test_options_can_be_trained_at_xl(recipe, epochs):
+  config = resolve(recipe.get_config(), base.KEYS["diffusion"])
   loop.check(config)
   checks.check_model(config)
-  assert config.num_steps * config.batch_size // 1_281_167 == 679  # 680 but for a part of one
+  assert config.num_steps * config.batch_size // 1_281_167 == epochs
 
 
 @pytest.mark.parametrize("argument", ["tokenizer", "diffusion", "tokenizer,tiny", "diffusion,tiny"])

@@ -87,7 +87,7 @@ def points(count, seed=0):
   return jax.random.normal(jax.random.key(seed), (count, 2, 3, 4))
 
 
-@pytest.mark.parametrize("method", solvers.METHODS)
+@pytest.mark.parametrize("method", sorted({*solvers.METHODS} - {solvers.MAP}))
 def test_reverse_undoes_forward(method):
   solve = jax.jit(
     functools.partial(sampling.sample_ode, flow, num_steps=60, method=method, rtol=1e-6),

@@ -74,8 +74,14 @@ LATER: dict[str, dict[str, dict[str, Any]]] = {
   },
   "classifier": {"data": {**_PICTURES["data"], "pad": 0}, "model": {"standardised": False}},
   "diffusion": {
-    "model": {"early_head": 0, "position_scale": 1.0},
-    "transport": {"early_weight": 0.5},
+    "model": {"early_head": 0, "dmf_depth": 0, "position_scale": 1.0},
+    "transport": {
+      "early_weight": 0.5,
+      "map_mu": -0.4,
+      "map_end_mu": 1.2,
+      "map_guidance": 0.6,
+      "map_guidance_start": 0.3,
+    },
     "optimizer": {"muon": False},
     "sample": {
       "internal_scale": 1.0,

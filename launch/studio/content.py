@@ -14,13 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from lightningdit_jax.pipeline import Pipeline
-from lightningdit_jax.solvers import TABLEAUX
+from lightningdit_jax.solvers import MAP, TABLEAUX
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax import folder
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place
 
-SOLVERS = [name for name in TABLEAUX if name != "heun2"]  # which is another name of heun
+# heun2 is another name of heun, and MAP for flow maps alone.
+SOLVERS = [name for name in TABLEAUX if name not in ("heun2", MAP)]
 turn = threading.Lock()  # one computation at a time: two would share the same cores
 
 
@@ -110,10 +111,15 @@ def settings(guidance: float, interval: float, solver: str, steps: int) -> dict[
   return {**given, "mode": "ODE"}
 
 
+def solvers_of(pipe: Pipeline) -> list[str]:
+  """The solvers on the page of a model."""
+  return [*([MAP] if pipe.config.model.dmf_depth else []), *SOLVERS]
+
+
 def solver_of(pipe: Pipeline) -> str:
   """The model's own solver, if the page has it."""
   own = pipe.settings().method
-  return own if own in SOLVERS else SOLVERS[0]
+  return own if own in solvers_of(pipe) else SOLVERS[0]
 
 
 def warm_up(studio: Studio) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from launch.studio.content import SOLVERS, Studio, settings, solver_of
+from launch.studio.content import Studio, settings, solver_of, solvers_of
 from launch.studio.parts import QUIET, Controls, sides, tile, tiles, told
 from vavae_jax.common.keys import LAST_SEED
 
@@ -81,7 +81,7 @@ def controls_of(studio: Studio) -> Controls:
     gr.Dropdown(studio.classes, value=[], multiselect=True, label="Classes (none: all)", **hidden),
     gr.Slider(1, max(15.0, own.cfg_scale), own.cfg_scale, step=0.1, label="Guidance", **hidden),
     gr.Slider(0, 1, own.cfg_interval_start, step=0.01, label="Guided from time", **hidden),
-    gr.Dropdown(SOLVERS, value=solver_of(studio.model), label="Solver", **hidden),
+    gr.Dropdown(solvers_of(studio.model), value=solver_of(studio.model), label="Solver", **hidden),
     gr.Slider(2, max(100, own.num_steps), own.num_steps, step=1, label="Steps", **hidden),
     gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, **hidden),
   ]
