@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from vavae_jax.common import keys
-from vavae_jax.common.convolution import add_bias, convolve
+from vavae_jax.common.convolution import apart, convolve
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.keys import field
 from vavae_jax.common.sharding import pin_batch, platform
@@ -194,7 +194,7 @@ class Upsample(nnx.Module):
       lhs_dilation=(2, 2),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return add_bias(y_BhwD, jnp.asarray(cast(nnx.Param, self.conv.bias)[...], dtype))
+    return apart(y_BhwD + jnp.asarray(cast(nnx.Param, self.conv.bias)[...], dtype))
 
 
 def run(block: ResnetBlock | AttnBlock, x: jax.Array, use_checkpoint: bool) -> jax.Array:

@@ -15,14 +15,14 @@ from vavae_jax import autoencoder
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v6e:2x2", "tpu7x:2x2x1"])
 def test_value_and_gradients_are_compiled(monkeypatch, topology):
-  """The compiler crashes for these two if the bias's gradient joins the convolution's fusion."""
+  """The compiler crashes for these two if the norm's sums join the convolution's fusion."""
   monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
   slices.prepare()
   devices = slices.make_mesh(topology)
 
-  def build() -> autoencoder.Upsample:
+  def build() -> nnx.Sequential:
     layers = autoencoder.Layers(32, False, True, jnp.float32, nnx.Rngs(0))
-    return autoencoder.Upsample(32, layers)
+    return nnx.Sequential(autoencoder.Upsample(32, layers), autoencoder.ResnetBlock(32, 32, layers))
 
   graph, weights = nnx.split(nnx.eval_shape(build))
 
