@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -58,6 +59,12 @@ class FakeGcs:
       self._generation += 1
       self.objects[name] = (content, self._generation)
     return self.about(name)
+
+  def copy(self, folder: Path, name: str) -> None:
+    """Makes objects NAME/... of the files of a folder."""
+    for path in folder.rglob("*"):
+      if path.is_file():
+        self.write(f"{name}/{path.relative_to(folder)}", path.read_bytes())
 
   def about(self, name: str) -> dict[str, str]:
     """What the API tells of an object."""

@@ -15,7 +15,7 @@ import pytest
 from launch import restore
 from launch.encode import encode
 from launch.engine.parts import Parts
-from launch.evaluation import drawn, training
+from launch.evaluation import drawn, probe, training
 from launch.evaluation.frontier import frontier
 from launch.evaluation.output import Output
 from launch.evaluation.sample_files import read_samples
@@ -76,9 +76,7 @@ def test_samples_and_evaluations_are_made_in_a_bucket(
 ):
   """Of a model there, by two processes; a file that was not finished is none."""
   model = pipeline / "diffusion"
-  for path in model.rglob("*"):
-    if path.is_file():
-      gcs.write(f"run/{path.relative_to(model)}", path.read_bytes())
+  gcs.copy(model, "run")
   before = {*gcs.objects}
   words = ("launch.sample", "--num_samples=9", "--batch_size=4")
   there = ("--workdir=gs://bucket/run", "--output=gs://bucket/x.npz")
@@ -162,6 +160,15 @@ def test_evaluations_in_a_bucket_are_joined_there(gcs, workdir):
   (point,) = json.loads(gcs.objects["run/both.json"][0])["points"]
   assert point == {"name": "plain/d16", "reconstruction: psnr": 25.0, "generation: fid": 9.0}
   assert {"run/both.png", "run/both.html"} < {*gcs.objects}
+
+
+def test_a_probe_stands_among_those_of_a_bucket(gcs, workdir):
+  for name, kind in (("a/b", probe.KIND), ("c", probe.KIND), ("a/d", "sweep")):
+    note = {"evaluation": kind, "figures": {"loss": 1.5}}
+    gcs.write(f"run/{name}.json", json.dumps(note).encode())
+  c = {"c": {"loss": 1.5}}
+  assert probe.read_others([str(workdir)]) == c | {"a/b": {"loss": 1.5}}
+  assert probe.read_others([f"{workdir}/c.json"]) == c
 
 
 def test_latents_are_made_in_a_bucket_and_read_there(gcs, workdir, tokenizer, tmp_path):

@@ -42,7 +42,7 @@ from lightningdit_jax.store.space import NOTE, Space
 from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note
+from vavae_jax.common.files import place, read_note
 from vavae_jax.common.sharding import whole
 from vavae_jax.data import sources
 from vavae_jax.metrics import linear
@@ -265,7 +265,7 @@ def read_others(paths: Sequence[str]) -> dict[str, dict[str, float]]:
   InputError where one has none.
   """
   found: dict[str, dict[str, Any]] = {}
-  for given in map(Path, paths):
+  for given in map(place, paths):
     files = [given] if given.is_file() else sorted(given.rglob("*.json"))
     notes = {file: read_note(file) for file in files}
     probes = {file: x for file, x in notes.items() if x.get("evaluation") == KIND}

@@ -75,6 +75,13 @@ class Place(gpath.PosixGPath):
       if fnmatch.fnmatchcase(path.name, name):
         yield from path.glob(below) if below else [path]
 
+  def rglob(self, pattern: str) -> Iterator[Place]:
+    """Entries at any depth whose name fits."""
+    for path in self.iterdir() if self.is_dir() else ():
+      if fnmatch.fnmatchcase(path.name, pattern):
+        yield path
+      yield from path.rglob(pattern)
+
   def exists(self) -> bool:
     """Whether it is there by now; fsspec would keep what it once heard, but others write, too."""
     if is_url(self):
