@@ -4,7 +4,8 @@
 
 A run is FOLDER:PROCESSES, or FOLDER:PROCESSES:PATTERN, in which the last process is killed just
 before a file gets a name of that pattern, and the others with it. The evaluations of a run write
-into OUTPUT/FOLDER. The processes are forks of one, which imports all once.
+into OUTPUT/FOLDER. The processes are forks of one, which imports all once. PIPELINE and OUTPUT can
+be in a bucket, where there are no features.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from launch.evaluation.reference import store as store_statistics
 from lightningdit_jax.store.latents import LatentStore
 from tests import forked, killed
 from vavae_jax import frozen
+from vavae_jax.common.files import is_url, place
 from vavae_jax.data import feature_cache
 
 FEATURES = 6
@@ -85,7 +87,8 @@ def evaluate(pipeline: Path, output: Path) -> None:
     Output(output / "sweep", "sweep"),
     options=Options(precision_recall=False),
   )
-  cache_features(tokenizer.config.data.source, output / "cache")
+  if not is_url(output):
+    cache_features(tokenizer.config.data.source, output / "cache")
   processes.wait_for_all()
 
 
@@ -103,7 +106,7 @@ def cache_features(source: str, folder: Path) -> None:
 
 def main() -> None:
   """The command."""
-  pipeline, output = map(Path, sys.argv[1:3])
+  pipeline, output = map(place, sys.argv[1:3])
   for run in sys.argv[3].split(","):
     folder, number, *pattern = run.split(":")
     count = int(number)
@@ -114,9 +117,10 @@ def main() -> None:
       evaluate(pipeline, output / folder)  # noqa: B023
 
     forked.job(one, count, last_dies=bool(pattern))
-    blocks = (output / folder).rglob("*_10.safetensors")
-    left = sorted(path.parent.name for path in blocks if path.parent.name[0] != ".")
-    print(f"left by {run}: {left}")
+    if pattern:
+      blocks = (output / folder).rglob("*_10.safetensors")
+      left = sorted(path.parent.name for path in blocks if path.parent.name[0] != ".")
+      print(f"left by {run}: {left}")
 
 
 if __name__ == "__main__":

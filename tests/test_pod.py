@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import start_job
+from tests.fake_gcs import FakeGcs
 from tests.survive import ended
 
 
@@ -73,12 +75,17 @@ def evaluations(command, pipeline, tmp_path_factory):
 def test_evaluations(evaluations, kind):
   output, printed = evaluations
   assert "left by pod:2:*/samples/000000010_10.*: ['reference', " in printed
-  one, pod = (json.loads((output / run / f"{kind}.json").read_text()) for run in ("one", "pod"))
-  for found in (one, pod):
-    del found["run"]
-    for point in found.get("points", ()):
-      point.pop("seconds", None)
+  one, pod = (told((output / run / f"{kind}.json").read_text()) for run in ("one", "pod"))
   assert one == pod
+
+
+def told(text):
+  """What an evaluation's JSON says but for machine and time."""
+  found = json.loads(text)
+  del found["run"]
+  for point in found.get("points", ()):
+    point.pop("seconds", None)
+  return found
 
 
 def test_statistics(evaluations):
@@ -87,6 +94,32 @@ def test_statistics(evaluations):
   assert set(one) == set(pod) == {"about", "mu", "sigma", "mu_s", "sigma_s"}
   for name in one:
     np.testing.assert_array_equal(one[name], pod[name])
+
+
+def test_evaluations_in_a_bucket(evaluations, command, pipeline):
+  """By two processes, of a model and latents that are there: as on a disk, and nothing else."""
+  here = evaluations[0] / "one"
+  with FakeGcs() as gcs:
+    for name in ("diffusion", "latents"):
+      gcs.copy(pipeline / name, name)
+    before = {*gcs.objects}
+    words = ("tests.evaluations_everywhere", "gs://bucket", "gs://bucket/found", "pod:2")
+    done = command(*words, **gcs.variables)
+    assert done.returncode == 0, done.stderr
+  there = {x.removeprefix("found/pod/"): gcs.objects[x][0] for x in {*gcs.objects} - before}
+  files = {path.relative_to(here): path for path in here.rglob("*") if path.is_file()}
+  assert {*there} == {str(name) for name in files if name.parts[0] != "cache"}
+  for name, content in there.items():
+    if name.endswith(".npz"):
+      found, expected = np.load(io.BytesIO(content)), np.load(here / name)
+      assert all(np.array_equal(found[key], expected[key]) for key in expected), name
+    elif name.startswith("sweep.points/"):
+      assert content == (here / name).read_bytes(), name
+    elif name.endswith(".json"):
+      found, expected = told(content), told((here / name).read_text())
+      if name == "latents.json":
+        assert found["latents"].pop("path") != expected["latents"].pop("path")
+      assert found == expected, name
 
 
 def test_features(evaluations):
