@@ -11,7 +11,7 @@ from flax import nnx
 from tests import cases
 from tests.reference import procedural
 from tests.test_autoencoder import tiny
-from vavae_jax import autoencoder, normalization
+from vavae_jax import blocks, normalization
 from vavae_jax.normalization import group_norm
 
 EPSILON = 1e-6
@@ -104,7 +104,7 @@ def test_tokenizer_computes_the_same_as_on_tpus(monkeypatch):
     taken.append(given)
     return group_norm(*given)
 
-  for module in (autoencoder, normalization):
+  for module in (blocks, normalization):
     monkeypatch.setattr(module, "platform", lambda: "tpu")
   monkeypatch.setattr(normalization, "group_norm", watched)
   fused = computed()

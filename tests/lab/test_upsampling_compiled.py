@@ -9,7 +9,7 @@ from flax import nnx
 
 from launch.lab import programs
 from launch.lab.plan import slices
-from vavae_jax import autoencoder
+from vavae_jax.blocks import Layers, ResnetBlock, Upsample
 
 
 @pytest.mark.tpu_aot
@@ -21,8 +21,8 @@ def test_value_and_gradients_are_compiled(monkeypatch, topology):
   devices = slices.make_mesh(topology)
 
   def build() -> nnx.Sequential:
-    layers = autoencoder.Layers(32, False, True, jnp.float32, nnx.Rngs(0))
-    return nnx.Sequential(autoencoder.Upsample(32, layers), autoencoder.ResnetBlock(32, 32, layers))
+    layers = Layers(32, False, True, jnp.float32, nnx.Rngs(0))
+    return nnx.Sequential(Upsample(32, layers), ResnetBlock(32, 32, layers))
 
   graph, weights = nnx.split(nnx.eval_shape(build))
 
