@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from launch.lab import programs
-from launch.lab.plan import slices
 from lightningdit_jax import attention
 from lightningdit_jax.attention import Norm, fused
 from lightningdit_jax.positions import rope_tables
@@ -27,11 +26,9 @@ RMS, LAYER = Norm(centers=False, epsilon=1e-6), Norm(centers=True, epsilon=1e-5)
     ("v5e:2x2", 12, 64, 70, RMS),  # filled up
   ],
 )
-def test_the_kernel_is_compiled(monkeypatch, topology, heads, size, tokens, norm):
+def test_the_kernel_is_compiled(described, topology, heads, size, tokens, norm):
   """Forward and backward, each chip with its images: nothing is sent or turned."""
-  monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
-  slices.prepare()
-  devices = slices.make_mesh(topology, 2, -1)
+  devices = described(topology, 2, -1)
   rope = rope_tables(2, tokens // 2, size)
 
   def gradients(qkv, weights):

@@ -8,17 +8,15 @@ import pytest
 from flax import nnx
 
 from launch.lab import programs
-from launch.lab.plan import hlo, operations, slices
+from launch.lab.plan import hlo, operations
 from vavae_jax.normalization import normalized
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
-def test_value_and_gradient_take_eight_passes(monkeypatch, topology):
+def test_value_and_gradient_take_eight_passes(described, topology):
   """Sums, then value; sums of two, then gradient; by centred values it takes nine or ten."""
-  monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
-  slices.prepare()
-  devices = slices.make_mesh(topology)
+  devices = described(topology)
   norm = nnx.GroupNorm(128, 32, epsilon=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
   graph, weights = nnx.split(norm)
 

@@ -633,15 +633,13 @@ def test_the_published_step_fits_16_chips_without_moving_activations(command, tm
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("fsdp", [1, 4])
 @pytest.mark.parametrize(("reduce_dtype", "dtype"), [("compute", "bf16"), ("float32", "f32")])
-def test_devices_add_up_gradients_in_the_dtype_of_the_key(monkeypatch, fsdp, reduce_dtype, dtype):
-  monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
-  slices.prepare()
+def test_devices_add_up_gradients_in_the_dtype_of_the_key(described, fsdp, reduce_dtype, dtype):
   config = configs.base.diffusion()
   config.batch_size, config.mesh = 16, {"data": -1, "fsdp": fsdp}
   config.model.update(hidden_size=128, num_heads=2, depth=2, input_size=4, num_classes=5)
   config.model.reduce_dtype = reduce_dtype
   config = FrozenConfigDict(config)
-  devices = slices.make_mesh("v5e:2x2", config.mesh.data, config.mesh.fsdp)
+  devices = described("v5e:2x2", config.mesh.data, config.mesh.fsdp)
   traced = programs.traced(programs.of(config, devices, "train", 16), devices)
   with jax.set_mesh(devices):
     program = hlo.parse(traced.lower().compile().as_text())

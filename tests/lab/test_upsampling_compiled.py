@@ -8,17 +8,14 @@ import pytest
 from flax import nnx
 
 from launch.lab import programs
-from launch.lab.plan import slices
 from vavae_jax.blocks import Layers, ResnetBlock, Upsample
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v6e:2x2", "tpu7x:2x2x1"])
-def test_value_and_gradients_are_compiled(monkeypatch, topology):
+def test_value_and_gradients_are_compiled(described, topology):
   """The compiler crashes for these two if the norm's sums join the convolution's fusion."""
-  monkeypatch.setattr(jax.config, "update", lambda *_: None)  # what tests run on stays
-  slices.prepare()
-  devices = slices.make_mesh(topology)
+  devices = described(topology)
 
   def build() -> nnx.Sequential:
     layers = Layers(32, False, True, jnp.float32, nnx.Rngs(0))
