@@ -37,10 +37,16 @@ class Row(NamedTuple):
   sampling: Mapping[str, Any] = NONE  # keys of `config.sample`
   guide: bool = False  # autoguidance by the same training after half of the steps
   longer: float = 1.0  # times as many steps: for steps that cost less, to have equal time
+  refines: bool = False  # begins with the last weights of the baseline, and is judged at its end
   control: bool = False  # shown beside the options, never combined with them
 
 
 _TREAD = {"route.share": 0.5, "route.first": 1, "route.last": -2}
+_MAP = {
+  "model.dmf_depth": 4,
+  "transport.use_cosine_loss": False,
+  "optimizer.learning_rate": 2e-4,
+}
 # Guidance acts on all channels; scales are usual ones and have not been tuned for these models.
 ROWS: dict[str, Row] = {
   BASELINE: Row(control=True),
@@ -55,6 +61,16 @@ ROWS: dict[str, Row] = {
     longer=1.5,
   ),
   "eqvae": Row(tokenizer={"equivariance.share": 0.5}),
+  **{
+    f"{name}_{steps}_step{'s' if steps > 1 else ''}": row._replace(
+      sampling={"method": method, "num_steps": steps + 1}, control=True
+    )
+    for name, method, row in (
+      ("flow", "euler", Row()),
+      ("map", "map", Row(_MAP, longer=0.25, refines=True)),
+    )
+    for steps in (1, 4)
+  },
 }
 
 
@@ -80,7 +96,7 @@ def diffusion(size: str) -> ConfigDict:
     config.update(batch_size=256, dtype="bfloat16", save_every_steps=12_500)
     config.update(keep_every_steps=12_500, log_every_steps=100)
   if size == "tiny":
-    config.model.update(hidden_size=32, depth=3, num_heads=2, scan_unroll=3)
+    config.model.update(hidden_size=32, depth=5, num_heads=2, scan_unroll=5)
     config.update(save_every_steps=1, keep_every_steps=1, log_every_steps=1)
   return config
 

@@ -63,6 +63,15 @@ def test_a_combined_row_has_the_changes_of_all():
   assert row.sampling == beyond.ROWS["autoguidance"].sampling
 
 
+def test_a_map_begins_with_the_weights_of_the_baseline_of_its_seed(tmp_path):
+  config = experiment(rows=("baseline", "map_1_step", "map_4_steps"), steps=(4,), seeds=(0, 1))
+  jobs = {job.name: job for job in graph.jobs_of(config, tmp_path)}
+  assert "diffusion/beyond/map_4_steps/seed1" not in jobs  # both sample one
+  job, start = jobs["diffusion/beyond/map_1_step/seed1"], "diffusion/beyond/baseline/seed1"
+  assert start in job.needs
+  assert {f"--config.init_from={tmp_path / start}", "--config.num_steps=1"} <= {*job.words}
+
+
 def test_what_excludes_each_other_is_not_combined():
   """An early head reads all tokens."""
   names = ["muon", "tread", "internal_guidance", "autoguidance"]
@@ -85,7 +94,8 @@ def test_guidance_costs_what_it_computes():
   assert page.sampling_cost(always, True) == pytest.approx(2 * plain, rel=1e-3)
 
 
-SEEDS = {"seeds": (0, 1), "rows": ("baseline", "muon", "tread", "autoguidance"), "steps": (1, 4)}
+ROWS = ("baseline", "muon", "tread", "autoguidance", "map_4_steps")
+SEEDS = {"seeds": (0, 1), "rows": ROWS, "steps": (1, 4)}
 SPEEDS = {"baseline": 2.0, "muon": 1.0, "tread": 2.8}  # steps a second
 LAST = {"baseline": (10.0, 10.2), "muon": (9.0, 9.1), "tread": (9.5, 9.6), "autoguidance": (10, 10)}
 
@@ -148,5 +158,6 @@ def test_the_table_is_at_equal_steps_and_at_equal_time_and_winners_are_combined(
   assert table["| muon"][2:4] == ["9.050 ± 0.071", "29.050 ± 0.071 (2)"]
   assert table["| tread"][3] == "-10.450 ± 0.071 (6)"
   assert table["| muon + tread"][2] == "8.050 ± 0.071"
+  assert table["| map_4_steps"][1:4] == ["-", "38.050 ± 0.071", "-"]  # after a quarter, of step 1
   assert table["| muon"][6:8] == ["1.00 ± 0.00", "2.00"]
   assert "not trained: 20.000, class accuracy 25.0 %." in text

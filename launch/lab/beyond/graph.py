@@ -76,12 +76,23 @@ class Beyond(graph.Graph):
       yield from self._changed_tokenizer(owner, row)
     for seed in self.config.seeds:
       yield self._training(owner, row, seed)
-      for step in self.config.steps:
+      for step in self.checkpoints(name).values():
         yield from self._samples(name, row, seed, step)
+
+  def checkpoints(self, name: str) -> dict[int, int]:
+    """By column of the table, the step whose weights draw a row's samples."""
+    row = row_of(name)
+    return (
+      {self.config.steps[-1]: self._last(row)} if row.refines else {x: x for x in self.config.steps}
+    )
+
+  def _last(self, row: Row) -> int:
+    every = beyond.diffusion(self.size).keep_every_steps
+    return max(round(self.config.steps[-1] * row.longer / every), 1) * every
 
   def at_equal_time(self, name: str, done: set[str]) -> Iterator[Job]:
     """Samples of the checkpoints that had the time that the baseline had at its end."""
-    for seed in self.config.seeds:
+    for seed in self.config.seeds if not row_of(name).refines else ():
       if {training_of(x, seed) for x in (name, BASELINE)} <= done:
         step = self.equal_step(name, seed)
         if step not in self.config.steps:
@@ -105,15 +116,16 @@ class Beyond(graph.Graph):
     wanted = {job.name for job in jobs if job.name.rpartition("seed")[0] in rows}
     if not wanted <= done:
       return ""
-    last = {name: self.distances(name, self.config.steps[-1]) for name in self.rows}
+    last = {name: self.distances(name) for name in self.rows}
     spread = np.std(last[BASELINE], ddof=1) if len(self.config.seeds) > 1 else 0.0
     limit = np.mean(last[BASELINE]) - spread
     won = [n for n in self.rows if not beyond.ROWS[n].control and np.mean(last[n]) < limit]
     found = together(self.config, sorted(won, key=lambda n: float(np.mean(last[n]))))
     return found if "+" in found else ""
 
-  def distances(self, name: str, step: int) -> list[float]:
-    """Of a row's samples after a step, one for each seed."""
+  def distances(self, name: str) -> list[float]:
+    """Of a row's last samples, one for each seed."""
+    step = self.checkpoints(name)[self.config.steps[-1]]
     jobs = [samples_of(name, seed, step) for seed in self.config.seeds]
     found = [json.loads((self.root / f"{job}.json").read_text()) for job in jobs]
     return [each["figures"][self.key] for each in found]
@@ -137,17 +149,19 @@ class Beyond(graph.Graph):
 
   def _training(self, name: str, row: Row, seed: int) -> Job:
     own = f"{BEYOND}/{name}" if row.tokenizer else ""
-    latents, argument = self._latents_job(own), f"{self.size},diffusion"
-    every = beyond.diffusion(self.size).keep_every_steps
-    steps = round(self.config.steps[-1] * row.longer / every) * every
-    given = {"latents.path": self._latents(own), "seed": seed, "num_steps": steps}
+    argument = f"{self.size},diffusion"
+    given = {"latents.path": self._latents(own), "seed": seed, "num_steps": self._last(row)}
+    needs = [self._latents_job(own)]
+    if row.refines:
+      needs.append(training_of(BASELINE, seed))
+      given["init_from"] = self.root / needs[-1]
     settings = [f"--config.{key}={value}" for key, value in (given | {**row.training}).items()]
     job, file = training_of(name, seed), os.path.relpath(beyond.__file__)
     words = ("launch.train", f"--config={file}:{argument}", *settings)
     output = self.root / job
     content = graph.content(beyond.get_config(argument))
     words += (f"--workdir={output}",)
-    return Job(job, words, output, True, content, (latents,), weight=20 * row.longer)
+    return Job(job, words, output, True, content, (*needs,), weight=20 * row.longer)
 
   def _samples(self, name: str, row: Row, seed: int, step: int) -> Iterator[Job]:
     """Samples of a checkpoint, and what the judges say of them."""

@@ -59,7 +59,9 @@ class _Page:
       f"diffusion model, a LightningDiT of width {model.model.hidden_size} and depth "
       f"{model.model.depth} on the latents {config.tokenizer}. The rate is constant, so every "
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
-      f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Class accuracy "
+      f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Maps begin with "
+      "the baseline's last weights and are drawn from at their end, in the last column, for a "
+      "quarter of its steps more. Class accuracy "
       f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
       "products, guidance as if it were on at all times. "
       f"Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
@@ -94,7 +96,7 @@ class _Page:
     trained = [graph.training_of(name, seed) for seed in seeds]
     seconds = [graph.seconds_of(self.workdir / x) for x in trained if x in self.done]
     equal = NOT_RUN
-    if len(seconds) == len(seeds) and self._baseline_is_done():
+    if len(seconds) == len(seeds) and self._baseline_is_done() and not rows.row_of(name).refines:
       chosen = [self.made.equal_step(name, seed) for seed in seeds]
       found = [
         self._read(graph.samples_of(name, *each)) for each in zip(seeds, chosen, strict=True)
@@ -116,7 +118,9 @@ class _Page:
     return _spread(self._values(name, step, key), 3)
 
   def _values(self, name: str, step: int, key: str) -> list[float]:
-    found = [self._read(graph.samples_of(name, seed, step)) for seed in self.config.seeds]
+    if (drawn := self.made.checkpoints(name).get(step)) is None:
+      return []
+    found = [self._read(graph.samples_of(name, seed, drawn)) for seed in self.config.seeds]
     return [each[key] for each in found if key in each]
 
   def _read(self, job: str) -> dict[str, Any]:

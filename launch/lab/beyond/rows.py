@@ -43,6 +43,7 @@ def row_of(name: str) -> Row:
     sampling,
     guide=any(row.guide for row in rows),
     longer=max(row.longer for row in rows),
+    refines=any(row.refines for row in rows),
     control=any(row.control for row in rows),
   )
 
@@ -51,7 +52,7 @@ def owner_of(name: str) -> str:
   """The row whose trainings a row samples: itself, or the first that trains likewise."""
 
   def trained(row: Row) -> tuple[object, ...]:
-    return dict(row.training), dict(row.tokenizer), row.longer
+    return dict(row.training), dict(row.tokenizer), row.longer, row.refines
 
   own = trained(row_of(name))
   return next((other for other, row in beyond.ROWS.items() if trained(row) == own), name)
