@@ -10,8 +10,8 @@ counting operations. The baseline alone:
   python -m launch.train --config=configs/lab/beyond.py:cifar,diffusion --workdir=DIR \
     --config.latents.path=LATENTS
 
-Arguments, joined by commas: cifar, tiny (emoji, a smoke test) or gpu (a larger model, longer), and
-diffusion for the baseline.
+Arguments, joined by commas: cifar, tiny (emoji, a smoke test) or gpu (a larger model, longer); for
+the baseline, diffusion and, as in config.tokenizer, the shape of its latents.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ ROWS: dict[str, Row] = {
     sampling={"cfg_scale": 1.5, "cfg_interval_start": 0.0, "routed": 0.3, "guide_routed": 0.7},
     longer=1.5,
   ),
-  "eqvae": Row(tokenizer={"equivariance.share": 0.5}),
+  # The one of the scales that latents of 2 x 2 cells have, too.
+  "eqvae": Row(tokenizer={"equivariance.share": 0.5, "equivariance.scales": (0.5,)}),
   **{
     f"{name}_{steps}_step{'s' if steps > 1 else ''}": row._replace(
       sampling={"method": method, "num_steps": steps + 1}, control=True
@@ -77,16 +78,18 @@ ROWS: dict[str, Row] = {
 def get_config(argument: str = "cifar") -> ConfigDict:
   """The experiment, or the baseline's diffusion model."""
   words = argument.split(",")
-  if words[0] not in SIZES or words[1:] not in ([], ["diffusion"]):
-    raise ValueError(f"{argument!r} is none of {', '.join(SIZES)}, nor one with ',diffusion'.")
-  return diffusion(words[0]) if words[1:] else experiment(words[0])
+  if words[0] not in SIZES or words[1:2] not in ([], ["diffusion"]) or len(words) > 3:
+    raise ValueError(
+      f"{argument!r} is none of {', '.join(SIZES)}, nor one with ',diffusion' or ',diffusion,fPdZ'."
+    )
+  return diffusion(words[0], *words[2:]) if words[1:] else experiment(words[0])
 
 
-def diffusion(size: str) -> ConfigDict:
-  """LightningDiT of 6 million parameters on latents f8d16, at a constant rate, so that every
-  checkpoint is the end of a training.
+def diffusion(size: str, shape: str = "f8d16") -> ConfigDict:
+  """LightningDiT of 6 million parameters on latents of the `shape` "fPdZ", at a constant rate, so
+  that every checkpoint is the end of a training.
   """
-  config = dilemma.diffusion(_pictures(size), "f8d16", "w224")
+  config = dilemma.diffusion(_pictures(size), shape, "w224")
   config.model.update(depth=6, num_heads=4, scan_unroll=6)
   config.update(save_every_steps=375, keep_every_steps=375, log_every_steps=75)
   config.optimizer.update(decay_steps=0, learning_rate=1e-3)
@@ -107,7 +110,7 @@ def experiment(size: str = "cifar") -> ConfigDict:
   names = ("source", "test_source", "judge_steps", "tokenizer_steps", "second")
   config = ConfigDict({name: pictures[name] for name in names})
   config.size = size
-  config.tokenizer = "plain/f8d16/kl1e-6"
+  config.tokenizer = "plain/f8d16/kl1e-6"  # as in configs/lab/dilemma.py
   config.rows = tuple(ROWS)
   config.combined = True  # whether a last row has all options that win by themselves
   config.seeds = (0, 1)

@@ -42,6 +42,7 @@ def test_every_row_is_a_configuration_and_jobs_follow_what_they_need(size, tmp_p
     ({"steps": (4, 2)}, "multiples of 1, ascending"),
     ({"size": "huge"}, "choose one of cifar"),
     ({"tokenizer": "plain/f8d16"}, "not VARIANT/fPdZ/klW"),
+    ({"tokenizer": "plain"}, "not VARIANT/fPdZ/klW"),
     ({"source": "folder:/nowhere"}, "nowhere"),
   ],
 )
@@ -70,6 +71,15 @@ def test_a_map_begins_with_the_weights_of_the_baseline_of_its_seed(tmp_path):
   job, start = jobs["diffusion/beyond/map_1_step/seed1"], "diffusion/beyond/baseline/seed1"
   assert start in job.needs
   assert {f"--config.init_from={tmp_path / start}", "--config.num_steps=1"} <= {*job.words}
+
+
+def test_the_diffusion_model_is_of_the_latents_of_the_tokenizer():
+  config = experiment(
+    "cifar", tokenizer="plain/f16d128/kl1e-6", source="embedded:emoji", test_source=""
+  )
+  checks.check(config)
+  model = rows.diffusion_of(config, "baseline").model
+  assert (model.input_size, model.in_channels) == (2, 128)
 
 
 def test_what_excludes_each_other_is_not_combined():

@@ -31,7 +31,7 @@ def check(config: FrozenConfigDict) -> None:
     if config[name] < lowest:
       raise InputError(f"config.{name} is {config[name]}; it must be {lowest} or more.")
   for name in config.rows:
-    diffusion_of(config, name)
     tokenizer_of(config, name)
+    diffusion_of(config, name)
   for spec in filter(None, (config.source, config.test_source)):
     sources.check_readable(sources.open_source(spec))

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from configs.lab import beyond, dilemma
 from configs.lab.beyond import BASELINE, Row
 from launch.engine.writers import read_metrics
-from launch.lab.beyond.rows import owner_of, row_of, together
+from launch.lab.beyond.rows import owner_of, row_of, shape_of, together
 from launch.lab.dilemma import graph
 from launch.lab.jobs import Job, Record
 
@@ -149,7 +149,7 @@ class Beyond(graph.Graph):
 
   def _training(self, name: str, row: Row, seed: int) -> Job:
     own = f"{BEYOND}/{name}" if row.tokenizer else ""
-    argument = f"{self.size},diffusion"
+    argument = f"{self.size},diffusion,{shape_of(self.config)}"
     given = {"latents.path": self._latents(own), "seed": seed, "num_steps": self._last(row)}
     needs = [self._latents_job(own)]
     if row.refines:

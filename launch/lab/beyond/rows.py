@@ -60,12 +60,17 @@ def owner_of(name: str) -> str:
 
 def diffusion_of(config: FrozenConfigDict, name: str) -> FrozenConfigDict:
   """The configuration of a row's diffusion models, with its sampling; InputError if it is wrong."""
-  row, found = row_of(name), beyond.diffusion(config.size)
+  row, found = row_of(name), beyond.diffusion(config.size, shape_of(config))
   changes = {**row.training, **{f"sample.{key}": x for key, x in row.sampling.items()}}
   _update(found, changes, name)
   resolved = tasks.frozen(found)
   lightningdit_jax.checks.check_model(resolved)
   return resolved
+
+
+def shape_of(config: FrozenConfigDict) -> str:
+  """Of the latents, "fPdZ"."""
+  return str(config.tokenizer).split("/")[1]
 
 
 def tokenizer_of(config: FrozenConfigDict, name: str) -> FrozenConfigDict:
