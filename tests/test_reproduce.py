@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -370,16 +371,30 @@ def test_the_page_has_every_number_and_cause():
   assert tuple(causes) == CAUSES
 
 
-def test_times_are_those_of_the_plan(published, tmp_path, capsys):
+def test_times_are_those_of_the_plan(published, tmp_path, capsys, monkeypatch):
   estimates.show(published.sampled, published.given, tmp_path)
   assert "no estimate" in capsys.readouterr().out
-  given = published.given_with(train=True, latents="")
+  given = published.given_with(train=True, set=("sample.batch_size=8",))
   plan = {"settings": {}, "needed": 2**33, "available": 2**34, "fits": True, "hours": 1.25}
   split = plan | {"settings": {"accumulate_steps": 2}, "hours": 40.0}
-  for what, one in {"encode": plan, "train": split, "fid50k": plan | {"fits": False}}.items():
-    (tmp_path / f"plan_{what}_v6e_4x4.json").write_text(json.dumps({"plans": [{}, one]}))
+  plans, asked = {"encode": plan, "train": split, "fid50k": plan | {"fits": False}}, []
+
+  def run(words, **_):
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    asked.append(options)
+    made = {"plans": [{}, plans[options["--what"]]]}
+    Path(options["--output"]).write_text(json.dumps(made))
+    return subprocess.CompletedProcess(words, 0)
+
+  monkeypatch.setattr(estimates.subprocess, "run", run)
   estimates.show(published.sampled, given, tmp_path, "v6e:4x4")
+  estimates.show(published.sampled, given, tmp_path, "v6e:4x4")
+  sizes = [options.get("--config.sample.batch_size") for options in asked]
+  assert sizes == [None, "8", "8"]  # once: the plans are kept
   told = " ".join(capsys.readouterr().out.replace("│", " ").split())
   assert "encode 1.2 hours 8.0 of 16.0 GiB as given" in told
   assert "train 40.0 hours 8.0 of 16.0 GiB --set=accumulate_steps=2" in told
   assert "fid50k does not fit" in told
+  other = published.given_with(set=("mesh.fsdp=-1",))
+  estimates.show(published.sampled, other, tmp_path, "v6e:4x4")
+  assert asked[-1]["--config.mesh.fsdp"] == "-1"  # and are of these settings

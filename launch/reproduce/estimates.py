@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,9 +61,11 @@ def show(record: Record, given: Given, workdir: Path, asked: str = "") -> None:
     return
   rows = []
   for what, recipe, changes, count in _planned(record, given):
-    path = workdir / f"plan_{what}_{topology.replace(':', '_')}.json"
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
-    flags += [f"--config.{word}" for word in given.set if what == "train"]
+    # The other programs are of no configuration that a person sets.
+    flags += [f"--config.{word}" for word in given.set if what in ("train", "fid50k")]
+    settings = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    path = workdir / f"plan_{what}_{topology.replace(':', '_')}_{settings}.json"
     words = [f"--config={recipe}", *flags, f"--topology={topology}", f"--what={what}", "--search"]
     words += [f"--num_images={count}", f"--output={path}"]
     if not path.exists():
@@ -77,9 +80,9 @@ def show(record: Record, given: Given, workdir: Path, asked: str = "") -> None:
         rows.append((what, "no estimate", lines[-1], ""))
         continue
     chosen = read_note(path, plans=list)["plans"][-1]
-    settings = " ".join(f"--set={key}={value}" for key, value in chosen["settings"].items())
+    needed = " ".join(f"--set={key}={value}" for key, value in chosen["settings"].items())
     memory = f"{chosen['needed'] / 2**30:.1f} of {chosen['available'] / 2**30:.1f} GiB"
     hours = f"{chosen['hours']:.1f} hours" if chosen["fits"] else "does not fit"
-    rows.append((what, hours, memory, settings or "as given"))
+    rows.append((what, hours, memory, needed or "as given"))
   header = ("stage", "time", "memory of a device", "settings")
   console.table(f"Estimates for {topology}, by the compiler, not measured", header, rows)

@@ -578,15 +578,30 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
   assert commits == ["def5678 |", *["abc1234 |"] * 4]
 
 
-def test_programs_for_a_fid_run_in_turn():
-  def one(images, needed, hours):
-    seconds = times.Times(1.0, 0.5, 0.25, 0.75, 0.1)
-    return planning.Plan(
-      *({}, images, "8 x 1", True, needed, 100.0, {}, 10.0, 10.0, 1.0),
-      **{"seconds": seconds, "hours": hours, "images_per_second": images / seconds.estimate},
-    )
+def part_of_fid(images, needed, hours):
+  seconds = times.Times(1.0, 0.5, 0.25, 0.75, 0.1)
+  return planning.Plan(
+    *({}, images, "8 x 1", True, needed, 100.0, {}, 10.0, 10.0, 1.0),
+    **{"seconds": seconds, "hours": hours, "images_per_second": images / seconds.estimate},
+  )
 
-  found = {"sample": one(256, 50.0, 3.0), "decode": one(512, 70.0, 1.0)}
+
+def test_for_a_fid_as_many_images_are_decoded_at_once_as_are_sampled(monkeypatch):
+  asked = {}
+
+  def plans(config, topology, what, **options):
+    asked[what] = config.get("sample", {}).get("batch_size"), options.get("coded")
+    return iter([part_of_fid(images, 1.0, 1.0) for images in (512, 256)])
+
+  monkeypatch.setattr(fid, "plans", plans)
+  config = configs.base.diffusion()
+  config.sample.batch_size = 48
+  fid.plans_of(config, "v6e:2x4", 1_000)
+  assert asked == {"sample": (48, None), "decode": (None, 256), "features": (None, 0)}
+
+
+def test_programs_for_a_fid_run_in_turn():
+  found = {"sample": part_of_fid(256, 50.0, 3.0), "decode": part_of_fid(512, 70.0, 1.0)}
   whole = fid.together(found)
   assert (whole.needed, whole.hours, whole.flops) == (70.0, 4.0, 15.0)
   assert whole.seconds == times.Times(1.5, 0.75, 0.375, 1.125, 0.15000000000000002)

@@ -8,29 +8,26 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 import configs.base
-from launch.lab import programs
 from launch.lab.plan.planning import Plan, plans
 from launch.lab.plan.times import Times
 from vavae_jax.autoencoder import downsampling
 
 
 def plans_of(config: ConfigDict, topology: str, num_images: int) -> dict[str, list[Plan]]:
-  """What was tried for each program, the chosen last; a device has so many images in a batch.
+  """What was tried for each program, the chosen last.
 
-  That is `programs.CODED_PER_DEVICE`, or fewer if sampling does not fit. VA-VAE f16 decodes, with
-  as many channels as the model has.
+  A device draws and decodes `config.sample.batch_size` images at once, or fewer if sampling does
+  not fit. VA-VAE f16 decodes, with as many channels as the model has.
   """
-  drawing = config.copy_and_resolve_references()
-  drawing.sample.batch_size = programs.CODED_PER_DEVICE
   tokenizer = configs.base.tokenizer()
   model = tokenizer.model
   model.embed_dim = model.z_channels = config.model.in_channels
   side = config.model.input_size * downsampling(model.ch_mult, model.patch_size)
   tokenizer.data.image_size = side
-  return {
-    what: list(plans(task, topology, what, search=True, num_images=num_images))
-    for what, task in (("sample", drawing), ("decode", tokenizer), ("features", tokenizer))
-  }
+  found = {"sample": list(plans(config, topology, "sample", search=True, num_images=num_images))}
+  for what, coded in (("decode", found["sample"][-1].images), ("features", 0)):
+    found[what] = list(plans(tokenizer, topology, what, num_images=num_images, coded=coded))
+  return found
 
 
 def together(found: Mapping[str, Plan]) -> Plan:
@@ -38,7 +35,6 @@ def together(found: Mapping[str, Plan]) -> Plan:
   first = found["sample"]
   whole = dataclasses.replace(
     first,
-    settings={"sample.batch_size": programs.CODED_PER_DEVICE} | first.settings,
     fits=all(one.fits for one in found.values()),
     needed=max(one.needed for one in found.values()),
     parts={name: int(one.needed) for name, one in found.items()},

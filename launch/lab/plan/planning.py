@@ -64,16 +64,18 @@ def plan(
   what: str = "train",
   *,
   num_images: int = IMAGENET,
+  coded: int = 0,
   settings: Settings | None = None,
 ) -> Plan:
   """Compiles one of a task's programs for a slice, named as `slices.make_mesh` says.
 
-  `num_images` is how many are encoded or sampled, and `settings` what was changed to get this
-  configuration. Raises InputError for an unknown slice, or a mesh or batch that does not fit it.
+  `num_images` is how many are encoded or sampled, `coded` as of `programs.of`, and `settings` what
+  was changed to get this configuration. Raises InputError for an unknown slice, or a mesh or batch
+  that does not fit it.
   """
   programs.check(config, what)
   devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
-  program = programs.of(config, devices, what, num_images)
+  program = programs.of(config, devices, what, num_images, coded)
   began = time.perf_counter()
   traced = programs.traced(program, devices)
   with jax.set_mesh(devices):
@@ -109,7 +111,7 @@ def plan(
       result.fits = result.needed <= result.available
     found, chip = operations.of(text), slices.chip_of(topology, devices)
     if any(one.pallas for one in found) and chip.clock:
-      found = operations.of(text, schedule.cycles(config, topology, what, num_images))
+      found = operations.of(text, schedule.cycles(config, topology, what, num_images, coded))
     result.operations, result.sources = operations.joined(found), times.by_source(found, chip)
     if result.fits:
       result.seconds = times.times(found, result.traffic, chip, one_run)
@@ -173,6 +175,7 @@ def plans(
   *,
   search: bool = False,
   num_images: int = IMAGENET,
+  coded: int = 0,
 ) -> Iterator[Plan]:
   """The plan of a configuration and, with `search`, of remedies until one fits."""
   tries: Iterable[Settings] = ()
@@ -185,7 +188,8 @@ def plans(
     resolved = tasks.resolve(changed, num_images)
     if config.task == "tokenizer":
       functional.outline(vavae_jax.training.build_autoencoder(resolved), "config.model")
-    found = plan(resolved, topology, what, num_images=num_images, settings=settings)
+    counts = {"num_images": num_images, "coded": coded}
+    found = plan(resolved, topology, what, **counts, settings=settings)
     yield found
     if found.fits:
       return

@@ -41,23 +41,26 @@ _LOADED = re.compile(r"(%\w+) = sld \[smem:\[#(\w+)\]\]")
 _FILLING = 2
 
 
-def cycles(config: FrozenConfigDict, topology: str, what: str, num_images: int) -> dict[str, int]:
-  """Cycles of each Pallas kernel of a program by `operations.identity`; none if that crashes."""
+def cycles(config: FrozenConfigDict, topology: str, *program: str | int) -> dict[str, int]:
+  """Cycles of each Pallas kernel of a program by `operations.identity`; none if that crashes.
+
+  `program` are the further arguments of `programs.of`.
+  """
   with ProcessPoolExecutor(1, get_context("spawn")) as pool:
     try:
-      return pool.submit(_cycles, config, topology, what, num_images).result()
+      return pool.submit(_cycles, config, topology, *program).result()
     except BrokenProcessPool:
       console.say("The compiler crashed over its schedules: Pallas kernels count as they declare.")
       return {}
 
 
-def _cycles(config: FrozenConfigDict, topology: str, what: str, num_images: int) -> dict[str, int]:
+def _cycles(config: FrozenConfigDict, topology: str, *program: Any) -> dict[str, int]:
   with tempfile.TemporaryDirectory(prefix="schedules-") as folder:
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_FLAG}{folder}".strip()
     slices.prepare()
     devices = slices.make_mesh(topology, config.mesh.data, config.mesh.fsdp)
-    traced = programs.traced(programs.of(config, devices, what, num_images), devices)
+    traced = programs.traced(programs.of(config, devices, *program), devices)
     sharding = SingleDeviceSharding(devices.devices.flat[0])
     found: dict[str, int] = {}
     for kernel in kernels_of(traced.jaxpr):
