@@ -124,7 +124,7 @@ def published(tmp_path_factory) -> Published:
     "a tokenizer",
     "no table",
     {"rfd_tiny": 1.0, "psnr": 10.0, "ssim": 0.5},
-    Tokenizer("f4d8", str(root / "tokenizer.py"), File(sha256=sha256_of(VAE)[:8])),
+    Tokenizer("f4d8", str(root / "tokenizer.py"), File(sha256=sha256_of(VAE)[:8]), psnr=10.0),
     protocol=CLASSIFIER,
     pictures=pictures,
     validation=dataclasses.replace(pictures, classes=0),
@@ -140,7 +140,7 @@ def published(tmp_path_factory) -> Published:
   given = Given(
     tokenizer=str(VAE),
     diffusion=str(DIT),
-    latents=str(root / "statistics.safetensors"),
+    statistics=str(root / "statistics.safetensors"),
     reference=str(root / "reference.npz"),
     inception=str(root / "judge"),
     pictures=f"folder:{root / 'pictures'}",
@@ -213,7 +213,7 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
   )
   arrays = published.arrays | {"mu": published.arrays["mu"] + 1}
   np.savez(tmp_path / "other.npz", **arrays)
-  tokenizer = dataclasses.replace(published.sampled.tokenizer, file=File(sha256="0000"))
+  tokenizer = dataclasses.replace(published.sampled.tokenizer, file=File(sha256="0000"), psnr=27.96)
   record = dataclasses.replace(
     published.sampled,
     tokenizer=tokenizer,
@@ -222,20 +222,25 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
     arrays={**published.sampled.arrays, "mu_s": (2023,)},
     log={80_000: 0.3},
   )
-  others = {"reference": str(tmp_path / "other.npz"), "latents": str(tmp_path / "s.safetensors")}
+  others = {"reference": str(tmp_path / "other.npz"), "statistics": str(tmp_path / "s.safetensors")}
   given = published.given_with(**others)
   told = refused(record, given, tmp_path)
-  for part in (
+  wrong = (
     "tokenizer file: the published one's sha256 begins 0000 (tokenizer)",
     "FID's reference: the published one's sha256 begins 1111 (reference)",
     "its arrays: it lacks mu_s (2023,) (reference)",
     "mean feature of 20 pictures: the statistics are of another network or other pictures",
     "latents of these pictures: they are of others, or normalised already",
+    "PSNR of 20 pictures: 27.96 dB are published (tokenizer)",
     "config.model.use_rope is True instead of False",
     "config.latents.latent_multiplier is 1.0 instead of 0.18215",
     "the weights are model of the file and no average (model)",
     "mean squared error of these: the published log ends with 0.3 (model)",
-  ):
+  )
+  for part in wrong:
+    assert part in told, part
+  told = refused(record, dataclasses.replace(given, train=True, diffusion=""), tmp_path)
+  for part in wrong[:6]:  # all but the model's, before the latents of a training are made
     assert part in told, part
   fetching.open_store.cache_clear()  # as a new process
   (tmp_path / "diffusion.json").write_text(note_of_model.replace('"part"', '"p"'))
@@ -265,7 +270,7 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
   record = dataclasses.replace(
     published.sampled, log={1: 1e3, 3: 3.0}, tolerance=((2, 0.05), (9, 9.0))
   )
-  given = published.given_with(train=True, diffusion="", latents="")
+  given = published.given_with(train=True, diffusion="")
   result = make(record, given, tmp_path)
   assert result["log"].keys() == {"1", "3"}
   assert result["log"]["3"]["published"] == 3.0
@@ -290,13 +295,13 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
 
 
 def test_rfid_of_a_tokenizer(published, tmp_path):
-  given = published.given_with(diffusion="", latents="", reference="")
+  given = published.given_with(diffusion="", statistics="", reference="")
   result = make(published.rebuilt, given, tmp_path)
   assert result["figures"]["rfd_tiny"]["here"] > 0
   assert result["evaluation"]["posterior"] == "sample"
-  good = dataclasses.replace(published.rebuilt, figures={"rfd_tiny": 0.28, "psnr": 27.96})
-  told = refused(good, given, tmp_path)
-  assert "PSNR of 20 pictures: 27.96 dB are published (tokenizer)" in told
+  unknown = dataclasses.replace(published.rebuilt.tokenizer, psnr=0.0)
+  told = refused(dataclasses.replace(published.rebuilt, tokenizer=unknown), given, tmp_path)
+  assert "PSNR of 20 pictures: 20.0 dB at least are expected (tokenizer)" in told
   # Its training is checked before it starts: there is no teacher's file.
   config = (Path(published.rebuilt.tokenizer.recipe).read_text()).replace(
     "config.teacher.name, ", "config.teacher.name, config.teacher.scale, "

@@ -59,6 +59,8 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   """
   if unknown := sorted({*given.allow} - {*CAUSES}):
     raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
+  if given.latents and not given.train:
+    raise InputError("--latents is for --train, to train on; a model's statistics: --statistics.")
   paths = find_all(record, given)
   with console.naming({"--weights": "--inception"}):
     network = load_network(record.protocol, str(paths.get("inception", "")))
@@ -77,7 +79,7 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
       _check_generation(checked, found, record, given, paths, workdir)
     else:
       spec = given.validation or record.validation.source
-      probes.rebuilt(checked, found, record.figures["psnr"], spec)
+      probes.rebuilt(checked, found, probes.of_source(spec, found), record.tokenizer.psnr)
   if not record.recipe:
     checked.lpips = _lpips(given, made_by)
     if checked.lpips is None:
@@ -214,14 +216,14 @@ def _check_generation(
   config.tokenizer = str(tokenizer.workdir)
   space: Any = None
   _check_reference(checked, record, paths["reference"])
+  statistics = paths.get("statistics")
+  if statistics and statistics.is_file():
+    given_file = (statistics, record.statistics, workdir)
+    statistics, _ = _converted(checked, "latents", "statistics", *given_file)
   if not given.train:
     more = {"tokenizer": config.tokenizer}
-    if latents := paths.get("latents"):
-      if latents.is_file():
-        latents, _ = _converted(
-          checked, "latents", "statistics", latents, record.statistics, workdir
-        )
-      more["latents"] = str(latents)
+    if statistics:
+      more["latents"] = str(statistics)
     found = _model(checked, record.weights, paths["diffusion"], workdir, config, **more)
     checked.diffusion, space = found, restore.space_of(found)
     _check_maker(checked, space.tokenizer, tokenizer)
@@ -231,11 +233,12 @@ def _check_generation(
     _check_maker(checked, space.manifest.get("tokenizer", {}), tokenizer)
   else:
     _check_pictures(checked, record.pictures, given.pictures)
+    space = restore.open_latents(str(statistics)) if statistics else None
   if given.train:
     config.latents.path = given.latents or str(workdir / "latents")
     check_model(FrozenConfigDict(config))
   checked.config = config
-  probes.together(checked, tokenizer, space, record.log)
+  probes.together(checked, tokenizer, space, record)
 
 
 def _check_reference(checked: Checked, record: Record, path: Path) -> None:

@@ -33,7 +33,8 @@ class Given:
 
   tokenizer: str = _flag(f"The tokenizer: {_EITHER} given.")
   diffusion: str = _flag(f"The diffusion model: {_EITHER} given.")
-  latents: str = _flag("Latents to train on; without --train their statistics, or a file of these.")
+  latents: str = _flag("Latents to train on.")
+  statistics: str = _flag("Statistics of the latents, a file, or latents that have them.")
   reference: str = _flag("FID's reference, ADM's npz.")
   inception: str = _flag("FID's Inception, as pytorch-fid publishes it.")
   pictures: str = _flag("ImageNet's training pictures, any source of docs/data.md.")
@@ -91,10 +92,12 @@ def needs(record: Record, given: Given) -> dict[str, Need]:
     pictures(record.validation, "validation")
   if given.train and not given.latents:
     pictures(record.pictures, "pictures")
+    if record.statistics.address or given.statistics:
+      need("statistics of the latents", "statistics", record.statistics)
   if record.recipe and not given.train:
     need("the model's weights", "diffusion", record.weights)
     if not given.diffusion or given.diffusion.endswith(SUFFIXES):  # others know them
-      need("statistics of the latents", "latents", record.statistics)
+      need("statistics of the latents", "statistics", record.statistics)
   return found
 
 

@@ -34,11 +34,14 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """What makes the latents: the recipe of its training, and its published weights."""
+  """What makes the latents: the recipe of its training, its published weights, and the PSNR that is
+  published of them, 0 if none.
+  """
 
   name: str
   recipe: str
   file: File = File()
+  psnr: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,8 @@ def _released(name: str) -> File:
 
 
 VAVAE = Tokenizer(
-  "VA-VAE f16d32, DINOv2, 130 epochs", "configs/vavae_f16d32.py", _released("vavae-f16d32-dinov2")
+  *("VA-VAE f16d32, DINOv2, 130 epochs", "configs/vavae_f16d32.py"),
+  *(_released("vavae-f16d32-dinov2"), 27.96),
 )
 SD_VAE = Tokenizer(
   "SD-VAE f8d4",
@@ -233,7 +237,8 @@ def _records() -> dict[str, Record]:
   found["sdvae7.13"] = found["table1/rope"]
   for name, (argument, kind, rebuilt, generated) in _TABLE_2.items():
     file = _released(f"{kind}-{name.removesuffix('-plain')}-50ep") if kind else File()
-    tokenizer = Tokenizer(name, f"configs/vavae_f16d32.py:{argument},50ep", file)
+    psnr = rebuilt[1] if rebuilt else 0.0
+    tokenizer = Tokenizer(name, f"configs/vavae_f16d32.py:{argument},50ep", file, psnr)
     if rebuilt:
       found[f"table2/{name}/rfid"] = _rebuilt(rebuilt, tokenizer)
     for size, value in zip(("B", "L", "XL"), generated, strict=True):
