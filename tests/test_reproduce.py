@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,7 +30,8 @@ from launch.reproduce.needs import Given, needs
 from launch.reproduce.records import RECORDS, File, Pictures, Record, Tokenizer
 from lightningdit_jax.store import fetching
 from tests import cases
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_job
+from tests.survive import ended
 from vavae_jax import classification
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import sha256_of
@@ -190,6 +192,36 @@ def test_what_is_done_is_not_done_again(published, from_weights):
     command.reproduce("other", published.sampled, published.given, from_weights)
 
 
+def copy_converted(there: Path, here: Path) -> None:
+  """What the command made of the files of weights, as if it had made it here."""
+  for name in ("tokenizer", "diffusion", "statistics"):
+    shutil.copytree(there / name, here / name)
+    shutil.copy(there / f"{name}.json", here)
+  for name in ("diffusion.json", "diffusion/config.json"):
+    text = (here / name).read_text()
+    (here / name).write_text(text.replace(str(there), str(here)))
+
+
+def test_two_processes_make_the_same_number(published, from_weights, environment, tmp_path):
+  """Of what one process has converted; before that they say what to do."""
+  (number := tmp_path / "number").write_bytes(pickle.dumps((published.sampled, published.given)))
+
+  def run() -> list[tuple[int, str]]:
+    job = start_job(("tests.reproduced", number, tmp_path / "work"), environment, 2)
+    return [ended(process) for process in job]
+
+  code, printed = run()[0]
+  assert (code, "begin with --check, in one process" in printed) == (2, True), printed
+  copy_converted(from_weights, tmp_path / "work")
+  for code, printed in run():
+    assert code == 0, printed
+  for name in ("samples.npz", "samples.json"):
+    assert (tmp_path / "work" / name).read_bytes() == (from_weights / name).read_bytes()
+  results = (folder / command.RESULT for folder in (from_weights, tmp_path / "work"))
+  one, two = (json.loads(result.read_text()) for result in results)
+  assert one["figures"] == two["figures"]
+
+
 def refused(record: Record, given: Given, workdir: Path) -> str:
   with pytest.raises(InputError, match="The number would not come out") as caught:
     checks.check(record, given, workdir)
@@ -200,12 +232,7 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
   """Other hashes, statistics of normalised latents, another recipe, another reference. Then a file
   given anew is taken, an interrupted conversion made again, and a folder of others not touched.
   """
-  for name in ("tokenizer", "diffusion", "statistics"):  # as the same command left them
-    shutil.copytree(from_weights / name, tmp_path / name)
-    shutil.copy(from_weights / f"{name}.json", tmp_path)
-  for name in ("diffusion.json", "diffusion/config.json"):
-    text = (tmp_path / name).read_text()
-    (tmp_path / name).write_text(text.replace(str(from_weights), str(tmp_path)))
+  copy_converted(from_weights, tmp_path)
   note = json.loads(note_of_model := (tmp_path / "diffusion.json").read_text())
   (tmp_path / "diffusion.json").write_text(json.dumps(note | {"part": "model"}))
   save_file(
@@ -326,6 +353,7 @@ def test_every_absent_file_of_a_number_is_named(name, train, tmp_path, monkeypat
   for flag, need in needs(record, given).items():
     assert f"--{flag}takesit" in told
     assert (need.file.address or "publishednowhere") in told
+    assert all(place in told for place in need.places[:1])
 
 
 def test_what_nobody_can_change_is_refused(published, tmp_path):
@@ -344,6 +372,25 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
   assert (config.sample.batch_size, config.mesh.fsdp, config.seed) == (4, -1, 3)
   with pytest.raises(InputError, match="--allow is 'all'; choose of inception"):
     checks.check(published.sampled, published.given_with(allow=("all",)), tmp_path)
+  given = published.given_with(set=("batch_size=8",), reference="", train=True)
+  with pytest.raises(InputError, match="--set=batch_size=8 would change"):  # before a download
+    checks.check(published.sampled, given, tmp_path)
+  given = published.given_with(latents="x")
+  with pytest.raises(InputError, match=r"--latents is for --train.* --statistics"):
+    checks.check(published.sampled, given, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "near"),
+  [
+    ("table3", "fid2.11, fid5.14, fid1.35, fid2.17"),
+    ("table2/f16d32-dinov2/xl", "table2/f16d32-dinov2/XL"),
+    ("2.11", "fid2.11"),
+  ],
+)
+def test_a_number_that_is_none_has_its_neighbours_named(name, near):
+  with pytest.raises(InputError, match=f"no number '{name}'; did you mean {near}"):
+    command.main(name)
 
 
 def test_the_recipes_of_the_numbers_are_as_published():

@@ -107,9 +107,12 @@ def main(*words: str) -> None:
     return
   name = words[0]
   if name not in RECORDS:
-    near = difflib.get_close_matches(name.lower(), RECORDS, 3) or [*RECORDS][:6]
+    lower = {x.lower(): x for x in RECORDS}
+    near = [x for x, one in RECORDS.items() if name.lower() == one.source.replace(" ", "")]
+    near = near or [lower[x] for x in difflib.get_close_matches(name.lower(), lower, 3)]
     raise InputError(
-      f"There is no number {name!r}; did you mean {', '.join(near)}? Without a name all are listed."
+      f"There is no number {name!r}; did you mean {', '.join(near or [*RECORDS][:6])}? Without a "
+      "name all are listed."
     )
   record, workdir = RECORDS[name], local_place(FLAGS.workdir or f"runs/{name.replace('/', '_')}")
   values: dict[str, Any] = {

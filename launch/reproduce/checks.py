@@ -61,6 +61,7 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
     raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
   if given.latents and not given.train:
     raise InputError("--latents is for --train, to train on; a model's statistics: --statistics.")
+  config_of(record.recipe or record.tokenizer.recipe, record.changes, given)  # before a download
   paths = find_all(record, given)
   with console.naming({"--weights": "--inception"}):
     network = load_network(record.protocol, str(paths.get("inception", "")))

@@ -119,7 +119,8 @@ def find_all(record: Record, given: Given) -> dict[str, Path]:
       paths[flag] = path
     else:
       missing.append(f"--{flag}")
-      console.say(f"missing: {need.what}, {reason}; --{flag} takes it")
+      place = f", or put it at {need.places[0]}" if need.places else ""
+      console.say(f"missing: {need.what}, {reason}; --{flag} takes it{place}")
   if missing:
     raise InputError(f"Give {', '.join(missing)}: what they take is missing, and named above.")
   return paths
