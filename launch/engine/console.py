@@ -279,13 +279,14 @@ def run_command(
         signal.signal(number, _interrupt)
       allow_open_files()
       hardware.prepare()
-      processes.start(_settings())
       # Tracing makes millions of objects, few of them in cycles: looking for these among all
       # modules at every 700th object takes a seventh of a start.
       gc.freeze()
       gc.set_threshold(10_000)
-      with watchdog.watching((signal.SIGINT, *endings()), _end), tracing.traced(say):
-        main(*map(at_home, argv[1:]))
+      with watchdog.watching((signal.SIGINT, *endings()), _end):
+        processes.start(_settings())  # jax waits there for the others, minutes where one is missing
+        with tracing.traced(say):
+          main(*map(at_home, argv[1:]))
     except SystemExit:
       raise
     except BaseException as error:
