@@ -242,10 +242,12 @@ def test_a_command_line_that_is_shown_can_be_given_to_a_shell(word):
   assert done.stdout == os.fsencode(word)
 
 
-def test_the_command_that_resumes_is_told_from_a_folder_that_was_deleted(tmp_path, monkeypatch):
+def test_the_command_that_resumes_is_told_from_a_folder_that_is_gone(tmp_path, monkeypatch):
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   (tmp_path / "here").rmdir()
+  assert command_line.resume_command().startswith("cd / && ")
+  monkeypatch.setattr(os, "getcwd", lambda: os.listdir(__file__))  # as of a disk that is gone
   assert command_line.resume_command().startswith("cd / && ")
 
 

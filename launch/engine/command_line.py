@@ -42,7 +42,7 @@ def resume_command() -> str:
   words = [sys.executable, *own_program(), *sys.argv[1:]]
   try:
     folder = os.getcwd()
-  except FileNotFoundError:  # it was deleted
+  except OSError:  # it was deleted, or its disk is gone
     folder = os.sep
   return f"cd {quoted(folder)} && {' '.join(map(quoted, words))}"
 

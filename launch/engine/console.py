@@ -223,6 +223,7 @@ def _explained(error: BaseException) -> int | None:
 
 def _end(number: int, save: watchdog.Save | None) -> None:
   """Ends the process, from another thread than the main one."""
+  code: int | None = None
   try:
     if save:
       save()
@@ -231,6 +232,7 @@ def _end(number: int, save: watchdog.Save | None) -> None:
     code = _explained(error)
     if code is None:
       traceback.print_exc()
+  finally:  # also where the explanation fails
     os._exit(code or 1)
 
 
