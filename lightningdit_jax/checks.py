@@ -171,7 +171,7 @@ def check_sampling(
       raise InputError(
         f"config.sample.method is {sample.method!r}, which takes tokens drawn anew at every "
         "time for errors of its steps; with routed or guide_routed give a method on a grid: "
-        f"{', '.join(solvers.TABLEAUX)}."
+        f"{', '.join(name for name in solvers.TABLEAUX if name != solvers.MAP)}."
       )
   if guide or sample.guide_routed:
     return

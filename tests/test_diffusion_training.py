@@ -235,7 +235,7 @@ def test_validation_losses_are_those_at_fixed_times_of_fixed_noise(pipeline):
     ({"sample.routed": 0.5, "route.first": 3}, "first=3 and last=-4 are no stretch"),
     (
       {"sample.guide_routed": 0.5, "route.first": 0, "route.last": 0, "sample.method": "dopri5"},
-      "method is 'dopri5', which takes tokens drawn anew",
+      "method is 'dopri5', which takes tokens drawn anew .* on a grid: euler, heun,",
     ),
     ({"sample.guide_routed": 0.5, "sample.cfg_scale": 1.0}, r"routed is 0\.5.*cfg_scale is 1"),
     ({"sample.guide_routed": 0.5, "sample.cfg_interval_start": 1.0}, r"cfg_interval_start 1\.0"),
