@@ -111,6 +111,8 @@ if __name__ == "__main__":
   )
   flags.DEFINE_boolean("all", False, "Plan every published recipe on every TPU slice.")
   flags.DEFINE_string("page", "", "A Markdown page that --all writes, such as docs/lab/tpu.md.")
-  flags.DEFINE_integer("workers", 1, "Plans that --all makes at once; each takes 3 GB.", 1)
+  flags.DEFINE_integer(
+    "workers", 1, "Plans that --all makes at once; each takes 3 GB, a tokenizer 11.", 1
+  )
   flags.DEFINE_string("output", "", "A JSON file for the plans.")
   console.run_command(main)
