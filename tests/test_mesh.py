@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from launch import restore
-from launch.engine.writers import read_metrics
+from launch.engine.writers import curve, read_metrics
 from launch.train import train
 from tests.train_on_mesh import NUM_STEPS, beyond
 from vavae_jax.common import mesh
@@ -138,31 +138,38 @@ def test_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, name
       assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
 
 
-@pytest.mark.parametrize("ema", [0.0, None])
-@pytest.mark.parametrize("task", ["tokenizer", "diffusion"])
-def test_weights_and_averages_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, ema):
-  def weights(root, step):
-    flat = flatten_dict(restore.load(root / task, task, step, ema).params)
+def assert_moved_alike(one, eight, task, ema=0.0):
+  """The last two steps of two trainings come to the same weights."""
+
+  def weights(workdir, step):
+    flat = flatten_dict(restore.load(workdir, task, step, ema).params)
     # A key's bias shifts all logits of a query alike: its gradient is but rounding, of which Adam
     # makes full steps.
     return {path: x for path, x in flat.items() if path[-2:] != ("k", "bias")}
 
-  one, eight = weights(pipeline, NUM_STEPS), weights(on_8_devices[0], NUM_STEPS)
-  before = weights(on_8_devices[0], NUM_STEPS - 2)
+  one, eight, before = weights(one, NUM_STEPS), weights(eight, NUM_STEPS), weights(eight, 2)
   moved = optax.tree.norm(optax.tree.sub(eight, before))
   assert optax.tree.norm(optax.tree.sub(eight, one)) < 1e-3 * moved
 
 
-def test_options_train_on_8_devices_as_on_one_that_goes_on(pipeline, on_8_devices, tmp_path):
-  for steps in (NUM_STEPS // 2, NUM_STEPS):
-    config = beyond()
-    config.latents.path = str(pipeline / "latents")
-    config.num_steps, config.evaluate_every_steps = steps, 0
-    state = train(config, tmp_path / "beyond")
-  one, eight = state.params, restore.load(on_8_devices[0] / "beyond", "diffusion", None, 0.0).params
-  before = restore.load(on_8_devices[0] / "beyond", "diffusion", NUM_STEPS - 2, 0.0).params
-  moved = optax.tree.norm(optax.tree.sub(eight, before))
-  assert optax.tree.norm(optax.tree.sub(eight, one)) < 1e-3 * moved
+@pytest.mark.parametrize("ema", [0.0, None])
+@pytest.mark.parametrize("task", ["tokenizer", "diffusion"])
+def test_weights_and_averages_of_8_devices_are_those_of_one(pipeline, on_8_devices, task, ema):
+  assert_moved_alike(pipeline / task, on_8_devices[0] / task, task, ema)
+
+
+@pytest.mark.parametrize("name", ["turned", "routed"])
+def test_options_train_on_8_devices_as_on_one_that_goes_on(
+  pictures, pipeline, on_8_devices, name, tmp_path
+):
+  config = beyond(str(pictures), str(pipeline / "latents"))[name]
+  for config.num_steps in (NUM_STEPS // 2, NUM_STEPS):
+    train(config, tmp_path)
+  workdirs = (tmp_path, on_8_devices[0] / name)
+  assert_moved_alike(*workdirs, config.task)
+  one, eight = (dict(curve(read_metrics(workdir), "loss")) for workdir in workdirs)
+  assert list(eight) == list(one) == [1, 2, 3, 4]
+  np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-4)
 
 
 def test_the_adversarial_losses_of_8_devices_are_those_of_one(pipeline, on_8_devices):

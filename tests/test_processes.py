@@ -23,12 +23,14 @@ from vavae_jax.common.errors import InputError
 
 @pytest.fixture
 def training(pipeline):
-  """The command of a training of four steps."""
+  """The command of a training of four steps, with an early head and Muon."""
   settings = ["--config.num_steps=4", "--config.save_every_steps=2", "--config.log_every_steps=1"]
   return [
     *("launch.train", "--config=configs/quickstart.py:diffusion,tiny", *settings),
     *("--config.evaluate_every_steps=2", f"--config.latents.path={pipeline / 'latents'}"),
     *(f"--config.latents.valid_path={pipeline / 'latents'}", "--config.export=end"),
+    *("--config.model.early_head=1", "--config.optimizer.muon=True"),
+    "--config.sample.internal_scale=1.5",
   ]
 
 
@@ -57,7 +59,7 @@ def test_two_processes_train_as_one(training, two_processes, environment, comman
   assert done.returncode == 0, done.stderr
   # Of 16 records in two parts, each of two devices had 4 at once.
   assert "devices: 1, 2 before; config.accumulate_steps is 4" in " ".join(done.stdout.split())
-  for name, steps in {"loss": [1, 2, 3, 4], "validation/mse": [2, 4]}.items():
+  for name, steps in {"loss": [1, 2, 3, 4], "validation/early_mse": [2, 4]}.items():
     one, two = (figures(tmp_path / workdir, name) for workdir in ("one", "two"))
     assert list(one) == list(two) == steps
     # Sums over devices are taken in another order.
