@@ -370,7 +370,8 @@ def test_step_times_stand_side_by_side(of_tpu):
   assert found.estimate == pytest.approx(found.compiler + found.kernels + found.network)
   slower = dataclasses.replace(kernel, cycles=9000)
   assert times.times([slower], {}, chip, 0).kernels == pytest.approx(28 * 9000 / 1e6)
-  (part,) = times.by_source([kernel, product], chip)
+  network, part = times.by_source([kernel, product], chip, 1e4)
+  assert (network.group, network.seconds) == ("collectives", 1e4)
   assert part.seconds == pytest.approx(found.compiler + found.kernels)
   assert (part.group, part.runs, part.flops) == ("attention", 56, 28 * (640 + product.flops))
 
@@ -561,6 +562,7 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
   assert (
     "| products | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 | 150.0 |" in lines
   )
+  assert "| collectives |" + 9 * " 10.0 |" in lines
   assert "| [A run](https://a.b) | v6e:16x16 | 300 TFLOP/s | 200 | 1.50 | 400 | 0.75 |" in lines
   assert [x for x in lines if x.startswith("Compiled with") and ", commit abc1234, " in x]
   content = json.loads(output.read_text())

@@ -1,4 +1,4 @@
-"""The page of TPU slices: published recipes on each, and published speeds beside estimates."""
+"""The page of TPU slices: recipes on each, and published speeds beside estimates."""
 
 from __future__ import annotations
 
@@ -170,10 +170,12 @@ def _speeds(plan: Row) -> list[str]:
 
 def _by_source(rows: list[Row]) -> list[str]:
   """Where the time of one recipe goes, by slice."""
+  plans = {row["topology"]: row["plans"][-1] for row in rows if "plans" in row}
   found = {
-    row["topology"]: {part["group"]: part["seconds"] for part in row["plans"][-1]["sources"]}
-    for row in rows
-    if "plans" in row and row["plans"][-1]["fits"]
+    pod: {part["group"]: part["seconds"] for part in plan["sources"]}
+    | {"collectives": plan["seconds"]["network"]}  # where older rows have 0
+    for pod, plan in plans.items()
+    if plan["fits"]
   }
   if not found:
     return []

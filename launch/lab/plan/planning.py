@@ -112,11 +112,13 @@ def plan(
     found, chip = operations.of(text), slices.chip_of(topology, devices)
     if any(one.pallas for one in found) and chip.clock:
       found = operations.of(text, schedule.cycles(config, topology, what, num_images, coded))
-    result.operations, result.sources = operations.joined(found), times.by_source(found, chip)
+    seconds = times.times(found, result.traffic, chip, one_run)
+    result.operations = operations.joined(found)
+    result.sources = times.by_source(found, chip, seconds.network)
     if result.fits:
-      result.seconds = times.times(found, result.traffic, chip, one_run)
-      result.hours = program.runs * result.seconds.estimate / 3600
-      result.images_per_second = program.images / result.seconds.estimate
+      result.seconds = seconds
+      result.hours = program.runs * seconds.estimate / 3600
+      result.images_per_second = program.images / seconds.estimate
   return result
 
 

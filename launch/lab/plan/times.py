@@ -90,8 +90,8 @@ def times(
   )
 
 
-def by_source(found: Iterable[Operation], chip: Chip) -> list[Source]:
-  """The parts of the model, those that take longest first."""
+def by_source(found: Iterable[Operation], chip: Chip, network: float) -> list[Source]:
+  """The parts of the model, those that take longest first; collectives take `network` seconds."""
   parts: dict[str, Source] = defaultdict(lambda: Source(""))
   for one in found:
     part = parts[one.group]
@@ -101,4 +101,7 @@ def by_source(found: Iterable[Operation], chip: Chip) -> list[Source]:
     part.bytes += one.runs * one.bytes
     part.flops += one.runs * one.flops
     part.runs += one.runs
+  if network:
+    part = parts["collectives"]
+    part.group, part.seconds = "collectives", network
   return sorted(parts.values(), key=lambda part: -part.seconds)
