@@ -7,7 +7,7 @@ r"""Compiles a program ahead of time for TPUs or GPUs, on any CPU machine, and s
   python -m launch.lab.plan --config=configs/lightningdit.py:XL/1 --topology=h200:8 --operations=20
   python -m launch.lab.plan --config=configs/lightningdit_xl_64ep.py \
     --topology=v6e:4x4 --what=fid50k
-  python -m launch.lab.plan --all --output=runs/tpu.json --page=docs/lab/tpu.md
+  python -m launch.lab.plan --all --output=docs/lab/tpu.json --page=docs/lab/tpu.md
 
 Needs the extra [tpu] (libtpu) or [cuda] (jax's CUDA plugin), but no TPU or GPU. A plan shows
 whether the program fits into the devices' memory, the size of its parts, the traffic between
@@ -16,9 +16,9 @@ whole training step; sample draws latents and does not decode them; encode encod
 their mirror images; decode decodes latents; features are Inception's; fid50k is 50,000 samples
 drawn, decoded and looked at, one program after the other. If the program does not fit, --search
 shards the state over all chips (fsdp), splits the batch (accumulate_steps) and recomputes
-activations (use_checkpoint), in this order, until one fits. --all makes the tables of
-docs/lab/tpu.md, or continues them; --published estimates a run whose speed on TPUs others have
-published.
+activations (use_checkpoint), in this order, until one fits; of sampling it halves the batch, for
+fid50k unasked. --all makes the tables of docs/lab/tpu.md, or continues those of --output;
+--published estimates a run whose speed on TPUs others have published.
 
 Three times stand side by side, none of them measured: the TPU compiler's, from the cycles that it
 notes in each operation; the roofline, which lets each operation take as long as its products at the
@@ -109,7 +109,7 @@ if __name__ == "__main__":
   flags.DEFINE_enum(
     "published", None, list(calibration.RUNS), "A run of others, to hold estimates against."
   )
-  flags.DEFINE_boolean("all", False, "Plan every published recipe on every TPU slice.")
+  flags.DEFINE_boolean("all", False, "Plan the recipes of docs/lab/tpu.md on its slices.")
   flags.DEFINE_string("page", "", "A Markdown page that --all writes, such as docs/lab/tpu.md.")
   flags.DEFINE_integer(
     "workers", 1, "Plans that --all makes at once; each takes 3 GB, a tokenizer 11.", 1
