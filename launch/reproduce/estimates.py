@@ -69,7 +69,7 @@ def show(record: Record, given: Given, workdir: Path, asked: str = "") -> None:
     words = [f"--config={recipe}", *flags, f"--topology={topology}", f"--what={what}", "--search"]
     words += [f"--num_images={count}", f"--output={path}"]
     if not path.exists():
-      console.say(f"planning {what} for {topology}, minutes once ...")
+      console.say(f"planning {what} for {topology}, once ...")
       done = subprocess.run(
         [sys.executable, "-m", "launch.lab.plan", *words], capture_output=True, text=True
       )
