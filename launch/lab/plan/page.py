@@ -31,7 +31,6 @@ BEYOND = tuple(
     "lightningdit_xl_internal_guidance.py",
     "lightningdit_xl_dmf.py",
     "tread.py",
-    "tread.py:muon",
     "no_pod.py",
   )
 )
