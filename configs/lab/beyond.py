@@ -16,6 +16,7 @@ the baseline, diffusion and, as in config.tokenizer, the shape of its latents.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -77,12 +78,12 @@ ROWS: dict[str, Row] = {
 
 def get_config(argument: str = "cifar") -> ConfigDict:
   """The experiment, or the baseline's diffusion model."""
-  words = argument.split(",")
-  if words[0] not in SIZES or words[1:2] not in ([], ["diffusion"]) or len(words) > 3:
+  size, *words = argument.split(",")
+  if size not in SIZES or not re.fullmatch(r"|diffusion(,f\d+d\d+)?", ",".join(words)):
     raise ValueError(
       f"{argument!r} is none of {', '.join(SIZES)}, nor one with ',diffusion' or ',diffusion,fPdZ'."
     )
-  return diffusion(words[0], *words[2:]) if words[1:] else experiment(words[0])
+  return diffusion(size, *words[1:]) if words else experiment(size)
 
 
 def diffusion(size: str, shape: str = "f8d16") -> ConfigDict:

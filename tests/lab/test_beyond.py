@@ -73,6 +73,12 @@ def test_a_map_begins_with_the_weights_of_the_baseline_of_its_seed(tmp_path):
   assert {f"--config.init_from={tmp_path / start}", "--config.num_steps=1"} <= {*job.words}
 
 
+@pytest.mark.parametrize("argument", ["huge", "cifar,tokenizer", "cifar,diffusion,f8"])
+def test_an_argument_that_is_none_is_refused(argument):
+  with pytest.raises(ValueError, match="is none of cifar"):
+    beyond.get_config(argument)
+
+
 def test_the_diffusion_model_is_of_the_latents_of_the_tokenizer():
   config = experiment(
     "cifar", tokenizer="plain/f16d128/kl1e-6", source="embedded:emoji", test_source=""
