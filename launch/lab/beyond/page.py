@@ -60,11 +60,12 @@ class _Page:
       f"{model.model.depth} on the latents {config.tokenizer}. The rate is constant, so every "
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
       f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Maps begin with "
-      "the baseline's last weights and are drawn from at their end, in the last column, for a "
-      "quarter of its steps more. Class accuracy "
+      "the baseline's last weights, and their figures, after fewer steps more, stand in the last "
+      "column. Class accuracy "
       f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
       "products, guidance as if it were on at all times. "
-      f"Samples are drawn by {model.sample.method} at {model.sample.num_steps} times."
+      f"Samples are drawn by {model.sample.method} at {model.sample.num_steps} times, by flows and "
+      "maps in the steps that their rows name."
     )
     yield ""
     names = [*config.rows, *([self.combined] if self.combined else [])]
