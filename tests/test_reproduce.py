@@ -309,7 +309,9 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
   # Of these latents the records are wrong, and their labels.
   monkeypatch.setattr(checks.probes, "together", lambda *_: None)
   few = dataclasses.replace(record.pictures, count=22, classes=6)
-  again = published.given_with(train=True, diffusion="", latents=str(tmp_path / "latents"))
+  again = published.given_with(
+    train=True, diffusion="", latents=str(tmp_path / "latents"), statistics=""
+  )
   told = refused(dataclasses.replace(record, pictures=few), again, tmp_path)
   assert "latents: stand-ins has 22 (pictures)" in told
   assert "classes of the latents: 6 are needed (labels)" in told
@@ -378,6 +380,9 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
   given = published.given_with(latents="x")
   with pytest.raises(InputError, match=r"--latents is for --train.* --statistics"):
     checks.check(published.sampled, given, tmp_path)
+  for own in ({"diffusion": "runs/xl"}, {"train": True, "latents": "x"}):
+    with pytest.raises(InputError, match="--statistics is given, but"):
+      checks.check(published.sampled, published.given_with(**own), tmp_path)
 
 
 @pytest.mark.parametrize(
