@@ -36,7 +36,7 @@ class Row(NamedTuple):
   training: Mapping[str, Any] = NONE  # keys of the diffusion model's configuration
   tokenizer: Mapping[str, Any] = NONE  # keys of the tokenizer's
   sampling: Mapping[str, Any] = NONE  # keys of `config.sample`
-  guide: bool = False  # autoguidance by the same training after half of the steps
+  guide: bool = False  # autoguidance by the first checkpoint that the same training keeps
   longer: float = 1.0  # times as many steps: for steps that cost less, to have equal time
   refines: bool = False  # begins with the last weights of the baseline, and is judged at its end
   control: bool = False  # shown beside the options, never combined with them

@@ -142,20 +142,23 @@ def test_the_table_is_at_equal_steps_and_at_equal_time_and_winners_are_combined(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (job.output / "metrics.jsonl").write_text(text)
       elif job.kind == "figures":
-        seed, step = int(parts[3][4:]), int(parts[4])
-        last = LAST.get(parts[2], (8.0, 8.1))[seed]
-        figures = {"fd_emoji": last + 10 * (4 - step), "class_accuracy": 0.5}
-        job.output.write_text(json.dumps({"figures": figures}))
+        last = LAST.get(parts[2], (8.0, 8.1))[int(parts[3][4:])]
+        steps = next(x for x in job.words if x.startswith("--grid=step=")).split("=")[2]
+        points = [
+          {"step": step, "fd_emoji": last + 10 * (4 - step), "class_accuracy": 0.5}
+          for step in map(int, steps.split(","))
+        ]
+        job.output.write_text(json.dumps({"points": points}))
       else:
         job.output.write_text(json.dumps({"figures": {"fd_emoji": 20.0, "class_accuracy": 0.25}}))
       record.add(job, 60.0, done=True)
     return {job.name for job in jobs}
 
   first = complete()
-  assert "figures/beyond/muon/seed0/2" not in first  # how fast it is was not known
+  assert "figures/beyond/muon/seed0/equal_time" not in first  # how fast it is was not known
   second = complete()
-  assert "figures/beyond/muon/seed0/2" in second  # half as fast as the baseline
-  assert "figures/beyond/tread/seed1/6" in second  # trained for longer
+  assert "figures/beyond/muon/seed0/equal_time" in second  # half as fast as the baseline
+  assert "figures/beyond/autoguidance/seed0/equal_time" not in second  # trained as the baseline
   third = complete()
   assert "diffusion/beyond/muon+tread/seed1" in third
   complete()

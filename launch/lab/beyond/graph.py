@@ -1,8 +1,8 @@
 """The jobs of `launch.lab.beyond`: those of the dilemma for judges and latents, then a row's each.
 
-Jobs of a row are KIND/ROW/seedS[/STEP]. Some follow from the results of others: the checkpoint of a
-row that had as much time as the baseline, and the row of all options that win. So the list grows
-while jobs are done, and ends when it does not.
+Jobs of a row are KIND/ROW/seedS, and figures/ROW/seedS/equal_time. Some follow from the results of
+others: the checkpoint of a row that had as much time as the baseline, and the row of all options
+that win. So the list grows while jobs are done, and ends when it does not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -76,8 +77,7 @@ class Beyond(graph.Graph):
       yield from self._changed_tokenizer(owner, row)
     for seed in self.config.seeds:
       yield self._training(owner, row, seed)
-      for step in self.checkpoints(name).values():
-        yield from self._samples(name, row, seed, step)
+      yield self._figures(name, seed, [*self.checkpoints(name).values()])
 
   def checkpoints(self, name: str) -> dict[int, int]:
     """By column of the table, the step whose weights draw a row's samples."""
@@ -96,7 +96,7 @@ class Beyond(graph.Graph):
       if {training_of(x, seed) for x in (name, BASELINE)} <= done:
         step = self.equal_step(name, seed)
         if step not in self.config.steps:
-          yield from self._samples(name, row_of(name), seed, step)
+          yield self._figures(name, seed, [step], "/equal_time")
 
   def equal_step(self, name: str, seed: int) -> int:
     """The kept checkpoint of a row whose seconds are nearest to those of the baseline's training.
@@ -112,9 +112,7 @@ class Beyond(graph.Graph):
     """The options that are better than the baseline by more than its seeds differ, the best first,
     as far as they go together, joined by +; "" for fewer than two, or before all rows are done.
     """
-    rows = {f"figures/{BEYOND}/{name}/" for name in self.rows}
-    wanted = {job.name for job in jobs if job.name.rpartition("seed")[0] in rows}
-    if not wanted <= done:
+    if not {figures_of(name, seed) for name in self.rows for seed in self.config.seeds} <= done:
       return ""
     last = {name: self.distances(name) for name in self.rows}
     spread = np.std(last[BASELINE], ddof=1) if len(self.config.seeds) > 1 else 0.0
@@ -126,9 +124,12 @@ class Beyond(graph.Graph):
   def distances(self, name: str) -> list[float]:
     """Of a row's last samples, one for each seed."""
     step = self.checkpoints(name)[self.config.steps[-1]]
-    jobs = [samples_of(name, seed, step) for seed in self.config.seeds]
-    found = [json.loads((self.root / f"{job}.json").read_text()) for job in jobs]
-    return [each["figures"][self.key] for each in found]
+    return [self.points(figures_of(name, seed))[step][self.key] for seed in self.config.seeds]
+
+  def points(self, job: str) -> dict[int, dict[str, Any]]:
+    """The figures of a job that is done, by the step of the checkpoint."""
+    found = json.loads((self.root / f"{job}.json").read_text())
+    return {point["step"]: point for point in found["points"]}
 
   def _latents_job(self, name: str = "") -> str:
     return f"latents/{name or self.config.tokenizer}/seed0"
@@ -163,21 +164,16 @@ class Beyond(graph.Graph):
     words += (f"--workdir={output}",)
     return Job(job, words, output, True, content, (*needs,), weight=20 * row.longer)
 
-  def _samples(self, name: str, row: Row, seed: int, step: int) -> Iterator[Job]:
-    """Samples of a checkpoint, and what the judges say of them."""
-    training = training_of(name, seed)
-    drawn = f"samples/{BEYOND}/{name}/seed{seed}/{step}"
-    file = self.root / f"{drawn}.npz"
-    words = ["launch.sample", f"--workdir={self.root / training}", f"--step={step}"]
-    words += [f"--output={file}", f"--num_samples={self.config.num_samples}"]
+  def _figures(self, name: str, seed: int, steps: Sequence[int], suffix: str = "") -> Job:
+    """What the judges say of samples of some checkpoints of a row's training."""
+    row, training = row_of(name), training_of(name, seed)
+    words = [f"--workdir={self.root / training}", f"--num_samples={self.config.num_samples}"]
+    words += [f"--grid=step={','.join(map(str, steps))}"]
     words += [f"--{key}={value}" for key, value in row.sampling.items()]
     if row.guide:
-      every = beyond.diffusion(self.size).keep_every_steps
-      weaker = max(step // 2 // every, 1) * every
-      words += [f"--guide={self.root / training}", f"--guide_step={weaker}"]
-    yield Job(drawn, (*words,), file, resumes=True, needs=(training,), weight=5)
-    given = (f"--samples={file}",)
-    yield self._judged("generation", samples_of(name, seed, step), given, (drawn,))
+      first = beyond.diffusion(self.size).keep_every_steps
+      words += [f"--guide={self.root / training}", f"--grid=guide_step={first}"]
+    return self._judged("sweep", f"{figures_of(name, seed)}{suffix}", words, (training,))
 
 
 def training_of(name: str, seed: int) -> str:
@@ -185,9 +181,9 @@ def training_of(name: str, seed: int) -> str:
   return f"diffusion/{BEYOND}/{owner_of(name)}/seed{seed}"
 
 
-def samples_of(name: str, seed: int, step: int) -> str:
-  """The job of the figures of a row's samples after a step."""
-  return f"figures/{BEYOND}/{name}/seed{seed}/{step}"
+def figures_of(name: str, seed: int) -> str:
+  """The job of the figures of a row's samples after all steps of the table."""
+  return f"figures/{BEYOND}/{name}/seed{seed}"
 
 
 def seconds_of(workdir: Path) -> dict[int, float]:

@@ -99,9 +99,7 @@ class _Page:
     equal = NOT_RUN
     if len(seconds) == len(seeds) and self._baseline_is_done() and not rows.row_of(name).refines:
       chosen = [self.made.equal_step(name, seed) for seed in seeds]
-      found = [
-        self._read(graph.samples_of(name, *each)) for each in zip(seeds, chosen, strict=True)
-      ]
+      found = [self._point(name, *each) for each in zip(seeds, chosen, strict=True)]
       if all(found):
         told = "/".join(f"{step:,}" for step in dict.fromkeys(chosen))
         equal = f"{_spread([x[key] for x in found], 3)} ({told})"
@@ -121,8 +119,16 @@ class _Page:
   def _values(self, name: str, step: int, key: str) -> list[float]:
     if (drawn := self.made.checkpoints(name).get(step)) is None:
       return []
-    found = [self._read(graph.samples_of(name, seed, drawn)) for seed in self.config.seeds]
+    found = [self._point(name, seed, drawn) for seed in self.config.seeds]
     return [each[key] for each in found if key in each]
+
+  def _point(self, name: str, seed: int, step: int) -> dict[str, Any]:
+    """The figures of samples of a checkpoint; empty if there are none."""
+    job = graph.figures_of(name, seed)
+    for each in {job, f"{job}/equal_time"} & self.done:
+      if found := self.made.points(each).get(step):
+        return found
+    return {}
 
   def _read(self, job: str) -> dict[str, Any]:
     path = self.workdir / f"{job}.json"
