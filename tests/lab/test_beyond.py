@@ -178,5 +178,5 @@ def test_the_table_is_at_equal_steps_and_at_equal_time_and_winners_are_combined(
   assert table["| tread"][3] == "-10.450 ± 0.071 (6)"
   assert table["| muon + tread"][2] == "8.050 ± 0.071"
   assert table["| map_4_steps"][1:4] == ["-", "38.050 ± 0.071", "-"]  # after a quarter, of step 1
-  assert table["| muon"][6:8] == ["1.00 ± 0.00", "2.00"]
+  assert table["| muon"][6:8] == ["1000.0 ± 0.0", "2.00"]
   assert "not trained: 20.000, class accuracy 25.0 %." in text

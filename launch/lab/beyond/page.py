@@ -70,7 +70,7 @@ class _Page:
     yield ""
     names = [*config.rows, *([self.combined] if self.combined else [])]
     head = ["option", *(f"{step:,}" for step in config.steps), "equal time", "class accuracy (%)"]
-    head += [f"{name}2", "seconds a step", "training (GFLOP a picture)"]
+    head += [f"{name}2", "ms a step", "training (GFLOP a picture)"]
     yield from table([*head, "sampling (GFLOP a picture)"], map(self._row, names))
     yield ""
     for job, text in (
@@ -105,10 +105,10 @@ class _Page:
         equal = f"{_spread([x[key] for x in found], 3)} ({told})"
     accuracy = [100 * x for x in self._values(name, steps[-1], "class_accuracy")]
     row += [equal, _spread(accuracy, 1), self._figure(name, steps[-1], self.second)]
-    per_step = [max(x.values()) / max(x) for x in seconds]
+    milliseconds = [1e3 * max(x.values()) / max(x) for x in seconds]
     costs = [x for job in trained if job in self.done for x in _training_cost(self.workdir / job)]
     sampled = sampling_cost(rows.diffusion_of(self.config, name), rows.row_of(name).guide)
-    return [*row, _spread(per_step, 2), _mean(costs, 2), f"{sampled / 1e9:.2f}"]
+    return [*row, _spread(milliseconds, 1), _mean(costs, 2), f"{sampled / 1e9:.2f}"]
 
   def _baseline_is_done(self) -> bool:
     return {graph.training_of(beyond.BASELINE, x) for x in self.config.seeds} <= self.done
