@@ -109,8 +109,9 @@ def main() -> None:
     ("steps", str(int(state.step))),
     ("checkpoints", str(workdir / "checkpoints")),
     ("losses", str(workdir / "metrics.jsonl")),
-    ("TensorBoard", f"tensorboard --logdir {workdir}"),
   ]
+  if "tensorboard" in FLAGS.config.log_to:
+    rows.append(("TensorBoard", f"tensorboard --logdir {workdir}"))
   console.table("Trained", ("what", "where"), rows)
   beside = workdir.name if is_url(workdir) else workdir
   if FLAGS.config.task == "tokenizer":

@@ -26,7 +26,7 @@ from launch.evaluation.reference import statistics_of
 from launch.reproduce import __main__ as command
 from launch.reproduce import checks, estimates
 from launch.reproduce.checked import CAUSES, Checked
-from launch.reproduce.needs import Given, needs
+from launch.reproduce.needs import Given, needs, reads
 from launch.reproduce.records import RECORDS, File, Pictures, Record, Tokenizer
 from lightningdit_jax.store import fetching
 from tests import cases
@@ -78,12 +78,20 @@ class Published:
 
   sampled: Record
   rebuilt: Record
-  given: Given
+  files: Given
   statistics: dict[str, np.ndarray]
   arrays: dict[str, np.ndarray]  # of FID's reference
 
-  def given_with(self, **changes) -> Given:
-    return dataclasses.replace(self.given, **changes)
+  def given_with(self, record: Record | None = None, **changes) -> Given:
+    """The flags of its files that a number reads, and `changes`; by default that of samples."""
+    given = dataclasses.replace(self.files, **changes)
+    read = reads(record or self.sampled, given)
+    unread = [flag for flag in read if not read[flag] and flag not in changes]
+    return dataclasses.replace(given, **dict.fromkeys(unread, ""))
+
+  @property
+  def given(self) -> Given:
+    return self.given_with()
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +274,7 @@ def test_everything_that_is_wrong_is_named_at_once(published, from_weights, tmp_
   )
   for part in wrong:
     assert part in told, part
-  told = refused(record, dataclasses.replace(given, train=True, diffusion=""), tmp_path)
+  told = refused(record, published.given_with(train=True, **others), tmp_path)
   for part in wrong[:6]:  # all but the model's, before the latents of a training are made
     assert part in told, part
   fetching.open_store.cache_clear()  # as a new process
@@ -297,7 +305,7 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
   record = dataclasses.replace(
     published.sampled, log={1: 1e3, 3: 3.0}, tolerance=((2, 0.05), (9, 9.0))
   )
-  given = published.given_with(train=True, diffusion="")
+  given = published.given_with(train=True)
   result = make(record, given, tmp_path)
   assert result["log"].keys() == {"1", "3"}
   assert result["log"]["3"]["published"] == 3.0
@@ -309,9 +317,7 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
   # Of these latents the records are wrong, and their labels.
   monkeypatch.setattr(checks.probes, "together", lambda *_: None)
   few = dataclasses.replace(record.pictures, count=22, classes=6)
-  again = published.given_with(
-    train=True, diffusion="", latents=str(tmp_path / "latents"), statistics=""
-  )
+  again = published.given_with(train=True, latents=str(tmp_path / "latents"))
   told = refused(dataclasses.replace(record, pictures=few), again, tmp_path)
   assert "latents: stand-ins has 22 (pictures)" in told
   assert "classes of the latents: 6 are needed (labels)" in told
@@ -324,7 +330,7 @@ def test_fid_of_a_training(published, tmp_path, capsys, monkeypatch):
 
 
 def test_rfid_of_a_tokenizer(published, tmp_path):
-  given = published.given_with(diffusion="", statistics="", reference="")
+  given = published.given_with(published.rebuilt)
   result = make(published.rebuilt, given, tmp_path)
   assert result["figures"]["rfd_tiny"]["here"] > 0
   assert result["evaluation"]["posterior"] == "sample"
@@ -338,7 +344,7 @@ def test_rfid_of_a_tokenizer(published, tmp_path):
   recipe = tmp_path / "aligned.py"
   recipe.write_text(config.replace('= "", 0.0', '= "dinov2_vits14", 4, 0.0'))
   aligned = Tokenizer("aligned", str(recipe))
-  train = dataclasses.replace(given, train=True, tokenizer="")
+  train = published.given_with(published.rebuilt, train=True)
   with pytest.raises(InputError, match=r"No file of weights.*dinov2_vits14"):
     checks.check(dataclasses.replace(published.rebuilt, tokenizer=aligned), train, tmp_path)
 
@@ -377,12 +383,27 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
   given = published.given_with(set=("batch_size=8",), reference="", train=True)
   with pytest.raises(InputError, match="--set=batch_size=8 would change"):  # before a download
     checks.check(published.sampled, given, tmp_path)
-  given = published.given_with(latents="x")
-  with pytest.raises(InputError, match=r"--latents is for --train.* --statistics"):
-    checks.check(published.sampled, given, tmp_path)
-  for own in ({"diffusion": "runs/xl"}, {"train": True, "latents": "x"}):
-    with pytest.raises(InputError, match="--statistics is given, but"):
-      checks.check(published.sampled, published.given_with(**own), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("number", "changes", "told"),
+  [
+    ("sampled", {"latents": "x"}, "--latents would not .*, or give --train"),
+    ("sampled", {"pictures": "x"}, "--pictures would not .*, or give --train"),
+    ("sampled", {"teacher": "x", "pictures": "x"}, r"--pictures and --teacher would .* reads\.$"),
+    ("sampled", {"train": True, "diffusion": "x"}, "--diffusion would not .*, or --train"),
+    ("sampled", {"train": True, "latents": "x", "pictures": "x"}, "--pictures would not"),
+    ("sampled", {"diffusion": "runs/xl", "statistics": "x"}, "--statistics would not"),
+    ("sampled", {"train": True, "latents": "x", "statistics": "x"}, "--statistics would not"),
+    ("rebuilt", {"reference": "x"}, "--reference would not"),
+    ("rebuilt", {"teacher": "x"}, "--teacher would not .*, or give --train"),
+    ("rebuilt", {"train": True, "tokenizer": "x"}, "--tokenizer would not .*, or --train"),
+  ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(published, number, changes, told, tmp_path):
+  record = getattr(published, number)
+  with pytest.raises(InputError, match=told):
+    checks.check(record, published.given_with(record, **changes), tmp_path)
 
 
 @pytest.mark.parametrize(

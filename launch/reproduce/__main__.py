@@ -115,6 +115,8 @@ def main(*words: str) -> None:
       f"There is no number {name!r}; did you mean {', '.join(near or [*RECORDS][:6])}? Without a "
       "name all are listed."
     )
+  if FLAGS.topology and not FLAGS.plan:
+    raise InputError("--topology is for the estimates, which --noplan leaves out; leave out one.")
   record, workdir = RECORDS[name], local_place(FLAGS.workdir or f"runs/{name.replace('/', '_')}")
   values: dict[str, Any] = {
     field.name: FLAGS[field.name].value for field in dataclasses.fields(Given)

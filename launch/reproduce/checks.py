@@ -21,7 +21,7 @@ from launch.evaluation.pictures import stored_statistics
 from launch.evaluation.sample_files import Npz
 from launch.reproduce import probes
 from launch.reproduce.checked import CAUSES, Checked
-from launch.reproduce.needs import Given, find_all, needs
+from launch.reproduce.needs import Given, check_read, find_all
 from launch.reproduce.records import File, Pictures, Record
 from launch.weights import recognition
 from lightningdit_jax.checks import check_model
@@ -59,12 +59,7 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   """
   if unknown := sorted({*given.allow} - {*CAUSES}):
     raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
-  if given.latents and not given.train:
-    raise InputError("--latents is for --train, to train on; a model's statistics: --statistics.")
-  if given.statistics and "statistics" not in needs(record, given):
-    raise InputError(
-      "--statistics is given, but what the other flags name has its own; leave it out."
-    )
+  check_read(record, given)
   config_of(record.recipe or record.tokenizer.recipe, record.changes, given)  # before a download
   paths = find_all(record, given)
   with console.naming({"--weights": "--inception"}):

@@ -10,7 +10,7 @@ import huggingface_hub
 
 from launch.engine import console
 from launch.evaluation.features import CACHES, EFFICIENTNET
-from launch.reproduce.records import File, Pictures, Record
+from launch.reproduce.records import File, Record
 from vavae_jax import folder
 from vavae_jax.common.addresses import HUB, local_file
 from vavae_jax.common.errors import InputError
@@ -70,34 +70,61 @@ class Need(NamedTuple):
     return Path(cached) if isinstance(cached, str) else None
 
 
+def reads(record: Record, given: Given) -> dict[str, bool]:
+  """Of each flag that names a file or a source, whether anything reads it."""
+  sampled, train = bool(record.recipe), given.train
+  encoded = train and not (sampled and given.latents)
+  # A workdir knows them; and the latents that are encoded have their own.
+  fixed = not given.diffusion or given.diffusion.endswith(SUFFIXES)
+  wanted = bool(record.statistics.address or given.statistics) if train else fixed
+  return {
+    "tokenizer": sampled or not train,
+    "diffusion": sampled and not train,
+    "latents": sampled and train,
+    "statistics": sampled and wanted and not (train and given.latents),
+    "reference": sampled,
+    "inception": record.protocol != EFFICIENTNET,  # which is installed
+    "pictures": encoded,
+    "validation": not sampled,
+    **dict.fromkeys(("lpips_vgg", "lpips_heads"), not sampled),
+    "teacher": train and not sampled,
+  }
+
+
+def check_read(record: Record, given: Given) -> None:
+  """Raises InputError for flags that would change nothing."""
+  read, other = (reads(record, dataclasses.replace(given, train=x)) for x in (False, True))
+  if given.train:
+    read, other = other, read
+  if unread := [flag for flag in read if getattr(given, flag) and not read[flag]]:
+    named = " and ".join(f"--{flag}" for flag in unread)
+    leave = "leave out what nothing reads"
+    if all(other[flag] for flag in unread):
+      leave += ", or --train" if given.train else ", or give --train"
+    raise InputError(f"{named} would not be read for this number as it is asked for; {leave}.")
+
+
 def needs(record: Record, given: Given) -> dict[str, Need]:
   """What a number needs, by the flag that takes it."""
+  read = reads(record, given)
+  places = {
+    "inception": CACHES if record.protocol in inception.PROTOCOLS else (),
+    "reference": (f"data/{record.reference.name}",),
+  }
   found: dict[str, Need] = {}
-
-  def need(what: str, flag: str, file: File, *places: str) -> None:
-    found[flag] = Need(what, getattr(given, flag), file, places)
-
-  def pictures(wanted: Pictures, flag: str) -> None:
-    if not getattr(given, flag):  # else whoever opens them says what is wrong
-      need(wanted.name, flag, File(wanted.address), wanted.source.partition(":")[2])
-
-  if record.protocol != EFFICIENTNET:  # which is installed
-    places = CACHES if record.protocol in inception.PROTOCOLS else ()
-    need("FID's Inception", "inception", record.network, *places)
-  if record.recipe or not given.train:
-    need(f"tokenizer {record.tokenizer.name}", "tokenizer", record.tokenizer.file)
-  if record.recipe:
-    need("FID's reference", "reference", record.reference, f"data/{record.reference.name}")
-  else:
-    pictures(record.validation, "validation")
-  if given.train and not given.latents:
-    pictures(record.pictures, "pictures")
-    if record.statistics.address or given.statistics:
-      need("statistics of the latents", "statistics", record.statistics)
-  if record.recipe and not given.train:
-    need("the model's weights", "diffusion", record.weights)
-    if not given.diffusion or given.diffusion.endswith(SUFFIXES):  # others know them
-      need("statistics of the latents", "statistics", record.statistics)
+  for flag, what, file in (
+    ("inception", "FID's Inception", record.network),
+    ("tokenizer", f"tokenizer {record.tokenizer.name}", record.tokenizer.file),
+    ("reference", "FID's reference", record.reference),
+    ("diffusion", "the model's weights", record.weights),
+    ("statistics", "statistics of the latents", record.statistics),
+  ):
+    if read[flag]:
+      found[flag] = Need(what, getattr(given, flag), file, tuple(places.get(flag, ())))
+  for flag, wanted in (("validation", record.validation), ("pictures", record.pictures)):
+    if read[flag] and not getattr(given, flag):  # else whoever opens them says what is wrong
+      source = wanted.source.partition(":")[2]
+      found[flag] = Need(wanted.name, "", File(wanted.address), (source,))
   return found
 
 
