@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,8 @@ def _apart(spec: str, what: str, topology: str) -> Row:
     if done.returncode == 0:
       found = json.loads(file.read_text())
       return made | {"plans": [_slim(plan) for plan in found["plans"]]}
+  if done.returncode == -signal.SIGKILL:  # nothing else sends this one
+    return made | {"error": "killed, as is done for want of memory"}
   if done.returncode < 0:
     return made | {"error": f"the compiler crashed (signal {-done.returncode})"}
   return made | {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
