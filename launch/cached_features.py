@@ -76,4 +76,4 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   configuration.define_flag("configs/NAME.py or configs/NAME.py:ARGUMENT, of a tokenizer")
   flags.mark_flag_as_required("config")
-  console.run_command(main)
+  console.run_command(main, several=True)

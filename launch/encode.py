@@ -346,4 +346,4 @@ if __name__ == "__main__":
     "max_corrupt", 0, "How many unreadable pictures to leave out.", lower_bound=0
   )
   flags.DEFINE_integer("threads", 4, "Threads that decode pictures.", 1, 1024)
-  console.run_command(main)
+  console.run_command(main, several=True)

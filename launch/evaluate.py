@@ -394,7 +394,7 @@ def _subcommand(
       run()
     _say_next(name)
 
-  return Subcommand(inspect.getdoc(run) or "", owning, define_flags)
+  return Subcommand(inspect.getdoc(run) or "", owning, define_flags, several=True)
 
 
 if __name__ == "__main__":

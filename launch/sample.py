@@ -300,4 +300,4 @@ if __name__ == "__main__":
   text = "Draws as the number that the recipe names was made: count, labels and sampler."
   flags.DEFINE_boolean("published", False, text)
   define_flags(1_000, least=1)
-  console.run_command(main)
+  console.run_command(main, several=True)

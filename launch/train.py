@@ -136,4 +136,4 @@ if __name__ == "__main__":
     "they are; changes.jsonl notes step, key, old and new value.",
   )
   flags.mark_flag_as_required("config")
-  console.run_command(main)
+  console.run_command(main, several=True)

@@ -15,4 +15,4 @@ def main(file: str, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-  console.run_command(main, arguments=2)
+  console.run_command(main, arguments=2, several=True)

@@ -91,6 +91,14 @@ def test_half_a_job_is_refused(variables, message, monkeypatch):
     processes.start()
 
 
+def test_a_command_for_one_process_refuses_several(environment, pipeline, tmp_path):
+  """What each of them would write is the same folder."""
+  words = ("launch.export", f"--workdir={pipeline / 'diffusion'}", f"--output={tmp_path / 'model'}")
+  for code, printed in map(ended, start_job(words, environment, 2)):
+    assert (code, "for one process, and 2 were started" in printed) == (2, True), printed
+  assert not [*tmp_path.iterdir()]
+
+
 @pytest.fixture
 def address():
   with socket.create_server(("127.0.0.1", 0)) as free:

@@ -190,4 +190,4 @@ def main(*words: str) -> None:
 
 
 if __name__ == "__main__":
-  console.run_command(main, arguments=4)
+  console.run_command(main, arguments=4, several=True)

@@ -250,6 +250,7 @@ def run_command(
   config: str | None = None,
   argv: list[str] | None = None,
   subcommand: str = "",
+  several: bool = False,
 ) -> None:
   """Runs a command's main by absl and ends the process with a message and an exit code.
 
@@ -260,6 +261,7 @@ def run_command(
     config: default of --config.
     argv: the command line, without a subcommand's name; the process's own if None.
     subcommand: its name, for messages.
+    several: whether the processes of a job can share its work; else they are refused.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -287,6 +289,11 @@ def run_command(
       gc.set_threshold(10_000)
       with watchdog.watching((signal.SIGINT, *endings()), _end):
         processes.start(_settings())  # jax waits there for the others, minutes where one is missing
+        if processes.several() and not several:
+          raise InputError(
+            f"This command is for one process, and {jax.process_count()} were started: start it on "
+            "one machine, without DISTRIBUTED=1 or JAX_NUM_PROCESSES."
+          )
         with tracing.traced(say):
           main(*map(at_home, argv[1:]))
     except SystemExit:

@@ -25,6 +25,7 @@ class Subcommand(NamedTuple):
   main: Callable[[], None]
   define_flags: Callable[[], None]
   config: str | None = None
+  several: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,5 +55,9 @@ def run(text: str, subcommands: Mapping[str, Subcommand]) -> None:
   for name in {*flags.FLAGS} - others:
     flags.declare_key_flag(name)  # wherever it is defined, it is this command's
   console.run_command(
-    chosen.main, config=chosen.config, argv=[sys.argv[0], *options], subcommand=given.name
+    chosen.main,
+    config=chosen.config,
+    argv=[sys.argv[0], *options],
+    subcommand=given.name,
+    several=chosen.several,
   )

@@ -162,4 +162,4 @@ if __name__ == "__main__":
   flags.DEFINE_boolean("check", False, "Only check, and show the estimates.")
   flags.DEFINE_boolean("plan", True, "Estimate time and memory by launch.lab.plan, once.")
   flags.DEFINE_string("topology", "", "Estimate for these devices, such as v6e:4x4 or h200:8.")
-  console.run_command(main, arguments=1)
+  console.run_command(main, arguments=1, several=True)

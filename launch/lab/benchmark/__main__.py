@@ -11,7 +11,11 @@ if __name__ == "__main__":
     __doc__,
     {
       name: subcommands.Subcommand(
-        kind.__doc__ or "", kind.main, kind.define_flags, getattr(kind, "CONFIG", None)
+        kind.__doc__ or "",
+        kind.main,
+        kind.define_flags,
+        getattr(kind, "CONFIG", None),
+        several=True,
       )
       for name, kind in kinds.items()
     },
