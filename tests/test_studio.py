@@ -38,12 +38,12 @@ def studio(pipeline):
 
 def test_the_noise_goes_along_an_arc():
   a, b = np.random.default_rng(0).normal(size=(2, 2, 2, 300)).astype(np.float32)
-  way = between.spherical(a, 2 * b, 5)
+  way = between.spherical(a, 2 * b, np.linspace(0, 1, 5))
   assert np.allclose(way[0], a, atol=1e-5)
   assert np.allclose(way[-1], 2 * b, atol=1e-5)
   lengths = np.linalg.norm(way.reshape(5, -1), axis=1)
   assert np.allclose(np.diff(lengths), np.diff(lengths)[0], rtol=1e-3)  # a chord would sag
-  assert np.allclose(between.spherical(a, a, 3), a)
+  assert np.allclose(between.spherical(a, a, [0, 0.5, 1]), a)
 
 
 def test_the_ways_ends_are_the_seeds_own_samples(studio):
@@ -51,6 +51,8 @@ def test_the_ways_ends_are_the_seeds_own_samples(studio):
   for place, seed in ((0, 5), (-1, 6)):
     own = studio.pipe.sample([2], seed=seed, progress=False)[0]
     assert np.abs(np.asarray(way[place], int) - np.asarray(own)).max() <= 1
+  middle = between.on_the_way(studio.pipe, 2, 5, 6, 0.5, NUM)
+  assert np.abs(np.asarray(middle[0], int) - np.asarray(way[NUM // 2])).max() <= 1
 
 
 def test_the_command_and_the_python_give_the_pictures_of_the_page(studio, command, tmp_path):

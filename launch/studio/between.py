@@ -11,7 +11,7 @@ from PIL import Image
 
 from launch.evaluation.sample_files import contact_sheet
 from launch.studio.content import Studio, settings
-from launch.studio.parts import WAITING, Controls, opened, sides, tile, tiles, told, uri
+from launch.studio.parts import QUIET, WAITING, Controls, opened, sides, tile, tiles, told, uri
 from lightningdit_jax.pipeline import Pipeline
 from vavae_jax.common.keys import LAST_SEED
 
@@ -19,12 +19,12 @@ _SMALLEST = 256  # pixels of the animation
 _MILLISECONDS = 120  # of one picture
 
 
-def spherical(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
-  """Points [count, ...] from one array to another along an arc, their lengths from |a| to |b|."""
+def spherical(a: np.ndarray, b: np.ndarray, places: Sequence[float]) -> np.ndarray:
+  """Points [N, ...] of an arc from one array, at 0, to another, at 1, of lengths from |a| to |b|."""
   lengths = [float(np.linalg.norm(x)) or 1.0 for x in (a, b)]
   first, last = (x / length for x, length in zip((a, b), lengths, strict=True))
   angle = np.arccos(np.clip(np.sum(first * last), -1, 1))
-  t = np.linspace(0, 1, count).reshape(count, *[1] * a.ndim)
+  t = np.reshape(places, (-1, *[1] * a.ndim))
   if np.sin(angle) < 1e-6:  # no arc
     return ((1 - t) * a + t * b).astype(np.float32)
   way = (np.sin((1 - t) * angle) * first + np.sin(t * angle) * last) / np.sin(angle)
@@ -37,9 +37,21 @@ def seeds(
   """Samples of a class on the way from the noise of one seed to that of another."""
   # As many as all tabs draw, so that nothing else is compiled.
   ends = [pipe.noise(seed, count)[0] for seed in (first, last)]
-  noise = spherical(ends[0], ends[1], count)
-  given = {"noise": noise, "batch_size": count, "progress": False, **changes}
-  return pipe.sample([label], num=count, **given)
+  return _drawn(pipe, label, spherical(*ends, np.linspace(0, 1, count)), **changes)
+
+
+def on_the_way(
+  pipe: Pipeline, label: int, first: int, last: int, place: float, count: int, **changes: Any
+) -> list[Image.Image]:
+  """Samples of a class from all noises of one seed, at a place of their ways to another's."""
+  ends = [pipe.noise(seed, count) for seed in (first, last)]
+  noise = np.concatenate([spherical(*pair, [place]) for pair in zip(*ends, strict=True)])
+  return _drawn(pipe, label, noise, **changes)
+
+
+def _drawn(pipe: Pipeline, label: int, noise: np.ndarray, **changes: Any) -> list[Image.Image]:
+  given = {"noise": noise, "batch_size": len(noise), "progress": False, **changes}
+  return pipe.sample([label], num=len(noise), **given)
 
 
 def show(way: Sequence[Image.Image]) -> str:
@@ -67,11 +79,16 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
     return show(seeds(pipe, label, first, last, studio.num, **settings(*controls)))
 
   @told
+  def of_place(place: float, name: str, first: int, last: int, *controls: Any) -> str:
+    chosen = (names.index(name), first, last, place, studio.num)
+    return tiles(tile(x) for x in on_the_way(pipe, *chosen, **settings(*controls)))
+
+  @told
   def of_pictures(*ends: Any) -> str | dict[str, Any]:
     if not all(ends):
       return gr.skip()
     first, last = pipe.tokenizer.encode([opened(x, pipe.tokenizer.image_size) for x in ends])
-    return show(pipe.tokenizer.decode(spherical(first, last, studio.num)))
+    return show(pipe.tokenizer.decode(spherical(first, last, np.linspace(0, 1, studio.num))))
 
   asked, shown = sides()
   with asked, gr.Tabs():
@@ -82,6 +99,9 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
         given = [label, gr.Number(1, label="From seed", **seed)]
         given += [gr.Number(2, label="To seed", **seed), *controls[1:-1]]
       draw = gr.Button("Draw the way", variant="primary")
+      # A flow map draws as fast as somebody drags.
+      live = bool(pipe.config.model.dmf_depth)
+      place = gr.Slider(0, 1, 0, step=0.02, label="Or go along it", visible=live)
       gr.Markdown("Guidance, solver and steps are those of the tab Generate.")
     with gr.Tab("Two pictures"):
       sources: dict[str, Any] = {"sources": ["upload", "clipboard"], "height": 200}
@@ -89,5 +109,6 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
   with shown:
     result = gr.HTML(tiles([], "Draw the way from one seed to another, or drop two pictures."))
   draw.click(of_seeds, given, result, **WAITING)
+  place.input(of_place, [place, *given], result, **QUIET)
   for picture in ends:
     picture.upload(of_pictures, ends, result, preprocess=False, **WAITING)
