@@ -266,7 +266,7 @@ def _sweep() -> None:
   diffusion = restore.load(folder.find(FLAGS.workdir), "diffusion", FLAGS.step)
   guide = restore.load(folder.find(FLAGS.guide), "diffusion") if FLAGS.guide else None
   if guide:
-    launch.sample.check_guide(diffusion, guide)
+    checks.check_guide(diffusion.config, guide.config)
   for point in sweep.points_of(grid):  # all of them before the first takes its hours
     _check_kept(FLAGS.workdir, diffusion, point.pop("step", None), point.pop("ema", None))
     if guide:

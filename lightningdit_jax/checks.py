@@ -53,6 +53,12 @@ PUBLISHED: dict[str, Key] = {
   "num_samples": Key(50_000, "[1, 1e9]", "Samples of launch.sample --published."),
   "labels": Key("uniform", ("uniform", "balanced"), "Their labels."),
 }
+# Of a training and of that of its guide.
+SHARED_WITH_GUIDE = (
+  *("model.input_size", "model.in_channels", "model.num_classes"),
+  *("transport.path_type", "transport.prediction"),
+  *("latents.sha256", "latents.latent_norm", "latents.latent_multiplier"),
+)
 _EPS = Key(None, "[0, 0.5)", "From the path's singular ends; None: as it needs.", kind=float)
 # The keys of `config.transport`.
 TRANSPORT: dict[str, Key] = {
@@ -180,6 +186,18 @@ def check_sampling(
       f"config.sample.cfg_scale is {sample.cfg_scale}, but a model trained with "
       "config.model.class_dropout_prob=0 has no unconditional velocity; set the scale to 1."
     )
+
+
+def check_guide(config: FrozenConfigDict, guide: FrozenConfigDict) -> None:
+  """Raises InputError where a guide was trained on other latents than the model, or otherwise."""
+  for name in SHARED_WITH_GUIDE:
+    part, key = name.split(".")
+    mine, other = config[part][key], guide[part][key]
+    if mine != other:
+      raise InputError(
+        f"The guide was trained with config.{name}={other!r}, but the model with {mine!r}; a guide "
+        "must see the same latents in the same way."
+      )
 
 
 def check_model(config: FrozenConfigDict) -> None:

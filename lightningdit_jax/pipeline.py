@@ -169,6 +169,7 @@ class Pipeline:
     num: int = 1,
     seed: int = 0,
     noise: np.ndarray | None = None,
+    guide: Pipeline | None = None,
     trajectory: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -181,6 +182,7 @@ class Pipeline:
       num: pictures of each class.
       seed: of the noise; a picture is a function of seed, place in the list, class and settings.
       noise: float32 [N, h, w, Z], what the pictures begin with, instead of a seed's; see `noise`.
+      guide: a weaker model of the same latents to be guided away from, for autoguidance.
       trajectory: also what the model expects on its way.
       progress: show a bar.
       **settings: `guidance` (1: none), `interval_start` (no guidance where t is smaller), `steps`
@@ -194,14 +196,14 @@ class Pipeline:
       InputError: unknown classes or settings, or settings that the model cannot have.
     """
     if trajectory:
-      frames = self.watch(classes, num=num, seed=seed, noise=noise, **settings)
+      frames = self.watch(classes, num=num, seed=seed, noise=noise, guide=guide, **settings)
       return [list(way) for way in zip(*frames, strict=True)]
-    chosen, batch = self._prepared(classes, num, seed, noise, settings)
+    chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
     with Progress(disable=not progress, transient=True) as bar:
       task = bar.add_task("sample", total=None)
 
       def run(batch: dict[str, jax.Array]) -> jax.Array:
-        for latent in self._way(chosen, seed, batch):
+        for latent in self._way(chosen, seed, batch, guide):
           last = latent
           bar.update(task, advance=1)
         return last
@@ -215,6 +217,7 @@ class Pipeline:
     num: int = 1,
     seed: int = 0,
     noise: np.ndarray | None = None,
+    guide: Pipeline | None = None,
     shown: int = 12,
     **settings: Any,
   ) -> Iterator[list[Image.Image]]:
@@ -223,7 +226,7 @@ class Pipeline:
     All run in one batch; arguments and errors are as of `sample`, for a solver on a grid.
     """
     keys.check({"shown": Key(1, keys.COUNT)}, {"shown": shown})
-    chosen, batch = self._prepared(classes, num, seed, noise, settings)
+    chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
     if not _is_on_grid(chosen):
       raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
     grid = self._grid(chosen)
@@ -233,7 +236,7 @@ class Pipeline:
     with jax.set_mesh(self._devices):
       whole = mesh.to_global({k: x[rows] for k, x in batch.items()}, self._devices)
       before = None
-      for place, x in enumerate(self._way(chosen, seed, whole)):
+      for place, x in enumerate(self._way(chosen, seed, whole, guide)):
         if place in kept and before is not None:
           t, later = grid[place - 1 : place + 1]
           expected = x + (x - before) * ((grid[-1] - later) / (later - t))
@@ -251,11 +254,12 @@ class Pipeline:
     num: int,
     seed: int,
     noise: np.ndarray | None,
+    guide: Pipeline | None,
     settings: dict[str, Any],
   ) -> tuple[FrozenConfigDict, dict[str, np.ndarray]]:
     """The checked settings, and arrays of all samples: "index", "label" and perhaps "noise"."""
     keys.check(_NOISE, {"num": (num := _plain(num)), "seed": _plain(seed)})
-    chosen, count = self.settings(**settings), self.config.model.num_classes
+    chosen, count = self.settings(guide, **settings), self.config.model.num_classes
     check_classes(self.class_names, count, "What the model was trained on")
     several = [classes] if isinstance(classes, str) or not np.iterable(classes) else classes
     labels = [label_of(given, self.class_names, count) for given in several]
@@ -284,15 +288,21 @@ class Pipeline:
     return sampling.time_grid(chosen.num_steps, chosen.timestep_shift, ends)
 
   def _way(
-    self, chosen: FrozenConfigDict, seed: int, batch: dict[str, jax.Array]
+    self,
+    chosen: FrozenConfigDict,
+    seed: int,
+    batch: dict[str, jax.Array],
+    guide: Pipeline | None,
   ) -> Iterator[jax.Array]:
     """Normalised latents at each point of the grid; of other solvers the last ones alone."""
+    models = (self, guide) if guide else (self,)
+    configs, params = tuple(x.config for x in models), tuple(x._placed for x in models)
     if not _is_on_grid(chosen):
-      settings = (self.config, chosen, self._placed, np.uint32(seed))
+      settings = (configs, chosen, params, np.uint32(seed))
       yield _all_at_once(*settings, batch["index"], batch["label"])
       return
     shares = (chosen.routed, chosen.guide_routed)
-    static = (self.config, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
+    static = (configs, chosen.dtype, chosen.method, chosen.cfg_channels, shares)
     guidance = sampling.numbers_of(chosen)
     x = batch.get("noise")
     if x is None:
@@ -300,7 +310,7 @@ class Pipeline:
     yield x
     for ends in itertools.pairwise(self._grid(chosen)):
       before, each = x, (batch["label"], batch["index"], np.uint32(seed))
-      x = _advance(*static, self._placed, x, np.array(ends), *each, guidance)
+      x = _advance(*static, params, x, np.array(ends), *each, guidance)
       before.block_until_ready()  # so that the host is never more than a step ahead
       yield x
 
@@ -314,7 +324,7 @@ class Pipeline:
     multiplier = self.config.latents.latent_multiplier
     return self.tokenizer.decode(latents.denormalise(normalised_NhwZ, mean, std, multiplier))
 
-  def settings(self, **changes: Any) -> FrozenConfigDict:
+  def settings(self, guide: Pipeline | None = None, **changes: Any) -> FrozenConfigDict:
     """The model's `config.sample` with changes by our names or its own; errors as of `sample`."""
     if twice := [ours for ours, name in _OURS.items() if {ours, name} <= changes.keys()]:
       raise InputError(f"{twice[0]} is {_OURS[twice[0]]} by another name; give one of them.")
@@ -327,7 +337,9 @@ class Pipeline:
     given = {_OURS[name]: name for name in changes if name in _OURS}
     names = {f"config.sample.{name}": own for name, own in given.items()}
     with naming(names | {"config.sample.": ""}):
-      checks.check_sampling(chosen, self.config)
+      checks.check_sampling(chosen, self.config, guide.config if guide else None)
+    if guide:
+      checks.check_guide(self.config, guide.config)
     return chosen
 
 
@@ -348,12 +360,12 @@ def _noise(shape: tuple[int, ...], seed: jax.Array, index_B: jax.Array) -> jax.A
 
 @functools.partial(jax.jit, static_argnums=range(5))
 def _advance(
-  config: FrozenConfigDict,
+  configs: tuple[FrozenConfigDict, ...],
   dtype: str,
   method: str,
   channels: int,
   shares: tuple[float, float],
-  params: Any,
+  params: tuple[Any, ...],
   x_BhwZ: jax.Array,
   ends: jax.Array,
   label_B: jax.Array,
@@ -361,9 +373,16 @@ def _advance(
   seed: jax.Array,
   guidance: dict[str, jax.Array],
 ) -> jax.Array:
-  """One step of a solver, from the time ends[0] to ends[1], with the guidance that is on."""
-  model = nnx.merge(functional.graph_of(build_model(config, dtype)), params)
-  towards, away = routing.for_sampling((config, model), None, shares, seed, index_B)
+  """One step of a solver, from the time ends[0] to ends[1], with the guidance that is on.
+
+  `configs` and `params` are of the model and, where there is one, of its guide.
+  """
+  model, *guides = (
+    (config, nnx.merge(functional.graph_of(build_model(config, dtype)), each))
+    for config, each in zip(configs, params, strict=True)
+  )
+  guide, config = guides[0] if guides else None, configs[0]
+  towards, away = routing.for_sampling(model, guide, shares, seed, index_B)
   internal = guidance.get("internal_scale", 1.0), guidance.get("internal_until", 1.0)
   path, prediction = config.transport.path_type, config.transport.prediction
 
@@ -375,7 +394,7 @@ def _advance(
       cfg_scale=guidance.get("cfg_scale", 1.0),
       cfg_interval_start=guidance.get("cfg_interval_start", 0.0),
       cfg_channels=channels,
-      guide=away,
+      guide=flow_map.towards(away, end),
     )
     return transport.to_velocity(predict(x, t), x, t, path, prediction)
 
@@ -384,11 +403,13 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnums=range(2))
 def _all_at_once(
-  config: FrozenConfigDict,
+  configs: tuple[FrozenConfigDict, ...],
   settings: FrozenConfigDict,
-  params: Any,
+  params: tuple[Any, ...],
   seed: jax.Array,
   index_B: jax.Array,
   label_B: jax.Array,
 ) -> jax.Array:
-  return sampling.sample_latents(config, params, index_B, label_B, seed=seed, sample=settings)
+  model, *guides = zip(configs, params, strict=True)
+  guide = guides[0] if guides else None
+  return sampling.sample_latents(*model, index_B, label_B, seed=seed, sample=settings, guide=guide)

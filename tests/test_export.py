@@ -80,6 +80,19 @@ def test_samples_are_those_of_the_command(diffusion, tokenizer, method, routed):
   assert np.abs(np.stack(drawn).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("method", ["heun", "dopri5"])
+def test_samples_with_a_guide_are_those_of_the_command(diffusion, tokenizer, method):
+  weaker = restore.load(diffusion.workdir, "diffusion", ema=0.0)
+  pipe, guide = (restore.for_use(each, tokenizer) for each in (diffusion, weaker))
+  words = {"steps": 3, "method": method, "guidance": 2.5, "interval_start": 0.0}
+  space, chosen = restore.space_of(diffusion), pipe.settings(guide, **words)
+  run = make_sampler(diffusion.config, space, tokenizer, chosen, 0, mesh.make_mesh(), weaker)
+  expected = run(diffusion.params, np.arange(2), np.array([1, 4]))
+  drawn = pipe.sample([1, 4], guide=guide, progress=False, **words)
+  assert np.abs(np.stack(drawn).astype(int) - expected).max() <= 1
+  assert drawn != pipe.sample([1, 4], progress=False, **words)
+
+
 def test_a_folder_gives_the_same_pictures_wherever_it_is(pipe, model):
   words = {"num": 2, "steps": 3, "progress": False}
   assert Pipeline.load(model).sample([0, 3], **words) == pipe.sample([0, 3], **words)

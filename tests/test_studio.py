@@ -43,7 +43,7 @@ def test_the_noise_goes_along_an_arc():
   assert np.allclose(way[-1], 2 * b, atol=1e-5)
   lengths = np.linalg.norm(way.reshape(5, -1), axis=1)
   assert np.allclose(np.diff(lengths), np.diff(lengths)[0], rtol=1e-3)  # a chord would sag
-  assert np.allclose(between.spherical(a, a, [0, 0.5, 1]), a)
+  assert np.allclose(between.spherical(a, a, np.array([0, 0.5, 1])), a)
 
 
 def test_the_ways_ends_are_the_seeds_own_samples(studio):

@@ -19,8 +19,8 @@ _SMALLEST = 256  # pixels of the animation
 _MILLISECONDS = 120  # of one picture
 
 
-def spherical(a: np.ndarray, b: np.ndarray, places: Sequence[float]) -> np.ndarray:
-  """Points [N, ...] of an arc from one array, at 0, to another, at 1, of lengths from |a| to |b|."""
+def spherical(a: np.ndarray, b: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """Points [N, ...] of the arc from a, at the place 0, to b, at 1, of lengths from |a| to |b|."""
   lengths = [float(np.linalg.norm(x)) or 1.0 for x in (a, b)]
   first, last = (x / length for x, length in zip((a, b), lengths, strict=True))
   angle = np.arccos(np.clip(np.sum(first * last), -1, 1))
@@ -36,8 +36,8 @@ def seeds(
 ) -> list[Image.Image]:
   """Samples of a class on the way from the noise of one seed to that of another."""
   # As many as all tabs draw, so that nothing else is compiled.
-  ends = [pipe.noise(seed, count)[0] for seed in (first, last)]
-  return _drawn(pipe, label, spherical(*ends, np.linspace(0, 1, count)), **changes)
+  a, b = (pipe.noise(seed, count)[0] for seed in (first, last))
+  return _drawn(pipe, label, spherical(a, b, np.linspace(0, 1, count)), **changes)
 
 
 def on_the_way(
@@ -45,7 +45,8 @@ def on_the_way(
 ) -> list[Image.Image]:
   """Samples of a class from all noises of one seed, at a place of their ways to another's."""
   ends = [pipe.noise(seed, count) for seed in (first, last)]
-  noise = np.concatenate([spherical(*pair, [place]) for pair in zip(*ends, strict=True)])
+  at = np.array([place])
+  noise = np.concatenate([spherical(a, b, at) for a, b in zip(*ends, strict=True)])
   return _drawn(pipe, label, noise, **changes)
 
 
