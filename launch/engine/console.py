@@ -292,7 +292,8 @@ def run_command(
         if processes.several() and not several:
           raise InputError(
             f"This command is for one process, and {jax.process_count()} were started: start it on "
-            "one machine, without DISTRIBUTED=1 or JAX_NUM_PROCESSES."
+            "one machine, without DISTRIBUTED=1, JAX_NUM_PROCESSES or a list in "
+            "TPU_WORKER_HOSTNAMES."
           )
         with tracing.traced(say):
           main(*map(at_home, argv[1:]))

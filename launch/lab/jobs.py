@@ -106,11 +106,20 @@ class Record:
     """The time that a job has taken so far."""
     return float(self._entries.get(name, {}).get("seconds", 0.0))
 
-  def made(self, jobs: Sequence[Job]) -> tuple[str, str]:
-    """The commits and the machines of the jobs' last runs, each once, for people."""
+  def made(self, jobs: Sequence[Job]) -> str:
+    """By which commits, versions of jax and machines the jobs have been run, for people."""
     entries = [self._entries.get(job.name, {}) for job in jobs]
-    commits, machines = ({x.get(key, "") for x in entries} for key in ("commit", "machine"))
-    return ", ".join(sorted(commits - {""})), ", ".join(sorted(machines - {""}))
+    notes = [job.output for job in jobs if job.output.suffix == ".json" and self.is_done(job)]
+    runs = [read_note(note).get("run", {}) for note in notes]
+    on_devices = [run for run in runs if "cpu" not in run.get("device", "cpu")]
+    told = []
+    for name, key, found in (
+      *(("commits ", "commit", entries), ("jax ", "jax", runs)),
+      *(("", "machine", entries), ("", "device", on_devices)),
+    ):
+      if values := sorted({x.get(key, "") for x in found} - {""}):
+        told.append(name + ", ".join(values))
+    return "; ".join(told)
 
   def add(self, job: Job, seconds: float, *, done: bool) -> None:
     """Records that a job ran for some more seconds, and whether it is done."""

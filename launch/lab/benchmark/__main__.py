@@ -15,7 +15,7 @@ if __name__ == "__main__":
         kind.main,
         kind.define_flags,
         getattr(kind, "CONFIG", None),
-        several=True,
+        several=kind is not page,  # which runs jobs
       )
       for name, kind in kinds.items()
     },

@@ -61,17 +61,20 @@ class _Page:
       "column is the end of a training. Equal time is of the kept checkpoint, in brackets, whose "
       f"seconds are nearest to those of the baseline's {config.steps[-1]:,} steps. Maps begin with "
       "the baseline's last weights, and their figures, after fewer steps more, stand in the last "
-      "column. Class accuracy "
-      f"is the judge's, {name}2 a second judge's; costs are counted from the shapes of matrix "
+      f"column. {name}2 is a second judge's; costs are counted from the shapes of matrix "
       "products, guidance as if it were on at all times. "
       f"Samples are drawn by {model.sample.method} at {model.sample.num_steps} times, by flows and "
       "maps in the steps that their rows name."
     )
     yield ""
     names = [*config.rows, *([self.combined] if self.combined else [])]
-    head = ["option", *(f"{step:,}" for step in config.steps), "equal time", "class accuracy (%)"]
-    head += [f"{name}2", "ms a step", "training (GFLOP a picture)"]
+    steps = [f"{step:,}" for step in config.steps]
+    head = ["option", *steps, "equal time", f"{name}2", "ms a step", "training (GFLOP a picture)"]
     yield from table([*head, "sampling (GFLOP a picture)"], map(self._row, names))
+    yield ""
+    yield "Class accuracy (%), the share of samples in which the judge sees their label's class:"
+    yield ""
+    yield from table(["option", *steps], map(self._accuracies, names))
     yield ""
     for job, text in (
       (graph.GAUSSIANS, "One Gaussian for each class, fitted to the latents and not trained"),
@@ -86,14 +89,14 @@ class _Page:
     if self.combined:
       won = self.combined.replace("+", ", ")
       yield (
-        "The last row combines the options that are better than the baseline by more than its "
-        f"seeds differ, the best first, as far as they go together: {won}."
+        "The last row combines the options, but for maps, that are better than the baseline by "
+        f"more than its seeds differ, the best first, as far as they go together: {won}."
       )
       yield ""
 
   def _row(self, name: str) -> list[str]:
     key, steps, seeds = self.made.key, self.config.steps, self.config.seeds
-    row = [name.replace("+", " + "), *(self._figure(name, step, key) for step in steps)]
+    row = [_shown(name), *(self._figure(name, step, key) for step in steps)]
     trained = [graph.training_of(name, seed) for seed in seeds]
     seconds = [graph.seconds_of(self.workdir / x) for x in trained if x in self.done]
     equal = NOT_RUN
@@ -103,12 +106,15 @@ class _Page:
       if all(found):
         told = "/".join(f"{step:,}" for step in dict.fromkeys(chosen))
         equal = f"{_spread([x[key] for x in found], 3)} ({told})"
-    accuracy = [100 * x for x in self._values(name, steps[-1], "class_accuracy")]
-    row += [equal, _spread(accuracy, 1), self._figure(name, steps[-1], self.second)]
+    row += [equal, self._figure(name, steps[-1], self.second)]
     milliseconds = [1e3 * max(x.values()) / max(x) for x in seconds]
     costs = [x for job in trained if job in self.done for x in _training_cost(self.workdir / job)]
     sampled = sampling_cost(rows.diffusion_of(self.config, name), rows.row_of(name).guide)
     return [*row, _spread(milliseconds, 1), _mean(costs, 2), f"{sampled / 1e9:.2f}"]
+
+  def _accuracies(self, name: str) -> list[str]:
+    found = (self._values(name, step, "class_accuracy") for step in self.config.steps)
+    return [_shown(name), *(_spread([100 * x for x in values], 1) for values in found)]
 
   def _baseline_is_done(self) -> bool:
     return {graph.training_of(beyond.BASELINE, x) for x in self.config.seeds} <= self.done
@@ -156,6 +162,10 @@ def _training_cost(workdir: Path) -> list[float]:
   return [1e3 * x["model_tflops_per_second"] / x["images_per_second"] for x in lines[-1:]]
 
 
+def _shown(name: str) -> str:
+  return name.replace("+", " + ")
+
+
 def _mean(values: Sequence[float], digits: int) -> str:
   return f"{np.mean(values):.{digits}f}" if values else NOT_RUN
 
@@ -169,7 +179,6 @@ def _made(config: FrozenConfigDict, workdir: Path, command: str) -> list[str]:
   jobs = graph.jobs_of(config, workdir)
   record = Record(workdir, jobs)
   hours = sum(record.seconds(job.name) for job in jobs) / 3600
-  commits, machines = record.made(jobs)
   return [
     "How this was made:",
     "",
@@ -177,6 +186,7 @@ def _made(config: FrozenConfigDict, workdir: Path, command: str) -> list[str]:
     command,
     "```",
     "",
-    f"Commits {commits}; {machines}; {hours:.1f} hours of one worker, judges and latents included.",
+    f"Made by {record.made(jobs)}. All jobs together took {hours:.1f} hours of one worker, those "
+    "of judges and latents included.",
     "",
   ]

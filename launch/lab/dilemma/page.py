@@ -178,10 +178,6 @@ def _made(found: Results, command: str) -> list[str]:
     if seconds := record.seconds(job.name):
       kinds.setdefault(job.kind, []).append(seconds)
   total = sum(sum(seconds) for seconds in kinds.values())
-  commits, machines = record.made(found.jobs)
-  runs = [found.read(job.name).get("run", {}) for job in found.jobs if job.output.suffix == ".json"]
-  jaxes = ", ".join(sorted({run["jax"] for run in runs if "jax" in run}))
-  devices = sorted({x for run in runs if "cpu" not in (x := run.get("device", "cpu"))})
   rows = [(kind, str(len(s)), f"{sum(s) / 60:.1f}") for kind, s in kinds.items()]
   config = found.config
   return [
@@ -191,7 +187,7 @@ def _made(found: Results, command: str) -> list[str]:
     command,
     "```",
     "",
-    f"Commits {commits}; jax {jaxes}; {', '.join([machines, *devices])}. Tokenizers had "
+    f"Made by {record.made(found.jobs)}. Tokenizers had "
     f"{config.tokenizer_steps:,} steps, the judges {config.judge_steps:,}. Seeds are "
     f"{', '.join(map(str, config.tokenizer_seeds))} of the tokenizers and "
     f"{', '.join(map(str, config.seeds))} of the diffusion models. All jobs together took "

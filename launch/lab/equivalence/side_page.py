@@ -309,7 +309,6 @@ def made(found: Results, command: str, lines: Sequence[str]) -> list[str]:
   for job in found.jobs:
     if seconds := found.record.seconds(job.name):
       kinds[job.kind] = kinds.get(job.kind, 0.0) + seconds
-  commits, machines = found.record.made(found.jobs)
   minutes = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.items())
   return [
     "## How this was made",
@@ -319,6 +318,7 @@ def made(found: Results, command: str, lines: Sequence[str]) -> list[str]:
     command,
     "```",
     "",
-    f"Commits {commits}; {machines}. Minutes: {minutes}; {sum(kinds.values()) / 60:.0f} together.",
+    f"Made by {found.record.made(found.jobs)}. Minutes: {minutes}; "
+    f"{sum(kinds.values()) / 60:.0f} together.",
     "",
   ]

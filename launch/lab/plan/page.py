@@ -104,7 +104,7 @@ def _apart(spec: str, what: str, topology: str) -> Row:
     if done.returncode == 0:
       found = json.loads(file.read_text())
       return made | {"plans": [_slim(plan) for plan in found["plans"]]}
-  if done.returncode == -signal.SIGKILL:  # nothing else sends this one
+  if done.returncode == -signal.SIGKILL:  # the system's for want of memory
     return made | {"error": "killed, as is done for want of memory"}
   if done.returncode < 0:
     return made | {"error": f"the compiler crashed (signal {-done.returncode})"}
