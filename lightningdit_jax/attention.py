@@ -302,7 +302,8 @@ def refusal(tokens: int, width: int, num_heads: int) -> str:
 def _memory(tokens: int, width: int, itemsize: int) -> int:
   """Bytes of VMEM that the backward kernel takes: blocks twice, and what it computes."""
   blocks = 2 * 7 * tokens * width * itemsize
-  tables = 2 * 2 * tokens * LANES * 4
+  # Two tables and the quarter turn, norms' weights and gradients in whole tiles.
+  tables = 2 * (2 * tokens + LANES + 2 * SUBLANES) * LANES * 4
   # Logits, weights, their gradients and copies in the products' dtype; windows and sums.
   return blocks + tables + 6 * tokens * min(tokens, ROWS) * 4 + 12 * tokens * LANES * 4 + 2**20
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from launch.lab import programs
+from launch.lab.plan import schedule
 from lightningdit_jax import attention
 from lightningdit_jax.attention import Norm, fused
 from lightningdit_jax.positions import rope_tables
@@ -43,3 +44,29 @@ def test_the_kernel_is_compiled(described, topology, heads, size, tokens, norm):
   assert "attention_backward" in text
   for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute", " transpose("):
     assert kind not in text
+
+
+@pytest.mark.tpu_aot
+def test_the_kernel_of_routed_tokens_has_memory_enough(described):
+  """Alone, where the compiler can put nothing beside it: norms, and tables of each image."""
+  heads, size, tokens, images = 12, 64, 128, 16
+  devices = described("v6e:2x2", 2, -1)
+  one = jax.sharding.SingleDeviceSharding(devices.devices.flat[0])
+
+  def gradients(qkv, weights, table, dy):
+    attended = lambda x: fused(x, heads, (table, table), (RMS, weights))  # noqa: E731
+    return jax.vjp(attended, qkv)[1](dy)
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+
+  qkv, dy = (array((images, tokens, n * heads * size), jnp.bfloat16) for n in (3, 1))
+  weights = array((4, size), jnp.float32)
+  table = array((images, 1, tokens, size), jnp.float32)
+  # Of a mesh the kernel knows the chip.
+  single = jax.sharding.Mesh(devices.devices[:1, :1], devices.axis_names)
+  with jax.set_mesh(single):
+    traced = jax.jit(gradients).trace(qkv, weights, table, dy)
+  _, backward = schedule.kernels_of(traced.jaxpr)
+  inputs = [array(x.aval.shape, x.aval.dtype) for x in backward.invars]
+  jax.jit(schedule.alone(backward)).lower(*inputs).compile()

@@ -522,6 +522,25 @@ def _planned(topology, **changes):
   } | changes
 
 
+@pytest.mark.parametrize(
+  ("code", "printed", "told"),
+  [
+    (2, "error: config.x is 1.", "config.x is 1."),
+    (
+      1,
+      "  File\nxla.SomeError: MEMORY: of vmem\nSee https://a.b",
+      "xla.SomeError: MEMORY: of vmem",
+    ),
+    (-9, "", "killed, as is done for want of memory"),
+    (-11, "", "the compiler crashed (signal 11)"),
+  ],
+)
+def test_a_plan_that_failed_says_why(code, printed, told, monkeypatch):
+  done = subprocess.CompletedProcess([], code, "", printed)
+  monkeypatch.setattr(page.subprocess, "run", lambda *_, **__: done)
+  assert page._apart("a.py", "train", "v5e:4x4")["error"] == told
+
+
 def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_path):
   made = []
 

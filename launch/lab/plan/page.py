@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -108,7 +109,10 @@ def _apart(spec: str, what: str, topology: str) -> Row:
     return made | {"error": "killed, as is done for want of memory"}
   if done.returncode < 0:
     return made | {"error": f"the compiler crashed (signal {-done.returncode})"}
-  return made | {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
+  lines = done.stderr.strip().splitlines()
+  # Messages of XLA go on below the line that names the error.
+  told = [line for line in lines if re.match(r"error: |[\w.]+Error: ", line)]
+  return made | {"error": (told or lines)[-1].removeprefix("error: ")}
 
 
 def _slim(plan: Row) -> Row:

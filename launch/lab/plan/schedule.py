@@ -67,7 +67,7 @@ def _cycles(config: FrozenConfigDict, topology: str, *program: Any) -> dict[str,
       shapes = [
         jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=sharding) for x in kernel.invars
       ]
-      compiled: Any = jax.jit(_alone(kernel)).lower(*shapes).compile()
+      compiled: Any = jax.jit(alone(kernel)).lower(*shapes).compile()
       found |= _named(compiled.as_text(), read(Path(folder)))
     return found
 
@@ -128,7 +128,7 @@ def read(folder: Path) -> dict[str, int]:
   return found
 
 
-def _alone(kernel: Any) -> Any:
+def alone(kernel: Any) -> Any:
   """A function of the kernel's inputs, under the kernel's name as in the whole program."""
 
   def run(*arrays: jax.Array) -> Any:
