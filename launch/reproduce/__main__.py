@@ -37,7 +37,8 @@ from launch.engine.circumstances import circumstances
 from launch.engine.ownership import owned
 from launch.reproduce import estimates, stages
 from launch.reproduce.checks import check
-from launch.reproduce.needs import Given, needs
+from launch.reproduce.given import Given
+from launch.reproduce.needs import needs
 from launch.reproduce.records import RECORDS, Record
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import local_place, read_note, write_json
@@ -104,6 +105,11 @@ def show_all() -> None:
 
 def main(*words: str) -> None:
   if not words:
+    own = flags.FLAGS.get_key_flags_for_module("__main__")
+    if flagged := [flag.name for flag in own if flag.present]:
+      raise InputError(
+        f"--{flagged[0]} is for a number: give its NAME, one of those without a flag."
+      )
     show_all()
     return
   name = words[0]

@@ -6,7 +6,6 @@ since few hashes are known, all together by what they make of a few pictures (`p
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import convert, restore, tasks
-from launch.engine import command_line, configuration, console, processes
+from launch.engine import configuration, console, processes
 from launch.evaluation.features import load_network
 from launch.evaluation.pictures import stored_statistics
 from launch.evaluation.sample_files import Npz
 from launch.reproduce import probes
 from launch.reproduce.checked import CAUSES, Checked
-from launch.reproduce.needs import Given, check_read, find_all
+from launch.reproduce.given import Given
+from launch.reproduce.needs import check_read, find_all
+from launch.reproduce.recipes import OURS, config_of
 from launch.reproduce.records import File, Pictures, Record
 from launch.weights import recognition
 from lightningdit_jax.checks import check_model
-from lightningdit_jax.options import ONLY_OURS
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax import folder
 from vavae_jax.common.addresses import local_file
@@ -34,13 +34,9 @@ from vavae_jax.common.files import read_note, remove_folder, write_json
 from vavae_jax.data import sources
 from vavae_jax.perceptual import Lpips, load_lpips
 
-_OURS = tuple(f"model.{name}" for name in ONLY_OURS)
-# Keys that a person may set: by what means, not what is computed.
-_FIXED = ("num_steps", "published.", "latents.", "data.", "teacher.", "tokenizer", "evaluate_s")
-CHOICES = (*(name for name in configuration.MAY_CHANGE if not name.startswith(_FIXED)), *_OURS)
 # Keys in which a training may differ from its recipe; and those that weights alone agree in.
 _ELSEWHERE = (
-  *(*configuration.MAY_CHANGE, *_OURS, "seed", "data.", "teacher.weights", "perceptual."),
+  *(*configuration.MAY_CHANGE, *OURS, "seed", "data.", "teacher.weights", "perceptual."),
   *("stages.begins", "latents.sha256", "sample.", "published."),
 )
 _OF_WEIGHTS = ("model.", "transport.path_type", "transport.prediction", "latents.latent_")
@@ -71,7 +67,7 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   if not record.recipe:
     _check_pictures(checked, record.validation, given.validation)
   if not record.recipe and given.train:
-    _check_training(checked, record, given, made_by)
+    _check_training(checked, record, given, paths, made_by)
   else:
     found = _model(checked, record.tokenizer.file, paths["tokenizer"], workdir, made_by)
     checked.tokenizer = found
@@ -89,34 +85,6 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   return checked
 
 
-def config_of(recipe: str, changes: Mapping[str, Any], given: Given | None = None) -> ConfigDict:
-  """A recipe's configuration; with a person's seed and settings, if they are for it."""
-  path = command_line.expanded(f"--config={recipe}").partition("=")[2]
-  config = configuration.File().parse(path)
-  config.update_from_flattened_dict(changes)
-  for word in given.set if given else ():
-    name, _, value = word.partition("=")
-    if name not in CHOICES:
-      raise InputError(f"--set={word} would change the number; choose of {', '.join(CHOICES)}.")
-    try:
-      config.update_from_flattened_dict({name: _value(value)})
-    except TypeError as error:
-      kind = type(dict(configuration.flat(config.to_dict()))[name]).__name__
-      raise InputError(f"--set={word} is of another kind; {name} needs {kind}.") from error
-  if given:
-    config.seed = given.seed
-  tasks.frozen(config)
-  return config
-
-
-def _value(text: str) -> Any:
-  """What a person wrote, as Python reads it, else a text without quotes."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
 def _check_pictures(checked: Checked, wanted: Pictures, given: str) -> None:
   """Their number, and where classes matter their names."""
   source = sources.open_source(given or wanted.source)
@@ -129,14 +97,21 @@ def _check_pictures(checked: Checked, wanted: Pictures, given: str) -> None:
     checked.tell("labels", "classes", "{} from {} to {}".format(*there), wrong)
 
 
-def _check_training(checked: Checked, record: Record, given: Given, config: ConfigDict) -> None:
+def _check_training(
+  checked: Checked,
+  record: Record,
+  given: Given,
+  paths: Mapping[str, Path],
+  config: ConfigDict,
+) -> None:
   """Of a tokenizer: pictures, teacher and LPIPS, which its configuration gets."""
   _check_pictures(checked, record.pictures, given.pictures)
   config.data.source = given.pictures or record.pictures.source
   config.data.valid_source = given.validation or record.validation.source
-  config.teacher.weights = given.teacher
-  config.perceptual.vgg = given.lpips_vgg or config.perceptual.vgg
-  config.perceptual.heads = given.lpips_heads or config.perceptual.heads
+  config.teacher.weights = str(paths.get("teacher", ""))
+  for name, given_file in (("vgg", given.lpips_vgg), ("heads", given.lpips_heads)):
+    found = given_file or str(paths.get(f"lpips_{name}", config.perceptual[name]))
+    config.perceptual[name] = found
   with console.naming(_FLAGS):
     tasks.of(config).check(tasks.resolve(config))
   checked.config = config
@@ -256,6 +231,8 @@ def _check_reference(checked: Checked, record: Record, path: Path) -> None:
 def _lpips(given: Given, config: ConfigDict) -> Lpips | None:
   """If its files are given, or where the recipe has them."""
   files = (given.lpips_vgg or config.perceptual.vgg, given.lpips_heads or config.perceptual.heads)
+  if given.lpips_heads and not local_file(files[0]).is_file():
+    raise InputError(f"--lpips_heads is given, but LPIPS' VGG16 is not at {files[0]}: --lpips_vgg.")
   there = files[0] and all(local_file(file).is_file() for file in files if file)
   return load_lpips(*files) if given.lpips_vgg or there else None
 

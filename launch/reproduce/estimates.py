@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from launch.engine import console
-from launch.reproduce.checks import config_of
-from launch.reproduce.needs import Given
+from launch.reproduce.given import Given
+from launch.reproduce.recipes import config_of
 from launch.reproduce.records import Record
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note

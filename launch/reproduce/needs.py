@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub
 
 from launch.engine import console
 from launch.evaluation.features import CACHES, EFFICIENTNET
+from launch.reproduce.given import Given
+from launch.reproduce.recipes import config_of
 from launch.reproduce.records import File, Record
-from vavae_jax import folder
+from vavae_jax import folder, teachers
 from vavae_jax.common.addresses import HUB, local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import at_home
 from vavae_jax.metrics import inception
 from vavae_jax.weights.state_dicts import SUFFIXES
 
-
-def _flag(text: str, default: Any = "") -> Any:
-  """A field of `Given`, and its flag."""
-  return dataclasses.field(default=default, metadata={"text": text})
-
-
-_EITHER = f"{folder.TAKEN}, or a file of weights, also hf:OWNER/NAME/FILE; the published one if not"
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-  """What a person gave, by the flags of the command; "" where nothing."""
-
-  tokenizer: str = _flag(f"The tokenizer: {_EITHER} given.")
-  diffusion: str = _flag(f"The diffusion model: {_EITHER} given.")
-  latents: str = _flag("Latents to train on.")
-  statistics: str = _flag("Statistics of the latents, a file, or latents that have them.")
-  reference: str = _flag("FID's reference, ADM's npz.")
-  inception: str = _flag("FID's Inception, as pytorch-fid publishes it.")
-  pictures: str = _flag("ImageNet's training pictures, any source of docs/data.md.")
-  validation: str = _flag("ImageNet's validation pictures, for rFID.")
-  teacher: str = _flag("The teacher's file, to train a tokenizer.")
-  lpips_vgg: str = _flag("LPIPS' VGG16, config.perceptual.vgg if not given.")
-  lpips_heads: str = _flag("LPIPS' heads, config.perceptual.heads if not given.")
-  train: bool = _flag("Train the model, whatever weights are published.", False)
-  seed: int = _flag("Of training, noise and labels.", 0)
-  set: tuple[str, ...] = _flag("KEY=VALUE of a key that changes no number.", ())
-  allow: tuple[str, ...] = _flag("A cause of docs/reproduce.md to go on in spite of.", ())
+LPIPS_VGG = File(f"{HUB}timm/vgg16.tv_in1k/model.safetensors")
+LPIPS_HEADS = File("https://github.com/richzhang/PerceptualSimilarity")
 
 
 class Need(NamedTuple):
@@ -71,8 +47,9 @@ class Need(NamedTuple):
 
 
 def reads(record: Record, given: Given) -> dict[str, bool]:
-  """Of each flag that names a file or a source, whether anything reads it."""
+  """Of each flag that names a file or a source, or sets a key, whether anything reads it."""
   sampled, train = bool(record.recipe), given.train
+  aligned = train and not sampled and bool(_teacher(record))
   encoded = train and not (sampled and given.latents)
   # A workdir knows them; and the latents that are encoded have their own.
   fixed = not given.diffusion or given.diffusion.endswith(SUFFIXES)
@@ -87,20 +64,30 @@ def reads(record: Record, given: Given) -> dict[str, bool]:
     "pictures": encoded,
     "validation": not sampled,
     **dict.fromkeys(("lpips_vgg", "lpips_heads"), not sampled),
-    "teacher": train and not sampled,
+    "teacher": aligned,
+    # Of weights that are there only the sampler is set.
+    "set": train or (sampled and all(word.startswith("sample.") for word in given.set)),
   }
+
+
+def _teacher(record: Record) -> str:
+  """The teacher of a number's tokenizer; "" for none."""
+  return str(config_of(record.tokenizer.recipe, {}).teacher.name)
 
 
 def check_read(record: Record, given: Given) -> None:
   """Raises InputError for flags that would change nothing."""
-  read, other = (reads(record, dataclasses.replace(given, train=x)) for x in (False, True))
-  if given.train:
-    read, other = other, read
-  if unread := [flag for flag in read if getattr(given, flag) and not read[flag]]:
-    named = " and ".join(f"--{flag}" for flag in unread)
+
+  def unread(given: Given) -> list[str]:
+    return [
+      flag for flag, read in reads(record, given).items() if getattr(given, flag) and not read
+    ]
+
+  if found := unread(given):
     leave = "leave out what nothing reads"
-    if all(other[flag] for flag in unread):
+    if not unread(dataclasses.replace(given, train=not given.train)):
       leave += ", or --train" if given.train else ", or give --train"
+    named = " and ".join(f"--{flag}" for flag in found)
     raise InputError(f"{named} would not be read for this number as it is asked for; {leave}.")
 
 
@@ -125,6 +112,16 @@ def needs(record: Record, given: Given) -> dict[str, Need]:
     if read[flag] and not getattr(given, flag):  # else whoever opens them says what is wrong
       source = wanted.source.partition(":")[2]
       found[flag] = Need(wanted.name, "", File(wanted.address), (source,))
+  if read["teacher"]:
+    published = teachers.find(name := _teacher(record))[1].published
+    address = published.partition(", ")[0]
+    found["teacher"] = Need(f"the teacher {name}", given.teacher, File(address), ())
+  config = config_of(record.tokenizer.recipe, {})
+  learnt = config.perceptual.network == "lpips" and config.loss.perceptual_weight > 0
+  if given.train and read["lpips_vgg"] and learnt and not given.lpips_vgg:
+    found["lpips_vgg"] = Need("LPIPS' VGG16", "", LPIPS_VGG, (config.perceptual.vgg,))
+    if not given.lpips_heads:
+      found["lpips_heads"] = Need("LPIPS' heads", "", LPIPS_HEADS, (config.perceptual.heads,))
   return found
 
 

@@ -21,8 +21,8 @@ from launch.evaluation.pictures import FromSource
 from launch.evaluation.reference import open_reference
 from launch.evaluation.sample_files import Npz
 from launch.reproduce.checked import Checked
-from launch.reproduce.checks import config_of
-from launch.reproduce.needs import Given
+from launch.reproduce.given import Given
+from launch.reproduce.recipes import config_of
 from launch.reproduce.records import Record
 from launch.sample import sample_set
 from launch.train import train
