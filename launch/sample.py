@@ -148,7 +148,7 @@ def sample_set(
   settings = settings or diffusion.config.sample
   checks.check_sampling(settings, diffusion.config, guide and guide.config)
   if guide:
-    checks.check_guide(diffusion.config, guide.config)
+    checks.check_guide(diffusion.config, guide.config, settings)
   space = restore.space_of(diffusion)
   count, names = diffusion.config.model.num_classes, space.class_names
   label_N = labels_for(labels, num_samples, count, seed, names)

@@ -188,8 +188,18 @@ def check_sampling(
     )
 
 
-def check_guide(config: FrozenConfigDict, guide: FrozenConfigDict) -> None:
-  """Raises InputError where a guide was trained on other latents than the model, or otherwise."""
+def check_guide(
+  config: FrozenConfigDict, guide: FrozenConfigDict, sample: FrozenConfigDict | None = None
+) -> None:
+  """Raises InputError where a guide was trained on other latents than the model, or otherwise, or
+  where the settings `sample` guide by nothing.
+  """
+  if sample and not sampling.is_guided(sample):
+    raise InputError(
+      f"A guide is given, but config.sample.cfg_scale is {sample.cfg_scale} and "
+      f"config.sample.cfg_interval_start {sample.cfg_interval_start}, which is no guidance; give a "
+      "scale other than 1 and a start before 1, or no guide."
+    )
   for name in SHARED_WITH_GUIDE:
     part, key = name.split(".")
     mine, other = config[part][key], guide[part][key]

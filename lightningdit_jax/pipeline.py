@@ -338,8 +338,8 @@ class Pipeline:
     names = {f"config.sample.{name}": own for name, own in given.items()}
     with naming(names | {"config.sample.": ""}):
       checks.check_sampling(chosen, self.config, guide.config if guide else None)
-    if guide:
-      checks.check_guide(self.config, guide.config)
+      if guide:
+        checks.check_guide(self.config, guide.config, chosen)
     return chosen
 
 

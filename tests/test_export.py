@@ -90,6 +90,11 @@ def test_samples_with_a_guide_are_those_of_the_command(diffusion, tokenizer, met
   expected = run(diffusion.params, np.arange(2), np.array([1, 4]))
   drawn = pipe.sample([1, 4], guide=guide, progress=False, **words)
   assert np.abs(np.stack(drawn).astype(int) - expected).max() <= 1
+  if method == "heun":
+    *_, last = pipe.watch([1, 4], guide=guide, shown=1, **words)
+    assert last == drawn
+  with pytest.raises(InputError, match="A guide is given, but guidance is 1"):
+    pipe.sample([1], guide=guide, guidance=1, interval_start=0.0)
   assert drawn != pipe.sample([1, 4], progress=False, **words)
 
 

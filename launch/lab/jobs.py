@@ -107,9 +107,10 @@ class Record:
     return float(self._entries.get(name, {}).get("seconds", 0.0))
 
   def made(self, jobs: Sequence[Job]) -> str:
-    """By which commits, versions of jax and machines the jobs have been run, for people."""
-    entries = [self._entries.get(job.name, {}) for job in jobs]
-    notes = [job.output for job in jobs if job.output.suffix == ".json" and self.is_done(job)]
+    """By which commits, versions of jax and machines those that are done were run, for people."""
+    done = [job for job in jobs if self.is_done(job)]
+    entries = [self._entries[job.name] for job in done]
+    notes = [job.output for job in done if job.output.suffix == ".json"]
     runs = [read_note(note).get("run", {}) for note in notes]
     on_devices = [run for run in runs if "cpu" not in run.get("device", "cpu")]
     told = []
@@ -119,7 +120,7 @@ class Record:
     ):
       if values := sorted({x.get(key, "") for x in found} - {""}):
         told.append(name + ", ".join(values))
-    return "; ".join(told)
+    return "; ".join(told) or "no job so far"
 
   def add(self, job: Job, seconds: float, *, done: bool) -> None:
     """Records that a job ran for some more seconds, and whether it is done."""

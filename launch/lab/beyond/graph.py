@@ -1,12 +1,13 @@
 """The jobs of `launch.lab.beyond`: those of the dilemma for judges and latents, then a row's each.
 
-Jobs of a row are KIND/ROW/seedS, and figures/ROW/seedS/equal_time. Some follow from the results of
-others: the checkpoint of a row that had as much time as the baseline, and the row of all options
-that win. So the list grows while jobs are done, and ends when it does not.
+Jobs of a row are KIND/beyond/ROW/seedS, with /equal_time for figures at equal time. Some follow
+from the results of others: the checkpoint of a row that had as much time as the baseline, and the
+row of all options that win. So the list grows while jobs are done, and ends when it does not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
   jobs = _once(made.jobs())
   for name in made.rows:
     jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
-  if config.combined and (name := made.winners(jobs, done_of(jobs, workdir))):
+  if config.combined and (name := made.winners(done_of(jobs, workdir))):
     jobs = _once([*jobs, *made.row(name)])
     jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
   return jobs
@@ -108,7 +109,7 @@ class Beyond(graph.Graph):
     own = seconds_of(self.root / training_of(name, seed))
     return min((x for x in own if x % every == 0), key=lambda step: abs(own[step] - total))
 
-  def winners(self, jobs: Sequence[Job], done: set[str]) -> str:
+  def winners(self, done: set[str]) -> str:
     """The options that are better than the baseline by more than its seeds differ, the best first,
     as far as they go together, joined by +; "" for fewer than two, or before all rows are done.
     """
@@ -173,7 +174,8 @@ class Beyond(graph.Graph):
     if row.guide:
       first = beyond.diffusion(self.size).keep_every_steps
       words += [f"--guide={self.root / training}", f"--grid=guide_step={first}"]
-    return self._judged("sweep", f"{figures_of(name, seed)}{suffix}", words, (training,))
+    job = self._judged("sweep", f"{figures_of(name, seed)}{suffix}", words, (training,))
+    return dataclasses.replace(job, weight=5.0 * len(steps))
 
 
 def training_of(name: str, seed: int) -> str:

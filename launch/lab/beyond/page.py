@@ -46,7 +46,7 @@ class _Page:
     self.made = graph.Beyond(config, workdir)
     self.jobs = graph.jobs_of(config, workdir)
     self.done = graph.done_of(self.jobs, workdir)
-    self.combined = self.made.winners(self.jobs, self.done) if config.combined else ""
+    self.combined = self.made.winners(self.done) if config.combined else ""
     self.name = f"FD-{dilemma.judge(self.made.config.size).name}"
     self.second = f"{SECOND}{self.made.key}2"
 
