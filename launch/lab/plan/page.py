@@ -31,7 +31,7 @@ BEYOND = tuple(
   f"configs/{name}"
   for name in (
     *("lightningdit_xl_internal_guidance.py", "lightningdit_xl_dmf.py", "tread.py"),
-    *("no_pod.py", "vtp.py", "eqvae.py:vavae"),
+    *("autoguidance.py:guide", "no_pod.py", "vtp.py", "eqvae.py:vavae"),
   )
 )
 ASKED = ("v5e", "v5p", "v6e")
