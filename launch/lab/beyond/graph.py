@@ -35,7 +35,7 @@ def jobs_of(config: FrozenConfigDict, workdir: Path) -> list[Job]:
   for name in made.rows:
     jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
   if config.combined and (name := made.winners(done_of(jobs, workdir))):
-    jobs = _once([*jobs, *made.row(name)])
+    jobs = _once([*jobs, *made.of_rows([name])])
     jobs = _once([*jobs, *made.at_equal_time(name, done_of(jobs, workdir))])
   return jobs
 
@@ -62,23 +62,25 @@ class Beyond(graph.Graph):
     self.key = f"fd_{dilemma.judge(size).name.lower()}"
 
   def jobs(self) -> Iterator[Job]:
-    """Judges, controls, and every row by itself."""
+    """Judges, controls, and every row by itself; all rows of a seed before the next one's, which
+    find compiled what they need.
+    """
     yield from self.of_judges()
     yield from self._tokenizer(self.config.tokenizer, 0)
     words = (f"--gaussians={self._latents()}", f"--num_samples={self.config.num_samples}")
     needs = (self._latents_job(),)
     yield self._judged("generation", GAUSSIANS, words, needs)
-    for name in self.rows:
-      yield from self.row(name)
+    yield from self.of_rows(self.rows)
 
-  def row(self, name: str) -> Iterator[Job]:
-    """A row's trainings, unless it has the baseline's, and its samples at all steps."""
-    row, owner = row_of(name), owner_of(name)
-    if row.tokenizer:
-      yield from self._changed_tokenizer(owner, row)
+  def of_rows(self, names: Iterable[str]) -> Iterator[Job]:
+    """Trainings of rows, unless they have the baseline's, and figures of samples at all steps."""
     for seed in self.config.seeds:
-      yield self._training(owner, row, seed)
-      yield self._figures(name, seed, [*self.checkpoints(name).values()])
+      for name in names:
+        row, owner = row_of(name), owner_of(name)
+        if row.tokenizer:
+          yield from self._changed_tokenizer(owner, row)
+        yield self._training(owner, row, seed)
+        yield self._figures(name, seed, [*self.checkpoints(name).values()])
 
   def checkpoints(self, name: str) -> dict[int, int]:
     """By column of the table, the step whose weights draw a row's samples."""
