@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from launch.lab.jobs import Job, run
+from launch.engine.circumstances import processor
+from launch.lab.jobs import Job, Record, run
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
@@ -63,6 +64,22 @@ def write(tmp_path):
 def ran(tmp_path):
   file = tmp_path / "ran"
   return file.read_text().split() if file.exists() else []
+
+
+def test_what_is_done_says_where_it_was_made(tmp_path):
+  """Each commit, version, machine and device once; of jobs that did not end nothing."""
+  jobs = [Job(name, (), tmp_path / f"{name}.json") for name in ("a", "b", "c", "d")]
+  record = Record(tmp_path, jobs)
+  assert record.made(jobs) == "no job so far"
+  for job, jax, device in zip(
+    jobs, "1223", ("2 x cpu", "1 x H200", "1 x H200", "1 x X"), strict=True
+  ):
+    job.output.write_text(json.dumps({"run": {"jax": jax, "device": device}}))
+    record.add(job, 1.0, done=job is not jobs[-1])
+  commits, versions, machine, devices = record.made(jobs).split("; ")
+  assert commits.startswith("commits ")
+  assert (versions, devices) == ("jax 1, 2", "1 x H200")
+  assert machine == processor()
 
 
 def test_needs_come_first_and_nothing_runs_twice(write, tmp_path):
