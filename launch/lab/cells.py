@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
+from PIL import Image
 
 from launch.engine import console
 from launch.engine.circumstances import circumstances, whole_command
@@ -39,7 +40,7 @@ from launch.lab.markdown import Region, beside, picture, table
 from launch.report import plots
 from lightningdit_jax import sampling, transport
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import place, read_note, write_json
+from vavae_jax.common.files import atomic_file, place, read_note, write_json
 from vavae_jax.common.keys import LAST_SEED
 from vavae_jax.metrics.distribution import Gaussian
 from vavae_jax.metrics.energy import energy_distance, told_apart
@@ -51,7 +52,8 @@ STEPS = (250, 500, 1000, 2000, 4000, 8000)  # after which samples are drawn
 HELD_OUT = 0.2  # share of the cells
 BATCH = 256
 LEARNING_RATE = 1e-3
-DECAY = 0.995  # of the average that is sampled
+DECAY = 0.995  # of the average that is sampled, less in the first 1,790 steps
+MAPS, COLOURS = 0.75, 48  # size and colours of the page's maps, of those of launch.evaluate
 GRID = 50  # points of the Euler solver, shifted as in the recipe
 FIGURES = {"frechet": "Frechet distance", "energy": "energy distance", "told": "told apart"}
 # Density CV, Gini and normalised entropy in the paper's table 6, f16d32.
@@ -103,18 +105,18 @@ def learn(train: np.ndarray, held: np.ndarray, width: int, seed: int) -> list[Re
     found = transport.losses(predicted, latent, noise, t_B)
     return jnp.mean(found["mse"] + found["cosine"])
 
-  def step(state: Any, key: jax.Array) -> tuple[Any, None]:
+  def step(state: Any, number: jax.Array) -> tuple[Any, None]:
     params, average, moments = state
+    key = jax.random.fold_in(jax.random.key(seed), number)
     change, moments = optimizer.update(jax.grad(loss)(params, key), moments, params)
     params = optax.apply_updates(params, change)
-    average = jax.tree.map(lambda a, p: DECAY * a + (1 - DECAY) * p, average, params)
+    decay = jnp.minimum(DECAY, (1 + number) / (10 + number))  # 0.995**250 is 29 % initial weights
+    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
     return (params, average, moments), None
 
   @functools.partial(jax.jit, static_argnames="count", donate_argnums=0)
   def advance(state: Any, begun: int, count: int) -> Any:
-    numbers = begun + jnp.arange(count)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
-    return jax.lax.scan(step, state, keys)[0]
+    return jax.lax.scan(step, state, begun + jnp.arange(count))[0]
 
   @jax.jit
   def draw(params: Any, key: jax.Array) -> jax.Array:
@@ -147,12 +149,14 @@ def compared(samples: np.ndarray, held: np.ndarray) -> dict[str, float]:
 
 def examine(name: str, cells: Cells, workdir: Path, settings: Settings) -> Results:
   """All results of one tokenizer's cells, those kept in `workdir` and new ones, which are kept."""
-  about = {"sha256": cells.about["sha256"], "width": settings.width, "runs": settings.runs}
   values, _ = cells.draw(10_000, 0)
   held, train = np.split(values, [round(HELD_OUT * len(values))])
+  latents = workdir / f"{name}-latents"
+  maps = latents.with_name(f"{latents.name}.png")
 
-  def kept(part: str, make: Any) -> Any:
-    path = workdir / f"{name}-{part}.json"
+  def kept(part: str, make: Any, **by: Any) -> Any:
+    """What a run before made of the same cells by the same settings, else what is made now."""
+    path, about = workdir / f"{name}-{part}.json", {"sha256": cells.about["sha256"], **by}
     if path.is_file() and (note := read_note(path, about=dict))["about"] == about:
       return note["found"]
     found = make()
@@ -160,7 +164,7 @@ def examine(name: str, cells: Cells, workdir: Path, settings: Settings) -> Resul
     return found
 
   def spread() -> Results:
-    output = Output(workdir / f"{name}-latents", "latents")
+    output = Output(latents, "latents")
     space.evaluate(cells, output, runs=settings.runs, seed=settings.seed)
     return read_note(output.json, figures=dict)
 
@@ -172,12 +176,13 @@ def examine(name: str, cells: Cells, workdir: Path, settings: Settings) -> Resul
       "training cells": compared(train[: len(held)], held),
     }
 
-  seeds = range(settings.seed, settings.seed + settings.seeds)
+  seeds, width = range(settings.seed, settings.seed + settings.seeds), settings.width
   return {
-    "spread": kept("spread", spread),
-    "controls": kept("controls", controls),
+    "spread": kept("spread", spread, runs=settings.runs, seed=settings.seed),
+    "maps": maps,
+    "controls": kept("controls", controls, seed=settings.seed),
     "learned": [
-      kept(f"learned-{seed}", functools.partial(learn, train, held, settings.width, seed))
+      kept(f"learned-{seed}", functools.partial(learn, train, held, width, seed), width=width)
       for seed in console.tracked(seeds, f"trainings on {name}", len(seeds))
     ],
     "held_out": len(held),
@@ -207,6 +212,7 @@ def lines_of(found: dict[str, Results], page: Path, settings: Settings) -> list[
       [row for name, results in found.items() for row in _spread_rows(name, results["spread"])],
     ),
     "",
+    *(line for name, results in found.items() for line in _maps(name, results["maps"], page)),
     *picture(_draw(found, beside(page, "learned")), "Distance of samples from held-out cells"),
     f"Samples of the small flow beside {first['held_out']:,} held-out cells, mean of "
     f"{settings.seeds} seeds and their range; told apart is 0.5 where samples and cells are alike.",
@@ -214,6 +220,19 @@ def lines_of(found: dict[str, Results], page: Path, settings: Settings) -> list[
     *table(("", *(f"{name}, {text}" for text in FIGURES.values() for name in found)), _rows(found)),
     "",
   ]
+
+
+def _maps(name: str, path: Path, page: Path) -> list[str]:
+  """The picture that launch.evaluate latents drew, in fewer colours, which are fewer bytes."""
+  target = beside(page, f"latents_{name}")
+  with Image.open(path) as image, atomic_file(target) as file:
+    small = image.convert("RGB").resize([round(MAPS * side) for side in image.size])
+    small.quantize(COLOURS).save(file, "PNG", optimize=True)
+  return picture(
+    target,
+    f"{name}: cells by the first t-SNE with their density; mean and deviation of the channels as "
+    "published; their correlations; signal to noise over times",
+  )
 
 
 def _spread_rows(name: str, spread: Results) -> list[tuple[str, ...]]:

@@ -40,4 +40,27 @@ def test_the_page_has_all_cells_and_controls_and_keeps_what_is_done(given, tmp_p
   text = "\n".join(cells.lines_of(found, tmp_path / "page.md", settings))
   for part in ("| plain, paper | 0.263 | 0.145 | 0.995 |", "| a fitted Gaussian |", "| 2 steps |"):
     assert part in text
-  assert (tmp_path / "page_learned.png").is_file()
+  for drawn in ("page_learned.png", "page_latents_plain.png"):
+    assert (tmp_path / drawn).is_file()
+    assert f"({drawn})" in text
+
+
+def test_another_seed_has_results_of_its_own(given, tmp_path, monkeypatch):
+  monkeypatch.setattr(cells, "learn", lambda *given: given[-1])
+  first, second = (
+    cells.examine("plain", given, tmp_path, Settings(runs=1, seeds=1, seed=seed, width=8))
+    for seed in (0, 1)
+  )
+  assert (second["spread"]["seed"], second["learned"]) == (1, [1])
+  changed = "a fitted Gaussian"
+  assert second["controls"][changed] != first["controls"][changed]
+
+
+def test_samples_of_the_first_steps_have_little_of_the_initial_weights(given, monkeypatch):
+  monkeypatch.setattr(cells, "STEPS", (100,))
+  values, _ = given.draw(400, 0)
+  (early,) = cells.learn(values[80:], values[:80], 64, seed=0)
+  monkeypatch.setattr(cells, "DECAY", 0.0)  # the weights themselves
+  (raw,) = cells.learn(values[80:], values[:80], 64, seed=0)
+  monkeypatch.undo()
+  assert early["frechet"] < 2 * raw["frechet"] + 0.02
