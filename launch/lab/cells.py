@@ -53,7 +53,7 @@ HELD_OUT = 0.2  # share of the cells
 BATCH = 256
 LEARNING_RATE = 1e-3
 DECAY = 0.995  # of the average that is sampled, less in the first 1,790 steps
-MAPS, COLOURS = 0.75, 48  # size and colours of the page's maps, of those of launch.evaluate
+MAPS = 0.75  # side of the page's maps, of those that launch.evaluate draws
 GRID = 50  # points of the Euler solver, shifted as in the recipe
 FIGURES = {"frechet": "Frechet distance", "energy": "energy distance", "told": "told apart"}
 # Density CV, Gini and normalised entropy in the paper's table 6, f16d32.
@@ -223,15 +223,16 @@ def lines_of(found: dict[str, Results], page: Path, settings: Settings) -> list[
 
 
 def _maps(name: str, path: Path, page: Path) -> list[str]:
-  """The picture that launch.evaluate latents drew, in fewer colours, which are fewer bytes."""
+  """The picture that launch.evaluate latents drew, in 256 colours: a quarter of the bytes."""
   target = beside(page, f"latents_{name}")
   with Image.open(path) as image, atomic_file(target) as file:
     small = image.convert("RGB").resize([round(MAPS * side) for side in image.size])
-    small.quantize(COLOURS).save(file, "PNG", optimize=True)
+    # The usual median cut gives dark red and yellow, which are rare here, to their neighbours.
+    small.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
   return picture(
     target,
     f"{name}: cells by the first t-SNE with their density; mean and deviation of the channels as "
-    "published; their correlations; signal to noise over times",
+    "published; their correlations; signal to noise over t, where t = 0 is noise",
   )
 
 
