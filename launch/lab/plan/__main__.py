@@ -75,7 +75,6 @@ def _plans() -> list[dict[str, Any]]:
     raise InputError(
       "Give --config=configs/NAME.py and --topology=CHIP:SIDES, or --published, or --all."
     )
-  chip = slices.chip_of(FLAGS.topology, slices.make_mesh(FLAGS.topology))
   sampled = FLAGS.what in ("sample", "fid50k")
   count = FLAGS.num_images or (SAMPLES if sampled else IMAGENET)
   if FLAGS.what == "fid50k":
@@ -83,7 +82,7 @@ def _plans() -> list[dict[str, Any]]:
     found = {what: plans[-1] for what, plans in tried.items()}
     tried["fid50k"] = [fid.together(found)]
     for what, plans in tried.items():
-      tables.show(FLAGS.topology, what, plans, chip, FLAGS.operations)
+      _show(what, plans)
     return [{"what": what, **plans[-1].to_dict()} for what, plans in tried.items()]
   made = []
   for one in planning.plans(
@@ -91,8 +90,13 @@ def _plans() -> list[dict[str, Any]]:
   ):
     made.append(one)
     console.say(f"{tables.shown(one.settings)}: {'fits' if one.fits else 'does not fit'}")
-  tables.show(FLAGS.topology, FLAGS.what, made, chip, FLAGS.operations)
+  _show(FLAGS.what, made)
   return [one.to_dict() for one in made]
+
+
+def _show(what: str, made: list[planning.Plan]) -> None:
+  chip = slices.chip_of(FLAGS.topology, slices.make_mesh(FLAGS.topology))
+  tables.show(FLAGS.topology, what, made, chip, FLAGS.operations)
 
 
 FLAGS = flags.FLAGS
