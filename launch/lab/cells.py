@@ -154,10 +154,15 @@ def examine(name: str, cells: Cells, workdir: Path, settings: Settings) -> Resul
   latents = workdir / f"{name}-latents"
   maps = latents.with_name(f"{latents.name}.png")
 
-  def kept(part: str, make: Any, **by: Any) -> Any:
-    """What a run before made of the same cells by the same settings, else what is made now."""
+  def kept(part: str, make: Any, *files: Path, **by: Any) -> Any:
+    """What a run before made of the same cells by the same settings, with `files` beside it, else
+    what is made now.
+    """
     path, about = workdir / f"{name}-{part}.json", {"sha256": cells.about["sha256"], **by}
-    if path.is_file() and (note := read_note(path, about=dict))["about"] == about:
+    if (
+      all(x.is_file() for x in (path, *files))
+      and (note := read_note(path, about=dict))["about"] == about
+    ):
       return note["found"]
     found = make()
     write_json(path, {"about": about, "found": found})
@@ -178,7 +183,7 @@ def examine(name: str, cells: Cells, workdir: Path, settings: Settings) -> Resul
 
   seeds, width = range(settings.seed, settings.seed + settings.seeds), settings.width
   return {
-    "spread": kept("spread", spread, runs=settings.runs, seed=settings.seed),
+    "spread": kept("spread", spread, maps, runs=settings.runs, seed=settings.seed),
     "maps": maps,
     "controls": kept("controls", controls, seed=settings.seed),
     "learned": [

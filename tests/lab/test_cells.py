@@ -43,6 +43,8 @@ def test_the_page_has_all_cells_and_controls_and_keeps_what_is_done(given, tmp_p
   for drawn in ("page_learned.png", "page_latents_plain.png"):
     assert (tmp_path / drawn).is_file()
     assert f"({drawn})" in text
+  (tmp_path / "plain-latents.png").unlink()
+  assert cells.examine("plain", given, tmp_path, settings)["maps"].is_file()
 
 
 def test_another_seed_has_results_of_its_own(given, tmp_path, monkeypatch):
