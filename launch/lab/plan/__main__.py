@@ -81,8 +81,7 @@ def _plans() -> list[dict[str, Any]]:
     tried = fid.plans_of(FLAGS.config, FLAGS.topology, count)
     found = {what: plans[-1] for what, plans in tried.items()}
     tried["fid50k"] = [fid.together(found)]
-    for what, plans in tried.items():
-      _show(what, plans)
+    _show(tried)
     return [{"what": what, **plans[-1].to_dict()} for what, plans in tried.items()]
   made = []
   for one in planning.plans(
@@ -90,13 +89,14 @@ def _plans() -> list[dict[str, Any]]:
   ):
     made.append(one)
     console.say(f"{tables.shown(one.settings)}: {'fits' if one.fits else 'does not fit'}")
-  _show(FLAGS.what, made)
+  _show({FLAGS.what: made})
   return [one.to_dict() for one in made]
 
 
-def _show(what: str, made: list[planning.Plan]) -> None:
+def _show(tried: dict[str, list[planning.Plan]]) -> None:
   chip = slices.chip_of(FLAGS.topology, slices.make_mesh(FLAGS.topology))
-  tables.show(FLAGS.topology, what, made, chip, FLAGS.operations)
+  for what, plans in tried.items():
+    tables.show(FLAGS.topology, what, plans, chip, FLAGS.operations)
 
 
 FLAGS = flags.FLAGS

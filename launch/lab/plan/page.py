@@ -26,7 +26,7 @@ XL = "configs/lightningdit_xl_64ep.py"
 VAVAE = "configs/vavae_f16d32.py"
 # The rest of the published sizes; the recipes of 800 epochs and on the SD-VAE have XL/1's step.
 OTHERS = tuple(f"configs/lightningdit.py:{size}/1" for size in ("B", "L", "1p0B", "1p6B"))
-# What goes beyond the paper; the last takes a core an hour for each slice.
+# What goes beyond the paper; the last takes a core up to an hour for each slice.
 BEYOND = tuple(
   f"configs/{name}"
   for name in (
