@@ -415,8 +415,12 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
     ("rebuilt", {"teacher": "x"}, r"--teacher would not .* reads\.$"),
     ("rebuilt", {"train": True, "tokenizer": "x"}, "--tokenizer would not .*, or --train"),
     ("rebuilt", {"train": True, "teacher": "x"}, r"--teacher would not .* reads\.$"),
-    ("rebuilt", {"set": ("sample.batch_size=4",)}, "--set would not .*, or give --train"),
-    ("sampled", {"set": ("accumulate_steps=2",)}, "--set would not .*, or give --train"),
+    ("rebuilt", {"set": ("loader.threads=2",)}, "--set=loader.* would not .*, or give --train"),
+    (
+      "sampled",
+      {"set": ("sample.batch_size=4", "accumulate_steps=2")},
+      "^--set=accumulate_steps=2 would not .*, or give --train",
+    ),
   ],
 )
 def test_a_flag_that_nothing_would_read_is_refused(published, number, changes, told, tmp_path):

@@ -16,8 +16,8 @@ a report.
 
 Sampler, grid, guidance, labels and count are the record's and no flags. --set changes by what means
 it is computed: --set=accumulate_steps=16 --set=sample.batch_size=32, or --set=mesh.data=1
---set=mesh.fsdp=-1. docs/reproduce.md lists the numbers, their times, and what to do when one does
-not come out.
+--set=mesh.fsdp=-1; without --train only keys of sample. docs/reproduce.md lists the numbers, their
+times, and what to do when one does not come out.
 """
 
 from __future__ import annotations

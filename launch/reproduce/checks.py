@@ -55,8 +55,9 @@ def check(record: Record, given: Given, workdir: Path) -> Checked:
   """
   if unknown := sorted({*given.allow} - {*CAUSES}):
     raise InputError(f"--allow is {unknown[0]!r}; choose of {', '.join(CAUSES)}.")
+  # Before a download.
+  config_of(record.recipe or record.tokenizer.recipe, record.changes, given)
   check_read(record, given)
-  config_of(record.recipe or record.tokenizer.recipe, record.changes, given)  # before a download
   paths = find_all(record, given)
   with console.naming({"--weights": "--inception"}):
     network = load_network(record.protocol, str(paths.get("inception", "")))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+from ml_collections import ConfigDict
 
 from launch.engine import console
 from launch.evaluation.features import CACHES, EFFICIENTNET
@@ -47,9 +48,9 @@ class Need(NamedTuple):
 
 
 def reads(record: Record, given: Given) -> dict[str, bool]:
-  """Of each flag that names a file or a source, or sets a key, whether anything reads it."""
+  """Of each flag that names a file or a source, whether anything reads it."""
   sampled, train = bool(record.recipe), given.train
-  aligned = train and not sampled and bool(_teacher(record))
+  aligned = train and not sampled and bool(_tokenizer(record).teacher.name)
   encoded = train and not (sampled and given.latents)
   # A workdir knows them; and the latents that are encoded have their own.
   fixed = not given.diffusion or given.diffusion.endswith(SUFFIXES)
@@ -65,23 +66,23 @@ def reads(record: Record, given: Given) -> dict[str, bool]:
     "validation": not sampled,
     **dict.fromkeys(("lpips_vgg", "lpips_heads"), not sampled),
     "teacher": aligned,
-    # Of weights that are there only the sampler is set.
-    "set": train or (sampled and all(word.startswith("sample.") for word in given.set)),
   }
 
 
-def _teacher(record: Record) -> str:
-  """The teacher of a number's tokenizer; "" for none."""
-  return str(config_of(record.tokenizer.recipe, {}).teacher.name)
+def _tokenizer(record: Record) -> ConfigDict:
+  """The configuration by which a number's tokenizer is trained."""
+  return config_of(record.tokenizer.recipe, {})
 
 
 def check_read(record: Record, given: Given) -> None:
   """Raises InputError for flags that would change nothing."""
 
   def unread(given: Given) -> list[str]:
-    return [
-      flag for flag, read in reads(record, given).items() if getattr(given, flag) and not read
-    ]
+    read = reads(record, given)
+    files = [flag for flag in read if getattr(given, flag) and not read[flag]]
+    # Of weights that are there only the sampler can be set.
+    words = [x for x in given.set if not record.recipe or not x.startswith("sample.")]
+    return [*files, *(f"set={word}" for word in words if not given.train)]
 
   if found := unread(given):
     leave = "leave out what nothing reads"
@@ -112,16 +113,23 @@ def needs(record: Record, given: Given) -> dict[str, Need]:
     if read[flag] and not getattr(given, flag):  # else whoever opens them says what is wrong
       source = wanted.source.partition(":")[2]
       found[flag] = Need(wanted.name, "", File(wanted.address), (source,))
-  if read["teacher"]:
-    published = teachers.find(name := _teacher(record))[1].published
-    address = published.partition(", ")[0]
-    found["teacher"] = Need(f"the teacher {name}", given.teacher, File(address), ())
-  config = config_of(record.tokenizer.recipe, {})
-  learnt = config.perceptual.network == "lpips" and config.loss.perceptual_weight > 0
-  if given.train and read["lpips_vgg"] and learnt and not given.lpips_vgg:
-    found["lpips_vgg"] = Need("LPIPS' VGG16", "", LPIPS_VGG, (config.perceptual.vgg,))
+  if given.train and not record.recipe:
+    found |= _to_train(_tokenizer(record), given)
+  return found
+
+
+def _to_train(config: ConfigDict, given: Given) -> dict[str, Need]:
+  """The frozen networks of a tokenizer's training, but for those that are installed."""
+  found: dict[str, Need] = {}
+  name, files = config.teacher.name, config.perceptual
+  if name and (published := teachers.find(name)[1].published):
+    address = File(published.partition(", ")[0])
+    found["teacher"] = Need(f"the teacher {name}", given.teacher, address, ())
+  learnt = files.network == "lpips" and config.loss.perceptual_weight > 0
+  if learnt and not given.lpips_vgg:  # else whoever reads it says what is wrong
+    found["lpips_vgg"] = Need("LPIPS' VGG16", "", LPIPS_VGG, (files.vgg,))
     if not given.lpips_heads:
-      found["lpips_heads"] = Need("LPIPS' heads", "", LPIPS_HEADS, (config.perceptual.heads,))
+      found["lpips_heads"] = Need("LPIPS' heads", "", LPIPS_HEADS, (files.heads,))
   return found
 
 
