@@ -193,6 +193,19 @@ def test_fid_of_published_weights(published, from_weights):
   assert all("WRONG" not in verdict for _, verdict in told.values())
 
 
+def test_figures_are_shown_beside_the_published_ones(published, from_weights, capsys):
+  """Also one that was not computed; then comes a command whose files are there."""
+  figures = {"fd_tiny": 12.3456}
+  command.show_result("tiny", published.sampled, published.given, from_weights, figures)
+  shown, _, command_line = capsys.readouterr().out.partition("next: ")
+  shown = " ".join(shown.replace("│", " ").split())
+  assert "fd_tiny 12.35 5" in shown
+  assert "precision - 0.5" in shown
+  words = dict(word.split("=", 1) for word in command_line.split() if "=" in word)
+  assert Path(words["--workdir"], "checkpoints").is_dir()
+  assert Path(words["--evaluations"]).is_file()
+
+
 def test_what_is_done_is_not_done_again(published, from_weights):
   before = {path: path.stat().st_mtime_ns for path in from_weights.rglob("*") if path.is_file()}
   make(published.sampled, published.given, from_weights)
@@ -390,6 +403,8 @@ def test_what_nobody_can_change_is_refused(published, tmp_path):
   assert (config.sample.batch_size, config.mesh.fsdp, config.seed) == (4, -1, 3)
   with pytest.raises(InputError, match="--allow is 'all'; choose of inception"):
     checks.check(published.sampled, published.given_with(allow=("all",)), tmp_path)
+  with pytest.raises(InputError, match=r"^--allow=labels: no .* are for inception, reference, t"):
+    checks.check(published.sampled, published.given_with(allow=("labels",)), tmp_path)
   with pytest.raises(InputError, match=r"sample.batch_size=2: .* has no sample\.batch_size"):
     config_of(published.rebuilt.tokenizer.recipe, {}, Given(set=("sample.batch_size=2",)))
   given = published.given_with(set=("batch_size=8",), reference="", train=True)

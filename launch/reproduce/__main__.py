@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def show_all() -> None:
   console.say("--train: of these no weights are published.")
 
 
+def show_result(
+  name: str, record: Record, given: Given, workdir: Path, figures: Mapping[str, float]
+) -> None:
+  """The figures of a number beside the published ones, and the command that exports its model."""
+  shown = [
+    (k, f"{figures[k]:.4g}" if k in figures else "-", f"{x:g}") for k, x in record.figures.items()
+  ]
+  console.table(f"{name}, to attach: {workdir / RESULT}", ("figure", "here", "published"), shown)
+  part, kind = "diffusion" if record.recipe else "tokenizer", stages.kind(record)
+  made = workdir / part if (workdir / part).exists() else getattr(given, part)
+  words = (f"--workdir={made}", f"--output={workdir / 'model'}")
+  console.say_next("export", *words, f"--evaluations={workdir / kind}.json")
+
+
 def main(*words: str) -> None:
   if not words:
     own = flags.FLAGS.get_key_flags_for_module("__main__")
@@ -143,14 +158,7 @@ def main(*words: str) -> None:
   if FLAGS.check or not figures:
     console.say("No check refuses the number.")
     return
-  shown = [
-    (k, f"{figures[k]:.4g}" if k in figures else "-", f"{x:g}") for k, x in record.figures.items()
-  ]
-  console.table(f"{name}, to attach: {workdir / RESULT}", ("figure", "here", "published"), shown)
-  part, kind = "diffusion" if record.recipe else "tokenizer", stages.kind(record)
-  made = workdir / part if (workdir / part).exists() else getattr(given, part)
-  words = (f"--workdir={made}", f"--output={workdir / 'model'}")
-  console.say_next("export", *words, f"--evaluations={workdir / kind}.json")
+  show_result(name, record, given, workdir, figures)
 
 
 FLAGS = flags.FLAGS

@@ -32,9 +32,11 @@ class Checked:
   lpips: Lpips | None = None  # of rFID's tokenizers, where its files are there
   rows: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
   refused: list[str] = dataclasses.field(default_factory=list)
+  causes: set[str] = dataclasses.field(default_factory=set)  # of which there was a check
 
   def tell(self, cause: str, what: str, found: str, wrong: str = "") -> None:
     """Notes a check; `wrong` says what is wrong, "" if nothing."""
+    self.causes.add(cause)
     if wrong and cause not in self.allow:
       self.refused.append(f"{what}: {wrong} ({cause})")
     verdict = "ALLOWED" if cause in self.allow else f"WRONG ({cause})"
@@ -43,6 +45,7 @@ class Checked:
   def file(self, cause: str, what: str, path: Path, wanted: File) -> str:
     """Notes a file with its hash, which it returns; without a known hash its name may tell it."""
     sha256, wrong = sha256_of(path), ""
+    self.causes.add(cause)
     if not sha256.startswith(wanted.sha256):
       wrong = f"the published one's sha256 begins {wanted.sha256}"
     elif not wanted.sha256 and path.name in _NAMES - {wanted.name}:
@@ -62,4 +65,10 @@ class Checked:
       raise InputError(
         f"The number would not come out: {'; '.join(self.refused)}. docs/reproduce.md explains "
         "them; --allow=CAUSE goes on in spite of one in brackets, and the result says so."
+      )
+    if unread := sorted({*self.allow} - self.causes):
+      checked = ", ".join(cause for cause in CAUSES if cause in self.causes)
+      raise InputError(
+        f"--allow={unread[0]}: no check of this number is for that cause; leave it out. Its checks "
+        f"are for {checked}."
       )
