@@ -25,7 +25,7 @@ from tests.reference import procedural
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import images, sources
 from vavae_jax.data.order import Share
-from vavae_jax.data.sources import files, listing
+from vavae_jax.data.sources import datasets, files, listing
 
 CLASSES = ["cat", "dog"]
 # A folder's name, which is no pattern.
@@ -684,6 +684,63 @@ def lost_shard(root):
 def pipe_of_parquet(root):
   os.mkfifo(root / "x.parquet")
   return f"hf:{root}"
+
+
+@pytest.mark.parametrize(
+  "name", ["{}-00000-of-00001.parquet", "{}.parquet", "{}/0000.parquet", "cats-{}-0.parquet"]
+)
+def test_splits_are_told_apart_and_one_can_be_named(name, tmp_path):
+  """However others lay them out; in a folder whose own name says nothing of them."""
+  root = tmp_path / "train"
+  for count, split in enumerate(("test", "train"), 1):
+    (path := root / name.format(split)).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [b"x"] * count}), path)
+  with pytest.raises(InputError, match="has the splits test, train; choose one") as refused:
+    sources.open_source(f"hf:{root}")
+  advised = str(refused.value).rpartition("such as ")[2].rstrip(".")
+  assert len(sources.open_source(advised)) == 1
+
+
+def test_a_split_of_the_hub_is_that_alone(tmp_path, monkeypatch):
+  """Its cache may have others, and without a network gives what it has."""
+
+  def fetched(*_, **__):
+    return str(tmp_path / "snapshot")
+
+  monkeypatch.setattr(datasets.huggingface_hub, "snapshot_download", fetched)
+  with pytest.raises(InputError, match=r"me/pics has no .*begin with test; its split"):
+    sources.open_source("hf:me/pics/test")
+  (tmp_path / "snapshot" / "data").mkdir(parents=True)
+  train = tmp_path / "snapshot" / "data" / "train-00000-of-00001.parquet"
+  pq.write_table(pa.table({"image": [b"x"]}), train)
+  with pytest.raises(InputError, match=r"me/pics has no .*begin with test; its split"):
+    sources.open_source("hf:me/pics/test")
+  pq.write_table(pa.table({"image": [b"x", b"y"]}), train.with_name("test.parquet"))
+  for spec, count in (("hf:me/pics/train", 1), ("hf:me/pics/test", 2)):
+    assert len(sources.open_source(spec)) == count
+  with pytest.raises(InputError, match=r"splits test, train; choose one, such as hf:me/pics/test"):
+    sources.open_source("hf:me/pics")
+
+
+def test_pictures_beside_the_folders_of_a_single_class_are_told(tmp_path):
+  """Which are classes, one folder deeper than they should be, or not."""
+  for name in ("photos/cat/1.png", "photos/dog/2.png", "photos/preview.png"):
+    (path := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(name))
+  source = sources.open_source(f"folder:{tmp_path}")
+  assert source.class_names == ["photos"]
+  told = "one class, photos, since photos/preview.png lies beside the folders cat, dog"
+  assert told in source.beside
+  shutil.rmtree(tmp_path / "photos/dog")
+  assert sources.open_source(f"folder:{tmp_path}").beside == ""  # one folder tells no classes
+
+
+def test_records_of_this_folder_are_found_by_a_pattern(tmp_path, monkeypatch):
+  make_records(tmp_path)
+  monkeypatch.chdir(tmp_path / "records")
+  assert len(sources.open_source("arrayrecord:pictures-*")) == len(
+    sources.open_source("arrayrecord:.")
+  )
 
 
 def test_a_folder_may_be_deeper_than_calls(tmp_path):

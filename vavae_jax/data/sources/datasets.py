@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -215,29 +217,25 @@ def _classes_in(schema: Any) -> dict[str, list[str]]:
   }
 
 
+# A split's name in that of a file or folder, by itself.
+_SPLIT = re.compile(
+  r"(?<![a-z])(train(?:ing)?|valid(?:ation)?|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])", re.I
+)
+
+
 def _parquet_files(path: str) -> list[str]:
   if os.path.isdir(path):
-    folders = os.walk(path, onerror=_unreadable)
-    below = (Path(at, name) for at, _, names in folders for name in names)
-    files = (file for file in below if file.suffix == ".parquet" and file.is_file())
-    found = sorted(str(x) for x in files if not is_hidden(x.relative_to(path).as_posix()))
-  else:
-    found = [str(file) for file in named_files(path)]
-  splits = {Path(file).name.partition("-")[0] for file in found if "-of-" in Path(file).name}
-  if len(splits) > 1:
-    raise InputError(
-      f"hf:{path} has the splits {', '.join(sorted(splits))}; choose one, such as "
-      f"hf:{Path(found[0]).parent}/{min(splits)}-*.parquet."
-    )
-  if found:
-    return found
-  if os.path.isdir(path) or path.count("/") not in (1, 2) or path.startswith((".", "/")):
+    return _of_one_split(_below(path), path)
+  if found := [str(file) for file in named_files(path)]:
+    return _of_one_split(found, path)
+  if path.count("/") not in (1, 2) or path.startswith((".", "/")):
     raise InputError(f"hf:{path} has no parquet files.")
   owner, name, *split = path.split("/")
   pattern = f"{split[0]}*.parquet" if split else "*.parquet"
+  patterns = [pattern, f"*/{pattern}"]
   try:
     folder = huggingface_hub.snapshot_download(
-      f"{owner}/{name}", repo_type="dataset", allow_patterns=[pattern, f"*/{pattern}"]
+      f"{owner}/{name}", repo_type="dataset", allow_patterns=patterns
     )
   except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
     reason = str(error).strip().partition("\n")[0]
@@ -245,4 +243,53 @@ def _parquet_files(path: str) -> list[str]:
       f"hf:{path} is not a file or folder here, and could not be fetched ({reason}). Without a "
       f"network, fetch the parquet files of {owner}/{name} elsewhere, and give their folder."
     ) from error
-  return _parquet_files(folder)
+  # Where other splits may be, too, which were fetched before.
+  there = {os.path.relpath(file, folder): file for file in _below(folder)}
+  fitting = [file for name, file in there.items() if any(fnmatch(name, x) for x in patterns)]
+  if not fitting:
+    begins = f" whose names begin with {split[0]}; its split" if split else ""
+    raise InputError(
+      f"{owner}/{name} has no parquet files{begins} was not fetched yet, or is called otherwise."
+    )
+  return _of_one_split(fitting, path, hub=f"{owner}/{name}")
+
+
+def _below(folder: str) -> list[str]:
+  """The parquet files in a folder and those in it, sorted; none if there is no such folder."""
+  walk = os.walk(folder, onerror=_unreadable) if os.path.isdir(folder) else ()
+  paths = (Path(at, name) for at, _, names in walk for name in names)
+  files = (file for file in paths if file.suffix == ".parquet" and file.is_file())
+  return sorted(str(x) for x in files if not is_hidden(x.relative_to(folder).as_posix()))
+
+
+def _of_one_split(found: list[str], path: str, hub: str = "") -> list[str]:
+  """The files; InputError if there are none, or of several splits."""
+  if not found:
+    raise InputError(f"hf:{path} has no parquet files.")
+  base = os.path.commonpath([os.path.dirname(file) for file in found])
+  splits = {_split_of(os.path.relpath(file, base)): file for file in reversed(found)}
+  splits.pop("", None)
+  if len(splits) > 1:
+    chosen = min(splits)
+    one = f"{hub}/{chosen}" if hub else _pattern_of(chosen, splits[chosen], base)
+    raise InputError(
+      f"hf:{path} has the splits {', '.join(sorted(splits))}; choose one, such as hf:{one}."
+    )
+  return found
+
+
+def _split_of(name: str) -> str:
+  """The split that the name of a file and of the folders above it tell; "" where they do not."""
+  if words := _SPLIT.findall(name):
+    return words[-1]
+  numbered = re.match(r"(.+?)-\d+-of-\d+", os.path.basename(name))
+  return numbered[1] if numbered else ""
+
+
+def _pattern_of(split: str, file: str, base: str) -> str:
+  """What names the files of a split, of which one is given."""
+  parts = Path(os.path.relpath(file, base)).parts
+  if split in parts[:-1]:
+    return str(Path(base, *parts[: parts.index(split) + 1]))
+  begin = "" if parts[-1].startswith(split) else "*"
+  return str(Path(base, *parts[:-1], f"{begin}{split}*.parquet"))

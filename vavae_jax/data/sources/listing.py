@@ -70,7 +70,23 @@ class Listing:
       counts.append(
         f"{len(twins)} classes that differ by case or by Unicode's form alone, such as {twins[0]}"
       )
+    if class_names != [NO_CLASS] and len(class_names) == 1:
+      counts += _hidden_classes(names, class_names[0])
     return ", ".join(counts)
+
+
+def _hidden_classes(names: list[str], class_name: str) -> list[str]:
+  """Of a single class: folders that are classes but for pictures beside them, for people."""
+  below = [name.partition("/")[2] for name in _below_common(names)]
+  folders = sorted({name.partition("/")[0] for name in below if "/" in name})
+  strays = [name for name, rest in zip(names, below, strict=True) if "/" not in rest]
+  if not strays or len(folders) < 2:
+    return []
+  told = ", ".join(folders[:3]) + ", ..." * (len(folders) > 3)
+  return [
+    f"one class, {class_name}, since {strays[0]} lies beside the folders {told}; move it away if "
+    "these are the classes"
+  ]
 
 
 def classes_of(names: list[str], where: str) -> tuple[list[str], np.ndarray]:

@@ -36,6 +36,7 @@ class Records(Source):
     chosen = "*"
     if not os.path.lexists(folder) and any(c in os.path.basename(folder) for c in "*?["):
       folder, chosen = os.path.split(folder)
+      folder = folder or "."
     self._folder = folder
     check_path(folder)
     path = Path(folder) / DESCRIPTION
