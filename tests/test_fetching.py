@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -97,6 +98,47 @@ def test_another_file_at_the_same_place_is_copied_anew(tmp_path):
   os.utime(path, ns=(1, 1))
   assert fetching.local_folder(str(path), str(tmp_path / "cache")) == folder
   assert not (folder / "left_over").exists()
+
+
+def test_what_lies_beside_latents_is_nothing_to_a_copy(bucket, tmp_path):
+  for file in FILES:
+    bucket.pipe(f"/shards/{file.name}", file.read_bytes())
+  folder = fetching.local_folder("memory://shards", str(tmp_path / "cache"))
+  (folder / "kept").touch()
+  bucket.pipe("/shards/README.md", b"of whom they are")
+  bucket.pipe("/shards/pictures/1.png", b"x")
+  assert fetching.local_folder("memory://shards", str(tmp_path / "cache")) == folder
+  assert (folder / "kept").exists()
+
+
+@pytest.mark.parametrize("name", ["shard.safetensors", "latents.tar"])
+def test_another_file_on_the_hub_is_known_by_its_hash(name, monkeypatch):
+  """The hub tells no times, and a hash only where it lists files."""
+
+  def seen(blob):
+    about = {"name": f"datasets/O/N/{name}", "size": 7, "type": "file"}
+    system = SimpleNamespace(
+      ls=lambda root, detail: [about | {"blob_id": blob, "lfs": None, "last_commit": None}],
+      info=lambda root: about,
+    )
+    monkeypatch.setattr(fetching.fsspec.core, "url_to_fs", lambda _: (system, ""))
+    return fetching._entries(f"hf://datasets/O/N/{name if name.endswith('.tar') else ''}")
+
+  assert seen("a" * 40) != seen("b" * 40)
+
+
+def test_what_a_killed_copy_left_is_removed(tmp_path):
+  path = split_into(tmp_path / "splits", tar())
+  folder = fetching.local_folder(path, str(tmp_path / "cache"))
+  (folder / "complete.json").unlink()
+  (folder / f".{FILES[0].name}.12.partial").mkdir()
+  assert fetching.local_folder(path, str(tmp_path / "cache")) == folder
+  assert not list(folder.glob(".*"))
+
+
+def test_a_cache_in_a_bucket_is_refused():
+  with pytest.raises(InputError, match=r"^config\.latents\.cache is gs://b/c: .*of this machine"):
+    fetching.local_folder("memory://shards", "gs://b/c")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "[" * 10**5])

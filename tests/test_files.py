@@ -260,3 +260,12 @@ def test_a_path_begins_at_home_where_it_says_so(monkeypatch):
   assert place("runs/~") == Path("runs/~")
   with pytest.raises(InputError, match="only trainings, latents, samples and evaluations"):
     local_place("gs://bucket/runs")
+
+
+def test_an_output_may_be_the_folder_where_one_is(tmp_path, monkeypatch):
+  """So that notes can stand beside it."""
+  monkeypatch.chdir(tmp_path)
+  for of in (place, local_place):
+    assert (of("."), of("a/.."), of("./a")) == (tmp_path, tmp_path, Path("a"))
+    with pytest.raises(InputError, match=r"^/ has no name; give a folder below it\.$"):
+      of("/")

@@ -26,7 +26,16 @@ import fsspec
 from lightningdit_jax.store.latents import MANIFEST, PUBLISHED_STATISTICS, STATISTICS, LatentStore
 from vavae_jax.common.addresses import url_of_data
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import at_home, atomic_path, check_free, is_url, read_note, write_json
+from vavae_jax.common.files import (
+  at_home,
+  atomic_path,
+  check_free,
+  is_url,
+  local_place,
+  read_note,
+  remove_partial,
+  write_json,
+)
 
 # (path, bytes copied, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -59,7 +68,7 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
     path = str(folder.resolve())
   elif not is_url(path):
     path = str(Path(path).resolve())
-  home = Path(at_home(cache or DEFAULT_CACHE))
+  home = local_place(cache or DEFAULT_CACHE, "config.latents.cache")
   folder = home / hashlib.sha256(path.encode()).hexdigest()[:16]
   with _locked(home / f"{folder.name}.lock"):
     try:
@@ -80,16 +89,20 @@ def local_folder(path: str, cache: str = "", progress: Progress | None = None) -
 
 
 def _entries(path: str) -> dict[str, list[Any]]:
-  """Name -> [size, a mark that changes with the file], for each file of a path."""
+  """Name -> [size, a mark that changes with the file], for each file of a path that is copied."""
   system, root = fsspec.core.url_to_fs(path)
-  found = [system.info(root)] if _is_archive(path) else system.ls(root, detail=True)
-  marks = ("mtime", "etag", "ETag", "updated", "created")
+  if not (alone := _is_archive(path)) or path.startswith("hf://"):  # whose lists alone have hashes
+    found = system.ls(root, detail=True)
+  else:
+    found = [system.info(root)]
+  marks = ("mtime", "etag", "ETag", "updated", "created", "blob_id")
   return {
     str(entry["name"]): [
       int(entry["size"] or 0),
       next((str(entry[mark]) for mark in marks if entry.get(mark)), ""),
     ]
     for entry in found
+    if alone or _wanted(entry["name"]) or _is_part(entry["name"])
   }
 
 
@@ -112,6 +125,7 @@ def _fill(path: str, entries: dict[str, list[Any]], folder: Path, progress: Prog
     raise InputError(f"{path} holds no latent shards and no parts of a tar.")
   total = sum(sizes[name] for name in shards or parts)
   folder.mkdir(parents=True, exist_ok=True)
+  remove_partial(folder)
   write_json(folder / _BEGUN, entries)
   copied = sum(file.stat().st_size for file in folder.iterdir())
   why = f"for {path}; set config.latents.cache to a folder on a larger disk"
@@ -228,9 +242,11 @@ def _is_archive(path: str) -> bool:
 
 def _parts(names: list[str]) -> list[str]:
   """The names that are parts of a split tar, in order."""
-  return [
-    name for name in names if re.search(r"^split_\w+$|\.part[-_]?(\d+|[a-z]{2})$", _last(name))
-  ]
+  return [name for name in names if _is_part(name)]
+
+
+def _is_part(name: str) -> bool:
+  return bool(re.search(r"^split_\w+$|\.part[-_]?(\d+|[a-z]{2})$", _last(name)))
 
 
 def _wanted(name: str) -> bool:

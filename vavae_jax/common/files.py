@@ -164,14 +164,24 @@ def at_home(text: str) -> str:
   return found
 
 
-def local_place(text: str) -> Path:
-  """The path of an output that a person named; InputError for a bucket, into which it cannot go."""
+def local_place(text: str, key: str = "") -> Path:
+  """The path of an output that a person named, by a `key` of the settings if not on the command
+  line; InputError for a bucket, into which it cannot go.
+  """
   if is_url(text):
     raise InputError(
-      f"{text}: only trainings, latents, samples and evaluations are written to a bucket; "
-      "give a path of this machine."
+      f"{key}{' is ' * bool(key)}{text}: only trainings, latents, samples and evaluations are "
+      "written to a bucket; give a path of this machine."
     )
-  return Path(at_home(text))
+  return _with_name(Path(at_home(text)))
+
+
+def _with_name(path: Path) -> Path:
+  """The path, which ends in a name, so that a note can stand beside it; "." and ".." do not."""
+  named = path if path.name not in ("", "..") else path.resolve()
+  if not named.name:
+    raise InputError(f"{named} has no name; give a folder below it.")
+  return named
 
 
 def place(text: str) -> Path:
@@ -181,7 +191,7 @@ def place(text: str) -> Path:
   another kind, or one whose package is not installed.
   """
   if not is_url(text):
-    return Path(at_home(text))
+    return _with_name(Path(at_home(text)))
   scheme = text.split("://")[0]
   if scheme not in BUCKETS:
     raise InputError(f"{text}: {scheme}:// is not one of {', '.join(BUCKETS)}.")

@@ -26,7 +26,7 @@ from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.batches import Batches
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import at_home, atomic_file, read_note, sha256_of, write_json
+from vavae_jax.common.files import atomic_file, local_place, read_note, sha256_of, write_json
 from vavae_jax.data import images, selection, sources
 
 BATCH = 64  # pictures at once on a device
@@ -154,7 +154,8 @@ def place_of(config: FrozenConfigDict, source: sources.Source, indices: np.ndarr
   """The file of a configuration's features, whether there is one or not."""
   origin = json.dumps(_origin(config, source, indices), sort_keys=True)
   digest = hashlib.sha256(origin.encode()).hexdigest()
-  return Path(at_home(config.teacher.cache)) / f"{config.teacher.name}-{digest[:16]}.npy"
+  folder = local_place(config.teacher.cache, "config.teacher.cache")
+  return folder / f"{config.teacher.name}-{digest[:16]}.npy"
 
 
 def _origin(
