@@ -349,7 +349,7 @@ def _latents() -> Keys:
     "latent_norm": Key(True, text="Normalise each channel by mean and deviation."),
     "latent_multiplier": Key(1.0, "(0, 1e6]"),
     "valid_path": Key("", text="A store of held-out latents, for the validation losses."),
-    "valid_samples": Key(1024, COUNT, "How many of them."),
+    "valid_samples": Key(1024, COUNT, "How many of them, spread over the store."),
   }
 
 

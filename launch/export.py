@@ -44,6 +44,7 @@ from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import local_place, read_note, remove_partial
 from vavae_jax.common.keys import DTYPES
 from vavae_jax.data import changes
+from vavae_jax.data.order import spread
 from vavae_jax.tokenizer import Tokenizer
 
 SAMPLES = 8  # of each class
@@ -107,7 +108,7 @@ def push(output: Path, name: str, *, private: bool = False) -> str:
 def _sheet(model: Pipeline, samples: int) -> np.ndarray:
   """Samples, one row a class."""
   count = model.config.model.num_classes
-  labels = np.linspace(0, count - 1, min(count, _ROWS)).round().astype(int).tolist()
+  labels = spread(count, _ROWS).tolist()
   with console.Bar("samples", 1) as bar:
     pictures = model.sample(labels, num=samples, progress=False)
     bar.update(1)

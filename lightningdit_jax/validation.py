@@ -17,6 +17,7 @@ from vavae_jax.common import mesh
 from vavae_jax.common.batches import in_shares
 from vavae_jax.common.optimizer import State, averaged
 from vavae_jax.common.sharding import whole
+from vavae_jax.data.order import spread
 
 Metrics = dict[str, jax.Array]
 Losses = Callable[..., Metrics]  # `training.losses`
@@ -35,21 +36,23 @@ def times(config: FrozenConfigDict) -> np.ndarray:
 def evaluator(config: FrozenConfigDict, losses: Losses) -> Callable[[State], dict[str, float]]:
   """Losses of the averaged model on fixed latents, with fixed noise, on a fixed grid of times.
 
-  Equal weights give equal numbers, whatever training drew. The result maps a state to {"mse": mean
-  over all, "mse_t0.06": at the time 0.06, ...}, and other losses likewise.
+  The latents are spread over the store, which is sorted by class. Equal weights give equal numbers,
+  whatever training drew. The result maps a state to {"mse": mean over all, "mse_t0.06": at the time
+  0.06, ...}, and other losses likewise.
   """
   store = open_store(config.latents.valid_path, config.latents.cache)
   # Normalised as training does it.
   mean, std = latents.statistics(
     open_store(config.latents.path, config.latents.cache), latent_norm=config.latents.latent_norm
   )
-  count = min(config.latents.valid_samples, len(store))
+  chosen = spread(len(store), config.latents.valid_samples)
+  count = len(chosen)
   places = times(config)
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   size = -(-min(config.batch_size // config.accumulate_steps, count) // devices.size)
 
   def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-    records = [store[int(i)] for i in rows]
+    records = [store[int(i)] for i in chosen[rows]]
     latent = np.stack([record["latent"] for record in records])
     return {
       "latent": latents.normalise(latent, mean, std, config.latents.latent_multiplier),

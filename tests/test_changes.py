@@ -62,6 +62,17 @@ def test_published_numbers_keep_their_held_out_pictures():
   assert (len(held_out), *held_out[:5]) == (185, 12, 53, 68, 72, 77)
 
 
+@pytest.mark.parametrize("held_out", [0.0, 0.3])
+@pytest.mark.parametrize("valid", ["", "embedded:emoji"])
+def test_a_training_is_judged_by_pictures_of_all_classes(held_out, valid):
+  """Which come one after the other in a source."""
+  config = base.tokenizer()
+  config.data.update(source="embedded:emoji", held_out=held_out, valid_source=valid)
+  source, chosen = selection.evaluation_pictures(FrozenConfigDict(config))
+  labels = {source.encoded(int(i))[1] for i in chosen}
+  assert (len(chosen), labels) == (64, {*range(len(source.class_names))})
+
+
 def test_added_and_removed_pictures_move_no_other(folder):
   before = [names(s, i) for s in [sources.open_source(f"folder:{folder}")]
             for i in selection.split(s, data(f"folder:{folder}"))]  # fmt: skip

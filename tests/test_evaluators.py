@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from launch.engine.evaluators import evaluate
 from launch.engine.parts import Parts
-from launch.evaluation import drawn, reference
+from launch.evaluation import drawn, reference, training
 from launch.evaluation.pictures import Array
 from tests.evaluators_everywhere import HELD_OUT, cells
 from vavae_jax.common import mesh
@@ -66,6 +66,15 @@ def test_reconstructions_of_several_processes_are_those_of_one(found, layout):
       assert abs(one - other).max() <= 1
     else:
       assert other == pytest.approx(one, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+  ("total", "labels"),
+  [(3, [0, 1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (7, [*range(5), 0, 1])],
+)
+def test_fewer_samples_than_classes_are_of_classes_from_all_over(total, labels):
+  found = training._labelled(lambda _, __, label_B: label_B, None, 5, total, np.arange(total))
+  assert found.tolist() == labels
 
 
 @pytest.mark.parametrize("left", [[], [range(3)], [range(2), range(4, 7)], [range(1, 4), range(5)]])

@@ -53,6 +53,15 @@ def test_coins_are_fair_and_of_record_and_epoch():
   np.testing.assert_array_equal(mixed, [coins[0][7], coins[3][7], coins[1][8]])
 
 
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_some_of_the_records_are_spread_over_all(count):
+  found = order.spread(7, count)
+  assert found[0] == 0
+  assert len({*found.tolist()}) == len(found) == min(count, 7)
+  assert count == 1 or found[-1] == 6
+  assert np.ptp(np.diff(found)) <= 1 if count > 2 else True
+
+
 def load(positions: np.ndarray) -> dict[str, np.ndarray]:
   records, _ = Order(20, 1).records(positions)
   return {"record": records}

@@ -12,6 +12,7 @@ from launch.report import plots
 from lightningdit_jax.store import latents
 from lightningdit_jax.store.shards import LABELS, Shard
 from vavae_jax.common.errors import InputError
+from vavae_jax.data.order import spread
 
 SHOWN_RECORDS = 2_000
 BINS = 120
@@ -90,7 +91,7 @@ def _problems(shard: Shard, classes: int) -> Iterator[str]:
 
 def _draw(store: latents.LatentStore, path: Path) -> np.ndarray:
   """Draws what normalised latents and labels look like; returns the latents."""
-  chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), SHOWN_RECORDS)).astype(int))
+  chosen = spread(len(store), SHOWN_RECORDS)
   values = np.empty((len(chosen), *store.shape), np.float32)
   store.read(chosen, np.zeros(len(chosen), bool), out=values, mean=store.mean, scale=1 / store.std)
   figure, ((left, middle, right),) = plots.panels(1, 3, size=(11, 3.6))

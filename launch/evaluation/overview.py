@@ -23,6 +23,7 @@ from launch.report import html
 from launch.report.charts import Curve, scatter, training_section
 from launch.report.html import Figure, Section
 from lightningdit_jax.store import latents
+from vavae_jax.data.order import spread
 
 SHOWN_RECONSTRUCTIONS, SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_AT_HEAD = 24, 12, 10, 40
 MAPPED = 2_000  # latents at most: the time of t-SNE and the page grow with them
@@ -51,9 +52,7 @@ def write(
   columns = min(len(row) for row in rows)
   samples = np.stack([row[:columns] for row in rows])
   held_out, training = (own_pictures(tokenizer, held_out=which) for which in (True, False))
-  # Spread over the set, which is sorted by class.
-  spread = np.unique(np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).astype(int))
-  originals = take(held_out, spread.tolist())
+  originals = take(held_out, spread(len(held_out), SHOWN_RECONSTRUCTIONS).tolist())
   rebuilt = reconstruction.reconstruct(tokenizer, originals)
   mapped = np.sort(np.random.default_rng(0).permutation(len(store))[:MAPPED])
   each = (store[i]["latent"] for i in mapped.tolist())

@@ -79,7 +79,7 @@ def samples(config: FrozenConfigDict, store: LatentStore, workdir: Path) -> dict
     params = averaged(config.optimizer, state)
     kind = f".{drawn.identity(params, about)}.safetensors"
     parts = Parts(workdir / "samples.parts", total, size, kind)
-    sample = functools.partial(_labelled, sampler, params, config.model.num_classes)
+    sample = functools.partial(_labelled, sampler, params, config.model.num_classes, total)
     keep = distance.features if distance else lambda _: {}
     try:
       found = yield from drawn.draw(sample, keep, parts, devices, PICTURE_SAMPLES)
@@ -93,9 +93,12 @@ def samples(config: FrozenConfigDict, store: LatentStore, workdir: Path) -> dict
   return {"samples": (config.evaluate_every_steps, show)}
 
 
-def _labelled(sampler: Sampler, params: Any, classes: int, index_B: np.ndarray) -> np.ndarray:
-  """The samples of these indices, of the classes in turn."""
-  return sampler(params, index_B, index_B % classes)
+def _labelled(
+  sampler: Sampler, params: Any, classes: int, total: int, index_B: np.ndarray
+) -> np.ndarray:
+  """The samples of these of `total` indices, of all classes in turn, or of some from all over."""
+  few = total < classes
+  return sampler(params, index_B, index_B * classes // total if few else index_B % classes)
 
 
 def probes(config: FrozenConfigDict, workdir: Path) -> dict[str, Evaluator]:

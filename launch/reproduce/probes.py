@@ -24,6 +24,7 @@ from launch.reproduce.records import Record
 from lightningdit_jax import training, transport
 from lightningdit_jax.store.latents import LatentStore, Scaled, normalise, statistics
 from vavae_jax.data import images
+from vavae_jax.data.order import spread
 from vavae_jax.metrics import pixels
 
 COUNT, AT_ONCE = 64, 8  # pictures
@@ -32,11 +33,6 @@ FEATURES = 4.0  # times the variance that a mean of so few pictures has
 LOSS = 1.5  # times the last one of the published log
 DECIBELS = 3.0
 LEAST_DECIBELS = 20.0  # where no PSNR is published; of the published ones 25.29 is the least
-
-
-def chosen(count: int) -> np.ndarray:
-  """Indices of some of `count`, spread evenly."""
-  return np.linspace(0, count - 1, min(COUNT, count)).astype(int)
 
 
 def _run(function: Callable[..., Any], params: Any, *arrays: np.ndarray) -> np.ndarray:
@@ -62,7 +58,7 @@ def compare_moments(
 
 def stored(checked: Checked, store: LatentStore) -> None:
   """Latents by their own statistics."""
-  index = chosen(len(store))
+  index = spread(len(store), COUNT)
   z_BhwZ = np.empty((len(index), *store.shape), np.float32)
   store.read(index, np.zeros(len(index), bool), out=z_BhwZ)
   compare_moments(checked, "latents", "latents by their statistics", z_BhwZ, store)
@@ -95,7 +91,7 @@ def together(
   is a latent space, as its latents; where there are a model and a log, in the model's loss.
   """
   npz, network, known = Npz(Path(checked.reference)), checked.network, checked.reference
-  picture_BHWC, stated = take(npz, chosen(len(npz)).tolist()), stored_statistics(known)
+  picture_BHWC, stated = take(npz, spread(len(npz), COUNT).tolist()), stored_statistics(known)
   pool_BF = _run(lambda params, x: network.apply(params, x)["pool"], network.params, picture_BHWC)
   if len(stated.get("mu", ())) == pool_BF.shape[1]:  # else their shapes were told
     variance = np.trace(stated["sigma"]) / len(pool_BF)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from launch.engine.writers import curve, read_metrics
 from launch.report.charts import Curve, line_chart
 from launch.studio.content import Studio
 from launch.studio.parts import QUIET, Controls, tile, told
+from vavae_jax.data.order import spread
 
 SECONDS = 5.0  # between looks at the files
 PICTURES = 12  # of a strip
@@ -44,7 +44,7 @@ def filmstrips(workdir: Path) -> str:
   strips = []
   for name, group in groupby(_pictures(workdir), lambda path: path.parent.name):
     paths = list(group)
-    shown = np.unique(np.linspace(0, len(paths) - 1, PICTURES).round().astype(int))
+    shown = spread(len(paths), PICTURES)
     pieces = [_film(paths[i], paths[i].stat().st_mtime_ns) for i in shown]
     title = escape(name.replace("_", " "))
     strips.append(f'<h3>{title}</h3><div class="film">{"".join(pieces)}</div>')

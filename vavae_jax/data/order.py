@@ -65,6 +65,13 @@ def _coins(count: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, _COIN, epoch)).integers(0, 2, count, bool)
 
 
+def spread(total: int, count: int) -> np.ndarray:
+  """At most `count` of `total` records, evenly over all, ascending; they are often sorted by class,
+  so that the first ones are of few.
+  """
+  return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
 class Share(NamedTuple):
   """Which part of the batches a process loads, and how."""
 

@@ -116,9 +116,8 @@ def evaluation_pictures(config: FrozenConfigDict) -> tuple[sources.Source, np.nd
   """
   spec = config.data.valid_source or config.data.source
   if config.data.valid_source:
-    # Spread over the source, whose records are sorted by class.
-    last = len(opened(spec)) - 1
-    chosen = np.unique(np.linspace(0, last, EVALUATION_IMAGES).astype(int))
+    there = np.arange(len(opened(spec)))
   else:
-    chosen = share(config.data, held_out=True)[:EVALUATION_IMAGES]
+    there = share(config.data, held_out=True)
+  chosen = there[order.spread(len(there), EVALUATION_IMAGES)]
   return _source(config.data, spec, chosen), chosen

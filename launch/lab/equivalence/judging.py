@@ -26,6 +26,7 @@ from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common import functional
 from vavae_jax.common.files import atomic_file, write_json
 from vavae_jax.common.optimizer import State, ema_name
+from vavae_jax.data.order import spread
 from vavae_jax.metrics.distribution import Gaussian, Moments
 from vavae_jax.weights.state_dicts import read_content
 from vavae_jax.weights.torch_writer import write_torch_file
@@ -38,15 +39,15 @@ def inputs(settings: Settings, output: Path) -> None:
   config = settings.config
   shape = (config.model.input_size,) * 2 + (config.model.in_channels,)
   held_out = LatentStore(settings.root / "held_out")
-  count = min(config.latents.valid_samples, len(held_out))
-  index, every = np.arange(count), np.arange(settings.experiment.num_samples)
+  chosen = spread(len(held_out), config.latents.valid_samples)
+  every = np.arange(settings.experiment.num_samples)
   noise = [
     np.moveaxis(np.asarray(sampling.noise_of(seed, jnp.asarray(rows), shape)), -1, 1)
-    for seed, rows in ((validation.SEED, index), (SAMPLE_SEED, every))
+    for seed, rows in ((validation.SEED, np.arange(len(chosen))), (SAMPLE_SEED, every))
   ]
   arrays = {
-    "latent": np.moveaxis(_normalised(settings, held_out, index), -1, 1),
-    "label": held_out.labels_of(index).astype(np.int64),
+    "latent": np.moveaxis(_normalised(settings, held_out, chosen), -1, 1),
+    "label": held_out.labels_of(chosen).astype(np.int64),
     "noise": noise[0],
     "t": validation.times(config).astype(np.float32),
     "sample_noise": noise[1],

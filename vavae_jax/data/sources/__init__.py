@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from vavae_jax.common.errors import InputError, printable
 from vavae_jax.common.files import at_home
+from vavae_jax.data.order import spread
 from vavae_jax.data.sources.archives import open_tar, open_zip
 from vavae_jax.data.sources.base import Source, Unreadable
 from vavae_jax.data.sources.datasets import HuggingFace, TensorFlowDatasets
@@ -63,7 +62,7 @@ def check_readable(source: Source, limit: int = 2_000) -> None:
 
   A damaged one beyond those is reported when its turn comes.
   """
-  chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))
+  chosen = spread(len(source), limit)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for _ in pool.map(lambda index: source.picture(int(index)) and None, chosen):
       pass
