@@ -104,6 +104,24 @@ def test_a_run_made_longer_equals_one_that_was_long(tmp_path, undisturbed):
   assert_same(run(tmp_path), undisturbed[0])
 
 
+@pytest.mark.parametrize(
+  ("changes", "kept"),
+  [
+    ({"keep_best": "judge/error"}, ["12", "6"]),
+    ({"keep_best": "-judge/error"}, ["12", "3"]),
+    ({"keep_every_steps": 5}, ["10", "12", "5"]),
+    ({"keep_best": "judge/error", "keep_every_steps": 10}, ["10", "12", "6"]),
+  ],
+)
+def test_what_is_to_be_kept_is_saved_whenever_else_saves_come(tmp_path, changes, kept):
+  """Evaluations come after 3, 6, 9 and 12 steps, other saves after 4, 8 and 12."""
+  judge = {
+    "judge": (3, lambda state: {"error": abs(int(state.step) - 7) + 2 * (int(state.step) == 3)})
+  }
+  run(tmp_path, judge, keep_checkpoints=1, **changes)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+
+
 def test_metrics_after_the_restored_step_are_dropped(tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, crash_at(7))

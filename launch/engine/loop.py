@@ -175,12 +175,23 @@ def run(
           metrics |= step_fn.norms(state)
         log.step(step, metrics, step_fn.flops[phase], compiles)
         signals.done()
-        if step % config.save_every_steps == 0 or last:
+        names = due(evaluators, step, config.num_steps)
+        if last or _is_due(config, step, judged=bool(names)):
           save(wait=False)
-        if names := due(evaluators, step, config.num_steps):
+        if names:
           with log.paused(), signals.at_once(save):
             evaluate(evaluators, names, writer, step, state, signals.go_on)
   return state
+
+
+def _is_due(config: FrozenConfigDict, step: int, *, judged: bool) -> bool:
+  """Whether a checkpoint of this step is due: every so many, or one that might stay for good.
+
+  An evaluator's figures, whose names have a slash, choose among the steps where it runs.
+  """
+  every = (config.save_every_steps, config.keep_every_steps)
+  chosen = judged and "/" in config.keep_best
+  return chosen or any(count and step % count == 0 for count in every)
 
 
 @contextlib.contextmanager
