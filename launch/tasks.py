@@ -101,10 +101,13 @@ def _misplaced(
       yield from _misplaced(given[name], known[name], f"{prefix}{name}.")
 
 
-def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDict:
+def resolve(
+  config: ConfigDict, num_images: int | None = None, sizes: stages.Sizes | None = None
+) -> FrozenConfigDict:
   """`frozen`, and the epochs of a tokenizer's stages turned into steps.
 
-  An epoch has `num_images` pictures; None: as many as the configuration's source has.
+  An epoch has `num_images` pictures; None: as many as the configuration's source has. For `sizes`
+  see `stages.with_steps`.
 
   Raises:
     InputError: see `frozen`; or the source or the stages do not fit.
@@ -114,4 +117,4 @@ def resolve(config: ConfigDict, num_images: int | None = None) -> FrozenConfigDi
     return resolved
   if num_images is None:
     num_images = len(selection.training_pictures(resolved)[1])
-  return stages.with_steps(resolved, num_images)
+  return stages.with_steps(resolved, num_images, sizes)

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch import cached_features, restore, tasks
 from launch.attention import choose
-from launch.engine import configuration, console, elastic, loop
-from launch.engine.checkpoint import read_config
+from launch.engine import configuration, console, elastic, loop, processes
+from launch.engine.checkpoint import batch_sizes, read_config
 from launch.engine.log import Told
 from launch.evaluation.training import exports, probes, samples
 from lightningdit_jax.options import ONLY_OURS, Options
@@ -46,7 +46,11 @@ def train(
   frozen, more = tasks.frozen(config), {}
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
-    frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"])
+    sizes = processes.first_does(lambda: batch_sizes(workdir, config.batch_size))
+    frozen = tasks.resolve(config, notes[changes.NOTE]["source"]["epoch"], sizes)
+    if "stages" in frozen and len(sizes) > 1:
+      ends = ", ".join(map(str, (*frozen.stages.begins[1:], frozen.num_steps)))
+      console.say(f"batches had {len(sizes)} sizes: the stages end after {ends} steps")
   if config.task == "tokenizer" and uses_teacher(frozen):
     if (scale := frozen.teacher.scale) > 1:
       console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from configs import quickstart
+from launch.engine import configuration, loop
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
@@ -34,6 +35,26 @@ def config(pictures, num_steps):
     disc_start=(0, 0, 0),
   )
   return config
+
+
+def test_a_run_with_another_batch_keeps_its_stages(pictures, tmp_path, monkeypatch, capsys):
+  """It was at the third of six steps, in the second stage; and goes on once more with neither."""
+  found = []
+  monkeypatch.setattr(loop, "run", lambda task, config, *_, **__: found.append(config))
+  begun = config(pictures, num_steps=0)
+  train(begun, tmp_path)
+  configuration.claim_workdir(tmp_path, found[0])
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  begun.batch_size = BATCH // 2
+  train(begun, tmp_path, with_changes=True)
+  assert [x.stages.begins for x in found] == [(0, 2, 4), (0, 2, 5)]
+  assert [x.num_steps for x in found] == [6, 9]
+  assert "the stages end after 2, 5, 9 steps" in capsys.readouterr().out
+  configuration.note_changes(tmp_path, 3, {"batch_size": (BATCH, BATCH // 2)})
+  configuration.claim_workdir(tmp_path, found[1])
+  (tmp_path / "checkpoints" / "7").mkdir()
+  train(begun, tmp_path)
+  assert found[2] == found[1]
 
 
 def test_every_stage_resumes_and_the_loop_crosses_them_by_itself(pictures, tmp_path, monkeypatch):

@@ -225,6 +225,14 @@ def test_epochs_become_steps():
   assert shorter.num_steps == 7
 
 
+def test_stages_have_their_pictures_whatever_batches_were():
+  """Of 42 an epoch: 84, then 42, then 21."""
+  sizes = [(0, 8), (6, 4), (8, 2), (8, 16)]  # 48 and 8 pictures, none, then 91
+  config = stages.with_steps(configuration(**THREE | {"batch_size": 16}), 42, sizes)
+  assert (config.stages.begins, config.num_steps) == ((0, 10, 12), 14)
+  assert stages.with_steps(configuration(**THREE), 42, [(0, 8), (17, 4)]).num_steps == 20
+
+
 def test_phases_cross_the_stages():
   config = stages.with_steps(configuration(**THREE), num_images=42)
   phases = [stages.phase_of(config, step) for step in range(1, 19)]

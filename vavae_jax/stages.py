@@ -8,6 +8,7 @@ training crosses them; its optimizers go on, whose moments are ten steps long.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -29,10 +30,16 @@ class Phase(NamedTuple):
   size: Size = Size()
 
 
-def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
+Sizes = Sequence[tuple[int, int]]  # of batches: (after how many steps, size from there on)
+
+
+def with_steps(
+  config: FrozenConfigDict, num_images: int, sizes: Sizes | None = None
+) -> FrozenConfigDict:
   """The configuration with `stages.epochs` turned into steps, for so many images an epoch.
 
-  It gains `stages.begins`, the steps before each stage, and `num_steps`, if that is 0. InputError
+  A stage has its images also where batches were of several `sizes`; None: of the one there is. It
+  gains `stages.begins`, the steps before each stage, and `num_steps`, if that is 0. InputError
   for columns of different lengths, no stage, or no step.
   """
   stages = config.stages
@@ -43,7 +50,8 @@ def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
     )
   if not stages.epochs:
     raise InputError("config.stages.epochs is (); give one stage at least.")
-  ends = [round(e * num_images / config.batch_size) for e in itertools.accumulate(stages.epochs)]
+  sizes = sizes or [(0, config.batch_size)]
+  ends = [_steps(e * num_images, sizes) for e in itertools.accumulate(stages.epochs)]
   resolved = ConfigDict(config.to_dict())  # ConfigDict(config) would share its parts
   resolved.stages.begins = (0, *ends[:-1])
   resolved.num_steps = config.num_steps or ends[-1]
@@ -53,6 +61,16 @@ def with_steps(config: FrozenConfigDict, num_images: int) -> FrozenConfigDict:
       f"{stages.epochs}; set one of the two."
     )
   return FrozenConfigDict(resolved)
+
+
+def _steps(images: float, sizes: Sizes) -> int:
+  """How many steps take so many images."""
+  for (begin, size), (end, _) in itertools.pairwise(sizes):
+    if images <= (end - begin) * size:
+      return begin + round(images / size)
+    images -= (end - begin) * size
+  begin, size = sizes[-1]
+  return begin + round(images / size)
 
 
 def phase_of(config: FrozenConfigDict, step: int) -> Phase:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from launch.engine import console, processes
-from launch.engine.configuration import read_noted
+from launch.engine.configuration import NAME, changes_of, read_noted
 from vavae_jax.common import manifest
 from vavae_jax.common.checkpoints import folder_of, orbax, steps_in, steps_of
 from vavae_jax.common.errors import InputError
@@ -240,6 +240,18 @@ def read_config(workdir: Path) -> dict:
   if "task" not in read_noted(path):  # diffusers' folders have a config.json too
     raise InputError(f"{workdir} is not a workdir of this project; give a file of weights in it.")
   return read_noted(path, task=str, seed=int, model=dict, optimizer=dict)
+
+
+def batch_sizes(workdir: Path, now: int) -> list[tuple[int, int]]:
+  """(after how many steps, the batch size from there on) of a run that goes on with `now`."""
+  if not (workdir / NAME).exists():
+    return [(0, now)]
+  noted, latest = changes_of(workdir, "batch_size"), read_noted(workdir / NAME, batch_size=int)
+  first = noted[0][1] if noted else latest["batch_size"]
+  sizes = [(0, first), *((step, new) for step, _, new in noted)]
+  if sizes[-1][1] != now:
+    sizes.append((max(steps_of(workdir), default=0), now))
+  return sizes
 
 
 class Found(NamedTuple):

@@ -263,6 +263,22 @@ def note_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]
         file.write(json.dumps(line).encode() + b"\n")
 
 
+def changes_of(workdir: Path, key: str) -> list[tuple[int, Any, Any]]:
+  """(step, old, new) of each change of a key that is noted; InputError: the notes are damaged."""
+  path = workdir / CHANGES
+  found = []
+  for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    try:
+      note = json.loads(line)
+      if note["key"] == f"config.{key}":
+        found.append((int(note["step"]), note["old"], note["new"]))
+    except (ValueError, LookupError, TypeError) as error:
+      raise InputError(
+        f"{path} is damaged in line {number} ({error}); bring back the file as it was."
+      ) from error
+  return found
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Pairs of full name, "optimizer.b1", and value; tuples as lists, as JSON has them."""
   for key, value in tree.items():
