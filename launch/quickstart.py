@@ -179,7 +179,12 @@ def _split(source: sources.Source, data: ConfigDict) -> tuple[np.ndarray, np.nda
   shares = pictures.SHARES if data.held_out is None else (data.held_out,)
   for share in shares:
     data.held_out = min(share, pictures.MOST_HELD_OUT / len(source)) if shares[1:] else share
-    train, held_out = selection.split(source, FrozenConfigDict(data))
+    try:
+      train, held_out = selection.split(source, FrozenConfigDict(data))
+    except InputError:  # none is held out
+      if share == shares[-1]:
+        raise
+      continue
     if len(held_out) >= 2:
       break
   return train, held_out
@@ -256,7 +261,7 @@ def _check_initial_weights(config: FrozenConfigDict) -> None:
 def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:
   """Checks the pictures, of which everything is made, against what the later stages need."""
   source, trained = selection.training_pictures(first)
-  held_out = selection.share(first.data, held_out=True)
+  _, held_out = selection.split(selection.opened(first.data.source), first.data)
   what, classes = first.data.source, len(source.class_names)
   if classes != second.model.num_classes:
     raise InputError(
@@ -270,7 +275,8 @@ def _check_pictures(first: FrozenConfigDict, second: FrozenConfigDict) -> None:
     )
   if len(held_out) < 2:
     raise InputError(
-      f"{what} has {len(held_out)} held-out picture, but the evaluation needs at least 2; raise "
+      f"{what} has {len(held_out)} held-out picture{'s' * (not len(held_out))}, but the evaluation "
+      "needs at least 2; raise "
       "config.tokenizer.data.held_out."
     )
 

@@ -238,6 +238,7 @@ def test_files_that_are_no_samples_are_refused(tmp_path):
     ({"diffusion__model__num_classes": 8}, r"has 9 classes, .*num_classes is 8; set it to 9"),
     ({"diffusion__batch_size": 1668}, r"has 1667 pictures .* config\.diffusion\.batch_size = 1668"),
     ({"tokenizer__data__held_out": 0.0005}, "has 1 held-out picture, .* at least 2"),
+    ({"tokenizer__data__held_out": 0.0}, "has 0 held-out pictures, .* at least 2"),
     ({"diffusion__latents__valid_path": "no/such"}, "no/such holds no latent shards"),
     ({"diffusion__tokenizer": "mine"}, r"config\.diffusion\.tokenizer is 'mine'"),
     ({"diffusion__evaluate_samples": 1}, "evaluate_samples is 1"),

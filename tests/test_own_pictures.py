@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
 import launch.quickstart
@@ -34,6 +35,18 @@ def test_own_pictures_fix_classes_batches_and_what_is_held_out(tmp_path):
   assert config.tokenizer.data.source == f"folder:{tmp_path / 'own'}"
   with pytest.raises(InputError, match="has 3 pictures; the pipeline needs 16 or more"):
     launch.quickstart.fit(config, str(make_pictures(tmp_path / "few", cat=3)), tmp_path)
+
+
+@pytest.mark.parametrize("first", [80, 352, 416, 528])
+def test_of_few_pictures_two_are_held_out_whatever_they_are_called(first, tmp_path):
+  """The usual share takes none of these; the largest is needed of some."""
+  (tmp_path / "own").mkdir()
+  for i in range(first, first + 16):
+    Image.new("RGB", (20, 20)).save(tmp_path / "own" / f"IMG_{i:04}.png")
+  config = pictures.get_config("cpu")
+  launch.quickstart.fit(config, str(tmp_path / "own"), tmp_path)
+  source = selection.opened(config.tokenizer.data.source)
+  assert len(selection.split(source, FrozenConfigDict(config.tokenizer.data))[1]) >= 2
 
 
 def test_what_somebody_set_beside_own_pictures_stays(tmp_path, capsys):

@@ -9,13 +9,15 @@ import math
 import os
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from launch.evaluation import solvers, sweep
+from launch.evaluation import overview, solvers, sweep
+from launch.evaluation.pictures import FromSource
 from launch.report import html, plots
 from launch.report.charts import Curve, line_chart, scatter, training_section
 from launch.report.html import Figure, Section, number, write_page
@@ -293,3 +295,14 @@ def test_number(value, text):
 def test_parts_that_do_not_fit_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_a_latent_is_shown_by_its_own_picture(tmp_path):
+  """The store has no place for one that could not be read; the pictures have another there."""
+  for i in range(5):
+    Image.new("RGB", (4, 4), (50 * i,) * 3).save(tmp_path / f"{i}.png")
+  (tmp_path / "1.png").write_bytes(b"broken")
+  training = FromSource(f"folder:{tmp_path}", 4, max_corrupt=1)
+  store = SimpleNamespace(manifest={"skipped": [training.source.name(1)]})
+  shown = overview.pictures_of(store, training, np.arange(4))
+  assert shown[:, 0, 0, 0].tolist() == [0, 100, 150, 200]

@@ -16,7 +16,7 @@ from launch import restore
 from launch.engine.writers import curve, read_metrics
 from launch.evaluation import figures, reconstruction
 from launch.evaluation.features import Network
-from launch.evaluation.pictures import own_pictures, take
+from launch.evaluation.pictures import FromSource, own_pictures, take
 from launch.evaluation.sample_files import read_samples
 from launch.evaluation.space import PERPLEXITY, tsne
 from launch.report import html
@@ -57,8 +57,9 @@ def write(
   mapped = np.sort(np.random.default_rng(0).permutation(len(store))[:MAPPED])
   each = (store[i]["latent"] for i in mapped.tolist())
   flat = np.stack([latents.normalise(x, store.mean, store.std).ravel() for x in each])
-  plane = tsne(flat, seed=0, perplexity=min(PERPLEXITY, (len(flat) - 1) / 3))
-  counts = (len(pictures), min(len(store), MOST_JUDGED), len(held_out))
+  perplexity = min(PERPLEXITY, (len(flat) - 1) / 3)
+  plane = tsne(flat, seed=0, perplexity=perplexity)
+  counts = (len(pictures), min(len(training), MOST_JUDGED), len(held_out))
   shown = _figures(results, network, *counts)
   versions = {"python": platform.python_version()}
   versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -79,8 +80,8 @@ def write(
     Section(
       "Latents",
       f"{len(mapped):,} training pictures at the places of their latents: the normalised latents "
-      "of all positions, brought to the plane by t-SNE (perplexity 30, PCA start).",
-      [scatter(plane, store.labels[mapped], classes, take(training, mapped.tolist()))],
+      f"of all positions, brought to the plane by t-SNE (perplexity {perplexity:.3g}, PCA start).",
+      [scatter(plane, store.labels[mapped], classes, pictures_of(store, training, mapped))],
     ),
     Section("Figures", "", [html.figures_table(shown, _caveats(*counts))]),
     Section(
@@ -112,6 +113,13 @@ def write(
       "Samples of all classes",
     ),
   )
+
+
+def pictures_of(store: latents.LatentStore, training: FromSource, places: np.ndarray) -> np.ndarray:
+  """The pictures whose latents have these places in the store, which left out the unreadable."""
+  skipped, name = {*store.manifest.get("skipped", ())}, training.source.name
+  there = [at for at, index in enumerate(training.indices.tolist()) if name(index) not in skipped]
+  return take(training, [there[place] for place in places])
 
 
 def _what(source: str) -> str:
