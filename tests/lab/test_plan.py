@@ -538,7 +538,9 @@ def _planned(topology, **changes):
 def test_a_plan_that_failed_says_why(code, printed, told, monkeypatch):
   done = subprocess.CompletedProcess([], code, "", printed)
   monkeypatch.setattr(page.subprocess, "run", lambda *_, **__: done)
-  assert page._apart("a.py", "train", "v5e:4x4")["error"] == told
+  row = page._apart("a.py", "train", "v5e:4x4")
+  assert row["error"] == told
+  assert bool(row.get("again")) == (code in (2, -9))  # for want of something on this machine
 
 
 def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_path):
@@ -548,7 +550,7 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
     made.append((spec, what, topology))
     row = {"commit": commit}
     if what == "encode":
-      return row | {"error": "the compiler crashed (signal 11)"}
+      return row | {"error": "the compiler crashed (signal 11)"} | again
     if what == "published":
       held = calibration.Held("A run", topology, "https://a.b", 300.0, 200.0, 400.0)
       return row | {"plans": [dataclasses.asdict(held)]}
@@ -557,7 +559,7 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
       return row | {"plans": [_planned(topology, what=part) for part in parts]}
     return row | {"plans": [_planned(topology, fits=False, seconds=None), _planned(topology)]}
 
-  commit = "abc1234"
+  commit, again = "abc1234", {}
 
   monkeypatch.setattr(page, "_apart", apart)
   output, markdown = tmp_path / "plans.json", tmp_path / "tpu.md"
@@ -585,7 +587,9 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
   assert "| [A run](https://a.b) | v6e:16x16 | 300 TFLOP/s | 200 | 1.50 | 400 | 0.75 |" in lines
   assert [x for x in lines if x.startswith("Compiled with") and ", commit abc1234, " in x]
   content = json.loads(output.read_text())
-  output.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
+  # An older file says of all rows with what jax they were made.
+  rows = [{name: x for name, x in row.items() if name != "jax"} for row in content["rows"][1:]]
+  output.write_text(json.dumps(content | {"rows": rows, "jax": "0.1"}))
   markdown.write_text(markdown.read_text().replace("# TPU slices", "# By hand"))
   made.clear()
   commit = "def5678"
@@ -593,10 +597,22 @@ def test_the_page_of_plans_continues_a_file_and_keeps_its_rows(monkeypatch, tmp_
   assert made == [page.wanted()[0]]
   assert markdown.read_text().startswith("# By hand")
   lines = markdown.read_text().splitlines()
-  assert [x for x in lines if x.startswith("Compiled with") and ", each row at the commit " in x]
+  jax = json.loads(output.read_text())["jax"]
+  assert [
+    x for x in lines if x.startswith(f"Compiled with jax 0.1, {jax}, each row at the commit ")
+  ]
   first, other = (f"| lightningdit_xl_64ep | train | {pod} |" for pod in ("v5e:4x4", "v6e:4x4"))
   commits = [x.split(" | ")[-1] for x in lines if x.startswith((first, other, "| [A run]"))]
   assert commits == ["def5678 |", *["abc1234 |"] * 4]
+  again = {"again": True}
+  encoded = [row for row in json.loads(output.read_text())["rows"] if row["what"] == "encode"]
+  content = json.loads(output.read_text())
+  for row in content["rows"]:
+    row |= again if row["what"] == "encode" else {}
+  output.write_text(json.dumps(content))
+  made.clear()
+  page.make(output, markdown)
+  assert len(made) == len(encoded)
 
 
 def part_of_fid(images, needed, hours):

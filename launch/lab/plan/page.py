@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from launch.engine import console
 from launch.engine.circumstances import circumstances, commit
 from launch.lab import markdown
@@ -61,9 +63,10 @@ def make(output: Path, page: Path | None, workers: int = 1) -> None:
   """Plans all that is wanted, `workers` at once; what `output` has already is kept.
 
   The JSON file `output`, and of a page its region, are written after each. A row names the commit
-  at which it was made.
+  at which it was made, and jax; one that failed for want of something here is made again.
   """
-  rows = read_note(output, rows=list)["rows"] if output.is_file() else []
+  there = read_note(output, rows=list, jax=str) if output.is_file() else {"rows": []}
+  rows = [{"jax": there["jax"], **row} for row in there["rows"] if not row.get("again")]
   about = circumstances()
   if page:
     REGION.check(page)
@@ -91,7 +94,7 @@ def _name(row: Row) -> tuple[str, str, str]:
 
 def _apart(spec: str, what: str, topology: str) -> Row:
   """A plan by a process of its own, since the TPU compiler can crash."""
-  made: Row = {"commit": commit()}
+  made: Row = {"commit": commit(), "jax": jax.__version__}
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "plans.json"
     words = [f"--topology={topology}", f"--output={file}"]
@@ -106,13 +109,14 @@ def _apart(spec: str, what: str, topology: str) -> Row:
       found = json.loads(file.read_text())
       return made | {"plans": [_slim(plan) for plan in found["plans"]]}
   if done.returncode == -signal.SIGKILL:  # the system's for want of memory
-    return made | {"error": "killed, as is done for want of memory"}
+    return made | {"error": "killed, as is done for want of memory", "again": True}
   if done.returncode < 0:
     return made | {"error": f"the compiler crashed (signal {-done.returncode})"}
   lines = done.stderr.strip().splitlines()
   # Messages of XLA go on below the line that names the error.
   told = [line for line in lines if re.match(r"error: |[\w.]+Error: ", line)]
-  return made | {"error": (told or lines)[-1].removeprefix("error: ")}
+  more = {"again": True} if done.returncode == 2 else {}  # such as libtpu, which is not installed
+  return made | {"error": (told or lines)[-1].removeprefix("error: ")} | more
 
 
 def _slim(plan: Row) -> Row:
@@ -125,6 +129,7 @@ def lines_of(rows: list[Row], about: dict[str, str]) -> list[str]:
   held = [row for row in rows if row["what"] == "published"]
   commits = {row["commit"] for row in rows}
   several = len(commits) > 1
+  versions = ", ".join(sorted({row.get("jax", about["jax"]) for row in rows}))
   made = "each row at the commit that it names" if several else f"commit {commits.pop()}"
 
   def table(header: tuple[str, ...], lines: Iterable[tuple[Row, list[str]]]) -> list[str]:
@@ -133,7 +138,7 @@ def lines_of(rows: list[Row], about: dict[str, str]) -> list[str]:
     return [*markdown.table((*header, *more), cells), ""]
 
   return [
-    f"Compiled with jax {about['jax']}, {made}, {about['date']}: `{about['command']}`.",
+    f"Compiled with jax {versions}, {made}, {about['date']}: `{about['command']}`.",
     "",
     *table(HEADER, ((row, cells) for row in plans for cells in _cells(row))),
     *_by_source([row for row in plans if row["config"] == XL and row["what"] == "train"]),
