@@ -102,9 +102,9 @@ class Record:
   def _is_same(self, job: Job) -> bool:
     return self._entries.get(job.name, {}).get("digest") == self._digests[job.name]
 
-  def seconds(self, name: str) -> float:
-    """The time that a job has taken so far."""
-    return float(self._entries.get(name, {}).get("seconds", 0.0))
+  def seconds(self, job: Job) -> float:
+    """The time that a job has taken so far, as it is defined now."""
+    return float(self._entries[job.name]["seconds"]) if self._is_same(job) else 0.0
 
   def made(self, jobs: Sequence[Job]) -> str:
     """By which commits, versions of jax and machines those that are done were run, for people."""
@@ -126,7 +126,7 @@ class Record:
     """Records that a job ran for some more seconds, and whether it is done."""
     self._entries[job.name] = {
       "digest": self._digests[job.name],
-      "seconds": round(self.seconds(job.name) + seconds, 3),
+      "seconds": round(self.seconds(job) + seconds, 3),
       "done": done,
       "commit": commit(),
       "machine": processor(),
@@ -134,30 +134,30 @@ class Record:
     write_json(self._path, self._entries)
 
 
-def run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int] = ()) -> None:
+class FailedError(InputError):
+  """Some jobs failed, and all that do not need them have run."""
+
+
+def run(
+  jobs: Sequence[Job],
+  folder: Path,
+  workers: int,
+  cores: Sequence[int] = (),
+  write: Callable[[], None] = lambda: None,
+) -> None:
   """Runs the jobs that are not done, in their order, each as soon as those that it needs are done.
 
   `folder` has `jobs.json`, the logs (`logs/NAME.log`) and all outputs. Of `cores` of the processor
-  each worker has one; without them the system chooses.
+  each worker has one; without them the system chooses. `write` writes a page once the jobs have
+  ended; where something stops them, of those that had, if any did since.
 
   Raises:
-    InputError: some jobs failed, and all that do not need them have run; or, before any job runs,
-      another process is using the folder, or outputs exist of jobs that have changed.
+    FailedError: see there.
+    InputError: before any job runs: another process is using the folder, or outputs exist of jobs
+      that have changed.
   """
   with _alone(folder) as lock:
-    _run(jobs, folder, workers, cores, lock)
-
-
-@contextlib.contextmanager
-def reported(write: Callable[[], None]) -> Iterator[None]:
-  """Writes a page once the jobs have ended, or of those that had when something stopped them."""
-  try:
-    yield
-  except BaseException:
-    with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
-      write()
-    raise
-  write()
+    _run(jobs, folder, workers, cores, lock, write)
 
 
 @contextlib.contextmanager
@@ -175,7 +175,14 @@ def _alone(folder: Path) -> Iterator[int]:
     yield lock.fileno()
 
 
-def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], lock: int) -> None:
+def _run(
+  jobs: Sequence[Job],
+  folder: Path,
+  workers: int,
+  cores: Sequence[int],
+  lock: int,
+  write: Callable[[], None],
+) -> None:
   record = Record(folder, jobs)
   if foreign := [job for job in jobs if record.is_foreign(job)]:
     raise InputError(
@@ -189,6 +196,7 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
   total = _minutes(jobs, jobs, record)
   running: dict[str, _Running] = {}
   failed: list[str] = []
+  ended = 0
   free = list(range(workers))
   with tempfile.TemporaryDirectory(prefix="programs-") as compiled:
     try:
@@ -207,15 +215,21 @@ def _run(jobs: Sequence[Job], folder: Path, workers: int, cores: Sequence[int], 
           for name in [x for x, each in running.items() if each.process.poll() is not None]:
             each = running.pop(name)
             free.append(each.worker)
+            ended += 1
             if not each.end(record):
               failed.append(name)
             left = [*waiting, *(x.job for x in running.values())]
             share = 1 - _minutes(left, jobs, record) / _minutes(jobs, jobs, record)
             bar.update(round(total * share), jobs=len(jobs) - len(left))
-    finally:
+    except BaseException:
       _stop(running, record)
+      if ended:
+        with contextlib.suppress(OSError):  # the error that stopped the jobs is the one to report
+          write()
+      raise
+  write()
   if failed:
-    raise InputError(
+    raise FailedError(
       f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; {len(waiting)} that need "
       f"them did not begin. See the ends of their logs in {folder / 'logs'}. The same command "
       "continues."
@@ -255,7 +269,7 @@ class _Running:
     if code and not quiet:
       console.say(f"{name} failed with exit code {code}: {self._log}")
     elif not quiet:
-      console.say(f"{name}: {console.clock(record.seconds(name))}")
+      console.say(f"{name}: {console.clock(record.seconds(self.job))}")
     return code == 0
 
 
@@ -270,7 +284,7 @@ def _minutes(some: Iterable[Job], jobs: Sequence[Job], record: Record) -> float:
   paces: dict[str, list[float]] = {}
   for job in jobs:
     if record.is_done(job):
-      paces.setdefault(job.kind, []).append(record.seconds(job.name) / 60 / job.weight)
+      paces.setdefault(job.kind, []).append(record.seconds(job) / 60 / job.weight)
   return sum(job.weight * statistics.mean(paces.get(job.kind, [1.0])) for job in some)
 
 

@@ -218,14 +218,15 @@ def test_the_page_shows_nothing_that_was_measured_otherwise(measured, tmp_path):
 
 
 def test_the_best_weight_of_each_side_is_compared():
-  """Plain at its own best KL weight, not at that of aligned."""
+  """Plain at its own best KL weight, not at that of aligned; and not by a wider model."""
 
-  def space(variant, kl, *distances):
+  def space(variant, kl, *distances, width=64):
     figures = {"fd_cifar": [*distances]}
-    return Space(variant, "f8d4", kl, 64, {"psnr": [30.0]}, {}, {5: figures})
+    return Space(variant, "f8d4", kl, width, {"psnr": [30.0]}, {}, {5: figures})
 
   spaces = [space("plain", "0.05", 3.0), space("plain", "1e-6", 2.0, 2.2)]
   spaces += [space("aligned", "0.05", 1.0, 1.4), space("aligned", "1e-6", 1.5)]
+  spaces.append(space("plain", "1e-6", 0.5, width=128))
   (line, _) = page.best(spaces, "fd_cifar", "FD-CIFAR")
   assert "plain 2.100 ± 0.141, 30.00 dB (KL weight 1e-6, 2 models)" in line
   assert "aligned 1.200 ± 0.283, 30.00 dB (KL weight 0.05, 2 models)" in line

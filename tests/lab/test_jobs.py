@@ -14,7 +14,7 @@ import time
 import pytest
 
 from launch.engine.circumstances import processor
-from launch.lab.jobs import Job, Record, run
+from launch.lab.jobs import FailedError, Job, Record, run
 from tests.conftest import ROOT
 from vavae_jax.common.errors import InputError
 
@@ -162,6 +162,34 @@ def test_jobs_that_cannot_be_are_a_mistake(write, tmp_path, jobs):
   made = [write(name, *needs.split()) for name, _, needs in (x.partition(" needs ") for x in jobs)]
   with pytest.raises(ValueError, match="occurs twice, or before one of"):
     run(made, tmp_path, 1)
+
+
+def test_the_time_of_a_job_is_that_of_the_job_as_it_is(write, tmp_path):
+  job = write("a")
+  changed = dataclasses.replace(job, content="less work")
+  Record(tmp_path, [job]).add(job, 100.0, done=True)
+  assert Record(tmp_path, [changed]).seconds(changed) == 0
+  Record(tmp_path, [changed]).add(changed, 2.0, done=False)
+  Record(tmp_path, [changed]).add(changed, 1.0, done=True)  # it was stopped and went on
+  assert Record(tmp_path, [changed]).seconds(changed) == 3
+
+
+def test_a_page_is_of_jobs_that_ended(write, tmp_path):
+  """One that stands is left alone where none could begin."""
+  pages = []
+
+  def write_page():
+    pages.append(ran(tmp_path))
+
+  jobs = [write("a", resumes=True), write("b", "a", fails=True), write("c")]
+  (tmp_path / "stop").touch()
+  with pytest.raises(FailedError, match="1 of 3 jobs failed: b;"):
+    run(jobs, tmp_path, 1, write=write_page)
+  assert pages == [["a", "b", "c"]]
+  jobs[0] = dataclasses.replace(jobs[0], content="another configuration")
+  with pytest.raises(InputError, match="Move them away"):
+    run(jobs, tmp_path, 1, write=write_page)
+  assert len(pages) == 1
 
 
 def test_a_failure_stops_what_needs_it_alone(write, tmp_path):

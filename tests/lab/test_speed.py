@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
@@ -168,6 +169,17 @@ def test_what_failed_keeps_no_ratio_from_the_baseline(tmp_path, command):
   done = command("launch.lab.benchmark", "page", *flags[:2], f"--compare={kept}", "--page_only")
   assert done.returncode == 2
   assert "has results of abc, and this is" in done.stderr
+
+
+def test_results_of_code_that_changed_since_are_not_compared(monkeypatch, tmp_path):
+  """No commit tells one state of it from another."""
+  monkeypatch.setattr(speed, "FLAGS", SimpleNamespace(compare="x", update="", page_only=False))
+  kept = {"a": {"commit": "abc-dirty"}}
+  for now in ("abc-dirty", "unknown", "abc"):
+    monkeypatch.setattr(speed, "commit", lambda now=now: now)
+    with pytest.raises(InputError, match=f"has results of abc-dirty, and this is {now}"):
+      speed._check_kept(tmp_path, kept)
+  speed._check_kept(tmp_path, {"a": {"commit": "abc"}})
 
 
 def test_the_stored_baseline_is_of_configurations_that_are_there():

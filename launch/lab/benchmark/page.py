@@ -15,7 +15,7 @@ a ratio is worse than in a stored baseline. Other work on the machine distorts t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from launch.lab import markdown, reference
 from launch.lab.benchmark import baseline
 from launch.lab.benchmark.rows import Row
 from launch.lab.benchmark.steps import SHOWN
-from launch.lab.jobs import Job, Record, backend, run
+from launch.lab.jobs import FailedError, Job, Record, backend, run
 from launch.report import plots
 from vavae_jax.common.errors import InputError
 
@@ -245,6 +245,20 @@ def define_flags() -> None:
   baseline.define_flags()
 
 
+def _check_kept(workdir: Path, results: Mapping[str, Row]) -> None:
+  """Raises InputError for results of other code than this, or of code that may be other code."""
+  kept, now = {x["commit"] for x in results.values()}, commit()
+  if not kept or (FLAGS.page_only and not FLAGS.compare):
+    return
+  changed = now == "unknown" or now.endswith("-dirty")
+  if old := kept if changed else kept - {now}:
+    why = ", of which nobody can say whether it is the same code" if changed else ""
+    raise InputError(
+      f"{workdir} has results of {', '.join(sorted(old))}, and this is {now}{why}; give a new "
+      "--workdir to --compare or --update by this code."
+    )
+
+
 def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the measurements
   workdir = Path(FLAGS.workdir).absolute()
@@ -253,22 +267,23 @@ def main() -> None:
   baseline.check_flags()
   config = _fitting(FLAGS.config)
   jobs = jobs_of(config, workdir, _beside(config))
+  if FLAGS.compare or FLAGS.update:
+    _check_kept(workdir, results_of(jobs, workdir))
+
+  def write() -> None:
+    write_page(config, results_of(jobs, workdir), page, _command())
+
   failure = None
-  try:
-    if not FLAGS.page_only:
-      run(jobs, workdir, 1)
-  except InputError as error:  # after the page has shown the other measurements
-    failure = error
-  finally:
-    results = results_of(jobs, workdir)
-    write_page(config, results, page, _command())
+  if FLAGS.page_only:
+    write()
+  else:
+    try:
+      run(jobs, workdir, 1, write=write)
+    except FailedError as error:  # which stays so after the others are compared
+      failure = error
+  results = results_of(jobs, workdir)
   where = [("page", str(page)), ("results", str(workdir / "results"))]
   console.table("Speed", ("what", "where"), where)
-  if FLAGS.compare and (old := {x["commit"] for x in results.values()} - {commit()}):
-    raise InputError(
-      f"{workdir} has results of {', '.join(sorted(old))}, and this is {commit()}; give a new "
-      "--workdir to --compare this commit."
-    )
   # Points of plots have the same names as rows of the table, and no reference beside them.
   paths = [x["name"] for x in config.measurements if x["group"] == "paths" and x["name"] in results]
   baseline.settle([row for name in paths for row in baseline.ratios_of(results[name])])

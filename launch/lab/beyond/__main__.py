@@ -22,7 +22,7 @@ from configs.lab import beyond
 from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.beyond import checks, graph, page
-from launch.lab.jobs import processors, reported, run
+from launch.lab.jobs import processors, run
 
 CONFIG = f"{beyond.__file__}:cifar"
 
@@ -36,14 +36,15 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, file, command)
-  with reported(write_page):
-    if not FLAGS.page_only:
-      workers, cores = processors(FLAGS.jobs)
-      console.say(f"{workers} jobs at a time; logs in {workdir / 'logs'}")
-      jobs, done = graph.jobs_of(config, workdir), 0
-      while len(jobs) > done:  # more follow from the results
-        run(jobs, workdir, workers, cores)
-        jobs, done = graph.jobs_of(config, workdir), len(jobs)
+  if FLAGS.page_only:
+    write_page()
+  else:
+    workers, cores = processors(FLAGS.jobs)
+    console.say(f"{workers} jobs at a time; logs in {workdir / 'logs'}")
+    jobs, done = graph.jobs_of(config, workdir), 0
+    while len(jobs) > done:  # more follow from the results
+      run(jobs, workdir, workers, cores, write_page)
+      jobs, done = graph.jobs_of(config, workdir), len(jobs)
   console.table("Beyond", ("what", "where"), [("page", str(file)), ("workdir", str(workdir))])
 
 

@@ -178,7 +178,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def _made(config: FrozenConfigDict, workdir: Path, command: str) -> list[str]:
   jobs = graph.jobs_of(config, workdir)
   record = Record(workdir, jobs)
-  hours = sum(record.seconds(job.name) for job in jobs) / 3600
+  hours = sum(record.seconds(job) for job in jobs) / 3600
   return [
     "How this was made:",
     "",

@@ -25,7 +25,7 @@ from configs.lab import dilemma
 from launch.engine import configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.dilemma import checks, graph, page
-from launch.lab.jobs import processors, reported, run
+from launch.lab.jobs import processors, run
 
 CONFIG = f"{dilemma.__file__}:cifar"
 
@@ -40,12 +40,13 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
-  with reported(write_page):
-    if not FLAGS.page_only:
-      checks.check_parts(config)
-      workers, cores = processors(FLAGS.jobs)
-      console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
-      run(jobs, workdir, workers, cores)
+  if FLAGS.page_only:
+    write_page()
+  else:
+    checks.check_parts(config)
+    workers, cores = processors(FLAGS.jobs)
+    console.say(f"{len(jobs)} jobs, {workers} at a time; logs in {workdir / 'logs'}")
+    run(jobs, workdir, workers, cores, write_page)
   console.table("Dilemma", ("what", "where"), [("page", str(file)), ("workdir", str(workdir))])
 
 

@@ -76,22 +76,26 @@ def write(
 
 
 def best(spaces: Sequence[Space], key: str, name: str) -> list[str]:
-  """Plain at its best KL weight beside aligned at its best, for latents of each shape.
+  """Plain at its best KL weight beside aligned at its best, for latents of each shape and models of
+  each width.
 
   `key` and `name` are the distance's, in files and on the page.
   """
   lines = []
-  for shape in dict.fromkeys(space.shape for space in spaces):
+  for kind in dict.fromkeys((space.shape, space.width) for space in spaces):
     shown = []
     for variant in ("plain", "aligned"):
-      run = [s for s in spaces if (s.shape, s.variant) == (shape, variant) and s.last(key)]
+      alike = [s for s in spaces if (s.shape, s.width) == kind and s.variant == variant]
+      run = [space for space in alike if space.last(key)]
       if run:
         found = min(run, key=lambda space: np.mean(space.last(key)))
         distances = found.last(key)
         how = f"KL weight {found.kl}, {len(distances)} model{'s' if len(distances) > 1 else ''}"
         shown.append(f"{variant} {_spread(distances, 3)}, {_decibels(found)} dB ({how})")
     if len(shown) == 2:
-      lines.append(f"- {shape}, {name} at the better KL weight of each: {', '.join(shown)}.")
+      lines.append(
+        f"- {kind[0]}, width {kind[1]}, {name} at the better KL weight of each: {', '.join(shown)}."
+      )
   return [*lines, ""] if lines else []
 
 
@@ -175,7 +179,7 @@ def _made(found: Results, command: str) -> list[str]:
   record = found.record
   kinds: dict[str, list[float]] = {}
   for job in found.jobs:
-    if seconds := record.seconds(job.name):
+    if seconds := record.seconds(job):
       kinds.setdefault(job.kind, []).append(seconds)
   total = sum(sum(seconds) for seconds in kinds.values())
   rows = [(kind, str(len(s)), f"{sum(s) / 60:.1f}") for kind, s in kinds.items()]
@@ -199,19 +203,21 @@ def _made(found: Results, command: str) -> list[str]:
 
 
 def _draw_frontier(spaces: Sequence[Space], found: Results, path: Path) -> Path | None:
-  """A panel for each shape of latents: plain and aligned, of each KL weight."""
-  places: dict[str, dict[str, tuple[float, float]]] = {}
+  """A panel for each shape of latents and width: plain and aligned, of each KL weight."""
+  places: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
   for space in spaces:
     psnr, distance = mean(space.figures.get("psnr", [])), mean(space.last(found.key))
     if psnr is not None and distance is not None and space.variant != "shortcut":
-      panel = places.setdefault(space.shape, {})
+      panel = places.setdefault((space.shape, space.width), {})
       panel[f"{space.variant}/KL {space.kl}"] = psnr, distance
   if not places:
     return None
   figure, axes = plots.panels(1, len(places), size=(4.5 * len(places) + 1.5, 4.5))
-  for axis, (shape, shown) in zip(axes[0], places.items(), strict=True):
+  for axis, ((shape, width), shown) in zip(axes[0], places.items(), strict=True):
     plots.frontier(axis, shown, COLOURS)
-    axis.set(title=shape, xlabel="PSNR of held-out pictures (dB), higher is better")
+    axis.set(
+      title=f"{shape}, width {width}", xlabel="PSNR of held-out pictures (dB), higher is better"
+    )
   axes[0, 0].set_ylabel(f"{found.name}, lower is better")
   return plots.save(figure, path, dpi=110)
 

@@ -36,7 +36,7 @@ from launch.engine.subcommands import Subcommand
 from launch.lab import reference
 from launch.lab.equivalence import judging, pieces, side_page, tokenizer_page, tokenizer_pieces
 from launch.lab.equivalence.pieces import RECORD, Settings
-from launch.lab.jobs import Job, reported, run
+from launch.lab.jobs import Job, run
 from vavae_jax.common.errors import InputError
 
 CONFIG = f"{training.__file__}:cifar"
@@ -265,11 +265,12 @@ def main() -> None:
   page.REGION.check(file)
   command = whole_command(("page", "page_only", "jobs"))
   write_page = functools.partial(page.write, settings, jobs, file, command)
-  with reported(write_page):
-    if not FLAGS.page_only:
-      settings.checkouts.check_python("scipy", "safetensors")
-      console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")
-      run(jobs, settings.root, FLAGS.jobs)
+  if FLAGS.page_only:
+    write_page()
+  else:
+    settings.checkouts.check_python("scipy", "safetensors")
+    console.say(f"{len(jobs)} jobs, {FLAGS.jobs} at a time; logs in {settings.root / 'logs'}")
+    run(jobs, settings.root, FLAGS.jobs, write=write_page)
   rows = [("page", str(file)), ("workdir", str(settings.root))]
   console.table("Trainings side by side", ("what", "where"), rows)
 

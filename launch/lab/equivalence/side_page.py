@@ -307,7 +307,7 @@ def made(found: Results, command: str, lines: Sequence[str]) -> list[str]:
   """`lines` on the reference's side, command, commit, machine and time."""
   kinds: dict[str, float] = {}
   for job in found.jobs:
-    if seconds := found.record.seconds(job.name):
+    if seconds := found.record.seconds(job):
       kinds[job.kind] = kinds.get(job.kind, 0.0) + seconds
   minutes = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.items())
   return [
