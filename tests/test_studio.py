@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import dataclasses
 import json
+import shlex
 import shutil
 import socket
 import threading
 import time
+import types
 from urllib.parse import urlsplit
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from launch.evaluation.sample_files import read_samples
+from lightningdit_jax.store.space import label_of, labels_for
 from vavae_jax.common.errors import InputError
 
 pytest.importorskip("gradio", reason="the extra [studio] is not installed")
@@ -63,12 +70,39 @@ def test_the_command_and_the_python_give_the_pictures_of_the_page(studio, comman
   found: dict = {}
   exec(python, found)
   assert found["pictures"] == shown
-  words = [word.replace("samples.npz", str(tmp_path / "x.npz")) for word in shell.split(" \\\n  ")]
-  assert words[0] == "vavae sample"
-  done = command("launch.sample", *words[1:])
+  program, name, *words = shlex.split(shell.replace("\\\n", ""))
+  assert (program, name) == ("vavae", "sample")
+  done = command("launch.sample", *words, f"--output={tmp_path / 'x.npz'}")
   assert done.returncode == 0, done.stderr
   drawn, _ = read_samples(tmp_path / "x.npz")
   assert np.abs(drawn.astype(int) - np.stack(shown)).max() <= 1
+
+
+@pytest.mark.parametrize(
+  ("names", "chosen"),
+  [
+    (("0", "1", "10", "2"), ["10", "2"]),  # a class that is called 2 comes before the number 2
+    (("1", "2", "1,2", "balanced"), ["1", "2"]),
+    (("balanced", "cat", 'a "wild", cat', " dog"), ["balanced"]),
+    (("balanced", "cat", 'a "wild", cat', " dog"), ['a "wild", cat', " dog"]),
+    ((), ["3", "1"]),
+    (("0", "1", "10", "2"), []),
+  ],
+)
+def test_the_command_and_the_python_draw_the_classes_of_the_page(studio, names, chosen):
+  pipe = copy.copy(studio.pipe)
+  config = ConfigDict(pipe.config)
+  config.model.num_classes, pipe.class_names = 4, names
+  pipe.config = FrozenConfigDict(config)
+  studio = content.Studio("x", pipe, "of it's", num=NUM)
+  shell, python = generate.command(studio, chosen, 2.5, 0.2, "heun", 4, seed=3)
+  given = dict(word.split("=", 1) for word in shlex.split(shell.replace("\\\n", ""))[2:])
+  drawn = labels_for(given["--labels"], NUM, 4, 0, names)
+  assert drawn.tolist() == studio.labels(chosen)
+  listed = ast.literal_eval(python.split("pipe.sample(\n  ")[1].split(",\n  seed")[0])
+  assert [label_of(x, names, 4) for x in listed] == studio.labels(chosen)
+  assert given["--tokenizer"] == "of it's"
+  assert """Pipeline.load('x', tokenizer="of it's")""" in python
 
 
 def test_no_control_but_the_solver_compiles(studio, caplog):
@@ -105,6 +139,31 @@ def test_two_averages_differ_on_the_same_noise(studio):
   first, second = compare.compare(studio.pipe, other, [0, 1, 2], 4)
   assert first == studio.pipe.sample([0, 1, 2], seed=4, progress=False)
   assert second == other.sample([0, 1, 2], seed=4, progress=False) != first
+
+
+def test_classes_are_compared_by_their_names(studio):
+  def model(*names):
+    def sample(classes, **_):
+      return [names[label_of(x, names, 3)] if names else x for x in classes]
+
+    noise = lambda seed, count: np.zeros((count, 1))  # noqa: E731
+    return types.SimpleNamespace(class_names=names, noise=noise, sample=sample)
+
+  first, other = model("cat", "dog", "7"), model("7", "cat", "dog")
+  assert compare.compare(first, other, [2, 0], 0) == [["7", "cat"], ["7", "cat"]]
+  assert compare.compare(first, model(), [2, 0], 0) == [["7", "cat"], [2, 0]]
+  assert compare.compare(model(), other, [2, 0], 0) == [[2, 0], ["dog", "7"]]
+  with pytest.raises(InputError, match="The other model has no class 'dog'; choose classes of"):
+    compare.compare(first, model("7", "cat", "bird"), [2, 1], 0)
+
+
+def test_the_other_average_of_a_model_has_the_tokenizer_that_was_named(studio, monkeypatch):
+  asked = []
+  monkeypatch.setattr(compare, "load", lambda *x, **options: asked.append((*x, options)))
+  for second in (studio.source, "other"):
+    compare.other(dataclasses.replace(studio, tokenizer="moved"), second, 0.5)
+  expected = {studio.source: "moved", "other": ""}
+  assert asked == [(x, {"tokenizer": y, "ema": 0.5}) for x, y in expected.items()]
 
 
 def test_a_training_under_way_is_seen_to_change(pipeline, tmp_path):

@@ -24,7 +24,8 @@ def compare(
 ) -> list[list[Image.Image]]:
   """Samples of both models, which begin with the same noise.
 
-  InputError where their latents are of other shapes, or one lacks a class of the other.
+  `labels` are of the first; the second has the classes of the same names where both have names.
+  InputError where their latents are of other shapes, or the second lacks a class.
   """
   noises = [model.noise(seed, len(labels)) for model in (first, second)]
   if len({noise.shape for noise in noises}) > 1:
@@ -33,8 +34,19 @@ def compare(
         *(noise.shape[1:] for noise in noises)
       )
     )
+  classes: Sequence[str | int] = labels
+  if first.class_names and second.class_names:
+    classes = [first.class_names[label] for label in labels]
+    if lacking := [name for name in classes if name not in second.class_names]:
+      raise InputError(f"The other model has no class {lacking[0]!r}; choose classes of both.")
   given = {"seed": seed, "batch_size": len(labels), "progress": False, **changes}
-  return [model.sample(labels, noise=noises[0], **given) for model in (first, second)]
+  return [model.sample(classes, noise=noises[0], **given) for model in (first, second)]
+
+
+def other(studio: Studio, source: str, ema: float | None) -> Pipeline:
+  """The second model, or another average of the page's own."""
+  tokenizer = studio.tokenizer if source == studio.source else ""
+  return load(source, tokenizer=tokenizer, ema=ema)
 
 
 def show(both: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> str:
@@ -60,8 +72,8 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, controls: Controls) -> N
     except ValueError as error:
       raise InputError(f"The average is {average!r}; give its decay, such as 0.9999.") from error
     labels = studio.labels(classes)
-    other = load(source if studio.is_local else own, ema=ema)
-    both = compare(studio.model, other, labels, seed, **settings(*controls))
+    second = other(studio, source if studio.is_local else own, ema)
+    both = compare(studio.model, second, labels, seed, **settings(*controls))
     return show(both, [studio.classes[label] for label in labels])
 
   asked, shown = sides()

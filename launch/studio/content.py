@@ -32,6 +32,7 @@ class Studio:
   Attributes:
     source: of the model, as `Pipeline.load` takes it.
     pipe: the model; None where there is none.
+    tokenizer: of the model, where somebody named it, or "".
     second: of the model to compare with, or "".
     store: its latents; None where there are none.
     workdirs: of trainings to follow.
@@ -41,6 +42,7 @@ class Studio:
 
   source: str = ""
   pipe: Pipeline | None = None
+  tokenizer: str = ""
   second: str = ""
   store: LatentStore | None = None
   workdirs: Sequence[Path] = ()
@@ -102,7 +104,7 @@ def open_studio(
       f"The latents of {latents} have {store.shape[-1]} channels, those of the model "
       f"{pipe.tokenizer.channels}: they are of another tokenizer. Give --latents=STORE of this one."
     )
-  return Studio(model, pipe, store=store, workdirs=workdirs, **others)
+  return Studio(model, pipe, tokenizer, store=store, workdirs=workdirs, **others)
 
 
 def settings(guidance: float, interval: float, solver: str, steps: int) -> dict[str, Any]:

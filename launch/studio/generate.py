@@ -12,6 +12,7 @@ from PIL import Image
 
 from launch.studio.content import Studio, settings, solver_of, solvers_of
 from launch.studio.parts import QUIET, Controls, sides, tile, tiles, told
+from lightningdit_jax.store.space import as_labels
 from vavae_jax.common.keys import LAST_SEED
 
 HELP = """
@@ -54,18 +55,22 @@ def command(studio: Studio, classes: Sequence[str], *controls: Any, seed: int) -
   if pipe.settings().mode == "ODE":
     del chosen["mode"]
   listed = [studio.classes[label] for label in labels] if pipe.class_names else labels
-  given = "".join(f", {name}={value!r}" for name, value in chosen.items())
+  moved = {"tokenizer": studio.tokenizer} if studio.tokenizer else {}
+  of_model, of_samples = (
+    "".join(f", {name}={value!r}" for name, value in given.items()) for given in (moved, chosen)
+  )
   script = (
     "from lightningdit_jax import Pipeline\n\n"
-    f"pipe = Pipeline.load({studio.source!r})\n"
-    f"pictures = pipe.sample(\n  {listed},\n  seed={seed}{given},\n)\n"
+    f"pipe = Pipeline.load({studio.source!r}{of_model})\n"
+    f"pictures = pipe.sample(\n  {listed},\n  seed={seed}{of_samples},\n)\n"
   )
   named = {"guidance": "cfg_scale", "interval_start": "cfg_interval_start", "steps": "num_steps"}
   flags = {
     "workdir": studio.source,
+    **moved,
     "output": "samples.npz",
     "num_samples": studio.num,
-    "labels": ",".join(map(str, labels[: len(classes)])) or "balanced",
+    "labels": as_labels(listed[: len(classes)]) or "balanced",
     "seed": seed,
     **{named.get(name, name): value for name, value in chosen.items()},
   }

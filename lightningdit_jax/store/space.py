@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
+import io
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,13 @@ def labels_for(
       f'--labels is {kind!r}: {error} "balanced" and "uniform" are for all of them.'
     ) from error
   return np.resize(np.asarray(given, np.int32), num_samples)
+
+
+def as_labels(classes: Sequence[str | int]) -> str:
+  """Names and numbers of classes as `labels_for` reads them; a name is quoted, whatever it is."""
+  text = io.StringIO()
+  csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="").writerow(classes)
+  return text.getvalue()
 
 
 def _word(word: str, names: Sequence[str]) -> str | int:
