@@ -62,7 +62,8 @@ SETTINGS: dict[str, Any] = {
   },
   "dtype": Key("bfloat16", DTYPES, "Of matrix products in training."),
 }
-_NOISE = {"num": Key(1, keys.COUNT), "seed": Key(0, f"[0, {LAST_SEED}]")}
+_GIVEN = dict.fromkeys(("num", "count", "shown"), Key(1, keys.COUNT))
+_GIVEN["seed"] = Key(0, f"[0, {LAST_SEED}]")
 # What a training's `config.sample` calls our arguments.
 _OURS = {"guidance": "cfg_scale", "steps": "num_steps", "interval_start": "cfg_interval_start"}
 
@@ -225,7 +226,7 @@ class Pipeline:
 
     All run in one batch; arguments and errors are as of `sample`, for a solver on a grid.
     """
-    keys.check({"shown": Key(1, keys.COUNT)}, {"shown": shown})
+    keys.check(_GIVEN, {"shown": (shown := _plain(shown))})
     chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
     if not _is_on_grid(chosen):
       raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
@@ -245,7 +246,7 @@ class Pipeline:
 
   def noise(self, seed: int, count: int = 1) -> np.ndarray:
     """What the samples of a seed begin with, float32 [count, h, w, Z], standard normal."""
-    keys.check(_NOISE, {"seed": (seed := _plain(seed))})
+    keys.check(_GIVEN, {"seed": (seed := _plain(seed)), "count": (count := _plain(count))})
     return np.asarray(_noise(self._shape, np.uint32(seed), np.arange(count, dtype=np.int32)))
 
   def _prepared(
@@ -258,7 +259,7 @@ class Pipeline:
     settings: dict[str, Any],
   ) -> tuple[FrozenConfigDict, dict[str, np.ndarray]]:
     """The checked settings, and arrays of all samples: "index", "label" and perhaps "noise"."""
-    keys.check(_NOISE, {"num": (num := _plain(num)), "seed": _plain(seed)})
+    keys.check(_GIVEN, {"num": (num := _plain(num)), "seed": _plain(seed)})
     chosen, count = self.settings(guide, **settings), self.config.model.num_classes
     check_classes(self.class_names, count, "What the model was trained on")
     several = [classes] if isinstance(classes, str) or not np.iterable(classes) else classes
@@ -268,13 +269,14 @@ class Pipeline:
       raise InputError("There are no classes to sample; give a list such as [0, 1].")
     batch = {"index": np.arange(len(label_N), dtype=np.int32), "label": label_N}
     if noise is not None:
-      if (noise := np.asarray(noise)).shape != (wanted := (len(label_N), *self._shape)):
+      noise = keys.floats(noise, "noise")
+      if noise.shape != (wanted := (len(label_N), *self._shape)):
         raise InputError(f"noise is {noise.shape}; these samples need {wanted}.")
       if not _is_on_grid(chosen):
         raise InputError("noise is for a solver on a grid; give another method than dopri5.")
-      batch["noise"] = noise.astype(np.float32)
-      if not np.isfinite(batch["noise"]).all():
+      if not np.isfinite(noise).all():
         raise InputError("noise has numbers that are not finite.")
+      batch["noise"] = noise
     return chosen, batch
 
   @property
@@ -326,6 +328,8 @@ class Pipeline:
 
   def settings(self, guide: Pipeline | None = None, **changes: Any) -> FrozenConfigDict:
     """The model's `config.sample` with changes by our names or its own; errors as of `sample`."""
+    if not isinstance(guide, Pipeline | None):
+      raise InputError(f"guide is {guide!r}; give a Pipeline, as of Pipeline.load.")
     if twice := [ours for ours, name in _OURS.items() if {ours, name} <= changes.keys()]:
       raise InputError(f"{twice[0]} is {_OURS[twice[0]]} by another name; give one of them.")
     named = {_OURS.get(name, name): value for name, value in changes.items()}

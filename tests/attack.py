@@ -206,6 +206,6 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   flags.DEFINE_integer("count", 10_000, "Files of each kind.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Of the damages.")
+  flags.DEFINE_integer("seed", 0, "Of the damages.", lower_bound=0)
   flags.DEFINE_string("output", "", "A JSON file for the results.")
   console.run_command(main)

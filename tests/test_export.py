@@ -131,6 +131,9 @@ def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
     ([0], {"trajectory": True, "method": "dopri5"}, "give another method"),
     ([0], {"noise": np.zeros((2, 4, 4, 48))}, "noise is .* these samples need"),
     ([0], {"noise": np.full((1, 4, 4, 48), np.nan)}, "noise has numbers that are not finite"),
+    ([0], {"noise": [[1.0, 2.0], [3.0]]}, "noise is no array of numbers .setting an array element"),
+    ([0], {"guide": "runs/guide"}, "guide is 'runs/guide'; give a Pipeline, as of Pipeline.load"),
+    (np.zeros((2, 2), int), {}, "There is no class array"),
     ([0.5], {}, "There is no class 0.5; give a name, or a number below 9"),
     (None, {}, "There is no class None"),
     ([0], {"guidance": 2.0, "cfg_scale": 5.0}, "guidance is cfg_scale by another name"),
@@ -140,6 +143,25 @@ def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
 def test_what_cannot_be_sampled_is_named(pipe, classes, words, message):
   with pytest.raises(InputError, match=message):
     pipe.sample(classes, progress=False, **words)
+
+
+@pytest.mark.parametrize("count", [0, -3, 1.5])
+def test_a_count_of_noises_that_cannot_be_is_named(pipe, count):
+  with pytest.raises(InputError, match=f"count is {count}; give an integer in"):
+    pipe.noise(0, count)
+
+
+@pytest.mark.parametrize(
+  ("latents", "message"),
+  [
+    (5, r"A latent is \(\); this"),
+    ("x.npy", "A latent is no array of numbers .could not"),
+    ([[[1.0, 2.0], [3.0]]], "A latent is no array of numbers .setting an array element"),
+  ],
+)
+def test_what_is_no_latent_is_named(pipe, latents, message):
+  with pytest.raises(InputError, match=message):
+    pipe.tokenizer.decode(latents)
 
 
 def test_one_class_and_numbers_of_numpy_are_as_good_as_lists_and_pythons(pipe):

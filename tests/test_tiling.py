@@ -18,7 +18,9 @@ from vavae_jax.autoencoder import Autoencoder, Posterior
 from vavae_jax.tiling import decode_tiled, encode_tiled
 
 # Larger than a tile along both axes or along one; h != w.
-SIZES = [(24, 40), (40, 68), (28, 16), (8, 36)]
+SIZES = [(24, 40), (40, 68), (28, 16), (8, 36), (36, 10)]
+# Long and narrow, from less than the overlap to more.
+SIZES += [(2 * cells, 20) for cells in range(1, 6)]
 TILE, OVERLAP = 16, 4
 
 

@@ -101,7 +101,8 @@ def _in_tiles(
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
   """Where tiles begin along an axis: evenly, but for the last, which ends with the picture."""
-  return [*range(0, size - tile, tile - overlap), size - tile]
+  step = max(tile - overlap, 1)  # a tile as large as the picture may be no larger than the overlap
+  return [*range(0, size - tile, step), size - tile]
 
 
 def _lay(canvas: np.ndarray, part: np.ndarray, start: int, covered: int, axis: int) -> int:

@@ -132,7 +132,8 @@ class Tokenizer:
   def decode(self, latents: Any) -> Any:
     """The PIL picture of a latent [h, w, Z], or a list of those of [B, h, w, Z] or a list."""
     is_one = not isinstance(latents, Sequence) and np.ndim(latents) == 3
-    given = [np.asarray(z, np.float32) for z in ([latents] if is_one else latents)]
+    several = [latents] if is_one or not np.iterable(latents) else latents
+    given = [keys.floats(z, "A latent") for z in several]
     for z in given:
       if z.ndim != 3 or z.shape[-1] != self.channels or not z.size:
         raise InputError(f"A latent is {z.shape}; this tokenizer's are [h, w, {self.channels}].")

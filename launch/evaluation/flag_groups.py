@@ -24,7 +24,7 @@ def reference() -> None:
   text = "Real pictures, or an npz of their mu and sigma."
   flags.DEFINE_string("reference", None, text, required=True)
   text = "ADM's crop of folders and sources; 0: the size of the samples."
-  flags.DEFINE_integer("image_size", 0, text)
+  flags.DEFINE_integer("image_size", 0, text, lower_bound=0)
   flags.DEFINE_string(
     "tokenizer", "", f"The tokenizer, if the latents do not name it: {folder.TAKEN}"
   )
@@ -63,7 +63,8 @@ def reconstruction() -> None:
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_string("source", "", "Pictures to rebuild; the tokenizer's held-out ones if none.")
   flags.DEFINE_enum("crop", "resize", tuple(images.FIXED_CROPS), "resize: the reference's.")
-  flags.DEFINE_integer("image_size", 0, "Side of the pictures; 0: as in training.")
+  text = "Side of the pictures; 0: as in training."
+  flags.DEFINE_integer("image_size", 0, text, lower_bound=0)
   flags.DEFINE_integer("limit", 0, "Number of pictures, by a seeded choice; 0: all.", lower_bound=0)
   flags.DEFINE_enum("posterior", "sample", reconstructions.POSTERIORS, "sample: the reference's.")
   flags.DEFINE_integer(

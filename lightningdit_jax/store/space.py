@@ -93,17 +93,21 @@ def check_classes(names: Sequence[str], count: int, where: str) -> None:
 
 def label_of(given: str | int, names: Sequence[str], count: int) -> int:
   """The label of a class by its name, or by its number among `count`; InputError for another."""
-  if isinstance(given, bool) or not (isinstance(given, str) or hasattr(given, "__index__")):
-    raise InputError(f"There is no class {given!r}; give a name, or a number below {count}.")
   if isinstance(given, str):
     if given not in names:
       near = difflib.get_close_matches(given, names, 3) or names[:20]
       known = ", ".join(near) or f"no names; give 0 to {count - 1}"
       raise InputError(f"There is no class {given!r}; there are {known}.")
-    given = list(names).index(given)
-  if not 0 <= given < count:
-    raise InputError(f"There is no class {given}; they are 0 to {count - 1}.")
-  return operator.index(given)
+    return list(names).index(given)
+  number: Any = None if isinstance(given, bool) else given
+  try:
+    label = operator.index(number)
+  except TypeError as error:
+    message = f"There is no class {given!r}; give a name, or a number below {count}."
+    raise InputError(message) from error
+  if not 0 <= label < count:
+    raise InputError(f"There is no class {label}; they are 0 to {count - 1}.")
+  return label
 
 
 def labels_for(

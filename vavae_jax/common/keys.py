@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vavae_jax.common.errors import InputError
 
 COUNT, MAYBE = "[1, 2e9]", "[0, 2e9]"  # steps are int32
@@ -125,6 +127,14 @@ def check(keys: Mapping[str, Key], given: Mapping[str, Any], prefix: str = "") -
   problems = (keys[name].check(prefix + name, value) for name, value in given.items())
   if wrong := [problem for problem in problems if problem]:
     raise InputError(" ".join(wrong))
+
+
+def floats(value: Any, what: str) -> np.ndarray:
+  """float32 of numbers, perhaps in lists of lists; InputError where they are no array."""
+  try:
+    return np.asarray(value, np.float32)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{what} is no array of numbers ({error}).") from error
 
 
 def complete(table: Mapping[str, Any], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:

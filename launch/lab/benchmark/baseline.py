@@ -86,7 +86,8 @@ def changes(rows: list[Row], before: list[Row]) -> list[Change]:
 def define_flags() -> None:
   """Defines the flags of `settle`."""
   flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/lab/baseline.json.")
-  flags.DEFINE_float("tolerance", 0.15, "How much worse than the baseline a ratio may be.")
+  text = "How much worse than the baseline a ratio may be."
+  flags.DEFINE_float("tolerance", 0.15, text, lower_bound=0)
   flags.DEFINE_string("update", "", "A baseline that receives these ratios.")
 
 

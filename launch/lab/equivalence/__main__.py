@@ -35,6 +35,7 @@ from launch.lab.equivalence.comparison import HEADER, compare, sections, summary
 from launch.lab.reference import define_flags
 from launch.report.html import write_page
 from vavae_jax.common.files import write_json
+from vavae_jax.common.keys import LAST_SEED
 
 
 def main() -> None:
@@ -66,12 +67,13 @@ if __name__ == "__main__":
   flags.DEFINE_enum("model", None, [*CASES], "The model to compare.", required=True)
   flags.DEFINE_string("checkpoint", "", "Weights of that model; by default random ones.")
   flags.DEFINE_integer("batch_size", 2, "Samples of a batch.", lower_bound=1)
-  flags.DEFINE_integer("image_size", 256, "Pixels, for all models but LightningDiT.")
+  text = "Pixels, for all models but LightningDiT."
+  flags.DEFINE_integer("image_size", 256, text, lower_bound=16)
   flags.DEFINE_integer("steps", 2, "Steps of Adam if the model is trained; 0: none.", lower_bound=0)
   flags.DEFINE_integer("trajectory", 5, "Grid points of a sampling; 0: none.", lower_bound=0)
   dtypes = ["float32", "bfloat16"]
   text = "Dtypes of matrix products; bfloat16 only for LightningDiT, which is trained in it."
   flags.DEFINE_multi_enum("dtypes", dtypes, dtypes, text)
-  flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.")
+  flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.", 0, LAST_SEED)
   flags.DEFINE_string("output", "", "Results go to OUTPUT.json and OUTPUT.html.")
   console.run_command(main)
