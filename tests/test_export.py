@@ -294,6 +294,36 @@ def test_a_large_picture_runs_in_tiles_that_hardly_differ(tokenizer, monkeypatch
   assert 0 < np.abs(tiled - whole).mean() < 0.2 * np.abs(whole).mean()
 
 
+@pytest.mark.parametrize("limit", [2, 1])
+def test_large_pictures_of_one_size_share_devices_and_halve_as_small_ones_do(
+  tokenizer, monkeypatch, limit
+):
+  own = restore.for_use(tokenizer)
+  pictures = np.random.default_rng(0).integers(256, size=(3, 32, 48, 3), dtype=np.uint8)
+  for name, value in (("LARGEST", 32), ("TILE", 2), ("OVERLAP", 0), ("PIXELS_AT_ONCE", 2 * 32**2)):
+    monkeypatch.setattr(f"vavae_jax.tokenizer._{name}", value)
+  z = np.stack([own.encode(picture) for picture in pictures])
+  again = np.stack([own.decode(each) for each in z])
+  taken = []
+
+  def watched(run):
+    def watch(model, x):
+      if not isinstance(x, jax.core.Tracer):
+        taken.append(len(x))
+        assert x.sharding.mesh == own._devices
+        if len(x) > limit:
+          raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+      return run(model, x)
+
+    return watch
+
+  for name in ("_moments", "_decode"):
+    monkeypatch.setattr(tiling, name, watched(getattr(tiling, name)))
+  np.testing.assert_allclose(own.encode(pictures), z, atol=1e-5)
+  assert np.abs(np.stack(own.decode(z)).astype(int) - again).max() <= 1
+  assert max(taken) == 2
+
+
 def test_a_moved_workdir_samples_without_its_latents(pipeline, tmp_path, pipe):
   shutil.copytree(pipeline / "diffusion", tmp_path / "diffusion")
   shutil.copytree(pipeline / "tokenizer", tmp_path / "tokenizer")

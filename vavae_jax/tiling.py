@@ -1,8 +1,8 @@
 """Pictures too large for one pass, encoded and decoded in overlapping tiles.
 
 All tiles of a picture have one size, so that the network compiles once: the last one of a row or
-column is moved inwards, not padded. Overlaps are blended linearly. The device holds one tile at a
-time; the picture itself stays in the host's memory.
+column is moved inwards, not padded. Overlaps are blended linearly. The device holds one tile of
+each picture at a time, or of fewer as `through` says; pictures stay in the host's memory.
 
 Notable: GroupNorm and attention see a tile instead of the picture, so that the result differs from
 that of one pass; larger tiles differ less. The overlap hides the seams.
@@ -10,6 +10,7 @@ that of one pass; larger tiles differ less. The overlap hides the seams.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,29 +21,49 @@ import numpy as np
 from vavae_jax.autoencoder import Autoencoder, Posterior
 from vavae_jax.common.errors import InputError
 
+Run = Callable[[Any], Any]  # from tiles of a batch to what comes of them, both [B, ...]
+Through = Callable[[Run, np.ndarray], Any]
+
+
+def _as_one(run: Run, batch: np.ndarray) -> Any:
+  return run(batch)
+
 
 def encode_tiled(
-  model: Autoencoder, image_BHWC: Any, *, tile: int = 512, overlap: int = 64
+  model: Autoencoder,
+  image_BHWC: Any,
+  *,
+  tile: int = 512,
+  overlap: int = 64,
+  through: Through = _as_one,
 ) -> Posterior:
   """The posterior of a large picture's latent, as `Autoencoder.encode` has it.
 
   `tile`, the height and width of a tile, and `overlap`, the least that neighbours share, are pixels
   and multiples of `model.downsampling`; in the overlap means and log variances are blended. A
-  picture no larger than a tile runs in one pass. InputError if anything does not fit.
+  picture no larger than a tile runs in one pass. `through(run, batch)` is run(batch), perhaps in
+  parts, for the tiles of all pictures at one place. InputError if anything does not fit.
   """
   factor = model.downsampling
   cells = _in_cells(tile, overlap, factor)
-  moments = _in_tiles(_moments, model, image_BHWC, *cells, scale_in=factor, scale_out=1)
+  moments = _in_tiles(
+    _moments, model, image_BHWC, *cells, scale_in=factor, scale_out=1, through=through
+  )
   return Posterior.from_moments(jnp.asarray(moments))
 
 
 def decode_tiled(
-  model: Autoencoder, z_BhwZ: Any, *, tile: int = 512, overlap: int = 64
+  model: Autoencoder,
+  z_BhwZ: Any,
+  *,
+  tile: int = 512,
+  overlap: int = 64,
+  through: Through = _as_one,
 ) -> np.ndarray:
   """The picture of a large latent, float32 on the host; arguments as for `encode_tiled`."""
   factor = model.downsampling
   cells = _in_cells(tile, overlap, factor)
-  return _in_tiles(_decode, model, z_BhwZ, *cells, scale_in=1, scale_out=factor)
+  return _in_tiles(_decode, model, z_BhwZ, *cells, scale_in=1, scale_out=factor, through=through)
 
 
 @jax.jit
@@ -75,6 +96,7 @@ def _in_tiles(
   *,
   scale_in: int,
   scale_out: int,
+  through: Through,
 ) -> np.ndarray:
   """run(model, x), tile by tile, put together on the host.
 
@@ -93,7 +115,7 @@ def _in_tiles(
     for left in _starts(w, tile_w, overlap):
       rows = slice(top * scale_in, (top + tile_h) * scale_in)
       columns = slice(left * scale_in, (left + tile_w) * scale_in)
-      part = np.asarray(run(model, x[:, rows, columns]))
+      part = np.asarray(through(functools.partial(run, model), x[:, rows, columns]))
       covered_w = _lay(row, part, left * scale_out, covered_w, axis=2)
     covered_h = _lay(out, row, top * scale_out, covered_h, axis=1)
   return out

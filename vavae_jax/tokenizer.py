@@ -10,6 +10,7 @@ halved, and a large picture runs in tiles.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,23 +174,25 @@ class Tokenizer:
     return [found[i] for i in range(len(arrays))]
 
   def _encode(self, image_BHWC: np.ndarray) -> np.ndarray:
-    if max(image_BHWC.shape[1:3]) > _LARGEST:
-      image = images.to_float(image_BHWC)  # on the host, as below: devices see one tile at a time
-      return np.asarray(tiling.encode_tiled(self._network(), image, **self._tiles).mode())
-    return as_fits(self._run_encode, image_BHWC, self._at_once(image_BHWC, 1), self._devices)
+    if max(image_BHWC.shape[1:3]) <= _LARGEST:
+      return self._as_fits(1, self._run_encode, image_BHWC)
+    image = images.to_float(image_BHWC)  # on the host, as below: devices see one tile at a time
+    return np.asarray(tiling.encode_tiled(self._network(), image, **self._tiles(1)).mode())
 
   def _decode(self, z_BhwZ: np.ndarray) -> np.ndarray:
-    if max(z_BhwZ.shape[1:3]) * self.downsampling > _LARGEST:
-      return images.to_uint8(tiling.decode_tiled(self._network(), z_BhwZ, **self._tiles))
-    at_once = self._at_once(z_BhwZ, self.downsampling)
-    return as_fits(self._run_decode, z_BhwZ, at_once, self._devices)
+    scale = self.downsampling
+    if max(z_BhwZ.shape[1:3]) * scale <= _LARGEST:
+      return self._as_fits(scale, self._run_decode, z_BhwZ)
+    return images.to_uint8(tiling.decode_tiled(self._network(), z_BhwZ, **self._tiles(scale)))
 
-  def _at_once(self, batch: np.ndarray, scale: int) -> int:
-    return max(_PIXELS_AT_ONCE // (batch.shape[1] * batch.shape[2] * scale**2), 1)
+  def _as_fits(self, scale: int, run: Callable[[Any], Any], batch: np.ndarray) -> np.ndarray:
+    """run(batch) [B, h, w, ...], of `scale` x `scale` pixels each, in parts and on all devices."""
+    pixels = batch.shape[1] * batch.shape[2] * scale**2
+    return as_fits(run, batch, max(_PIXELS_AT_ONCE // pixels, 1), self._devices)
 
-  @property
-  def _tiles(self) -> dict[str, int]:
-    return {"tile": _TILE * self.downsampling, "overlap": _OVERLAP * self.downsampling}
+  def _tiles(self, scale: int) -> dict[str, Any]:
+    sizes = {"tile": _TILE * self.downsampling, "overlap": _OVERLAP * self.downsampling}
+    return {**sizes, "through": functools.partial(self._as_fits, scale)}
 
   def _network(self) -> Autoencoder:
     return nnx.merge(functional.graph_of(build_autoencoder(self.config)), self._placed)
