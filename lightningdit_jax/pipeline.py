@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ SETTINGS: dict[str, Any] = {
   },
   "dtype": Key("bfloat16", DTYPES, "Of matrix products in training."),
 }
+_SHOWN = 12  # points of a trajectory
 _GIVEN = dict.fromkeys(("num", "count", "shown"), Key(1, keys.COUNT))
 _GIVEN["seed"] = Key(0, f"[0, {LAST_SEED}]")
 # What a training's `config.sample` calls our arguments.
@@ -196,20 +198,21 @@ class Pipeline:
     Raises:
       InputError: unknown classes or settings, or settings that the model cannot have.
     """
-    if trajectory:
-      frames = self.watch(classes, num=num, seed=seed, noise=noise, guide=guide, **settings)
-      return [list(way) for way in zip(*frames, strict=True)]
     chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
     with Progress(disable=not progress, transient=True) as bar:
       task = bar.add_task("sample", total=None)
 
-      def run(batch: dict[str, jax.Array]) -> jax.Array:
-        for latent in self._way(chosen, seed, batch, guide):
-          last = latent
+      def run(batch: dict[str, jax.Array]) -> list[jax.Array]:
+        way = self._expected if trajectory else self._way
+        kept: deque[jax.Array] = deque(maxlen=None if trajectory else 1)
+        for latent in way(chosen, seed, batch, guide):
+          kept.append(latent)
           bar.update(task, advance=1)
-        return last
+        return [*kept]
 
-      return self._decoded(as_fits(run, batch, chosen.batch_size, self._devices))
+      points = as_fits(run, batch, chosen.batch_size, self._devices)
+      frames = [self._decoded(latent) for latent in points]
+    return [list(way) for way in zip(*frames, strict=True)] if trajectory else frames[0]
 
   def watch(
     self,
@@ -219,30 +222,22 @@ class Pipeline:
     seed: int = 0,
     noise: np.ndarray | None = None,
     guide: Pipeline | None = None,
-    shown: int = 12,
+    shown: int = _SHOWN,
     **settings: Any,
   ) -> Iterator[list[Image.Image]]:
     """The pictures as the model expects them at `shown` points of their way, the samples last.
 
-    All run in one batch; arguments and errors are as of `sample`, for a solver on a grid.
+    All run in one batch, whatever `batch_size` is; other arguments and errors are as of `sample`,
+    for a solver on a grid.
     """
     keys.check(_GIVEN, {"shown": (shown := _plain(shown))})
     chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
-    if not _is_on_grid(chosen):
-      raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
-    grid = self._grid(chosen)
-    kept = {round(i) for i in np.linspace(0, len(grid) - 1, shown + 1)[1:]}
     total = len(batch["label"])
     rows = np.resize(np.arange(total), mesh.round_up(total, self._devices))
     with jax.set_mesh(self._devices):
       whole = mesh.to_global({k: x[rows] for k, x in batch.items()}, self._devices)
-      before = None
-      for place, x in enumerate(self._way(chosen, seed, whole, guide)):
-        if place in kept and before is not None:
-          t, later = grid[place - 1 : place + 1]
-          expected = x + (x - before) * ((grid[-1] - later) / (later - t))
-          yield self._decoded(np.asarray(expected)[:total])
-        before = x
+      for expected in self._expected(chosen, seed, whole, guide, shown):
+        yield self._decoded(np.asarray(expected)[:total])
 
   def noise(self, seed: int, count: int = 1) -> np.ndarray:
     """What the samples of a seed begin with, float32 [count, h, w, Z], standard normal."""
@@ -315,6 +310,26 @@ class Pipeline:
       x = _advance(*static, params, x, np.array(ends), *each, guidance)
       before.block_until_ready()  # so that the host is never more than a step ahead
       yield x
+
+  def _expected(
+    self,
+    chosen: FrozenConfigDict,
+    seed: int,
+    batch: dict[str, jax.Array],
+    guide: Pipeline | None,
+    shown: int = _SHOWN,
+  ) -> Iterator[jax.Array]:
+    """What the model expects at `shown` points of the way, normalised latents; the samples last."""
+    if not _is_on_grid(chosen):
+      raise InputError("A trajectory is of a solver on a grid; give another method than dopri5.")
+    grid = self._grid(chosen)
+    kept = {round(i) for i in np.linspace(0, len(grid) - 1, shown + 1)[1:]}
+    before = None
+    for place, x in enumerate(self._way(chosen, seed, batch, guide)):
+      if place in kept and before is not None:
+        t, later = grid[place - 1 : place + 1]
+        yield x + (x - before) * ((grid[-1] - later) / (later - t))
+      before = x
 
   def _decoded(self, normalised_NhwZ: np.ndarray) -> list[Image.Image]:
     if not np.isfinite(normalised_NhwZ).all():

@@ -107,6 +107,21 @@ def test_a_trajectory_ends_with_the_sample(pipe):
   ways = pipe.sample([2, 5], steps=4, trajectory=True, progress=False)
   assert [len(way) for way in ways] == [3, 3]
   assert [way[-1] for way in ways] == pipe.sample([2, 5], steps=4, progress=False)
+  assert [*map(list, zip(*pipe.watch([2, 5], steps=4), strict=True))] == ways
+
+
+def test_a_trajectory_runs_in_batches(pipe, monkeypatch):
+  taken, way = [], Pipeline._way
+
+  def watched(self, chosen, seed, batch, guide):
+    taken.append(len(batch["label"]))
+    return way(self, chosen, seed, batch, guide)
+
+  monkeypatch.setattr(Pipeline, "_way", watched)
+  words = {"steps": 3, "trajectory": True, "progress": False}
+  ways = pipe.sample([2, 5, 1], batch_size=2, **words)
+  assert taken == [2, 2]
+  assert ways[2] == pipe.sample([2, 5, 1], batch_size=3, **words)[2]
 
 
 def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
