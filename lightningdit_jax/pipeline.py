@@ -234,10 +234,14 @@ class Pipeline:
     chosen, batch = self._prepared(classes, num, seed, noise, guide, settings)
     total = len(batch["label"])
     rows = np.resize(np.arange(total), mesh.round_up(total, self._devices))
-    with jax.set_mesh(self._devices):
-      whole = mesh.to_global({k: x[rows] for k, x in batch.items()}, self._devices)
-      for expected in self._expected(chosen, seed, whole, guide, shown):
-        yield self._decoded(np.asarray(expected)[:total])
+    whole = mesh.to_global({k: x[rows] for k, x in batch.items()}, self._devices)
+    points = self._expected(chosen, seed, whole, guide, shown)
+    while True:
+      with jax.set_mesh(self._devices):  # not around `yield`: who watches may have another mesh
+        expected = next(points, None)
+      if expected is None:
+        return
+      yield self._decoded(np.asarray(expected)[:total])
 
   def noise(self, seed: int, count: int = 1) -> np.ndarray:
     """What the samples of a seed begin with, float32 [count, h, w, Z], standard normal."""

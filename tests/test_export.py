@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -122,6 +123,26 @@ def test_a_trajectory_runs_in_batches(pipe, monkeypatch):
   ways = pipe.sample([2, 5, 1], batch_size=2, **words)
   assert taken == [2, 2]
   assert ways[2] == pipe.sample([2, 5, 1], batch_size=3, **words)[2]
+
+
+def test_the_mesh_of_watching_is_not_that_of_who_watches(pipe, caplog):
+  def set_mesh():
+    return not jax.sharding.get_abstract_mesh().empty
+
+  def step(watcher):
+    return next(watcher, None), set_mesh()
+
+  list(pipe.watch([2, 5], steps=4))
+  watchers = [pipe.watch([2, 5], steps=4), pipe.watch([0, 1], steps=4)]
+  with ThreadPoolExecutor(1) as other, jax.log_compiles():
+    for place in range(4):  # the last of which ends both
+      for watcher in watchers:
+        frame, is_set = other.submit(step, watcher).result() if place % 2 else step(watcher)
+        assert (frame is not None) == (place < 3)
+        assert not is_set
+    assert not other.submit(set_mesh).result()
+  assert not set_mesh()
+  assert "Compiling" not in caplog.text
 
 
 def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
