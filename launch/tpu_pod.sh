@@ -9,6 +9,7 @@
 #   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --delete    # deletes the slice
 # Creates the queued resource NAME, or uses the existing one; copies the committed code to its workers
 # and installs it; runs what follows -- on all of them as `python -m ...`, independent of this connection.
+# The same command again follows the one that runs; another is refused while it runs.
 # When the slice is preempted, requests it again, and the same command resumes from its last checkpoint, or
 # with what is missing of samples and figures: give it a --workdir, or an --output, in a bucket (gcsfs is
 # installed for it). --delete with a command deletes the slice after the command succeeded. --print shows
@@ -147,12 +148,32 @@ install() {
     export PYTHON=python3.11 ACCELERATOR=tpu; . launch/environment.sh; prepare_environment gcs; echo $commit >commit"
 }
 
-# Starts the command on all workers, unless it runs; each keeps its output and exit code.
+# What must hold on a worker where a command runs, and where the last one was this one.
+alive="[ -f run.pid ] && [ ! -f run.code ] && kill -0 \$(cat run.pid) 2>/dev/null"
+command=$(printf ' %q' "$@")
+command=${command# }
+ours="[ \"\$(cat run.command)\" = $(printf '%q' "$command") ]"
+
+# The command that runs on the first worker; empty if none does. Fails when the worker is gone.
+running() {
+  [ -n "$print" ] || on 0 "cd vavae 2>/dev/null && $alive || exit 0
+    cat run.command 2>/dev/null || echo 'what an earlier version of this script began'"
+}
+
+# Installs before the command begins; nothing where it runs already.
+ready() {
+  case $now in
+    "") install ;;
+    "$command") ;;
+    *) fail "$name runs: $now; --logs follows it, --stop ends it" ;;
+  esac
+}
+
+# Starts the command on all workers, unless it runs; each keeps it, its output and exit code.
 begin() {
-  local line
-  line="$(printf '%q ' .venv/bin/python -m "$@"); echo \$? >run.code"
-  on all "cd vavae; if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; then exit 0; fi
-    rm -f run.code stopped
+  local line=".venv/bin/python -m $command; echo \$? >run.code"
+  on all "cd vavae; if $alive; then $ours; exit; fi
+    rm -f run.code stopped; echo $(printf '%q' "$command") >run.command
     DISTRIBUTED=1 nohup bash -c $(printf '%q' "$line") >>run.log 2>&1 </dev/null &
     echo \$! >run.pid"
 }
@@ -162,9 +183,10 @@ follow() {
   on 0 "cd vavae; tail -n 20 --pid=\$(cat run.pid) -F run.log"
 }
 
-# The exit code of the command on the first worker; empty while it runs or if it was killed.
+# The exit code of the command on the first worker; empty while it runs, if it was killed, or if
+# another was begun since.
 code() {
-  if [ -n "$print" ]; then echo 0; else on 0 "cat vavae/run.code" 2>/dev/null || true; fi
+  if [ -n "$print" ]; then echo 0; else on 0 "cd vavae; $ours && cat run.code" 2>/dev/null || true; fi
 }
 
 assumed=NONE
@@ -180,7 +202,7 @@ fi
 misses=0
 while true; do
   acquire
-  if ! { install && begin "$@"; }; then
+  if ! { now=$(running) && ready && begin; }; then
     misses=$((misses + 1))
     [ $misses -lt 5 ] || fail "the workers of $name cannot be reached or installed, see above"
     echo "the workers cannot be reached; looking again"

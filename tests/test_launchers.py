@@ -106,6 +106,41 @@ def test_a_command_runs_on_all_workers_again_after_a_preemption(pod):
   assert calls.count("queued-resources delete") == 1
 
 
+def test_a_busy_slice_takes_no_other_command(pod):
+  run, folder = pod
+  first = ["--", "launch.train", "--workdir=gs://bucket/it's here"]
+  assert run('echo ran >>"$FAKE/ran"', *first).returncode == 0
+  for worker in "01":  # It goes on, as long as this test.
+    (folder / worker / "vavae" / "run.pid").write_text(str(os.getpid()))
+    (folder / worker / "vavae" / "run.code").unlink(missing_ok=True)
+  (folder / "bin" / "tail").write_text("#!/bin/sh\necho 0 >run.code\n")
+  (folder / "bin" / "tail").chmod(0o755)
+  (folder / "calls").unlink()
+  other = run('echo other >>"$FAKE/ran"', "--delete", "--", "launch.encode")
+  assert other.returncode == 2, other.stdout
+  assert r"pod runs: launch.train --workdir=gs://bucket/it\'s\ here; --logs" in other.stderr
+  again = run('echo again >>"$FAKE/ran"', *first)
+  assert again.returncode == 0, again.stderr
+  assert (folder / "ran").read_text() == "ran\nran\n"
+  calls = (folder / "calls").read_text()
+  assert "scp" not in calls
+  assert "delete" not in calls
+
+
+def test_the_end_of_another_command_is_no_end(pod):
+  run, folder = pod
+  # Another command runs and ends while this one's output is not followed.
+  (folder / "bin" / "tail").write_text(
+    '#!/bin/sh\n[ -e "$FAKE/other" ] && exec /usr/bin/tail "$@"\n'
+    "while [ ! -e run.code ]; do sleep 0.01; done\n"
+    'touch "$FAKE/other"; echo launch.encode >run.command\n'
+  )
+  (folder / "bin" / "tail").chmod(0o755)
+  done = run('echo ran >>"$FAKE/ran"', "--", "launch.train")
+  assert done.returncode == 0, done.stderr
+  assert (folder / "ran").read_text() == "ran\n" * 4
+
+
 def test_a_command_that_fails_is_not_repeated(pod):
   run, folder = pod
   done = run('echo ran >>"$FAKE/ran"; exit 2', "--", "launch.train")
