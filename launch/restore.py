@@ -216,6 +216,14 @@ def check_latents(config: FrozenConfigDict) -> LatentStore:
   return store
 
 
+def initial_file(config: FrozenConfigDict) -> Path | None:
+  """The file or folder that `config.init_from` names, if it names one; InputError if it is none."""
+  try:
+    return folder.find(config.init_from, files=SUFFIXES) if config.get("init_from") else None
+  except InputError as error:
+    raise InputError(f"config.init_from: {error}") from error
+
+
 def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
   """A function from a fresh state to one with the weights of `config.init_from`, in the averages
   too; None where it names none.
@@ -224,12 +232,8 @@ def initial_weights(config: FrozenConfigDict) -> Callable[[Any], Any] | None:
     InputError: nothing readable there, or, when the function is called, weights of another
       architecture.
   """
-  if not config.get("init_from"):
+  if not (path := initial_file(config)):
     return None
-  try:
-    path = folder.find(config.init_from, files=SUFFIXES)
-  except InputError as error:
-    raise InputError(f"config.init_from: {error}") from error
   if path.is_file():
     warm_start = _WARM_STARTS[config.task]
     given = warm_start.from_state_dict(read_state_dict(path, warm_start.MARKS), config.model)

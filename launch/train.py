@@ -12,6 +12,7 @@ resumes exactly. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,19 @@ from launch import cached_features, restore, tasks
 from launch.attention import choose
 from launch.engine import configuration, console, elastic, loop, processes
 from launch.engine.checkpoint import batch_sizes, read_config
+from launch.engine.evaluators import Evaluator
 from launch.engine.log import Told
 from launch.evaluation.training import exports, probes, samples
+from lightningdit_jax.checks import check_model
 from lightningdit_jax.options import ONLY_OURS, Options
 from lightningdit_jax.store import space
+from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common.files import is_url, place
 from vavae_jax.data import changes
 from vavae_jax.frozen import uses_teacher
+
+# Keys that latents set where they are left at these values.
+_OF_LATENTS = {"latents.sha256": "", "model.num_classes": Options.num_classes}
 
 
 def train(
@@ -39,11 +46,11 @@ def train(
   `with_changes`: goes on in a workdir with another configuration, as `loop.run` allows it. `told`
   is called with each line of the log.
   """
-  config = _with_classes(_with_split(config, workdir))
+  config = _with_split(config, workdir)
   tasks.frozen(config)  # checks its keys
   config, note = elastic.adapted(config, workdir)
   notes: dict[str, Any] = {elastic.NOTE: note}
-  frozen, more = tasks.frozen(config), {}
+  frozen = tasks.frozen(config)
   if "data" in frozen:
     notes[changes.NOTE] = changes.check(workdir, frozen.data, with_changes=with_changes)
     sizes = processes.first_does(lambda: batch_sizes(workdir, config.batch_size))
@@ -51,32 +58,57 @@ def train(
     if "stages" in frozen and len(sizes) > 1:
       ends = ", ".join(map(str, (*frozen.stages.begins[1:], frozen.num_steps)))
       console.say(f"batches had {len(sizes)} sizes: the stages end after {ends} steps")
-  if config.task == "tokenizer" and uses_teacher(frozen):
-    if (scale := frozen.teacher.scale) > 1:
-      console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")
-    if frozen.teacher.cache:
-      cached_features.make(frozen)
-  elif config.task == "diffusion":
-    # Noted in the workdir's configuration, so that sampling finds out about latents made anew.
-    noted, store = config.copy_and_resolve_references(), restore.check_latents(frozen)
-    noted.latents.sha256 = store.sha256
-    notes[space.NOTE] = space.Space.of(store).note()
-    noted.model.attention = choose(frozen, workdir)
-    frozen = FrozenConfigDict(noted)
-    more = samples(frozen, store, workdir)
-  more |= probes(frozen, workdir) | exports(frozen, workdir)
+  if config.task == "diffusion":
+    check_model(frozen)
+  if not (workdir / configuration.NAME).exists():  # what was begun needs them no more
+    restore.initial_file(frozen)
+  given = dict(configuration.flat(frozen.to_dict()))
   return loop.run(
     tasks.of(config),
     frozen,
     workdir,
     name=f"train {config.task}",
-    more_evaluators=more,
+    prepare=functools.partial(_prepared, frozen, workdir, notes),
+    open_keys=[key for key, default in _OF_LATENTS.items() if given.get(key) == default],
     initial_weights=functools.partial(restore.initial_weights, frozen),
     may_change=[f"model.{name}" for name in ONLY_OURS],
-    notes=notes,
     with_changes=with_changes,
     told=told,
   )
+
+
+def _prepared(
+  config: FrozenConfigDict, workdir: Path, notes: Mapping[str, Mapping[str, Any]]
+) -> loop.Prepared:
+  """Copies latents, or makes a teacher's features, where there are none."""
+  more: dict[str, Evaluator] = {}
+  if config.task == "diffusion":
+    store = restore.check_latents(config)
+    config = _on_latents(config, store, workdir)
+    notes = {**notes, space.NOTE: space.Space.of(store).note()}
+    more = samples(config, store, workdir)
+  more |= probes(config, workdir) | exports(config, workdir)
+  if config.task == "tokenizer" and uses_teacher(config):
+    if (scale := config.teacher.scale) > 1:
+      console.say(f"the teacher sees pictures {scale} times as large: config.teacher.scale")
+    if config.teacher.cache:
+      cached_features.make(config)
+  return loop.Prepared(config, more, notes)
+
+
+def _on_latents(config: FrozenConfigDict, store: LatentStore, workdir: Path) -> FrozenConfigDict:
+  """The configuration with what its latents and the machine say.
+
+  Their hash is noted so that sampling finds out about latents made anew.
+  """
+  noted = ConfigDict(config.to_dict())
+  noted.latents.sha256 = store.sha256
+  count = len(store.manifest.get("class_names", []))
+  if count and config.model.num_classes == Options.num_classes != count:
+    console.say(f"config.model.num_classes is {count}, as many as {store.path} has")
+    noted.model.num_classes = count
+  noted.model.attention = choose(config, workdir)
+  return FrozenConfigDict(noted)
 
 
 def _with_split(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -86,22 +118,6 @@ def _with_split(config: ConfigDict, workdir: Path) -> ConfigDict:
   begun = read_config(workdir) if (workdir / "config.json").exists() else {}
   config = config.copy_and_resolve_references()
   config.data.split = begun.get("data", {}).get("split", "name")
-  return config
-
-
-def _with_classes(config: ConfigDict) -> ConfigDict:
-  """The configuration with its latents' number of classes, where it is left at its default."""
-  if config.get("task") != "diffusion":
-    return config
-  frozen, default = tasks.frozen(config), Options.num_classes
-  if config.model.num_classes != default:
-    return config
-  store = restore.open_latents(frozen.latents.path, frozen.latents.cache)
-  count = len(store.manifest.get("class_names", [])) or default
-  if count != default:
-    console.say(f"config.model.num_classes is {count}, as many as {store.path} has")
-    config = config.copy_and_resolve_references()
-    config.model.num_classes = count
   return config
 
 

@@ -114,9 +114,9 @@ def begin(folder: Path, workdir: Path, *, with_changes: bool = False, **changes)
 def no_steps(monkeypatch):
   """Of the loop, what it does to a workdir before it trains."""
 
-  def run(task, config, workdir, *, notes, with_changes, **others):
+  def run(task, config, workdir, *, prepare, with_changes, **others):
     configuration.check_workdir(workdir, config, with_changes=with_changes)
-    configuration.claim_workdir(workdir, config, notes)
+    configuration.claim_workdir(workdir, config, prepare().notes)
 
   monkeypatch.setattr(loop, "run", run)
 

@@ -22,7 +22,7 @@ from launch import export, restore
 from launch.evaluation.sample_files import class_sheet
 from launch.evaluation.training import exports
 from launch.sample import make_sampler
-from launch.train import _with_classes
+from launch.train import _on_latents
 from lightningdit_jax import Pipeline
 from lightningdit_jax.checks import check_store
 from lightningdit_jax.store.latents import LatentStore
@@ -582,15 +582,16 @@ def test_labels_are_named_or_numbered_and_sheets_name_them(tmp_path):
   assert [bool((sheet[22 * i : 22 * i + 14] < 100).any()) for i in range(3)] == [True] * 3
 
 
-def test_the_number_of_classes_is_that_of_the_latents(diffusion, pipeline):
+def test_the_number_of_classes_is_that_of_the_latents(diffusion, pipeline, tmp_path):
   config = ConfigDict(diffusion.config)
   config.latents.path = str(pipeline / "latents")
   config.model.num_classes = 1000
-  assert _with_classes(config).model.num_classes == 9
+  store = LatentStore(pipeline / "latents")
+  assert _on_latents(FrozenConfigDict(config), store, tmp_path).model.num_classes == 9
   for count in (8, 10):
     config.model.num_classes = count
     with pytest.raises(InputError, match=f"has 9 classes, but config.model.num_classes is {count}"):
-      check_store(FrozenConfigDict(config), LatentStore(pipeline / "latents"))
+      check_store(FrozenConfigDict(config), store)
 
 
 def test_a_workdir_from_before_there_was_a_note_loads_by_its_latents(pipeline, tmp_path):

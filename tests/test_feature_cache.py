@@ -13,13 +13,27 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 import vavae_jax.training
-from launch import cached_features
+from configs import quickstart
+from launch import cached_features, tasks
+from launch.engine.configuration import claim_workdir
 from launch.engine.ownership import owned
+from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork, configuration
 from vavae_jax import frozen, training
 from vavae_jax.common.errors import InputError
 from vavae_jax.data import feature_cache, images, selection
 from vavae_jax.teachers.enlarged import Centred
+
+
+def test_another_configuration_is_seen_before_features_are_made(tmp_path, monkeypatch):
+  monkeypatch.setattr(cached_features, "make", lambda config: pytest.fail("features are made"))
+  config = quickstart.tokenizer(tiny=True)
+  config.data.update(crop="center", flip=False)
+  config.teacher.cache = str(tmp_path / "features")
+  claim_workdir(tmp_path, tasks.resolve(config))
+  config.optimizer.b1 = 0.75
+  with pytest.raises(InputError, match=r"b1: 0\.9 there, 0\.75 now"):
+    train(config, tmp_path)
 
 
 @pytest.fixture

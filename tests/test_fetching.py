@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -12,6 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 
+from configs import quickstart
+from launch import tasks
+from launch.engine import configuration
+from launch.engine.ownership import owned
+from launch.train import train
+from lightningdit_jax.options import Options
 from lightningdit_jax.store import fetching
 from lightningdit_jax.store.latents import LatentStore
 from tests import cases
@@ -64,6 +71,32 @@ def test_a_split_tar_is_a_store(mode, tmp_path):
   before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
   assert fetching.local_folder(path, str(tmp_path / "cache")) == folder
   assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"mesh.fsdp": 3}, "config.mesh asks for"),
+    ({"model.num_heads": 5}, "config.model cannot be built"),
+    ({"init_from": "no/such"}, "config.init_from: no/such"),
+    ({"optimizer.b1": 0.75}, r"another configuration \(config.optimizer.b1: .* there, 0.75 now\)"),
+    ({"model.num_classes": 7}, r"\(config.model.num_classes: 9 there, 7 now\)"),
+    ({}, "is being written by"),
+    # What is known by the latents alone.
+    ({"model.num_classes": Options.num_classes}, "another tokenizer"),
+  ],
+)
+def test_mistakes_are_found_before_latents_are_copied(changes, named, tmp_path):
+  config = quickstart.diffusion(tiny=True)
+  if "init_from" not in changes:
+    configuration.claim_workdir(tmp_path / "run", tasks.frozen(config))
+  path = split_into(tmp_path / "splits", tar())
+  config.latents.update(path=path, cache=str(tmp_path / "cache"))
+  config.update_from_flattened_dict(changes)
+  other = contextlib.nullcontext() if changes else owned(tmp_path / "run")
+  with other, pytest.raises(InputError, match=named):
+    train(config, tmp_path / "run")
+  assert (tmp_path / "cache").exists() == (named == "another tokenizer")
 
 
 def test_one_tar_is_a_store(tmp_path):

@@ -35,8 +35,8 @@ from vavae_jax.common.errors import InputError
 
 def run(workdir, more_evaluators=None, with_changes=False, **changes):
   config = toy_task.config(evaluate_every_steps=3, **changes)
-  options = {"more_evaluators": more_evaluators, "with_changes": with_changes}
-  return loop.run(toy_task, config, workdir, **options)
+  ready = loop.Prepared(config, more_evaluators or {}, {})
+  return loop.run(toy_task, config, workdir, prepare=lambda: ready, with_changes=with_changes)
 
 
 def assert_same(a, b):

@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -81,16 +81,24 @@ class Task(Protocol):
     """
 
 
+class Prepared(NamedTuple):
+  """What is known of a training once its long preparations are done."""
+
+  config: FrozenConfigDict
+  evaluators: dict[str, Evaluator]  # beside the task's own
+  notes: Mapping[str, Mapping[str, Any]]  # JSON files to write beside config.json, by their names
+
+
 def run(
   task: Task,
   config: FrozenConfigDict,
   workdir: Path,
   *,
   name: str = "train",
-  more_evaluators: dict[str, Evaluator] | None = None,
+  prepare: Callable[[], Prepared] | None = None,
+  open_keys: Iterable[str] = (),
   initial_weights: Callable[[], Adopt | None] | None = None,
   may_change: Iterable[str] = (),
-  notes: Mapping[str, Mapping[str, Any]] | None = None,
   with_changes: bool = False,
   told: Told | None = None,
 ) -> Any:
@@ -100,11 +108,12 @@ def run(
   Args:
     task: a module that fits `Task`.
     name: shown by the progress bar.
-    more_evaluators: beside the task's own.
+    prepare: may copy and compute for hours; runs once the workdir is this training's, and all that
+      can be compared before was.
+    open_keys: keys of `config` that `prepare` sets.
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
     may_change: keys that a run may change when it goes on, beside those of every task.
-    notes: contents of JSON files to write beside config.json, by their names.
     with_changes: go on with other changes too, of keys that leave model and state as they are.
     told: is called with each line of the log.
 
@@ -117,16 +126,16 @@ def run(
   with contextlib.ExitStack() as stack:
     stack.enter_context(owned(workdir))
     devices = check(config)
+    early = (*may_change, *open_keys)
+    configuration.check_workdir(workdir, config, early, with_changes=with_changes)
+    config, more_evaluators, notes = prepare() if prepare else Prepared(config, {}, {})
     task.check(config)
     init = functools.partial(task.init_state, config)
     key_init, key_steps = jax.random.split(jax.random.key(config.seed))
     abstract = jax.eval_shape(init, key_init)
     shardings = mesh.parameter_shardings(abstract, devices)
     changes = _changes(task, config, workdir, abstract, may_change, with_changes)
-    checkpoints = _checkpoints(config, workdir)
-    start = checkpoints.sound_step() or 0
-    if start < config.num_steps:
-      checkpoints.check_space(abstract)
+    checkpoints, start = _checkpoints(config, workdir, abstract)
     adopt = initial_weights() if initial_weights and not start else None
     configuration.note_changes(workdir, start, changes)
     configuration.claim_workdir(workdir, config, notes)
@@ -135,7 +144,7 @@ def run(
     fresh = functools.partial(_fresh, init, key_init, shardings, adopt, workdir)
     wanted = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
     state, noted = checkpoints.restore(start, wanted) if start else (fresh(), {})
-    evaluators = {**task.evaluators(config), **(more_evaluators or {})}
+    evaluators = {**task.evaluators(config), **more_evaluators}
     missing = not_recorded(evaluators, workdir, start, config.num_steps) if start else []
     if start >= config.num_steps and not missing:
       console.say(f"{name}: {workdir} already has all {start} steps")
@@ -245,13 +254,18 @@ def _fresh(
   return state
 
 
-def _checkpoints(config: FrozenConfigDict, workdir: Path) -> Checkpoints:
-  return Checkpoints(
+def _checkpoints(config: FrozenConfigDict, workdir: Path, abstract: Any) -> tuple[Checkpoints, int]:
+  """(Those of a workdir, the step of the newest); InputError where the disk cannot hold more."""
+  checkpoints = Checkpoints(
     workdir,
     keep=config.keep_checkpoints,
     keep_every=config.keep_every_steps,
     best=functools.partial(best_step, workdir, config.keep_best),
   )
+  start = checkpoints.sound_step() or 0
+  if start < config.num_steps:
+    checkpoints.check_space(abstract)
+  return checkpoints, start
 
 
 def check(config: FrozenConfigDict) -> jax.sharding.Mesh:

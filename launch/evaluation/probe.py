@@ -175,8 +175,8 @@ def _train(stores: dict[str, LatentStore], folder: Path) -> restore.Trained:
   # One that another version of this code began, with other keys, is left where it is.
   told = json.dumps(config.to_dict(), sort_keys=True)
   workdir = folder / f"model-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-  notes = {NOTE: Space.of(stores["fitted"]).note()}
-  loop.run(lightningdit_jax.training, config, workdir, name="probe", notes=notes)
+  ready = loop.Prepared(config, {}, {NOTE: Space.of(stores["fitted"]).note()})
+  loop.run(lightningdit_jax.training, config, workdir, name="probe", prepare=lambda: ready)
   return restore.load(workdir, "diffusion")
 
 
