@@ -129,7 +129,7 @@ def _optimizer(
     "b2": Key(b2, "[0, 1)", "Of Adam's mean of squares."),
     "weight_decay": Key(weight_decay, "[0, 100]"),
     "warmup_steps": Key(warmup_steps, MAYBE, "From a rate of 0, linearly."),
-    "decay_steps": Key(0, MAYBE, "Cosine to zero until this step; 0: constant."),
+    "decay_steps": Key(0, MAYBE, "Cosine to zero until this step, >= num_steps; 0: constant."),
     "clip_norm": Key(clip_norm, WEIGHT, "Largest norm of the gradients; 0: any."),
     "ema_decays": Key(
       ema_decays, "(0, 1)", "Moving averages, all kept; samples use the first.", kind=float

@@ -137,7 +137,13 @@ def fit(
 
 
 def go_on(part: ConfigDict, noted: Mapping[str, Any]) -> None:
-  """Sets what is None as a training noted it, and the batch, which depends on the pictures too."""
+  """Sets what is None as a training noted it, and the batch, which depends on the pictures too.
+
+  A decay that ended with the training does so too where somebody sets another number of steps.
+  """
+  decay = noted["optimizer"]["decay_steps"]
+  if part.num_steps and part.optimizer.decay_steps is None and decay == noted["num_steps"]:
+    part.optimizer.decay_steps = part.num_steps
   _fill(part, noted)
   part.batch_size = min(part.batch_size, noted["batch_size"])
 

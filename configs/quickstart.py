@@ -64,9 +64,8 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
   # the diffusion model sees every direction of them alike, and costs 0.1 dB.
   config.loss.kl_weight = 0.1
   config.discriminator.update(ndf=16)
-  config.optimizer.update(
-    learning_rate=8e-3, b1=0.9, b2=0.99, warmup_steps=100, decay_steps=2_000, ema_decays=(0.99,)
-  )
+  config.optimizer.update(learning_rate=8e-3, b1=0.9, b2=0.99, warmup_steps=100, ema_decays=(0.99,))
+  config.optimizer.decay_steps = config.get_oneway_ref("num_steps")
   if tiny:
     config.batch_size = 8
     config.num_steps = 6
@@ -75,7 +74,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
     config.model.update(ch=16, norm_groups=8)
     config.stages.disc_start = (3,)
     config.discriminator.ndf = 8
-    config.optimizer.update(warmup_steps=2, decay_steps=6)
+    config.optimizer.warmup_steps = 1
   return config
 
 
@@ -94,9 +93,8 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
   )
   config.model.scan_unroll = config.model.depth
   # 20 times the published rate, which a model this small bears: docs/quickstart.md has the losses.
-  config.optimizer.update(
-    learning_rate=4e-3, warmup_steps=100, decay_steps=4_000, clip_norm=1.0, ema_decays=(0.995,)
-  )
+  config.optimizer.update(learning_rate=4e-3, warmup_steps=100, clip_norm=1.0, ema_decays=(0.995,))
+  config.optimizer.decay_steps = config.get_oneway_ref("num_steps")
   # All channels: the guidance of three that the published scale of 10 is for means little to
   # latents without a preferred order of channels.
   config.sample.update(num_steps=51, cfg_scale=3.0, cfg_channels=0, batch_size=60)
@@ -106,7 +104,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3
     config.model.update(hidden_size=32, depth=2, num_heads=2, scan_unroll=1)
-    config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decays=(0.5,))
+    config.optimizer.update(warmup_steps=1, ema_decays=(0.5,))
     config.sample.update(num_steps=3, batch_size=9)
   return config
 

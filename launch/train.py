@@ -12,6 +12,7 @@ resumes exactly. Ctrl-C and SIGTERM save a checkpoint first.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def train(
     check_model(frozen)
   if not (workdir / configuration.NAME).exists():  # what was begun needs them no more
     restore.initial_file(frozen)
+  _say_unreached(frozen)
   given = dict(configuration.flat(frozen.to_dict()))
   return loop.run(
     tasks.of(config),
@@ -75,6 +77,24 @@ def train(
     with_changes=with_changes,
     told=told,
   )
+
+
+def _say_unreached(config: FrozenConfigDict) -> None:
+  """Says which steps of a schedule the training ends before, as where a recipe is cut short."""
+  last = {"optimizer.decay_steps": config.optimizer.decay_steps - 1}
+  if config.task == "diffusion":
+    last["transport.lognorm_until"] = config.transport.lognorm_until
+    last["route.until"] = config.route.until if config.route.share else 0
+  if config.task == "tokenizer":
+    begins, starts = config.stages.begins, config.stages.disc_start
+    last["stages.epochs"] = begins[-1]
+    last["stages.disc_start"] = min(map(sum, zip(begins, starts, strict=True)))
+    if not config.loss.disc_weight:
+      del last["stages.disc_start"]
+  late = [key for key, step in last.items() if step >= config.num_steps]
+  late = [f"config.{key}={operator.attrgetter(key)(config)}" for key in late]
+  if late:
+    console.say(f"config.num_steps is {config.num_steps}: training ends short of {', '.join(late)}")
 
 
 def _prepared(

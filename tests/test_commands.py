@@ -29,7 +29,7 @@ from launch.evaluation.sample_files import read_samples
 from launch.evaluation.training import _Distance
 from launch.prepare import prepare
 from launch.sample import sample_set
-from launch.train import train
+from launch.train import _say_unreached, train
 from lightningdit_jax.store.latents import MANIFEST, STATISTICS, LatentStore
 from tests import cases
 from tests.conftest import ROOT
@@ -80,6 +80,7 @@ def assert_refused(config: ConfigDict, workdir: Path, named: str) -> None:
     ({"model__ch": 10}, r"config\.model cannot be built"),
     ({"model__patch_size": 0}, r"config\.model\.patch_size is 0"),
     ({"data__image_size": 16}, "too small"),
+    ({"optimizer__decay_steps": 5}, "decay_steps is 5, .*num_steps is 6.* Set decay_steps to 6"),
     ({"optimizer__warmup_steps": 6}, "decay_steps is 6, but the warm-up alone takes 6"),
     ({"data__image_size": 72}, "image_size is 72.*multiple of its downsampling 16, such as"),
     ({"data__image_size": 0}, "image_size is 0"),
@@ -361,6 +362,40 @@ def test_only_named_keys_may_change_when_a_run_goes_on(tmp_path):
   configuration.check_workdir(tmp_path, changed, ["model.use_checkpoint"])
   with pytest.raises(InputError, match="use_checkpoint: False there, True now"):
     configuration.check_workdir(tmp_path, changed)
+
+
+def test_a_decay_may_end_with_the_training_wherever_that_ends(tmp_path):
+  config = quickstart.diffusion()
+  configuration.claim_workdir(tmp_path, tasks.frozen(config))
+  config.num_steps = 8_000
+  found = configuration.check_workdir(tmp_path, tasks.frozen(config))
+  assert found == {"optimizer.decay_steps": (4_000, 8_000)}
+  config.optimizer.decay_steps = 9_000
+  with pytest.raises(InputError, match="decay_steps: 4000 there, 9000 now"):
+    configuration.check_workdir(tmp_path, tasks.frozen(config))
+
+
+@pytest.mark.parametrize(
+  ("task", "steps", "said"),
+  [
+    ("diffusion", 600, ""),
+    ("diffusion", 599, "599: training ends short of config.optimizer.decay_steps=600"),
+    ("diffusion", 500, "600, config.transport.lognorm_until=500, config.route.until=500"),
+    ("tokenizer", 2_000, ""),
+    ("tokenizer", 1_800, "1800: training ends short of config.stages.disc_start=(1800,)"),
+  ],
+)
+def test_a_schedule_that_is_cut_short_is_told(task, steps, said, capsys):
+  config = quickstart.get_config(task)
+  config.num_steps = steps
+  if task == "diffusion":
+    config.optimizer.decay_steps = 600
+    config.transport.lognorm_until = config.route.until = 500
+    config.route.share = 0.5
+  _say_unreached(tasks.resolve(config))
+  printed = capsys.readouterr().out
+  assert said in printed
+  assert bool(said) == bool(printed)
 
 
 def test_a_training_may_change_the_options_that_leave_the_numbers(monkeypatch, tmp_path):

@@ -103,11 +103,21 @@ def test_a_small_device_takes_a_batch_in_parts():
 
 def test_what_follows_the_steps_follows_those_that_somebody_set(tmp_path):
   config = pictures.get_config("cpu")
-  config.tokenizer.num_steps, config.diffusion.optimizer.decay_steps = 300, 7
+  config.tokenizer.num_steps, config.diffusion.optimizer.decay_steps = 300, 7_000
   launch.quickstart.fit(config, str(make_pictures(tmp_path / "own", cat=12, dog=11)), tmp_path)
   first, second = config.tokenizer, config.diffusion
   assert (first.optimizer.decay_steps, first.stages.disc_start) == (300, (270,))
-  assert (second.num_steps, second.optimizer.decay_steps) == (1000, 7)
+  assert (second.num_steps, second.optimizer.decay_steps) == (1000, 7_000)
+
+
+def test_a_run_that_was_begun_decays_until_another_last_step():
+  config = pictures.get_config("cpu")
+  begun = fitted(177)[0].diffusion
+  config.diffusion.num_steps = 5_000
+  pictures.go_on(config.diffusion, begun.to_dict())
+  later = config.diffusion
+  assert (later.optimizer.decay_steps, later.save_every_steps) == (5_000, 200)
+  assert later.optimizer.ema_decays == begun.optimizer.ema_decays
 
 
 def test_a_run_that_was_begun_keeps_its_numbers_when_pictures_are_added(tmp_path):

@@ -26,6 +26,8 @@ from vavae_jax.common.keys import Key
 # A flag that is defined here belongs to the command that asks for it.
 flags.disclaim_key_flags()
 NAME = "config.json"
+# May change without being asked for where it is the last step, before and after.
+DECAY = "optimizer.decay_steps"
 CHANGES = "changes.jsonl"  # of the configuration while the training went on
 # What may change when a run goes on: how long, how often and by what means, not what is computed.
 # The answer to a step that is not finite may change too, so that a run can get past one. A model's
@@ -177,7 +179,8 @@ def check_workdir(
   `may_change` are keys that may differ beside those of `MAY_CHANGE`; they are left out.
 
   Raises:
-    InputError: there are any and not `with_changes`, or some say what the weights are.
+    InputError: there are any and not `with_changes`, or some say what the weights are; a decay may
+      end with the training, wherever that ends.
   """
   path = workdir / NAME
   if not path.exists():
@@ -189,8 +192,10 @@ def check_workdir(
     for key in sorted(mine.keys() | theirs.keys())
     if mine.get(key) != theirs.get(key) and key not in (*MAY_CHANGE, *may_change)
   }
+  follows = all(DECAY in of and of[DECAY] == of["num_steps"] for of in (mine, theirs))
+  asked = [key for key in changes if key != DECAY or not follows]
   fixed = [key for key in changes if key.split(".")[0] in ("task", "model")]
-  if refused := fixed if with_changes else list(changes):
+  if refused := fixed if with_changes else asked:
     pairs = ((name, *changes[name]) for name in refused)
     listed = "; ".join(f"config.{name}: {there!r} there, {now!r} now" for name, there, now in pairs)
     further = "" if fixed else ", or --resume_with_changes to go on with this one"

@@ -233,6 +233,8 @@ def _changes(
       f"The state in {workdir} does not fit with the changes of {', '.join(changes)}: some of them "
       "change which arrays there are; leave these as they were, or give a new --workdir."
     )
+  for name, (old, new) in changes.items():
+    console.say(f"config.{name} is {new!r} from here on; it was {old!r}")
   return changes
 
 
@@ -272,5 +274,13 @@ def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   """Checks the part of a configuration that all tasks share; returns its mesh."""
   devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
   mesh.check_batch_size(config.batch_size, devices)
+  decay = config.optimizer.decay_steps if "optimizer" in config else 0
+  if 0 < decay < config.num_steps:
+    raise InputError(
+      f"config.optimizer.decay_steps is {decay}, but config.num_steps is {config.num_steps}: the "
+      "learning rate would be 0 for the steps behind, which would change nothing. Set decay_steps "
+      f"to {config.num_steps}, or to 0 for no decay; where a run goes on, with "
+      "--resume_with_changes."
+    )
   writers.check(config.log_to)
   return devices
