@@ -69,10 +69,15 @@ def test_second_start_of_a_finished_run_computes_nothing_again(command, quicksta
   assert {name: content(pipeline / name) for name in FIGURES} == figures
 
 
-def test_python_of_the_readme_runs(pipeline):
-  lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_python_of_the_pages_runs(page, pipeline, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  Path("runs").mkdir()
+  Path("runs/quickstart").symlink_to(pipeline)
+  Path("model").symlink_to(pipeline / "diffusion")
+  lines = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
   found: dict = {}
-  exec(lines.replace("runs/quickstart", str(pipeline)), found)
+  exec(lines, found)
   assert len(found["pictures"]) == 8
   assert found["again"].size == found["pictures"][0].size
 
