@@ -34,7 +34,7 @@ from launch.evaluation.cells import StoredCells, open_cells
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.figures import Entry, Options
 from launch.evaluation.output import Output
-from launch.evaluation.reference import open_reference, reference_of, statistics_of
+from launch.evaluation.reference import open_reference, reference_of, statistics_of, store
 from launch.evaluation.sample_files import read_samples
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common.errors import InputError
@@ -196,12 +196,35 @@ def test_pictures_of_two_sizes_compare_only_where_both_are_resized(network, tmp_
 
 
 @pytest.mark.parametrize("statistics", [{}, {"mu": np.zeros(6), "sigma": np.eye(6)}])
-def test_a_reference_of_another_size_is_refused_unread(network, statistics, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "named"), [(8, "of 8 px"), (0, "that are no squares")])
+def test_a_reference_of_another_size_is_refused_unread(
+  network, size, named, statistics, tmp_path, monkeypatch
+):
   path = npz(tmp_path / "reference.npz", arr_0=PICTURES[:, :4, :4], **statistics)
   other = dataclasses.replace(network, protocol=EFFICIENTNET, distance="FD-EfficientNet")
   monkeypatch.setattr("launch.evaluation.reference.statistics_of", pytest.fail)
-  with pytest.raises(InputError, match="samples of 8 px and a reference of 4 px"):
-    open_reference(str(path), other, size=8, keep=True)
+  with pytest.raises(InputError, match=f"samples {named} and a reference of 4 px"):
+    open_reference(str(path), other, size=size, keep=True)
+
+
+@pytest.mark.parametrize("width", [4, 3])
+def test_statistics_know_of_which_size_their_pictures_were(network, width, tmp_path, capsys):
+  path, real = tmp_path / "reference.npz", pictures.Array(PICTURES[:, :4, :width])
+  other = dataclasses.replace(network, protocol=EFFICIENTNET, distance="FD-EfficientNet")
+  store(real, network, path)
+  open_reference(str(path), other, size=real.size)
+  with pytest.raises(InputError, match=r"samples of 8 px and a reference (of 4 px|that are no)"):
+    open_reference(str(path), other, size=8)
+  resized, options = open_reference(str(path), network, size=8), Options(precision_recall=False)
+  output, second = Output(tmp_path / "x", "generation"), figures.Second(other, resized)
+  compute = functools.partial(generation.evaluate, pictures.Array(PICTURES), resized, network)
+  compute(output, options=options)
+  assert "adm both resizes to 299" in capsys.readouterr().out
+  with pytest.raises(InputError, match="samples of 8 px and a reference"):
+    compute(output, options=options, second=second)
+  with np.load(path) as whole:  # as it was written before it had the size
+    npz(path, **{name: x for name, x in whole.items() if name != "size"})
+  assert open_reference(str(path), other, size=8).size is None
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.png", "x.html", "x.progress", "x.points"])

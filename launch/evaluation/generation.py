@@ -56,10 +56,10 @@ def evaluate(
   curves.
   """
   check(samples, options)
-  if reference.pictures is not None and reference.pictures.size != samples.size:
-    check_sizes(reference.pictures, samples.size, network)
-    sizes = f"samples of {samples.size} px and a reference of {reference.pictures.size} px"
-    console.say(f"note: {sizes}, which {network.protocol} both resizes to 299")
+  if note := check_sizes(samples.size, reference.size, network):
+    console.say(f"note: {note}")
+  if second:
+    check_sizes(samples.size, second.reference.size, second.network)
   judges = both(network, second and second.network)
   found = statistics_of(samples, judges, "samples", keep=options.keep, progress=output.progress)
   if jax.process_index():

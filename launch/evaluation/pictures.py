@@ -312,15 +312,15 @@ def open_pictures(spec: str, *, image_size: int = 0, tokenizer: str = "") -> Pic
 def stored_statistics(spec: str) -> dict[str, np.ndarray]:
   """The mean "mu" [F] and covariance "sigma" [F,F] of an npz, as ADM and pytorch-fid store them.
 
-  If the file has them, also "mu_s", "sigma_s" of sFID's features, and "about", a JSON text that
-  `launch.evaluate statistics` wrote; {} for any other file.
+  If the file has them, also "mu_s", "sigma_s" of sFID's features, and what `launch.evaluate
+  statistics` wrote: "about", a JSON text, and "size", as `PictureSet.size`; {} for any other file.
   """
   path = _place(spec)
   if path.suffix != ".npz" or not path.is_file():
     return {}
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-      names = (*STATISTICS, "mu_s", "sigma_s", "about")
+      names = (*STATISTICS, "mu_s", "sigma_s", "about", "size")
       found = {name: stored[name] for name in names if name in stored}
   except DAMAGES as error:
     raise InputError(f"{path} is damaged or not an npz ({error}).") from error

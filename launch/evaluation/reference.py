@@ -34,6 +34,7 @@ class Reference:
   gaussians: dict[str, Gaussian]
   count: int | None = None  # of pictures, where the file of the statistics notes it
   features: np.ndarray | None = None  # [N,F]
+  size: int | None = None  # of the pictures, as `PictureSet.size`; None: nobody noted it
   pictures: PictureSet | None = None
 
   @property
@@ -127,7 +128,7 @@ def store(pictures: PictureSet, network: Network, path: Path) -> bool:
   progress = path.with_suffix(".progress")
   found = statistics_of(pictures, network, "reference", progress=progress)
   if not jax.process_index():
-    _write(found, about, path)
+    _write(found, about, pictures.size, path)
     remove_folder(progress)
   return True
 
@@ -151,7 +152,7 @@ def kept_gaussian(pictures: PictureSet, network: Network, path: Path) -> Gaussia
     found = statistics_of(pictures, network, "reference")
     if not jax.process_index():
       gaussian_of(found)  # which may be impossible
-      _write(found, about, path)
+      _write(found, about, pictures.size, path)
   if jax.process_index():
     return None
   stored = stored_statistics(str(path))
@@ -163,8 +164,8 @@ def _about_of(pictures: PictureSet, network: Network) -> str:
   return json.dumps({"network": network.about, "pictures": pictures.about})
 
 
-def _write(found: Statistics, about: str, path: Path) -> None:
-  arrays: dict[str, Any] = {"about": np.array(about)}
+def _write(found: Statistics, about: str, size: int, path: Path) -> None:
+  arrays: dict[str, Any] = {"about": np.array(about), "size": np.array(size)}
   for name, ending in (("pool", ""), ("spatial", "_s")):
     if name in found.moments:
       arrays[f"mu{ending}"] = found.moments[name].mean
@@ -173,13 +174,19 @@ def _write(found: Statistics, about: str, path: Path) -> None:
     np.savez(file, **arrays)
 
 
-def check_sizes(pictures: PictureSet, size: int, network: Network) -> None:
-  """Raises InputError where samples of `size` px, 0: any, do not compare with real pictures."""
-  if size not in (0, pictures.size) and network.distance != "FID":
-    raise InputError(
-      f"Given are samples of {size} px and a reference of {pictures.size} px, which "
-      f"{network.protocol} does not resize."
-    )
+def check_sizes(samples: int | None, real: int | None, network: Network) -> str:
+  """What the network does to samples and real pictures of two sizes; "" if they have one.
+
+  A size is `PictureSet.size`, or None where it is not known, which fits any. InputError where they
+  do not compare.
+  """
+  if samples == real or None in (samples, real):
+    return ""
+  told = (f"of {size} px" if size else "that are no squares" for size in (samples, real))
+  sizes = "samples {} and a reference {}, which".format(*told)
+  if network.distance != "FID":
+    raise InputError(f"Given are {sizes} {network.protocol} does not resize.")
+  return f"{sizes} {network.protocol} both resizes to 299"
 
 
 def reference_of(
@@ -190,41 +197,43 @@ def reference_of(
   found = statistics_of(pictures, network, "reference", keep=keep, progress=progress)
   features = found.column("pool") if found.has("pool") else None
   gaussians = {name: gaussian_of(found, name) for name in found.moments}
-  return Reference(pictures.about, gaussians, len(pictures), features, pictures)
+  count, size = len(pictures), pictures.size
+  return Reference(pictures.about, gaussians, count, features, size, pictures)
 
 
 def open_reference(
   spec: str,
   network: Network,
   *,
-  size: int = 0,
+  size: int | None = None,
   image_size: int = 0,
   tokenizer: str = "",
   keep: bool = False,
   progress: Path | None = None,
 ) -> Reference:
-  """Real pictures for samples of `size` px (0: any), their statistics stored or computed now; with
-  `keep` the features, too.
+  """Real pictures for samples of a size, as for `check_sizes`, their statistics stored or computed
+  now; with `keep` the features, too.
 
   `spec` is an npz with mu and sigma, as ADM, pytorch-fid and `launch.evaluate statistics` write it,
   or pictures, as `open_pictures` takes them with `image_size` and `tokenizer`.
 
   Raises:
-    InputError: the statistics are of another network or protocol, the pictures of a size that does
-      not compare, or there is nothing usable.
+    InputError: the statistics are of another network or protocol, or of a size that does not
+      compare, or there is nothing usable.
   """
   stored = stored_statistics(spec)
   if not stored:
-    pictures = open_pictures(spec, image_size=image_size or size, tokenizer=tokenizer)
-    check_sizes(pictures, size, network)
+    pictures = open_pictures(spec, image_size=image_size or size or 0, tokenizer=tokenizer)
+    check_sizes(size, pictures.size, network)
     return reference_of(pictures, network, keep=keep, progress=progress)
   reference = _of_stored(stored, spec, network)
   if has_pictures(spec):
     reference.pictures = open_pictures(spec)
-    check_sizes(reference.pictures, size, network)
-    if keep and len(reference.pictures) <= MOST_KEPT:
-      found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
-      reference.features = found.column("pool") if found.has("pool") else None
+    reference.size = reference.pictures.size
+  check_sizes(size, reference.size, network)
+  if keep and reference.pictures is not None and len(reference.pictures) <= MOST_KEPT:
+    found = statistics_of(reference.pictures, network, "reference", keep=True, progress=progress)
+    reference.features = found.column("pool") if found.has("pool") else None
   return reference
 
 
@@ -240,6 +249,7 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
   own = {name: network.about[name] for name in ("protocol", "weights_sha256")}
   try:
     about = json.loads(str(stored["about"])) if "about" in stored else {}
+    size = int(stored["size"]) if "size" in stored else None
     same = not about or own.items() <= about["network"].items()
   except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
     raise InputError(f"{spec} does not say what it is of ({error}); make it again.") from error
@@ -259,4 +269,4 @@ def _of_stored(stored: dict[str, np.ndarray], spec: str, network: Network) -> Re
     "note": "their protocol is not noted in the file",
     "mu_sum": float(stored["mu"].sum()),
   }
-  return Reference(pictures, gaussians, pictures.get("pictures"))
+  return Reference(pictures, gaussians, pictures.get("pictures"), size=size)
