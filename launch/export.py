@@ -233,17 +233,22 @@ def _merged(
 
 def _evaluated(path: Path, model: Pipeline | Tokenizer) -> dict[str, Any]:
   """Figures and protocol of a result of `launch.evaluate`, without the paths in it."""
-  sections = ("samples", "reference", "pictures", "network", "run")
+  sections = ("samples", "tokenizer", "reference", "pictures", "network", "run")
   maybe: dict[str, Any] = dict.fromkeys(sections, dict | None)
   note = read_note(path, evaluation=str, figures=dict, **maybe)
-  samples = note.get("samples") or {}
-  of_model = _identity(model).get("diffusion", "")
-  if samples.get("kind") == "sampled" and samples.get("diffusion") != of_model:
-    raise InputError(
-      f"{path} is of samples of other weights (step {samples.get('diffusion_step')}, average "
-      f"{samples.get('ema')}) than those of the model; evaluate these, or export the others by "
-      "--step and --ema."
-    )
+  samples, tokenizer, own = note.get("samples") or {}, note.get("tokenizer") or {}, _identity(model)
+  drawn = {"step": samples.get("diffusion_step"), "average": samples.get("ema")}
+  for part, sha256, more in (
+    ("diffusion", samples.get("diffusion"), drawn),
+    ("tokenizer", samples.get("tokenizer"), {}),
+    ("tokenizer", tokenizer.get("sha256"), {"step": tokenizer.get("step")}),
+  ):
+    if sha256 not in (None, own.get(part)):
+      which = ", ".join([part, *(f"{name} {x}" for name, x in more.items() if x is not None)])
+      raise InputError(
+        f"{path} is of other weights ({which}) than those of the model; evaluate these, or export "
+        "the others by --step, --ema and --tokenizer."
+      )
   network = note.get("network") or {}
   of = {"samples": "samples", "reference": "reference pictures", "pictures": "pictures"}
   counts = ((what, note.get(name) or {}) for name, what in of.items())

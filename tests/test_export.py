@@ -494,7 +494,7 @@ def test_training_exports_the_best_step_and_no_worse_one(diffusion, pipeline, tm
 
 
 def test_evaluations_stay_on_the_card_of_the_same_weights_and_leave_that_of_others(
-  tokenizer, pipe, tmp_path, capsys
+  tokenizer, tmp_path, capsys
 ):
   own, model = restore.for_use(tokenizer), tmp_path / "model"
   result = {"evaluation": "reconstruction", "figures": {"psnr": 20.5}, "run": {"commit": "abc"}}
@@ -517,10 +517,30 @@ def test_evaluations_stay_on_the_card_of_the_same_weights_and_leave_that_of_othe
   later = Tokenizer(own.config, jax.tree.map(lambda x: x + 1, own.params))
   assert "Evaluation" not in card(model, later)
   assert f"other weights leave the card of {model}: reconstruction\n" in capsys.readouterr().out
-  sampled = {"kind": "sampled", "diffusion": "0" * 64, "diffusion_step": 4, "ema": 0.5}
-  (tmp_path / "r.json").write_text(json.dumps(result | {"samples": sampled}))
-  with pytest.raises(InputError, match="of samples of other weights"):
-    card(tmp_path / "none", pipe, evaluations=[tmp_path / "r.json"])
+
+
+OTHER, STEP_4 = "0" * 64, "diffusion, step 4, average 0.5"
+
+
+@pytest.mark.parametrize(
+  ("about", "told"),
+  [
+    ({"samples": {"diffusion": OTHER, "diffusion_step": 4, "ema": 0.5}}, STEP_4),
+    ({"samples": {"tokenizer": OTHER}}, "tokenizer"),
+    ({"tokenizer": {"sha256": OTHER, "step": 6}}, "tokenizer, step 6"),
+  ],
+)
+def test_an_evaluation_of_other_weights_is_refused(pipe, tmp_path, about, told):
+  own = {"diffusion": pipe.origin["sha256"], "tokenizer": pipe.tokenizer.sha256}
+  result = {"evaluation": "reconstruction", "figures": {"psnr": 20.5}}
+  path = tmp_path / "r.json"
+  same = {"samples": own, "tokenizer": {"sha256": own["tokenizer"]}}
+  for each in (pipe, pipe.tokenizer):
+    path.write_text(json.dumps(result | about))
+    with pytest.raises(InputError, match=f"other weights .{told}. than those of the model"):
+      export._evaluated(path, each)
+  path.write_text(json.dumps(result | same))
+  assert export._evaluated(path, pipe)["figures"] == [("psnr", "20.5")]
 
 
 GOOD = {"kind": "reconstruction", "figures": [["psnr", "20.5"]], "protocol": "by hand"}
