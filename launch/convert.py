@@ -55,6 +55,7 @@ from launch.engine.ownership import owned
 from launch.weights import recognition, released
 from lightningdit_jax.model import build_model
 from lightningdit_jax.store.latents import STATISTICS, LatentStore
+from lightningdit_jax.store.space import Space
 from vavae_jax import folder
 from vavae_jax.common import functional
 from vavae_jax.common.addresses import url_of_data
@@ -328,6 +329,20 @@ def _say_aside(aside: Mapping[str, int]) -> None:
     console.say(f"left out, since they are not the model's: {listed}")
 
 
+def _say_sampling(source: str, workdir: Path) -> None:
+  """Prints the command that samples a converted LightningDiT, or makes one that can be sampled."""
+  if not FLAGS.latents:
+    part = [f"--part={FLAGS.part}"] if FLAGS.part else []
+    lacks = ["--latents=LATENTS", f"--tokenizer={FLAGS.tokenizer or 'TOKENIZER'}"]
+    console.say_next("convert", source, f"{workdir}_to_sample", *part, *lacks)
+    return
+  store = _check_companions(FLAGS.latents, "")
+  noted = {} if store is None else Space.of(store).tokenizer
+  lacks = restore.lacking(noted, workdir, FLAGS.tokenizer)
+  words = (f"--workdir={workdir}", f"--output={workdir}_samples.npz")
+  console.say_next("sample", *words, *lacks)
+
+
 def main(*words: str) -> None:
   names = ("to", "part", "heads", "latents", "tokenizer", "step", "ema")
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
@@ -353,7 +368,7 @@ def main(*words: str) -> None:
   if done.path.is_file():
     console.say_next("convert", str(done.path), "--inspect")
   elif done.weights.kind == "LightningDiT":
-    console.say_next("sample", f"--workdir={done.path}", f"--output={done.path}_samples.npz")
+    _say_sampling(words[0], done.path)
   else:
     words = (f"--workdir={done.path}", f"--output={done.path}_latents", "--source=PICTURES")
     console.say_next("encode", *words)

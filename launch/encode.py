@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
+import configs.base
 from launch import restore
 from launch.engine import console, processes
 from launch.engine.configuration import check_begun
@@ -283,7 +284,7 @@ def main() -> None:
   if FLAGS.check:
     path = fetching.local_folder(FLAGS.check)
     check_latents.check(path)
-    _say_training(latents.LatentStore(path))
+    say_training(latents.LatentStore(path))
     return
   if not (FLAGS.workdir and FLAGS.output):
     raise InputError("Give --workdir and --output to encode, or --check to check; see --help.")
@@ -312,18 +313,20 @@ def main() -> None:
     words = (f"--latents={store.path}", f"--output={store.path}_figures")
     console.say_next("evaluate", "latents", *words)
   else:
-    _say_training(store)
+    say_training(store)
 
 
-def _say_training(store: latents.LatentStore) -> None:
+def say_training(store: latents.LatentStore) -> None:
   """Prints the command that trains on latents, which have to be squares."""
   height, width, channels = store.shape
-  if height == width:
+  if height == width and len(store):
     name = f"{store.path.name}_diffusion"
-    shape = [f"--config.model.input_size={height}", f"--config.model.in_channels={channels}"]
+    keys = [f"model.input_size={height}", f"model.in_channels={channels}"]
+    if len(store) < configs.base.diffusion().batch_size:
+      keys.append(f"batch_size={1 << (len(store).bit_length() - 1)}")  # which devices divide
     recipe = "--config=configs/lightningdit.py:B/1"
     where = (f"--workdir={store.path.with_name(name)}", f"--config.latents.path={store.path}")
-    console.say_next("train", recipe, *where, *shape)
+    console.say_next("train", recipe, *where, *(f"--config.{key}" for key in keys))
 
 
 FLAGS = flags.FLAGS

@@ -21,6 +21,7 @@ from ml_collections import FrozenConfigDict
 import configs.base
 import launch.sample
 from launch import restore
+from launch.encode import say_training
 from launch.engine import console, subcommands
 from launch.engine.ownership import owned
 from launch.engine.subcommands import Subcommand
@@ -47,7 +48,7 @@ from vavae_jax.common import mesh
 from vavae_jax.common.addresses import local_file
 from vavae_jax.common.checkpoints import steps_of
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import check_outputs, place
+from vavae_jax.common.files import check_outputs, is_url, place
 from vavae_jax.perceptual import Lpips, load_lpips
 
 FLAGS = flags.FLAGS
@@ -357,27 +358,38 @@ COMMANDS: dict[str, tuple[Callable[[], None], tuple[Callable[[], None], ...]]] =
 }
 
 
+def _given(*names: str) -> list[str]:
+  """The flags of these names that were given."""
+  there = (FLAGS[name] for name in names if name in FLAGS)
+  return [f"--{flag.name}={flag.value}" for flag in there if flag.present]
+
+
 def _say_next(evaluation: str) -> None:
   """Prints the command that usually follows an evaluation."""
   output = place(FLAGS.output)
+  weights = _given("step", "ema", "tokenizer") if "workdir" in FLAGS and FLAGS.workdir else []
   if evaluation == "generation" and FLAGS.gaussians:
     words = ("--workdir=DIFFUSION", f"--reference={FLAGS.reference}", f"--output={output}_trained")
-    console.say_next("evaluate", "generation", *words, f"--protocol={FLAGS.protocol}")
+    same = _given("protocol", "weights", "image_size", "tokenizer", "num_samples", "labels", "seed")
+    console.say_next("evaluate", "generation", *words, *same)
   elif evaluation in ("generation", "reconstruction"):
-    where = (f"--workdir={FLAGS.workdir or 'WORKDIR'}", f"--output={output}_model")
-    console.say_next("export", *where, f"--evaluations={output}.json")
+    to = output.name if is_url(output) else output  # models are not written to buckets
+    where = (f"--workdir={FLAGS.workdir or 'WORKDIR'}", f"--output={to}_model")
+    console.say_next("export", *where, *weights, f"--evaluations={output}.json")
   elif evaluation in ("sweep", "solvers"):
-    console.say_next("sample", f"--workdir={FLAGS.workdir}", f"--output={output}_samples.npz")
+    to = f"--output={output}_samples.npz"
+    console.say_next("sample", f"--workdir={FLAGS.workdir}", to, *weights)
   elif evaluation == "statistics":
     words = ("--samples=SAMPLES.npz", f"--reference={output}", f"--protocol={FLAGS.protocol}")
     to = f"--output={output.with_suffix('')}_generation"
-    console.say_next("evaluate", "generation", *words, to)
+    console.say_next("evaluate", "generation", *words, to, *_given("weights"))
   elif evaluation == "latents" and not Path(FLAGS.latents).is_file():
-    recipe, to = "--config=configs/lightningdit.py:B/1", f"--workdir={FLAGS.latents}_diffusion"
-    console.say_next("train", recipe, to, f"--config.latents.path={FLAGS.latents}")
+    say_training(restore.open_latents(FLAGS.latents))
+  elif evaluation == "probe":
+    more = [*weights, *_given("source")]
+    console.say_next("encode", f"--workdir={FLAGS.workdir}", "--output=LATENTS", *more)
   else:
-    tokenizer = FLAGS.workdir if evaluation == "probe" else "TOKENIZER"
-    console.say_next("encode", f"--workdir={tokenizer}", "--output=LATENTS")
+    console.say_next("encode", "--workdir=TOKENIZER", "--output=LATENTS")
 
 
 def _subcommand(

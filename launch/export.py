@@ -41,7 +41,7 @@ from vavae_jax import folder
 from vavae_jax.common import keys
 from vavae_jax.common.addresses import with_hub
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import local_place, read_note, remove_partial
+from vavae_jax.common.files import local_place, place, read_note, remove_partial
 from vavae_jax.common.keys import DTYPES
 from vavae_jax.data import changes
 from vavae_jax.data.order import spread
@@ -312,7 +312,7 @@ def main() -> None:
       samples=FLAGS.samples,
       licence=FLAGS.licence,
       title=FLAGS.title or FLAGS.push,
-      evaluations=[Path(path) for path in FLAGS.evaluations],
+      evaluations=[place(path) for path in FLAGS.evaluations],
     )
   rows: list[tuple[str, Any]] = [*rows_of(output)]
   if FLAGS.push:

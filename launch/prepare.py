@@ -137,7 +137,8 @@ def main() -> None:
   console.table("Prepared", ("what", "value"), rows)
   where = f"--workdir={folder.with_name(f'{folder.name}_tokenizer')}"
   source = f"--config.data.source=arrayrecord:{FLAGS.output}"
-  console.say_next("train", "--config=configs/vavae_f16d32.py", where, source)
+  words = (where, source, "--config.teacher.weights=FILE")
+  console.say_next("train", "--config=configs/vavae_f16d32.py", *words)
 
 
 FLAGS = flags.FLAGS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightningdit_jax.pipeline import SETTINGS as DIFFUSION
 from lightningdit_jax.pipeline import Pipeline
 from lightningdit_jax.store import fetching, space
 from lightningdit_jax.store.latents import LatentStore
-from lightningdit_jax.store.space import Space, find_tokenizer
+from lightningdit_jax.store.space import Space, find_tokenizer, place_of_tokenizer
 from vavae_jax import folder
 from vavae_jax.autoencoder import Autoencoder
 from vavae_jax.common import functional, mesh
@@ -158,9 +158,20 @@ def tokenizer_of(model: Trained, override: Path | str = "") -> Trained:
   if folder.is_model(model.workdir) and not override:
     return load(model.workdir, "tokenizer")
   noted = space_of(model).tokenizer
-  beside = model.workdir.parent / Path(noted.get("workdir", "")).name
   given, of = str(override or model.config.tokenizer), folder.address(model.workdir)
-  return find_tokenizer(noted, _load_tokenizer, of=of, given=given, beside=beside)
+  return find_tokenizer(noted, _load_tokenizer, of=of, given=given, workdir=model.workdir)
+
+
+def lacking(noted: Mapping[str, Any], workdir: Path, given: str = "") -> list[str]:
+  """The flag that sampling from a workdir needs where its latents' tokenizer is not found.
+
+  The arguments are those of `place_of_tokenizer`.
+  """
+  try:
+    place_of_tokenizer(noted, of="", given=given, workdir=workdir)
+  except InputError:
+    return ["--tokenizer=TOKENIZER"]
+  return []
 
 
 def tokenizer_of_latents(store: LatentStore, workdir: Path | str = "") -> Trained:

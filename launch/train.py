@@ -158,7 +158,9 @@ def main() -> None:
     console.say_next("encode", f"--workdir={workdir}", f"--output={beside}_latents")
   elif FLAGS.config.task == "diffusion":
     output = f"--output={beside}_samples.npz"
-    console.say_next("sample", f"--workdir={workdir}", output, "--num_samples=64")
+    noted = space.Space.read(workdir / space.NOTE).tokenizer
+    lacks = restore.lacking(noted, workdir, FLAGS.config.tokenizer)
+    console.say_next("sample", f"--workdir={workdir}", output, "--num_samples=64", *lacks)
   else:
     words = (f"--weights={workdir}", f"--output={beside}_statistics.npz", "--reference=PICTURES")
     console.say_next("evaluate", "statistics", "--protocol=classifier", *words)

@@ -142,7 +142,7 @@ class Pipeline:
       lambda place, step: Tokenizer.load(place, step=step),
       of=str(path),
       given=os.fspath(tokenizer) or config.tokenizer,
-      beside=path.parent / Path(space.tokenizer.get("workdir", "")).name,
+      workdir=path,
     )
     origin = {"step": step, "ema": ema, "sha256": functional.fingerprint(params)}
     return cls(config, params, own, space, origin)

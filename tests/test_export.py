@@ -385,6 +385,18 @@ def test_a_moved_workdir_samples_without_its_latents(pipeline, tmp_path, pipe):
     restore.tokenizer_of(diffusion)
 
 
+def test_a_tokenizer_that_nobody_noted_is_not_said_to_be_gone(pipeline, tmp_path):
+  workdir = shutil.copytree(pipeline / "diffusion", tmp_path / "diffusion")
+  note = json.loads((workdir / NOTE).read_text())
+  (workdir / NOTE).write_text(json.dumps(note | {"tokenizer": {}}))
+  for load in (
+    lambda: restore.tokenizer_of(restore.load(workdir, "diffusion")),
+    lambda: Pipeline.load(workdir),
+  ):
+    with pytest.raises(InputError, match="does not say which tokenizer made its latents; give"):
+      load()
+
+
 def test_commands_take_a_folder_as_they_take_a_workdir(saved, diffusion, tokenizer):
   for task, mine in (("diffusion", diffusion), ("tokenizer", tokenizer)):
     loaded = restore.load(saved, task)

@@ -203,6 +203,7 @@ def test_figures_are_shown_beside_the_published_ones(published, from_weights, ca
   assert "precision - 0.5" in shown
   words = dict(word.split("=", 1) for word in command_line.split() if "=" in word)
   assert Path(words["--workdir"], "checkpoints").is_dir()
+  assert Path(words["--tokenizer"], "checkpoints").is_dir()
   assert Path(words["--evaluations"]).is_file()
 
 

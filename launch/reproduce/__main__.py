@@ -113,8 +113,12 @@ def show_result(
   ]
   console.table(f"{name}, to attach: {workdir / RESULT}", ("figure", "here", "published"), shown)
   part, kind = "diffusion" if record.recipe else "tokenizer", stages.kind(record)
-  made = workdir / part if (workdir / part).exists() else getattr(given, part)
-  words = (f"--workdir={made}", f"--output={workdir / 'model'}")
+  made = {
+    name: workdir / name if (workdir / name).exists() else getattr(given, name)
+    for name in ("tokenizer", "diffusion")
+  }
+  words = [f"--workdir={made[part]}", f"--output={workdir / 'model'}"]
+  words += [f"--tokenizer={made['tokenizer']}"] if record.recipe else []
   console.say_next("export", *words, f"--evaluations={workdir / kind}.json")
 
 

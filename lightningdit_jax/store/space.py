@@ -163,21 +163,41 @@ def find_tokenizer(
   *,
   of: str,
   given: str = "",
-  beside: Path | None = None,
+  workdir: Path | None = None,
 ) -> T:
   """The tokenizer of a latent space, by its note.
 
+  `load` reads that of a workdir or model folder, by the step if that is not None; the others are as
+  for `place_of_tokenizer`. InputError if the tokenizer is unknown, gone, or another one.
+  """
+  there = place_of_tokenizer(noted, of=of, given=given, workdir=workdir)
+  found = load(there, None if folder.is_model(there) else noted.get("step"))
+  if noted and noted.get("sha256") != found.sha256:
+    raise InputError(
+      f"The tokenizer in {there} is not the one that made the latents of {of} (sha256 "
+      f"{found.sha256[:12]} and {str(noted.get('sha256'))[:12]}): samples would decode to noise. "
+      "Give --tokenizer=WORKDIR of the right one, or encode and train again."
+    )
+  return found
+
+
+def place_of_tokenizer(
+  noted: Mapping[str, Any], *, of: str, given: str = "", workdir: Path | None = None
+) -> Path:
+  """The workdir or model folder of a latent space's tokenizer.
+
   Args:
     noted: as `Space.tokenizer`.
-    load: reads that of a workdir or model folder, by the step if that is not None.
     of: whose latents they are, for messages.
-    given: its workdir or model folder, where a person named it; else it is looked for where it was,
-      and then at `beside`.
+    given: where a person named it; else it is looked for where it was, and then beside `workdir`.
+    workdir: of the model that was trained on the latents.
 
   Raises:
-    InputError: the tokenizer is unknown, gone, or another one.
+    InputError: the tokenizer is unknown or gone.
   """
-  places = (given,) if given else (noted.get("workdir", ""), str(beside or ""))
+  was = noted.get("workdir", "")
+  beside = workdir.parent / Path(was).name if was and workdir else ""
+  places = (given,) if given else (was, str(beside))
   is_named = bool(given)
   paths = [folder.find(x) if is_named or x.startswith(HUB) else place(x) for x in places if x]
   if not paths:
@@ -190,11 +210,4 @@ def find_tokenizer(
       f"The tokenizer that made the latents of {of} was in {there} and is gone; give "
       "--tokenizer=WORKDIR, or a model folder that has it."
     )
-  found = load(there, None if folder.is_model(there) else noted.get("step"))
-  if noted and noted.get("sha256") != found.sha256:
-    raise InputError(
-      f"The tokenizer in {there} is not the one that made the latents of {of} (sha256 "
-      f"{found.sha256[:12]} and {str(noted.get('sha256'))[:12]}): samples would decode to noise. "
-      "Give --tokenizer=WORKDIR of the right one, or encode and train again."
-    )
-  return found
+  return there
