@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,7 +35,13 @@ from launch.evaluation.cells import StoredCells, open_cells
 from launch.evaluation.features import EFFICIENTNET, Network, load_network
 from launch.evaluation.figures import Entry, Options
 from launch.evaluation.output import Output
-from launch.evaluation.reference import open_reference, reference_of, statistics_of, store
+from launch.evaluation.reference import (
+  MOST_KEPT,
+  open_reference,
+  reference_of,
+  statistics_of,
+  store,
+)
 from launch.evaluation.sample_files import read_samples
 from lightningdit_jax.store.latents import LatentStore
 from vavae_jax.common.errors import InputError
@@ -385,6 +392,21 @@ def test_few_samples_are_measured_and_warned_of(network, tmp_path):
   assert "4 reference are fewer" in gathered.more()["warnings"][0]
   with pytest.raises(InputError, match=r"There are 1 pictures \(samples\)"):
     statistics_of(pictures.Array(PICTURES[:1]), network, "samples")
+
+
+@pytest.mark.parametrize(
+  ("count", "options", "message"),
+  [
+    (MOST_KEPT, Options(bootstrap=2), ""),
+    (MOST_KEPT + 1, Options(), "precision and recall take at most 100000: .*recall=false"),
+    (10 * MOST_KEPT, Options(precision_recall=False, bootstrap=2), ""),
+    (10 * MOST_KEPT + 1, Options(precision_recall=False, infinity=True), "take at most 1000000: "),
+    (10 * MOST_KEPT + 1, Options(precision_recall=False), ""),
+  ],
+)
+def test_samples_whose_features_are_too_many_to_keep_are_refused(count, options, message):
+  with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+    generation.check(range(count), options)
 
 
 def test_a_reference_may_be_statistics_of_its_own_protocol(network, tmp_path):

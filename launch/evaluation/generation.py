@@ -32,11 +32,15 @@ def check(samples: PictureSet, options: Options) -> None:
   least = NEIGHBOURS + 1 if options.precision_recall else 2
   if len(samples) < least:
     raise InputError(f"There are {len(samples)} samples; at least {least} are needed.")
-  if options.keep and len(samples) > 10 * MOST_KEPT:
-    raise InputError(
-      f"There are {len(samples)} samples, whose features would be kept; give at most "
-      f"{10 * MOST_KEPT}, or --precision_recall=false without --bootstrap and --fid_infinity."
-    )
+  for wanted, most, what, without in (
+    (options.precision_recall, MOST_KEPT, "precision and recall", "give --precision_recall=false"),
+    (options.keep, 10 * MOST_KEPT, "intervals and extrapolations", "do without them"),
+  ):
+    if wanted and len(samples) > most:
+      raise InputError(
+        f"There are {len(samples)} samples, and {what} take at most {most}: {without}, or give "
+        "fewer samples."
+      )
 
 
 def evaluate(

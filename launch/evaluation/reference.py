@@ -21,7 +21,7 @@ from vavae_jax.common.files import atomic_file, remove_folder
 from vavae_jax.metrics.distribution import Gaussian
 
 CLASS = "class"  # the column of what a classifier finds each picture to be
-MOST_KEPT = 100_000  # pictures of which precision and recall are computed, on the host
+MOST_KEPT = 100_000  # pictures a side of which precision and recall are computed, on the host
 
 
 @dataclasses.dataclass
