@@ -37,7 +37,8 @@ def _store(pictures, network, path):
   return True
 
 
-def _train(task, config, workdir, *, notes, **_):
+def _train(task, config, workdir, *, prepare, **_):
+  config, _, notes = prepare()
   task.check(config)
   configuration.claim_workdir(workdir, config, notes)
   return SimpleNamespace(step=0)
