@@ -20,7 +20,7 @@ from launch.engine import configuration
 from launch.engine.checkpoint import read_config
 from vavae_jax import stages
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.keys import check
+from vavae_jax.common.keys import Key, check
 from vavae_jax.data import selection
 
 TASKS: dict[str, Any] = {
@@ -85,6 +85,7 @@ def noted(workdir: Path) -> FrozenConfigDict:
       "back the file as it was."
     )
   keys, given = (dict(configuration.flat(tree)) for tree in (known, config.to_dict()))
+  keys["teacher.name"] = Key("")  # somebody's own need not be registered to use what it taught
   check(keys, {name: given[name] for name in given.keys() & keys.keys()}, f"{path}: config.")
   return FrozenConfigDict(config)
 

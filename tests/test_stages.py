@@ -11,7 +11,7 @@ from launch.engine import configuration, loop
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
-from vavae_jax import frozen, training
+from vavae_jax import frozen, teachers
 from vavae_jax.data import selection, sources
 
 BATCH = 4
@@ -60,7 +60,7 @@ def test_a_run_with_another_batch_keeps_its_stages(pictures, tmp_path, monkeypat
 def test_every_stage_resumes_and_the_loop_crosses_them_by_itself(pictures, tmp_path, monkeypatch):
   tiny = TinyNetwork(nnx.Rngs(3))  # EfficientNet compiles for long
   monkeypatch.setattr(frozen, "_networks", lambda config: {"teacher": tiny})
-  monkeypatch.setattr(training, "feature_size", lambda name: tiny.feature_size)
+  monkeypatch.setattr(teachers, "feature_size", lambda name: tiny.feature_size)
   whole = train(config(pictures, num_steps=0), tmp_path / "whole")
   assert int(whole.step) == 6
   for num_steps in (1, 3, 5, 0):  # each time in the middle of a stage

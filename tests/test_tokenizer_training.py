@@ -14,14 +14,17 @@ from flax import nnx
 from ml_collections import FrozenConfigDict
 
 from configs import quickstart
+from launch import restore
+from launch.engine.checkpoint import save_weights
 from launch.engine.step import jit_init
 from tests import cases
-from vavae_jax import frozen, losses, stages, training, update, warm_start
+from vavae_jax import frozen, losses, stages, teachers, training, update, warm_start
 from vavae_jax.common import functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.convert import autoencoder_to_torch
 from vavae_jax.data import images
 from vavae_jax.stages import Phase
+from vavae_jax.tokenizer import Tokenizer
 
 FEATURES = 5
 KEY = jax.random.key(7)
@@ -64,7 +67,7 @@ def network():
   with pytest.MonkeyPatch.context() as patch:
     tiny = TinyNetwork(nnx.Rngs(3))
     patch.setattr(frozen, "_networks", lambda config: {"teacher": tiny, "perceptual": tiny})
-    patch.setattr(training, "feature_size", lambda name: FEATURES)
+    patch.setattr(teachers, "feature_size", lambda name: FEATURES)
     yield tiny
 
 
@@ -295,3 +298,18 @@ def test_a_file_of_the_reference_is_a_beginning(setting):
   named["module.linear_proj.weight"] = np.zeros((5, 6, 3, 3))
   with pytest.raises(InputError, match=r"linear_proj\.weight \(5, 6, 3, 3\) is no finite 1x1"):
     warm_start.from_state_dict(named, config.model)
+
+
+def test_what_somebodys_own_teacher_trained_is_used_where_nobody_knows_it(tmp_path):
+  config = configuration(**{"teacher.name": "mine"})
+  with pytest.MonkeyPatch.context() as patch:
+    for table in ("FAMILIES", "NAMES", "CHOICES"):
+      patch.setattr(teachers, table, list(getattr(teachers, table)))
+    teachers.register("mine", lambda image: image[:, ::16, ::16], feature_size=3)
+    shapes = jax.eval_shape(functools.partial(training.init_state, config), KEY).params
+  params = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), shapes)
+  save_weights(tmp_path / "mine", params, config.to_dict())
+  found = restore.load(tmp_path / "mine", "tokenizer", ema=0.0)
+  assert jax.tree.map(np.shape, found.params) == jax.tree.map(np.shape, params)
+  loaded = Tokenizer.load(tmp_path / "mine", ema=0.0)
+  assert loaded.sha256 == found.sha256 == functional.fingerprint(params)

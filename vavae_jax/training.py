@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
-from vavae_jax import equivariance, frozen, losses, stages
+from vavae_jax import equivariance, frozen, losses, stages, teachers
 from vavae_jax.common import functional, mesh, optimizer
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.optimizer import averaged, learning_rate, make_optimizer
@@ -20,7 +20,6 @@ from vavae_jax.common.sharding import whole
 from vavae_jax.data import feature_cache, images, selection
 from vavae_jax.metrics import pixels
 from vavae_jax.stages import Phase
-from vavae_jax.teachers import feature_size
 from vavae_jax.update import (
   Metrics,
   State,
@@ -99,9 +98,14 @@ def init_state(config: FrozenConfigDict, key: jax.Array) -> State:
   return State(own.step, own.params, own.ema, own.optimizer, discriminator, statistics, moments)
 
 
-def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.Array]:
-  """PyTorch's default for a 1x1 convolution: all uniform within 1 / sqrt(fan in)."""
-  shape = (config.model.embed_dim, feature_size(config.teacher.name))
+def _init_projection(config: FrozenConfigDict, key: jax.Array) -> dict[str, jax.Array] | None:
+  """PyTorch's default for a 1x1 convolution: all uniform within 1 / sqrt(fan in).
+
+  None for somebody's own teacher that is not registered here: inference does without it.
+  """
+  if config.teacher.name not in teachers.NAMES:
+    return None
+  shape = (config.model.embed_dim, teachers.feature_size(config.teacher.name))
   if config.teacher.reverse_proj:
     bound = shape[0] ** -0.5
     return {"kernel": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}

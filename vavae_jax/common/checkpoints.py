@@ -73,7 +73,8 @@ def restore_item(
   """Reads one item of a checkpoint, the newest undamaged one if `step` is None; (item, step).
 
   `item` is "params", or "ema_" and the name of one; `like` has `jax.ShapeDtypeStruct` with
-  shardings; `say` is told of damaged checkpoints.
+  shardings, or None for an entry that is to be as the checkpoint has it; `say` is told of damaged
+  checkpoints.
   """
   folder = folder_of(workdir)
   steps = steps_in(folder)
@@ -94,6 +95,11 @@ def restore_item(
   if not (path / item).is_dir():
     raise InputError(f"The checkpoint {path} has no {item}.")
   with orbax().StandardCheckpointer() as checkpointer:
+    if unknown := [name for name, tree in like.items() if tree is None]:
+      there = checkpointer.metadata(path / item).item_metadata.tree
+      where = jax.tree.leaves(like)[0].sharding
+      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), there)
+      like = {**like, **{name: shapes[name] for name in unknown}}
     restored = checkpointer.restore(path / item, like)
   check_finite(restored, f"{item} of the checkpoint {path}")
   return restored, chosen
