@@ -612,6 +612,7 @@ WRONG_FLAGS = {
   "launch.lab.equivalence --image_size=0": "--image_size is 0; give an integer in [16, inf)",
   "launch.lab.equivalence --seed=-1": "--seed is -1; give an integer in [0, 4294967295]",
   "launch.convert --to=pth": '--to is pth; choose one of "", folder, safetensors, pt',
+  "launch.lab.plan --output=gs://b/x": "gs://b/x: only trainings, latents, samples and evalu",
   f"launch.train {TINY} --config.optimizer=3": "is a section; give one of its keys, --config.op",
   f"launch.train {TINY} --config.data.flip=x": "--config.data.flip is x; give True or False",
   f"launch.train {TINY} --config.num_steps=x": "--config.num_steps is x; give an integer; see doc",

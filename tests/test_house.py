@@ -142,6 +142,18 @@ def test_functions_are_short():
   assert not long
 
 
+def test_every_output_that_a_flag_names_is_a_place():
+  """Of a bucket's address `Path` would make a folder "gs:"."""
+  wrong = []
+  for path in (ROOT / "launch").rglob("*.py"):
+    source, in_lab = path.read_text(), path.is_relative_to(ROOT / "launch" / "lab")
+    for flag in re.findall(r'DEFINE_string\(\s*"(output|page|update|workdir)"', source):
+      is_output = flag != "workdir" or in_lab  # of other commands it is an input, or tested
+      if is_output and f"place(FLAGS.{flag}" not in source:
+        wrong.append(f"{path.relative_to(ROOT)}: --{flag}")
+  assert not wrong
+
+
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -14,8 +14,11 @@ from absl import flags
 
 from launch.engine.circumstances import own_program
 from vavae_jax.common.errors import InputError, printable
-from vavae_jax.common.files import at_home
+from vavae_jax.common.files import at_home, local_place
 from vavae_jax.common.keys import Key
+
+# Flags defined here belong to the command that asks for them.
+flags.disclaim_key_flags()
 
 
 def _after_vavae() -> int:
@@ -71,6 +74,16 @@ def expanded(word: str) -> str:
   package = importlib.util.find_spec("configs")
   installed = Path((package and package.origin) or "").parent / path.removeprefix("configs/")
   return f"{flag}={installed}{colon}{argument}" if installed.is_file() else word
+
+
+class _LocalPlace(flags.ArgumentParser):
+  def parse(self, argument: str) -> Path | str:
+    return local_place(argument) if argument else argument
+
+
+def define_output(name: str, default: str | None, text: str, *, required: bool = False) -> None:
+  """Defines a flag for the path of an output, which a bucket's cannot be."""
+  flags.DEFINE(_LocalPlace(), name, default, text, required=required)
 
 
 def parse_flags(argv: list[str], subcommand: str = "") -> list[str]:

@@ -30,7 +30,7 @@ from absl import flags
 from flax import nnx
 from PIL import Image
 
-from launch.engine import console
+from launch.engine import command_line, console
 from launch.engine.circumstances import circumstances, whole_command
 from launch.engine.ownership import owned
 from launch.evaluation import space
@@ -300,7 +300,7 @@ def main() -> None:
     )
   cells = {name: open_cells(address) for name, _, address in given}
   workdir = place(FLAGS.workdir)
-  page = Path(FLAGS.page) if FLAGS.page else workdir / "cells.md"
+  page = FLAGS.page or workdir / "cells.md"
   REGION.check(page)
   settings = Settings(FLAGS.runs, FLAGS.seeds, FLAGS.seed, FLAGS.width)
   with owned(workdir):
@@ -315,7 +315,9 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   flags.DEFINE_multi_string("latents", None, "NAME:ADDRESS of latents or cells.", required=True)
   flags.DEFINE_string("workdir", None, "Where results are kept.", required=True)
-  flags.DEFINE_string("page", "", "A Markdown page for the results; WORKDIR/cells.md if none.")
+  command_line.define_output(
+    "page", None, "A Markdown page for the results; WORKDIR/cells.md if none."
+  )
   flags.DEFINE_integer("runs", Settings().runs, "Runs of t-SNE for each.", lower_bound=1)
   flags.DEFINE_integer("seeds", Settings().seeds, "Seeds of the small flow.", lower_bound=1)
   flags.DEFINE_integer("seed", Settings().seed, "The first seed.", 0, LAST_SEED - 1000)

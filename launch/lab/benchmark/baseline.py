@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from launch.engine import console
+from launch.engine import command_line, console
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import write_json
 
@@ -88,7 +88,7 @@ def define_flags() -> None:
   flags.DEFINE_string("compare", "", "A baseline of ratios, such as docs/lab/baseline.json.")
   text = "How much worse than the baseline a ratio may be."
   flags.DEFINE_float("tolerance", 0.15, text, lower_bound=0)
-  flags.DEFINE_string("update", "", "A baseline that receives these ratios.")
+  command_line.define_output("update", None, "A baseline that receives these ratios.")
 
 
 def check_flags() -> None:
@@ -102,7 +102,7 @@ def settle(rows: list[Row]) -> None:
   if FLAGS.compare:
     check(rows, Path(FLAGS.compare), FLAGS.tolerance)
   if FLAGS.update:
-    update(Path(FLAGS.update), rows)
+    update(FLAGS.update, rows)
     console.say(f"ratios kept in {FLAGS.update}")
 
 

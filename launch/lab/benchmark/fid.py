@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from launch.engine import console
+from launch.engine import command_line, console
 from launch.evaluation.features import load_network
 from launch.evaluation.pictures import Array, FromSource
 from launch.evaluation.reference import compiled, gaussian_of, statistics_of
@@ -87,7 +87,7 @@ def define_flags() -> None:
   flags.DEFINE_string("torch_python", sys.executable, "The interpreter that has the tools.")
   flags.DEFINE_integer("rounds", 3, "Rounds; in each, all tools take a turn.", lower_bound=1)
   flags.DEFINE_integer("batches", 2, "Batches of 50 pictures in a round.", lower_bound=1)
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  command_line.define_output("output", None, "A JSON file for the results.")
 
 
 def main() -> None:

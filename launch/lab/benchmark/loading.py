@@ -28,7 +28,7 @@ from absl import flags
 from PIL import Image
 from safetensors import safe_open
 
-from launch.engine import console
+from launch.engine import command_line, console
 from launch.lab.benchmark.measuring import in_turns, keep
 from launch.lab.torch_process import SCRIPTS, TorchProcess
 from lightningdit_jax.store import latents, shards
@@ -189,7 +189,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("records", 20_000, "Latents in the store.", lower_bound=SHARD)
   flags.DEFINE_integer("batches", 80, "Batches of latents in a round; of pictures a quarter.", 1)
   flags.DEFINE_integer("rounds", 5, "Rounds; in each, all ways take a turn.", lower_bound=1)
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  command_line.define_output("output", None, "A JSON file for the results.")
 
 
 def main() -> None:

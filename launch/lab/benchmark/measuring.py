@@ -43,10 +43,10 @@ def _median_seconds(run: Callable[[], Any]) -> float:
   return float(np.median([timed(run) for _ in range(10)][2:]))
 
 
-def keep(result: dict[str, Any], output: str) -> None:
+def keep(result: dict[str, Any], output: Path | None) -> None:
   """Writes the result and its circumstances to the file of --output, if it is given."""
   if output:
-    write_json(Path(output), {**circumstances(), **result})
+    write_json(output, {**circumstances(), **result})
     console.say(f"written to {output}")
 
 

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs.lab import speed
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import commit, processor, whole_command
 from launch.lab import markdown, reference
 from launch.lab.benchmark import baseline
@@ -238,8 +238,8 @@ def _command() -> str:
 
 def define_flags() -> None:
   configuration.define_flag("The measurements; configs/lab/speed.py:cpu if not given.")
-  flags.DEFINE_string("workdir", "runs/speed", "The folder for all results.")
-  flags.DEFINE_string("page", "", "The page; by default speed.md in the workdir.")
+  command_line.define_output("workdir", "runs/speed", "The folder for all results.")
+  command_line.define_output("page", None, "The page; by default speed.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Measure nothing; write the page of earlier results.")
   reference.define_flags()
   baseline.define_flags()
@@ -261,8 +261,8 @@ def _check_kept(workdir: Path, results: Mapping[str, Row]) -> None:
 
 def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # this process leaves the device to the measurements
-  workdir = Path(FLAGS.workdir).absolute()
-  page = Path(FLAGS.page) if FLAGS.page else workdir / "speed.md"
+  workdir = FLAGS.workdir.absolute()
+  page = FLAGS.page or workdir / "speed.md"
   REGION.check(page)
   baseline.check_flags()
   config = _fitting(FLAGS.config)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.benchmark import rows
@@ -76,7 +76,7 @@ def define_flags() -> None:
   flags.mark_flag_as_required("config")
   flags.DEFINE_integer("batch_size", 0, "Pictures of a batch; 0: the configuration's.", 0)
   flags.DEFINE_integer("steps", 5, "Timed runs of each program.", lower_bound=1)
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  command_line.define_output("output", None, "A JSON file for the results.")
 
 
 def main() -> None:

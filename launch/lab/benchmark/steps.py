@@ -38,7 +38,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import circumstances, processor
 from launch.lab import programs, reference
 from launch.lab.benchmark import baseline, rows
@@ -152,7 +152,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("devices", 0, "Number of devices, on a CPU virtual ones; 0: all.", 0)
   flags.DEFINE_integer("steps", 10, "Timed runs.", lower_bound=1)
   flags.DEFINE_boolean("count_only", False, "Only count FLOPs and bytes that must be moved.")
-  flags.DEFINE_string("output", "", "A JSON file for the results.")
+  command_line.define_output("output", None, "A JSON file for the results.")
   reference.define_flags()
   baseline.define_flags()
 

@@ -13,13 +13,12 @@ the results so far.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from configs.lab import beyond
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.beyond import checks, graph, page
 from launch.lab.jobs import processors, run
@@ -31,8 +30,8 @@ def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
   config = configuration.resolve(FLAGS.config, beyond.experiment().to_dict())
   checks.check(config)
-  workdir = Path(FLAGS.workdir).absolute()
-  file = Path(FLAGS.page) if FLAGS.page else workdir / "beyond.md"
+  workdir = FLAGS.workdir.absolute()
+  file = FLAGS.page or workdir / "beyond.md"
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, file, command)
@@ -52,8 +51,8 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   configuration.define_flag("The settings; by default configs/lab/beyond.py:cifar.")
-  flags.DEFINE_string("workdir", "runs/dilemma", "The folder for all results.")
+  command_line.define_output("workdir", "runs/dilemma", "The folder for all results.")
   flags.DEFINE_integer("jobs", 0, "Jobs at a time; 0: one for each core, or one on a GPU.", 0)
-  flags.DEFINE_string("page", "", "The page; by default beyond.md in the workdir.")
+  command_line.define_output("page", None, "The page; by default beyond.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Run no job, write the table of the results so far.")
   console.run_command(main, config=CONFIG)

@@ -16,13 +16,12 @@ Writes jobs.json, logs/, a folder for each kind of job, and dilemma.md with its 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from configs.lab import dilemma
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import whole_command
 from launch.lab.dilemma import checks, graph, page
 from launch.lab.jobs import processors, run
@@ -34,9 +33,9 @@ def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # of this process; the jobs have the accelerator
   config = configuration.resolve(FLAGS.config, dilemma.experiment().to_dict())
   checks.check(config)
-  workdir = Path(FLAGS.workdir).absolute()
+  workdir = FLAGS.workdir.absolute()
   jobs = graph.jobs_of(config, workdir)
-  file = Path(FLAGS.page) if FLAGS.page else workdir / "dilemma.md"
+  file = FLAGS.page or workdir / "dilemma.md"
   page.REGION.check(file)
   command = whole_command(("page", "page_only"))
   write_page = functools.partial(page.write, config, workdir, jobs, file, command)
@@ -54,8 +53,8 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   configuration.define_flag("The settings; by default configs/lab/dilemma.py:cifar.")
-  flags.DEFINE_string("workdir", "runs/dilemma", "The folder for all results.")
+  command_line.define_output("workdir", "runs/dilemma", "The folder for all results.")
   flags.DEFINE_integer("jobs", 0, "Jobs at a time; 0: one for each core, or one on a GPU.", 0)
-  flags.DEFINE_string("page", "", "The page; by default dilemma.md in the workdir.")
+  command_line.define_output("page", None, "The page; by default dilemma.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Run no job, write the page of the results so far.")
   console.run_command(main, config=CONFIG)

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from launch.engine import console, subcommands
+from launch.engine import command_line, console, subcommands
 from launch.engine.circumstances import circumstances
 from launch.lab.equivalence import side_by_side
 from launch.lab.equivalence.cases import CASES, Settings
@@ -75,5 +75,5 @@ if __name__ == "__main__":
   text = "Dtypes of matrix products; bfloat16 only for LightningDiT, which is trained in it."
   flags.DEFINE_multi_enum("dtypes", dtypes, dtypes, text)
   flags.DEFINE_integer("seed", 0, "Seed of weights and inputs.", 0, LAST_SEED)
-  flags.DEFINE_string("output", "", "Results go to OUTPUT.json and OUTPUT.html.")
+  command_line.define_output("output", None, "Results go to OUTPUT.json and OUTPUT.html.")
   console.run_command(main)

@@ -30,7 +30,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 from configs.lab import training
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import whole_command
 from launch.engine.subcommands import Subcommand
 from launch.lab import reference
@@ -253,14 +253,14 @@ def _settings() -> Settings:
   given.check()
   if of_tokenizers:
     given.check_taming()
-  return settings_of(experiment, Path(FLAGS.workdir).absolute(), given)
+  return settings_of(experiment, FLAGS.workdir.absolute(), given)
 
 
 def main() -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"  # of the jobs, where the reference is
   settings = _settings()
   jobs = graph_of(settings)
-  file = Path(FLAGS.page) if FLAGS.page else settings.root / "training.md"
+  file = FLAGS.page or settings.root / "training.md"
   page: Any = tokenizer_page if training.of_tokenizers(settings.experiment.size) else side_page
   page.REGION.check(file)
   command = whole_command(("page", "page_only", "jobs"))
@@ -276,9 +276,8 @@ def main() -> None:
 
 
 def piece() -> None:
-  output = Path(FLAGS.output)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  PIECES[FLAGS.piece](_settings(), output, **json.loads(FLAGS.given))
+  FLAGS.output.parent.mkdir(parents=True, exist_ok=True)
+  PIECES[FLAGS.piece](_settings(), FLAGS.output, **json.loads(FLAGS.given))
 
 
 FLAGS = flags.FLAGS
@@ -287,20 +286,20 @@ FLAGS = flags.FLAGS
 def _define_flags() -> None:
   reference.define_flags()
   configuration.define_flag("The settings; by default configs/lab/training.py:cifar.")
-  flags.DEFINE_string("workdir", "runs/training", "The folder for all results.")
+  command_line.define_output("workdir", "runs/training", "The folder for all results.")
 
 
 def _define_training_flags() -> None:
   _define_flags()
   flags.DEFINE_integer("jobs", 1, "Jobs at a time.", lower_bound=1)
-  flags.DEFINE_string("page", "", "The page; by default training.md in the workdir.")
+  command_line.define_output("page", None, "The page; by default training.md in the workdir.")
   flags.DEFINE_boolean("page_only", False, "Run no job, write the page of the results so far.")
 
 
 def _define_piece_flags() -> None:
   _define_flags()
   flags.DEFINE_enum("piece", None, [*PIECES], "Which piece.", required=True)
-  flags.DEFINE_string("output", None, "What it writes.", required=True)
+  command_line.define_output("output", None, "What it writes.", required=True)
   flags.DEFINE_string("given", "{}", "Its arguments in JSON.")
 
 

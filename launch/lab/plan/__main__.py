@@ -33,12 +33,11 @@ move.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from launch.engine import configuration, console
+from launch.engine import command_line, configuration, console
 from launch.engine.circumstances import circumstances
 from launch.lab import programs
 from launch.lab.plan import calibration, fid, page, planning, slices, tables
@@ -54,12 +53,12 @@ def main() -> None:
   if FLAGS.all:
     if not FLAGS.output:
       raise InputError("--all needs --output=FILE.json, which also lets it continue.")
-    page.make(Path(FLAGS.output), Path(FLAGS.page) if FLAGS.page else None, FLAGS.workers)
+    page.make(FLAGS.output, FLAGS.page, FLAGS.workers)
     console.say(f"written to {FLAGS.output}" + (f" and {FLAGS.page}" if FLAGS.page else ""))
     return
   found = _published() if FLAGS.published else _plans()
   if FLAGS.output:
-    write_json(Path(FLAGS.output), {**circumstances(), "plans": found})
+    write_json(FLAGS.output, {**circumstances(), "plans": found})
     console.say(f"written to {FLAGS.output}")
 
 
@@ -114,9 +113,11 @@ if __name__ == "__main__":
     "published", None, list(calibration.RUNS), "A run of others, to hold estimates against."
   )
   flags.DEFINE_boolean("all", False, "Plan the recipes of docs/lab/tpu.md on its slices.")
-  flags.DEFINE_string("page", "", "A Markdown page that --all writes, such as docs/lab/tpu.md.")
+  command_line.define_output(
+    "page", None, "A Markdown page that --all writes, such as docs/lab/tpu.md."
+  )
   flags.DEFINE_integer(
     "workers", 1, "Plans that --all makes at once; each takes 3 GB, a tokenizer 11.", 1
   )
-  flags.DEFINE_string("output", "", "A JSON file for the plans.")
+  command_line.define_output("output", None, "A JSON file for the plans.")
   console.run_command(main)
