@@ -150,7 +150,7 @@ def test_samples_of_a_stopped_evaluation_are_in_the_bucket(gcs, workdir):
 
 
 def test_evaluations_in_a_bucket_are_joined_there(gcs, workdir):
-  reconstruction = {"evaluation": "reconstruction", "figures": {"psnr": 25.0}}
+  reconstruction = {"evaluation": "reconstruction", "figures": {"psnr": 25.0}, "pictures": {}}
   judged = {"network": {}, "samples": {"pictures": 9}, "reference": {}}
   generation = {"evaluation": "generation", "figures": {"fid": 9.0}} | judged
   gcs.write("run/a.json", json.dumps(reconstruction).encode())

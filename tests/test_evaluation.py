@@ -745,9 +745,12 @@ def evaluation(path, kind: str, figures: dict, **more):
 
 def test_a_frontier_joins_evaluations_of_one_protocol(tmp_path):
   common = {"network": {"protocol": "adm"}, "samples": {"pictures": 9}, "reference": {}}
+  pictures = {"listing": "a", "chosen": "b", "pictures": 7, "crop": "center 64 px"}
+  shown = {"network": None, "lpips": None, "posterior": "mode", "pictures": pictures}
   words = []
   for name, psnr, fid in (("plain", 20.0, 9.0), ("aligned", 19.0, 5.0)):
-    rebuilt = evaluation(tmp_path / f"{name}_r.json", "reconstruction", {"psnr": psnr})
+    here = shown | {"pictures": pictures | {"source": f"folder:{name}"}}  # the same, elsewhere
+    rebuilt = evaluation(tmp_path / f"{name}_r.json", "reconstruction", {"psnr": psnr}, **here)
     drawn = evaluation(tmp_path / f"{name}_g.json", "generation", {"fid": fid}, **common)
     words.append(f"{name}/d16:{rebuilt}:{drawn}")
   output = Output(tmp_path / "frontier", "frontier")
@@ -767,6 +770,12 @@ def test_a_frontier_joins_evaluations_of_one_protocol(tmp_path):
   ):
     with pytest.raises(InputError, match=message):
       frontier.frontier([words[0], bad], output, "psnr", "fid")
+  others = [shown | {key: "x"} for key in ("network", "lpips", "posterior")]
+  others += [shown | {"pictures": pictures | {key: "x"}} for key in pictures]
+  for given in others:
+    path = evaluation(tmp_path / "r.json", "reconstruction", {"psnr": 1.0}, **given)
+    with pytest.raises(InputError, match=r"r\.json and .*plain_r\.json are of other protocols"):
+      frontier.frontier([words[0], f"x:{path}:{tmp_path / 'plain_g.json'}"], output, "psnr", "fid")
 
 
 def test_an_extrapolation_finds_the_bias_of_few_samples():

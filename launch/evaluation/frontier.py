@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from launch.report.html import Section, picture_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import place, read_note
 
+_SECTIONS = {"reconstruction": ("pictures",), "generation": ("network", "samples", "reference")}
+
 
 def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point]:
   """Joins evaluations of several tokenizers; writes JSON, picture and page.
@@ -27,7 +28,7 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
     InputError: a file is missing, is of another evaluation or of another protocol than the others.
   """
   points: list[Point] = []
-  protocols: dict[str, str] = {}
+  protocols: dict[str, tuple[str, Any]] = {}  # and the file that has it, by kind
   for word in words:
     name, *paths = re.split(":(?!//)", word)  # a URL's colon separates nothing
     if len(paths) != 2:
@@ -41,13 +42,9 @@ def frontier(words: Sequence[str], output: Output, x: str, y: str) -> list[Point
           f"{path} has no {figure}; give --{axis}={' or '.join(noted['figures'])}, which it has."
         )
       point[f"{kind}: {figure}"] = noted["figures"][figure]
-      if kind == "generation":
-        protocol = json.dumps(
-          [noted["network"], noted["samples"].get("pictures"), noted["reference"]]
-        )
-        if protocols and protocol not in protocols:
-          raise InputError(f"{path} and {next(iter(protocols.values()))} are of other protocols.")
-        protocols[protocol] = path
+      first, protocol = protocols.setdefault(kind, (path, _protocol(kind, noted)))
+      if _protocol(kind, noted) != protocol:
+        raise InputError(f"{path} and {first} are of other protocols.")
     points.append(point)
   if not points:
     raise InputError("Give --point=NAME:RECONSTRUCTION.json:GENERATION.json once or more.")
@@ -73,6 +70,13 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
     raise InputError(f"{path} does not exist; give what python -m launch.evaluate {kind} wrote.")
   if read_note(path).get("evaluation") != kind:
     raise InputError(f"{path} is not what python -m launch.evaluate {kind} writes.")
-  protocol = ("network", "samples", "reference") if kind == "generation" else ()
-  needed: dict[str, Any] = dict.fromkeys(("figures", *protocol), dict)
+  needed: dict[str, Any] = dict.fromkeys(("figures", *_SECTIONS[kind]), dict)
   return read_note(path, **needed)
+
+
+def _protocol(kind: str, noted: dict[str, Any]) -> Any:
+  """What figures have to agree in, wherever the pictures lie."""
+  if kind == "generation":
+    return noted["network"], noted["samples"].get("pictures"), noted["reference"]
+  pictures = [noted["pictures"].get(x) for x in ("listing", "chosen", "pictures", "crop")]
+  return [noted.get(x) for x in ("network", "lpips", "posterior")], pictures
