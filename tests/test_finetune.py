@@ -24,6 +24,7 @@ from vavae_jax.common import addresses, functional
 from vavae_jax.common.errors import InputError
 from vavae_jax.perceptual import load_lpips
 from vavae_jax.teachers import load_teacher
+from vavae_jax.weights.state_dicts import read_state_dict
 
 TINY = {"in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -144,6 +145,8 @@ def test_weights_of_something_else_are_refused(tmp_path):
   [
     lambda name: initial_weights(reference_config(name)),
     lambda name: convert(name, Path("nowhere")),
+    lambda name: convert(str(cases.FOLDER / "formats/torch_zip.pt"), Path("nowhere"), heads=name),
+    read_state_dict,
     lambda name: load_teacher("efficientnet_lite0", name),
     lambda name: load_network("adm", name),
     load_lpips,

@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 
 from vavae_jax.common import functional
-from vavae_jax.common.addresses import local_file
 from vavae_jax.common.convolution import convolve
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.sharding import pin_batch
@@ -179,7 +178,7 @@ def load_lpips(
     raise InputError(f"No file of VGG16 is given. {_WANTED}")
   paths = [path for path in (vgg, heads) if path]
   try:
-    return lpips_from_torch(*(read_state_dict(local_file(path)) for path in paths), dtype=dtype)
+    return lpips_from_torch(*(read_state_dict(path) for path in paths), dtype=dtype)
   except InputError as error:
     tried = " and ".join(map(str, paths))
     raise InputError(f"LPIPS cannot be read from {tried}. {error} {_WANTED}") from error

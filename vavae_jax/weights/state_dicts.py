@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from vavae_jax.common.addresses import local_file
 from vavae_jax.common.errors import InputError
 from vavae_jax.common.files import read_note
 from vavae_jax.weights.torch_files import read_torch_file
@@ -105,9 +106,10 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads all that is in such a file: arrays, and of PyTorch's files whatever its dictionary holds.
 
   Of a .json, the configuration of an AutoencoderKL of diffusers, statistics of latents are arrays.
-  InputError if there is no such file, or it is of another kind or damaged.
+  hf:OWNER/NAME/FILE is fetched, as by `local_file`. InputError if there is no such file, or it is
+  of another kind or damaged.
   """
-  path = Path(path)
+  path = local_file(path)
   if path.suffix == ".json" and path.is_file():
     return _read_json(path)
   if path.suffix not in SUFFIXES:

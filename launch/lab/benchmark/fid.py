@@ -29,6 +29,7 @@ from launch.evaluation.pictures import Array, FromSource
 from launch.evaluation.reference import compiled, gaussian_of, statistics_of
 from launch.lab.benchmark.measuring import in_turns, keep, timed
 from launch.lab.torch_process import SCRIPTS, TorchProcess
+from vavae_jax.common.addresses import local_file
 from vavae_jax.metrics import inception
 
 FLAGS = flags.FLAGS
@@ -98,7 +99,7 @@ def main() -> None:
     halves = {"a": pictures[mixed[::2]], "b": pictures[mixed[1::2]]}
     file = Path(folder) / "pictures.npz"
     np.savez(file, a=halves["a"], b=halves["b"])
-    weights = Path(FLAGS.weights) if FLAGS.weights else Path(folder) / "random.pth"
+    weights = local_file(FLAGS.weights) if FLAGS.weights else Path(folder) / "random.pth"
     job = {"weights": str(weights), "pictures": str(file)}
     with TorchProcess(FLAGS.torch_python, SCRIPTS / "fid.py", job, NEEDS) as tools:
       ours = figures(halves, weights)
