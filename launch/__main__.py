@@ -36,13 +36,14 @@ def main() -> None:
   if word in ("--help", "-h", "--helpfull", "help"):
     print(_listed())
     return
-  if word not in COMMANDS:
+  module = COMMANDS.get(word, f"launch.{word}")  # or by the module's own name
+  if module not in COMMANDS.values():
     near = difflib.get_close_matches(word, COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     print(f"error: no command {word!r}; {hint}", file=sys.stderr)
     sys.exit(2)
   del sys.argv[1]
-  runpy.run_module(COMMANDS[word], run_name="__main__", alter_sys=True)
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _listed() -> str:

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tarfile
 import numpy as np
 import pytest
 
+import launch.__main__
 from configs import base
 from configs.page import page as page_of_keys
 from launch.__main__ import COMMANDS
@@ -109,6 +111,17 @@ def test_commands_of_the_documents_can_be_given(command, options, known):
       assert option in known[command] | {"config", "help"}, option
   if config is not None and "task" in config:
     resolve(config, base.KEYS[config.task])
+
+
+def test_the_one_name_of_all_commands_takes_those_of_the_readme(monkeypatch):
+  rows = re.findall(r"^\| (`launch\.[^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+  names = [name.removeprefix("launch.lab.") for row in rows for name in re.findall("`(.*?)`", row)]
+  run = []
+  monkeypatch.setattr(runpy, "run_module", lambda module, **_: run.append(module))
+  for name in names:
+    monkeypatch.setattr(sys, "argv", ["vavae", name.removeprefix("launch.")])
+    launch.__main__.main()
+  assert sorted(run) == sorted(COMMANDS.values())
 
 
 def test_the_readme_is_short_and_counts_its_reading_path():
