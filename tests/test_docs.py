@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import launch.__main__
-from configs import base
+from configs import base, quickstart
+from configs.lab import beyond, dilemma, training
 from configs.page import page as page_of_keys
 from launch.__main__ import COMMANDS
 from launch.engine.configuration import flat, resolve
@@ -139,12 +140,20 @@ def test_functions_that_the_readme_names_are_where_it_says():
     assert f"\ndef {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
 
 
-def test_the_keys_in_the_tutorial_exist():
-  text = (ROOT / "docs" / "tutorial.md").read_text()
-  known = dict(flat(base.KEYS["diffusion"]))
-  keys = re.findall(r"--config\.([\w.]+)", text)
-  assert len(keys) > 10
-  assert set(keys) <= set(known)
+def test_the_keys_in_the_documents_exist():
+  """In sentences too, as `config.KEY`, `config.SECTION` or `config.SECTION.KEY`."""
+  tables = list(base.KEYS.values())
+  tables += [quickstart.pipeline().to_dict()]
+  tables += [module.experiment().to_dict() for module in (beyond, dilemma, training)]
+  known = {"json"}  # a workdir's file
+  for name in (name for table in tables for name, _ in flat(table)):
+    parts = name.split(".")
+    known |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+  added = {"docs/extending.md": {"loss.l2_weight", "model.use_layer_scale"}}
+  for page in [*PAGES, *(ROOT / "docs" / "notebooks").glob("*.ipynb")]:
+    name = str(page.relative_to(ROOT))
+    keys = set(re.findall(r"\bconfig((?:\.[a-z_]\w*)+)", page.read_text()))
+    assert {key[1:] for key in keys} <= known | added.get(name, set()), name
 
 
 def test_cifar10_becomes_zips_of_class_folders(tmp_path, monkeypatch):

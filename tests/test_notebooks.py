@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from launch.__main__ import COMMANDS
+from launch.quickstart import EMOJI_RUN
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -85,6 +86,12 @@ def test_a_notebook_finds_its_checkout_or_clones_it(tmp_path, monkeypatch):
     run(source, cloned := {})
   assert (tmp_path / cloned["CHECKOUT"] / "setup.cfg").read_text() == "here"
   assert cloned["CHECKOUT"].startswith("./")  # else pip asks an index for that package
+
+
+def test_the_quickstarts_workdir_is_found_from_where_jupyter_starts():
+  (source,) = (source for source, tags in code_of(NOTEBOOKS[0]) if "parameters" in tags)
+  run(source, names := {})
+  assert (NOTEBOOKS[0].parent / names["WORKDIR"]).resolve() == ROOT / EMOJI_RUN
 
 
 def test_there_are_two():
