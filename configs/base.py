@@ -307,8 +307,9 @@ def _diffusion() -> Keys:
     "init_from": Key(
       "",
       text="Initial weights: a training's workdir, a model folder, USER/NAME on the hub, or a "
-      "PyTorch or safetensors file of LightningDiT. Layers that depend on the number of channels "
-      "or classes start afresh where that differs.",
+      "PyTorch or safetensors file of LightningDiT. The grid may differ; the table of labels "
+      "starts afresh for other classes, the last layer for other channels, of which the patch "
+      "embedding keeps the common ones; an early head or a flow map's logvar may come or go.",
     ),
     "evaluate_samples": Key(
       0,
