@@ -3,8 +3,8 @@
   pipe = Pipeline.load("model/")              # a model folder, USER/NAME on the hub, or a workdir
   pictures = pipe.sample(["animals", 3], num=4, seed=0, guidance=3.0, steps=50)
 
-A solver on a grid runs step by step, so that no setting but the solver's name and the number of
-pictures compiles anew; it can be watched on its way. Sample i of a call is that of index i in
+A solver on a grid runs step by step, so that steps, shift, seed and a guidance that is on change
+without compiling anew; it can be watched on its way. Sample i of a call is that of index i in
 `launch.sample` with the same seed and settings.
 """
 
