@@ -114,6 +114,25 @@ def test_commands_of_the_documents_can_be_given(command, options, known):
     resolve(config, base.KEYS[config.task])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_shell_reads_the_commands_of_the_documents(page):
+  """Of blocks without a language, and of words that begin as options do."""
+  block = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+  text = page.read_text()
+  lines = [content for language, content in block.findall(text) if not language]
+  lines += re.findall(r"`((?:--|python -m )[^`\n]*)`", block.sub("", text))
+  done = subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_the_recipes_of_the_documents_take_their_arguments():
+  """In tables and sentences too."""
+  for page in PAGES:
+    for path, argument in re.findall(r"configs/([\w/]+)\.py:([\w,./-]*\w)", page.read_text()):
+      module = importlib.import_module(f"configs.{path.replace('/', '.')}")
+      assert module.get_config(argument), page
+
+
 def test_the_one_name_of_all_commands_takes_those_of_the_readme(monkeypatch):
   rows = re.findall(r"^\| (`launch\.[^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
   names = [name.removeprefix("launch.lab.") for row in rows for name in re.findall("`(.*?)`", row)]
