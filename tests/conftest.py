@@ -254,10 +254,10 @@ def two_processes(environment: dict[str, str]) -> Callable[..., None]:
 
 
 def write_pictures(root: Path) -> None:
-  """Class folders with a few emoji each, called as the embedded ones are."""
+  """Class folders with a few emoji each."""
   images, labels, _, class_names = load_emoji()
   for label, name in enumerate(class_names):
-    folder = root / name
+    folder = root / f"{label} {name}"
     folder.mkdir()
     for index in np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]:
       Image.fromarray(images[index]).save(folder / f"{index}.png")

@@ -157,7 +157,7 @@ def test_nothing_compiles_when_a_slider_moves(pipe, caplog):
 @pytest.mark.parametrize(
   ("classes", "words", "message"),
   [
-    (["Animals"], {}, "There is no class 'Animals'; there are Animals & Nature"),
+    (["2 Animals"], {}, "There is no class '2 Animals'; there are 2 Animals & Nature"),
     ([9], {}, "There is no class 9; they are 0 to 8"),
     ([], {}, "There are no classes"),
     ([0], {"stepz": 3}, "stepz is no setting of sampling; they are"),
@@ -204,7 +204,7 @@ def test_one_class_and_numbers_of_numpy_are_as_good_as_lists_and_pythons(pipe):
   words = {"steps": 3, "progress": False}
   expected = pipe.sample([2], num=2, seed=5, **words)
   assert pipe.sample(np.int64(2), num=np.int64(2), seed=np.uint32(5), **words) == expected
-  assert pipe.sample(pipe.class_names[2], num=2, seed=5, **words) == expected
+  assert pipe.sample("2 Animals & Nature", num=2, seed=5, **words) == expected
   assert pipe.sample(2, noise=pipe.noise(5).tolist(), **words) == pipe.sample(2, seed=5, **words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pytest
 from launch import restore
 from launch.engine.writers import read_metrics
 from lightningdit_jax.store.latents import LatentStore
+from lightningdit_jax.store.space import NOTE
 from tests.conftest import ROOT, repeatable_metrics
 from vavae_jax import training
+from vavae_jax.assets import load_emoji
 from vavae_jax.common.errors import InputError
-from vavae_jax.common.files import read_note
+from vavae_jax.common.files import read_note, write_json
 
 # Of each stage the file that is about to be there when the process dies, somewhere in its middle.
 KILLS = [
@@ -71,10 +74,12 @@ def test_second_start_of_a_finished_run_computes_nothing_again(command, quicksta
 
 @pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
 def test_python_of_the_pages_runs(page, pipeline, tmp_path, monkeypatch):
+  """On a model whose classes are called as those of the pictures that the package carries."""
   monkeypatch.chdir(tmp_path)
-  Path("runs").mkdir()
-  Path("runs/quickstart").symlink_to(pipeline)
-  Path("model").symlink_to(pipeline / "diffusion")
+  model = shutil.copytree(pipeline / "diffusion", "runs/quickstart/diffusion")
+  note = read_note(Path(model, NOTE))
+  write_json(Path(model, NOTE), note | {"class_names": load_emoji()[3]})
+  Path("model").symlink_to(model)
   lines = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
   found: dict = {}
   exec(lines, found)
