@@ -1,6 +1,6 @@
 """Evaluates samples, a tokenizer or a latent space, by a protocol that the results name.
 
-Results go to OUTPUT.json, OUTPUT.png and OUTPUT.html; an evaluation that was stopped resumes.
+Results go to OUTPUT.json, .png and .html, of statistics to OUTPUT; what was stopped resumes.
 --protocol=adm gives the paper's numbers (TensorFlow 1's resize), pytorch-fid the other protocol in
 use; both need FID's Inception (--weights). efficientnet_lite0, a teacher's name with --weights=its
 file, or classifier with --weights=the workdir of one that launch.train trained, give a Frechet

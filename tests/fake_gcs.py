@@ -1,4 +1,4 @@
-"""Google Cloud Storage in this process, as far as TensorStore, gcsfs and TensorBoard ask.
+"""Google Cloud Storage in this process, as far as TensorStore and gcsfs ask.
 
 Objects in memory, by the JSON API: media, multipart and resumable uploads, conditions, ranges,
 listings, copies, deletions. `with FakeGcs() as gcs:` serves it; `gcs.variables` are the environment
