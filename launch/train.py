@@ -71,7 +71,7 @@ def train(
     workdir,
     name=f"train {config.task}",
     prepare=functools.partial(_prepared, frozen, workdir, notes),
-    open_keys=[key for key, default in _OF_LATENTS.items() if given.get(key) == default],
+    unset=[key for key, default in _OF_LATENTS.items() if given.get(key) == default],
     initial_weights=functools.partial(restore.initial_weights, frozen),
     may_change=[f"model.{name}" for name in ONLY_OURS],
     with_changes=with_changes,

@@ -96,7 +96,7 @@ def run(
   *,
   name: str = "train",
   prepare: Callable[[], Prepared] | None = None,
-  open_keys: Iterable[str] = (),
+  unset: Iterable[str] = (),
   initial_weights: Callable[[], Adopt | None] | None = None,
   may_change: Iterable[str] = (),
   with_changes: bool = False,
@@ -110,7 +110,7 @@ def run(
     name: shown by the progress bar.
     prepare: may copy and compute for hours; runs once the workdir is this training's, and all that
       can be compared before was.
-    open_keys: keys of `config` that `prepare` sets.
+    unset: keys of `config` that `prepare` sets.
     initial_weights: reads weights and returns the function that puts them into a fresh state, or
       None where there are none to read.
     may_change: keys that a run may change when it goes on, beside those of every task.
@@ -126,8 +126,7 @@ def run(
   with contextlib.ExitStack() as stack:
     stack.enter_context(owned(workdir))
     devices = check(config)
-    early = (*may_change, *open_keys)
-    configuration.check_workdir(workdir, config, early, with_changes=with_changes)
+    configuration.check_workdir(workdir, config, {*may_change, *unset}, with_changes=with_changes)
     config, more_evaluators, notes = prepare() if prepare else Prepared(config, {}, {})
     task.check(config)
     init = functools.partial(task.init_state, config)
