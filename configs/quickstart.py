@@ -74,7 +74,7 @@ def tokenizer(*, tiny: bool = False) -> ConfigDict:
     config.model.update(ch=16, norm_groups=8)
     config.stages.disc_start = (3,)
     config.discriminator.ndf = 8
-    config.optimizer.warmup_steps = 1
+    config.optimizer.update(warmup_steps=2, decay_steps=6)
   return config
 
 
@@ -104,7 +104,7 @@ def diffusion(*, tiny: bool = False) -> ConfigDict:
     config.log_every_steps = config.save_every_steps = 2
     config.evaluate_every_steps = 3
     config.model.update(hidden_size=32, depth=2, num_heads=2, scan_unroll=1)
-    config.optimizer.update(warmup_steps=1, ema_decays=(0.5,))
+    config.optimizer.update(warmup_steps=2, decay_steps=6, ema_decays=(0.5,))
     config.sample.update(num_steps=3, batch_size=9)
   return config
 

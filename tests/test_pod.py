@@ -91,7 +91,7 @@ def told(text):
 def test_statistics(evaluations):
   output, _ = evaluations
   one, pod = (np.load(output / run / "statistics.npz") for run in ("one", "pod"))
-  assert set(one) == set(pod) == {"about", "mu", "sigma", "mu_s", "sigma_s"}
+  assert set(one) == set(pod) == {"about", "size", "mu", "sigma", "mu_s", "sigma_s"}
   for name in one:
     np.testing.assert_array_equal(one[name], pod[name])
 

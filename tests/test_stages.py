@@ -25,6 +25,7 @@ def config(pictures, num_steps):
   config.model.update(ch=8, norm_groups=4)
   config.discriminator.update(ndf=4, n_layers=2)
   config.loss.disc_weight = 0.0
+  config.optimizer.decay_steps = 6  # wherever it is stopped
   source = sources.open_source(config.data.source)
   epochs = 2 * BATCH / len(selection.split(source, config.data)[0])
   config.stages.update(

@@ -62,6 +62,12 @@ class Interrupted(BaseException):
     self.together = together
 
 
+class SeveralError(InputError):
+  """Several processes came to a command for one; they end together, as each of them is refused."""
+
+  together = True
+
+
 class Bar:
   """Progress of one long work: `with Bar("train", total=100) as bar: bar.update(step, loss=...)`.
 
@@ -290,7 +296,7 @@ def run_command(
       with watchdog.watching((signal.SIGINT, *endings()), _end):
         processes.start(_settings())  # jax waits there for the others, minutes where one is missing
         if processes.several() and not several:
-          raise InputError(
+          raise SeveralError(
             f"This command is for one process, and {jax.process_count()} were started: start it on "
             "one machine, without DISTRIBUTED=1, JAX_NUM_PROCESSES or a list in "
             "TPU_WORKER_HOSTNAMES."
@@ -306,7 +312,7 @@ def run_command(
       if code is None:
         traceback.print_exc()
       if isinstance(error, KeyboardInterrupt | Interrupted) or processes.several():
-        processes.end(code or 1, together=isinstance(error, Interrupted) and error.together)
+        processes.end(code or 1, together=getattr(error, "together", False))
       sys.exit(code or 1)
 
   output.keep_harmless()
