@@ -455,7 +455,8 @@ def outcomes(forked, pipeline, pictures, tmp_path_factory):
         f"--workdir={root / 'begun'}",
         f"--config.data.source=folder:{spoilt}",
       ),
-      *("--config.data.held_out=0.0", "--config.num_steps=20", "--config.evaluate_every_steps=0"),
+      *("--config.data.held_out=0.0", "--config.evaluate_every_steps=0"),
+      *("--config.num_steps=20", "--config.optimizer.decay_steps=20"),
     ],
   }
   lines |= _owned(root, pipeline)
