@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -142,6 +143,24 @@ def test_what_lies_beside_latents_is_nothing_to_a_copy(bucket, tmp_path):
   bucket.pipe("/shards/pictures/1.png", b"x")
   assert fetching.local_folder("memory://shards", str(tmp_path / "cache")) == folder
   assert (folder / "kept").exists()
+
+
+def test_a_copy_of_an_earlier_version_is_kept(bucket, tmp_path):
+  """It noted what lay beside the latents, too, and no marks where the hub tells no times."""
+  for file in FILES:
+    bucket.pipe(f"/shards/{file.name}", file.read_bytes())
+  folder = fetching.local_folder("memory://shards", str(tmp_path / "cache"))
+  (folder / "kept").touch()
+  note = json.loads((folder / "copied.json").read_text())
+  before = {name: [size, ""] for name, (size, _) in note.items()} | {"/shards/README.md": [1, ""]}
+  (folder / "copied.json").write_text(json.dumps(before))
+  fetching.local_folder("memory://shards", str(tmp_path / "cache"))
+  assert (folder / "kept").exists()
+  first = next(iter(note))
+  assert json.loads((folder / "copied.json").read_text()) == note  # so that a change is seen
+  (folder / "copied.json").write_text(json.dumps(before | {first: [note[first][0], "another"]}))
+  fetching.local_folder("memory://shards", str(tmp_path / "cache"))
+  assert not (folder / "kept").exists()
 
 
 @pytest.mark.parametrize("name", ["shard.safetensors", "latents.tar"])

@@ -695,7 +695,7 @@ def test_splits_are_told_apart_and_one_can_be_named(name, tmp_path):
   for count, split in enumerate(("test", "train"), 1):
     (path := root / name.format(split)).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": [b"x"] * count}), path)
-  with pytest.raises(InputError, match="has the splits test, train; choose one") as refused:
+  with pytest.raises(InputError, match=r"has the splits (cats-)?test, .*; choose one") as refused:
     sources.open_source(f"hf:{root}")
   advised = str(refused.value).rpartition("such as ")[2].rstrip(".")
   assert len(sources.open_source(advised)) == 1
@@ -720,6 +720,9 @@ def test_a_split_of_the_hub_is_that_alone(tmp_path, monkeypatch):
     assert len(sources.open_source(spec)) == count
   with pytest.raises(InputError, match=r"splits test, train; choose one, such as hf:me/pics/test"):
     sources.open_source("hf:me/pics")
+  pq.write_table(pa.table({"image": [b"x"] * 5}), train.with_name("train_extra-0.parquet"))
+  assert len(sources.open_source("hf:me/pics/train")) == 1
+  assert len(sources.open_source("hf:me/pics/train_extra")) == 5
 
 
 def test_pictures_beside_the_folders_of_a_single_class_are_told(tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import FrozenConfigDict
 
 from configs import quickstart
 from launch.engine import configuration, loop
+from launch.engine.checkpoint import batch_sizes
 from launch.engine.writers import read_metrics
 from launch.train import train
 from tests.test_tokenizer_training import TinyNetwork
@@ -56,6 +58,14 @@ def test_a_run_with_another_batch_keeps_its_stages(pictures, tmp_path, monkeypat
   (tmp_path / "checkpoints" / "7").mkdir()
   train(begun, tmp_path)
   assert found[2] == found[1]
+
+
+def test_batches_of_a_run_that_went_back_are_those_that_were(tmp_path):
+  """To a checkpoint from before a change, after which another one followed."""
+  configuration.claim_workdir(tmp_path, FrozenConfigDict({"batch_size": 16}))
+  for step, sizes in ((100, (8, 4)), (1000, (4, 16)), (500, (16, 2))):
+    configuration.note_changes(tmp_path, step, {"batch_size": sizes})
+  assert batch_sizes(tmp_path, 2) == [(0, 8), (100, 4), (500, 2)]
 
 
 def test_every_stage_resumes_and_the_loop_crosses_them_by_itself(pictures, tmp_path, monkeypatch):

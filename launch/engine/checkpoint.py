@@ -248,7 +248,9 @@ def batch_sizes(workdir: Path, now: int) -> list[tuple[int, int]]:
     return [(0, now)]
   noted, latest = changes_of(workdir, "batch_size"), read_noted(workdir / NAME, batch_size=int)
   first = noted[0][1] if noted else latest["batch_size"]
-  sizes = [(0, first), *((step, new) for step, _, new in noted)]
+  sizes = [(0, first)]
+  for step, _, new in noted:  # from an older checkpoint what came after it did not happen
+    sizes = [*(x for x in sizes if x[0] < step or not x[0]), (step, new)]
   if sizes[-1][1] != now:
     sizes.append((max(steps_of(workdir), default=0), now))
   return sizes

@@ -77,8 +77,10 @@ def expanded(word: str) -> str:
 
 
 class _LocalPlace(flags.ArgumentParser):
-  def parse(self, argument: str) -> Path | str:
-    return local_place(argument) if argument else argument
+  def parse(self, argument: str) -> Path:
+    if not argument:
+      raise InputError("it is empty; give a path")
+    return local_place(argument)
 
 
 def define_output(name: str, default: str | None, text: str, *, required: bool = False) -> None:

@@ -58,6 +58,7 @@ MAY_CHANGE = (
   "loader.workers",
   "data.max_corrupt",
   "data.changed",
+  "stages.begins",  # which follows from epochs, pictures and batches
   "latents.cache",
   "mesh.data",
   "mesh.fsdp",

@@ -110,9 +110,25 @@ def _is_copy_of(folder: Path, entries: dict[str, list[Any]]) -> bool:
   """Whether a copy of these files is complete; a copy of other files is deleted."""
   begun = folder / _BEGUN
   advice = f"delete the folder {folder}, and all is copied anew"
-  if folder.is_dir() and (not begun.is_file() or read_note(begun, advice=advice) != entries):
+  noted = read_note(begun, advice=advice) if begun.is_file() else {}
+  if folder.is_dir() and not _are_those(noted, entries):
     shutil.rmtree(folder)
+  elif folder.is_dir() and noted != entries:
+    write_json(begun, entries)
   return (folder / _COMPLETE).is_file()
+
+
+def _are_those(noted: dict[str, Any], entries: dict[str, list[Any]]) -> bool:
+  """Whether a note names these files; one of an earlier version has what lay beside them, too, and
+  of the hub's no marks.
+  """
+  there = {
+    name: noted[name] for name in noted if name in entries or _wanted(name) or _is_part(name)
+  }
+  return there.keys() == entries.keys() and all(
+    found == [size, mark] or found == [size, ""]
+    for found, (size, mark) in ((there[name], entries[name]) for name in entries)
+  )
 
 
 def _fill(path: str, entries: dict[str, list[Any]], folder: Path, progress: Progress) -> None:

@@ -246,12 +246,13 @@ def _parquet_files(path: str) -> list[str]:
   # Where other splits may be, too, which were fetched before.
   there = {os.path.relpath(file, folder): file for file in _below(folder)}
   fitting = [file for name, file in there.items() if any(fnmatch(name, x) for x in patterns)]
+  exact = [file for name, file in there.items() if file in fitting and [_split_of(name)] == split]
   if not fitting:
     begins = f" whose names begin with {split[0]}; its split" if split else ""
     raise InputError(
       f"{owner}/{name} has no parquet files{begins} was not fetched yet, or is called otherwise."
     )
-  return _of_one_split(fitting, path, hub=f"{owner}/{name}")
+  return _of_one_split(exact or fitting, path, hub=f"{owner}/{name}")
 
 
 def _below(folder: str) -> list[str]:
@@ -279,17 +280,16 @@ def _of_one_split(found: list[str], path: str, hub: str = "") -> list[str]:
 
 
 def _split_of(name: str) -> str:
-  """The split that the name of a file and of the folders above it tell; "" where they do not."""
-  if words := _SPLIT.findall(name):
-    return words[-1]
-  numbered = re.match(r"(.+?)-\d+-of-\d+", os.path.basename(name))
-  return numbered[1] if numbered else ""
+  """The split that the name of a file tells, or that of a folder above it; "" where none does."""
+  *folders, file = Path(name).with_suffix("").parts
+  if numbered := re.fullmatch(r"(.+?)-\d+-of-\d+.*", file):
+    return numbered[1]
+  named = [part for part in (*folders, re.sub(r"[-_.]?\d+$", "", file)) if _SPLIT.search(part)]
+  return named[-1] if named else ""
 
 
 def _pattern_of(split: str, file: str, base: str) -> str:
   """What names the files of a split, of which one is given."""
-  parts = Path(os.path.relpath(file, base)).parts
-  if split in parts[:-1]:
-    return str(Path(base, *parts[: parts.index(split) + 1]))
-  begin = "" if parts[-1].startswith(split) else "*"
-  return str(Path(base, *parts[:-1], f"{begin}{split}*.parquet"))
+  *folders, name = Path(os.path.relpath(file, base)).parts
+  own = f"{split}*.parquet" if name.startswith(split) else "*.parquet"
+  return str(Path(base, *(part if part == split else "*" for part in folders), own))
