@@ -277,7 +277,7 @@ def check(config: FrozenConfigDict) -> jax.sharding.Mesh:
   if 0 < decay < config.num_steps:
     raise InputError(
       f"config.optimizer.decay_steps is {decay}, but config.num_steps is {config.num_steps}: the "
-      "learning rate would be 0 for the steps behind, which would change nothing. Set decay_steps "
+      "learning rate would be 0 from there on, and nothing would be learnt. Set decay_steps "
       f"to {config.num_steps}, or to 0 for no decay; where a run goes on, with "
       "--resume_with_changes."
     )
